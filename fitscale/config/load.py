@@ -1,0 +1,76 @@
+"""YAML files, merged left to right, then `key=value` overrides, into a checked `Config`. The only door to omegaconf."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from fitscale.config.errors import UserError
+from fitscale.config.schema import Config
+
+Schema = TypeVar("Schema")
+
+
+def load_config(arguments: list[str]) -> Config:
+    """Merge `arguments` in their order: paths of YAML files and dotted `key=value` overrides.
+
+    Raises:
+        UserError: a file is missing or no YAML, a key is unknown, a value has the wrong type or cannot be right.
+    """
+    return load_schema(Config, arguments)
+
+
+def load_schema(schema: type[Schema], arguments: list[str]) -> Schema:
+    """`load_config` for any frozen dataclass (a sweep, a cluster profile)."""
+    merged = OmegaConf.structured(schema)
+    for argument in sorted(arguments, key=_is_override):
+        try:
+            merged = OmegaConf.merge(merged, _read(argument))
+        except OmegaConfBaseException as error:
+            raise UserError(f"{argument}: {_explain(error)}") from error
+    try:
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(error)) from error
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config as YAML that `load_schema` reads back to an equal object."""
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(asdict(config))))
+
+
+def _is_override(argument: str) -> bool:
+    return "=" in argument and not argument.endswith((".yaml", ".yml"))
+
+
+def _read(argument: str) -> Any:
+    if _is_override(argument):
+        return OmegaConf.from_dotlist([argument])
+    path = Path(argument)
+    if not path.is_file():
+        raise UserError(f"{argument}: no such config file (an override is written key=value)")
+    try:
+        content = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{argument}: not valid YAML: {error}") from error
+    if not OmegaConf.is_dict(content):
+        raise UserError(f"{argument}: must hold key: value pairs")
+    return content
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    """omegaconf's first line (which says "did you mean") with the key's full path."""
+    first = str(error).splitlines()[0]
+    key = getattr(error, "full_key", None)
+    return f"{key}: {first}" if key else first
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

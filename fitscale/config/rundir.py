@@ -1,0 +1,124 @@
+"""The layout of a run directory, for every program that writes or reads one. No torch.
+
+    config.yaml         the resolved config
+    environment.json    versions, git revision, topology
+    metrics.jsonl       one line a logged step: what was computed; the same bytes however often the run was interrupted
+    throughput.jsonl    one line a logged step: how fast it was
+    evaluations.jsonl   one line per evaluated metric
+    checkpoints/step-00001000/{COMPLETE, state/, weights/}
+    samples/
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_STEP = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint; `meta` is its marker: step, images, tokens, FLOPs, files."""
+
+    path: Path
+    step: int
+    meta: dict[str, Any]
+
+    def weights(self, name: str) -> Path:
+        """Path of the full fp32 weights `name` (raw, ema_0.9999 ...), in the published names."""
+        return self.path / "weights" / f"{name}.safetensors"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths inside one run directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def throughput(self) -> Path:
+        return self.path / "throughput.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step-{step:08d}"
+
+    def checkpoint_folders(self) -> list[Path]:
+        """Every folder named as a checkpoint, oldest first, complete or not."""
+        folder = self.path / "checkpoints"
+        found = folder.iterdir() if folder.is_dir() else ()
+        return sorted(path for path in found if _STEP.fullmatch(path.name))
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """The complete checkpoints, oldest first."""
+        found = (read_checkpoint(path) for path in self.checkpoint_folders())
+        return [checkpoint for checkpoint in found if checkpoint is not None]
+
+
+def read_checkpoint(path: Path) -> Checkpoint | None:
+    """The checkpoint at `path`, or None if its marker or one of the marker's files is missing or cut short."""
+    try:
+        meta = json.loads((path / "COMPLETE").read_text())
+        whole = all((path / name).stat().st_size == size for name, size in meta["files"].items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return Checkpoint(path, int(meta["step"]), meta) if whole else None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file; a last line cut short by a crash is left out, a missing file has no rows."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Replace `path` by `data` in one step: a reader, or a crash, sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Add one line to a .jsonl file; a line that an earlier crash cut short is ended first, so it cannot swallow this one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        if file.tell() and _last_byte(file) != b"\n":
+            file.truncate(_after_last_newline(path))
+        file.write(json.dumps(row).encode() + b"\n")
+
+
+def _last_byte(file: Any) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
+
+
+def _after_last_newline(path: Path) -> int:
+    return path.read_bytes().rfind(b"\n") + 1

@@ -1,0 +1,370 @@
+"""What a run is made of: frozen dataclasses, checked on construction, without torch.
+
+`load.py` builds them from YAML files and overrides. Every section names its units; a value that cannot be right
+raises `UserError` with the key's full path and the values that would be valid.
+"""
+
+from dataclasses import dataclass, field
+from math import gcd
+
+from fitscale.config.errors import UserError
+
+ROPE_METHODS = ("normal", "linear", "ntk-aware", "ntk-aware-pro1", "ntk-aware-pro2", "ntk-by-parts", "yarn")
+ODE_SAMPLERS = ("euler", "heun", "dopri5", "sde")
+DDPM_SAMPLERS = ("ddpm", "ddim")
+
+
+def _choice(key: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise UserError(f"{key}: {value!r} is not one of {', '.join(valid)}")
+
+
+def _at_least(key: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise UserError(f"{key}: {value} is too small, the least is {least}")
+
+
+def _between(key: str, value: float, low: float, high: float) -> None:
+    if not low <= value < high:
+        raise UserError(f"{key}: {value} is outside [{low}, {high})")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """2-D rotary position embedding and how it is stretched beyond the sizes trained on."""
+
+    theta: float = 10000.0
+    method: str = "normal"
+    decouple: bool = False  # scale rows and columns by their own lengths (the papers' "Vision" variants)
+    original_length: int = 16  # patches per axis that the model was trained on
+
+    def __post_init__(self) -> None:
+        _choice("model.rope.method", self.method, ROPE_METHODS)
+        _at_least("model.rope.theta", self.theta, 1.0)
+        _at_least("model.rope.original_length", self.original_length, 1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One FiT; `family` decides everything in which FiTv2 and FiT (v1) differ."""
+
+    name: str = "b"
+    family: str = "fitv2"
+    depth: int = 15
+    hidden_size: int = 768
+    num_heads: int = 12
+    patch_size: int = 2  # side of a square patch, in latent pixels
+    in_channels: int = 4  # channels of a latent (VAE) or of an image (pixels)
+    num_classes: int = 1000  # without the extra "no class" row
+    rope: RopeConfig = field(default_factory=RopeConfig)
+
+    def __post_init__(self) -> None:
+        _choice("model.family", self.family, ("fitv2", "fit"))
+        for key in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "num_classes"):
+            _at_least(f"model.{key}", getattr(self, key), 1)
+        if self.hidden_size % self.num_heads:
+            raise UserError(
+                f"model.hidden_size: {self.hidden_size} is not a multiple of model.num_heads = {self.num_heads}"
+            )
+        if self.head_dim % 4:
+            raise UserError(
+                f"model.hidden_size: {self.hidden_size} / model.num_heads {self.num_heads} gives a head dimension of "
+                f"{self.head_dim}; 2-D RoPE needs a multiple of 4 (a row and a column half, each of pairs)"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_hidden_size(self) -> int:
+        """Width of the SwiGLU: floor(2/3 * 4d) for FiTv2, 4d for FiT."""
+        return self.hidden_size * 8 // 3 if self.family == "fitv2" else 4 * self.hidden_size
+
+    @property
+    def adaln_rank(self) -> int | None:
+        """Rank of AdaLN-LoRA (FiTv2); None where every block has its own full AdaLN (FiT)."""
+        return self.hidden_size // 4 if self.family == "fitv2" else None
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.family == "fitv2"
+
+    @property
+    def token_channels(self) -> int:
+        """Numbers in one input token: patch_size^2 * in_channels."""
+        return self.patch_size**2 * self.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        """Channels predicted per latent pixel: twice the input where sigma is learned (FiT)."""
+        return self.in_channels if self.family == "fitv2" else 2 * self.in_channels
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """How stored tokens-to-be relate to images: plain pixels in [-1, 1], or a VAE's latents."""
+
+    kind: str = "vae"
+    vae: str | None = None  # local folder or hub name of a diffusers AutoencoderKL; needed to decode
+    factor: int = 8  # image pixels per latent pixel, along one side
+    scaling: float = 0.18215  # latent = scaling * (VAE's latent)
+
+    def __post_init__(self) -> None:
+        _choice("data.latent.kind", self.kind, ("pixels", "vae"))
+        _at_least("data.latent.factor", self.factor, 1)
+        if self.kind == "pixels" and (self.factor != 1 or self.scaling != 1.0 or self.vae is not None):
+            raise UserError("data.latent: kind = pixels goes with factor = 1, scaling = 1.0 and no vae")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the shards are and how they are read."""
+
+    shards: str = ""  # folder of webdataset shards with their index
+    latent: LatentConfig = field(default_factory=LatentConfig)
+    holdout_fraction: float = 0.0  # share of images, chosen by the hash of their key, never trained on
+    window_shards: int = 16  # shards among whose images the order is random at one time
+    num_workers: int = 2  # reader processes per rank; 0 reads in the training process
+    prefetch_steps: int = 2  # steps read ahead, per worker
+
+    def __post_init__(self) -> None:
+        _between("data.holdout_fraction", self.holdout_fraction, 0.0, 1.0)
+        _at_least("data.window_shards", self.window_shards, 1)
+        _at_least("data.num_workers", self.num_workers, 0)
+        _at_least("data.prefetch_steps", self.prefetch_steps, 1)
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """The global batch (part of the science) and how it is cut into packs (never part of the science)."""
+
+    global_batch_size: int = 256  # images per optimizer step, over all ranks
+    pack_tokens: int = 16384  # most tokens in one pack, padding included
+    pad_multiple: int = 1  # packs are padded to a multiple of this (and of the tensor-parallel size)
+
+    def __post_init__(self) -> None:
+        for key in ("global_batch_size", "pack_tokens", "pad_multiple"):
+            _at_least(f"batch.{key}", getattr(self, key), 1)
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """The generative process that is learned."""
+
+    kind: str = "rectified"  # rectified: velocity of a straight path; ddpm: epsilon with learned sigma (FiT)
+    time_distribution: str = "logit_normal"
+    label_drop: float = 0.1  # share of labels replaced by "no class" in training
+
+    def __post_init__(self) -> None:
+        _choice("flow.kind", self.kind, ("rectified", "ddpm"))
+        _choice("flow.time_distribution", self.time_distribution, ("logit_normal", "uniform"))
+        _between("flow.label_drop", self.label_drop, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """`image`: mean over an image's tokens, then over images; `token`: large images weigh more."""
+
+    reduction: str = "image"
+
+    def __post_init__(self) -> None:
+        _choice("loss.reduction", self.reduction, ("image", "token"))
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its schedule, and the averages of the weights."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: str = "constant"  # after the warm-up; cosine falls to zero at run.steps
+    grad_clip: float = 1.0  # largest global gradient norm
+    ema_decays: list[float] = field(default_factory=lambda: [0.9999])
+    trainable: list[str] = field(default_factory=list)  # only parameters whose name contains one of these; [] = all
+
+    def __post_init__(self) -> None:
+        _choice("optim.schedule", self.schedule, ("constant", "cosine"))
+        _at_least("optim.warmup_steps", self.warmup_steps, 0)
+        for key in ("lr", "eps", "weight_decay"):
+            _at_least(f"optim.{key}", getattr(self, key), 0.0)
+        if not self.grad_clip > 0:
+            raise UserError(f"optim.grad_clip: {self.grad_clip} must be above 0")
+        for beta in self.betas:
+            _between("optim.betas", beta, 0.0, 1.0)
+        for decay in self.ema_decays:
+            _between("optim.ema_decays", decay, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How one run is spread over ranks; changes speed and memory, never the result."""
+
+    tensor_parallel_size: int = 1
+    sequence_parallel: bool = False  # shard the token dimension between the tensor-parallel regions
+    zero_stage: int = 1
+    precision: str = "auto"  # weights and activations; bf16 keeps fp32 master weights; auto = bf16 on cuda, fp32 on cpu
+    activation_checkpoint_every: int = 0  # recompute every k-th block in the backward pass; 0 = none
+
+    def __post_init__(self) -> None:
+        _at_least("parallel.tensor_parallel_size", self.tensor_parallel_size, 1)
+        _at_least("parallel.activation_checkpoint_every", self.activation_checkpoint_every, 0)
+        _choice("parallel.precision", self.precision, ("auto", "fp32", "bf16"))
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise UserError(f"parallel.zero_stage: {self.zero_stage} is not one of 0, 1, 2, 3")
+        if self.zero_stage == 0 and self.precision == "bf16":
+            raise UserError(
+                "parallel.zero_stage: stage 0 with precision = bf16 trains wrongly in DeepSpeed (no fp32 master "
+                "weights, a dummy optimizer step at start); use stage 1, 2 or 3, or precision = fp32"
+            )
+        if self.sequence_parallel and self.tensor_parallel_size == 1:
+            raise UserError("parallel.sequence_parallel: needs parallel.tensor_parallel_size of 2 or more")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state is saved. Besides these, every evaluation step and the last step are saved and kept."""
+
+    every_steps: int = 1000
+    keep_last: int = 2  # newest checkpoints kept for resuming; 0 keeps all
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint.every_steps", self.every_steps, 1)
+        _at_least("checkpoint.keep_last", self.keep_last, 0)
+
+
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """Classifier-free guidance."""
+
+    scale: float = 1.0  # 1 = no guidance
+    channels: int = 3  # guidance acts on the first so many channels of the latent (published: 3 of 4)
+    power: float = 0.0  # exponent p of the power-cosine scale; 0 = constant scale
+
+    def __post_init__(self) -> None:
+        _at_least("sampling.guidance.channels", self.channels, 1)
+        _at_least("sampling.guidance.power", self.power, 0.0)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How images are drawn from a trained model."""
+
+    method: str = "euler"
+    steps: int = 50  # integration steps (for dopri5: output points, its step size is its own)
+    rtol: float = 1e-3  # dopri5
+    atol: float = 1e-6  # dopri5
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+
+    def __post_init__(self) -> None:
+        _choice("sampling.method", self.method, ODE_SAMPLERS + DDPM_SAMPLERS)
+        _at_least("sampling.steps", self.steps, 1)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Log-spaced evaluation steps and what is measured there."""
+
+    points: int = 6  # evaluations of a run, log-spaced from first_step to run.steps; 0 = none
+    first_step: int = 1000
+    weights: str = "ema"  # raw, ema (the first of optim.ema_decays) or ema_<decay>
+    samples: int = 50000  # generated images per Frechet distance
+    features: str | None = None  # TorchScript feature network; None = no Frechet distance
+    reference: str | None = None  # image folder, shards or .npz with mu and sigma
+    validation_images: int = 1024  # held-out images of the validation loss
+    validation_times: int = 8  # fixed times per image of the validation loss
+
+    def __post_init__(self) -> None:
+        for key in ("points", "validation_images"):
+            _at_least(f"evaluation.{key}", getattr(self, key), 0)
+        for key in ("first_step", "samples", "validation_times"):
+            _at_least(f"evaluation.{key}", getattr(self, key), 1)
+
+    def steps(self, last_step: int) -> list[int]:
+        """Evaluation steps of a run of `last_step` steps, ascending; the last is `last_step` itself."""
+        if self.points == 0:
+            return []
+        first = min(self.first_step, last_step)
+        count = max(self.points - 1, 1)
+        return sorted({round(last_step * (first / last_step) ** (1 - i / count)) for i in range(self.points)} | {last_step})
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Mirror of metrics.jsonl at Weights & Biases."""
+
+    mode: str = "off"
+    project: str = "fitscale"
+    entity: str | None = None
+
+    def __post_init__(self) -> None:
+        _choice("wandb.mode", self.mode, ("off", "offline", "online"))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run itself."""
+
+    name: str = "run"
+    dir: str = ""  # run directory: the complete record of the run
+    seed: int = 0
+    steps: int = 400000
+    device: str = "auto"  # auto = cuda where there is one
+    init_weights: str | None = None  # safetensors in the published names to start from
+    log_every: int = 1  # steps between lines of metrics.jsonl
+
+    def __post_init__(self) -> None:
+        _choice("run.device", self.device, ("auto", "cpu", "cuda"))
+        _at_least("run.seed", self.seed, 0)
+        _at_least("run.steps", self.steps, 1)
+        _at_least("run.log_every", self.log_every, 1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run's result, and its layout."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        self._check_flow()
+        self._check_tensor_parallel()
+
+    def _check_flow(self) -> None:
+        kind, family = self.flow.kind, self.model.family
+        if (kind == "ddpm") != (family == "fit"):
+            raise UserError(f"flow.kind: {kind} does not go with model.family = {family}; fitv2: rectified, fit: ddpm")
+        valid = DDPM_SAMPLERS if kind == "ddpm" else ODE_SAMPLERS
+        if self.sampling.method not in valid:
+            raise UserError(
+                f"sampling.method: {self.sampling.method} cannot sample flow.kind = {kind}; valid: {', '.join(valid)}"
+            )
+        if self.sampling.guidance.channels > self.model.in_channels:
+            raise UserError(
+                f"sampling.guidance.channels: {self.sampling.guidance.channels} is more than model.in_channels = "
+                f"{self.model.in_channels}"
+            )
+
+    def _check_tensor_parallel(self) -> None:
+        tp = self.parallel.tensor_parallel_size
+        for key, value in (("num_heads", self.model.num_heads), ("mlp_hidden_size", self.model.mlp_hidden_size)):
+            if value % tp:
+                common = gcd(self.model.num_heads, self.model.mlp_hidden_size)
+                valid = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+                raise UserError(
+                    f"parallel.tensor_parallel_size: model.{key} = {value} does not divide by {tp}; valid: {valid}"
+                )
