@@ -1,0 +1,27 @@
+# make demo | test | lint | format. Each makes .venv first if it is missing or older than what it was made from.
+PYTHON311 ?= python3.11
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint format
+
+demo: $(INSTALLED)
+	$(PYTHON) tools/demo.py
+
+test: $(INSTALLED)
+	$(PYTHON) -m pytest
+
+lint: $(INSTALLED)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+format: $(INSTALLED)
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	test -x $(PYTHON) || $(PYTHON311) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
