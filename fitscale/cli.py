@@ -1,0 +1,85 @@
+"""The `fitscale` program: config, train, sample, evaluate.
+
+Only argparse and the arguments are imported before a command is known, so that `--help` answers at once; torch and
+everything above it are imported by the command that needs them.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from fitscale.config.main import exit_code
+from fitscale.eval.arguments import add_evaluate_arguments, add_sample_arguments
+
+CONFIG_HELP = "YAML files, merged left to right, and dotted key=value overrides, which win over the files"
+
+Command = Callable[[argparse.Namespace], int | None]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program with `argv` (the process's own by default) and return its exit code."""
+    arguments = build_parser().parse_args(argv)
+    return exit_code(lambda: arguments.command(arguments))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The program's commands with their arguments; `command` of the parsed arguments runs the one that was named."""
+    parser = argparse.ArgumentParser(
+        prog="fitscale",
+        description="Train FiTv2 at any size, sample it at any resolution, measure it.",
+        epilog="example: fitscale train configs/model/b.yaml configs/recipe/fitv2_256.yaml data.shards=shards run.dir=runs/b",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    config = _add(commands, "config", _config, "print a resolved config as YAML", "configs/model/b.yaml optim.lr=2e-4")
+    config.add_argument("config", nargs="+", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
+    train = _add(
+        commands,
+        "train",
+        _train,
+        "train a model, or go on with its newest checkpoint",
+        "configs/demo/digits.yaml configs/demo/s.yaml data.shards=demo/shards run.dir=runs/digits",
+    )
+    train.add_argument("config", nargs="+", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
+    sample = _add(commands, "sample", _sample, "draw images from a run", "runs/b --height 256 --width 256 --count 16")
+    add_sample_arguments(sample)
+    evaluate = _add(commands, "evaluate", _evaluate, "measure a run's checkpoints", "runs/b")
+    add_evaluate_arguments(evaluate)
+    return parser
+
+
+def _add(commands: argparse._SubParsersAction, name: str, command: Command, summary: str, example: str):  # type: ignore[type-arg]
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example: fitscale {name} {example}",
+    )
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _config(arguments: argparse.Namespace) -> None:
+    from fitscale.config.load import load_config, to_yaml
+
+    sys.stdout.write(to_yaml(load_config(arguments.config)))
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from fitscale.config.load import load_config
+
+    config = load_config(arguments.config)
+    from fitscale.train.trainer import train
+
+    train(config)
+
+
+def _sample(arguments: argparse.Namespace) -> int | None:
+    from fitscale.eval.commands import run_sample
+
+    return run_sample(arguments)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int | None:
+    from fitscale.eval.commands import run_evaluate
+
+    return run_evaluate(arguments)
