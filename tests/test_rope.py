@@ -1,0 +1,57 @@
+"""RoPE tables against those of the published implementation, and what a rotation must keep."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from fitscale.config.schema import ROPE_METHODS, RopeConfig
+from fitscale.model.rope import cached_rope_tables, rope_tables, rotate
+
+REFERENCE = Path(__file__).parent / "data" / "reference"
+FILES = {"10x20": "rope_10x20_16x16", "16x16": "rope_10x20_16x16", "20x20": "rope_20x20"}
+
+
+def reference_table(name: str, size: str) -> torch.Tensor:
+    with safe_open(REFERENCE / f"{FILES[size]}.safetensors", "pt") as file:
+        same_as = json.loads(file.metadata()["same_as"])  # equal tables are stored once
+        return file.get_tensor(same_as.get(name, name))
+
+
+@pytest.mark.parametrize("size", FILES)
+@pytest.mark.parametrize("decouple", [False, True])
+@pytest.mark.parametrize("method", ROPE_METHODS)
+def test_tables_equal_the_published_ones(method, decouple, size):
+    rows, cols = map(int, size.split("x"))
+    cos, sin = rope_tables(RopeConfig(method=method, decouple=decouple), 64, rows, cols)
+    for kind, table in (("cos", cos), ("sin", sin)):
+        expected = reference_table(f"{method}.decouple{int(decouple)}.{size}.{kind}", size)
+        torch.testing.assert_close(table, expected, rtol=0, atol=1e-6)
+
+
+def test_scores_depend_on_relative_position_only():
+    cos, sin = rope_tables(RopeConfig(), 16, 5, 6)
+    q, k = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    turned_q, turned_k = (rotate(x.expand(30, 1, 16), cos, sin)[:, 0] for x in (q, k))
+    scores = (turned_q @ turned_k.T).view(5, 6, 5, 6)
+    torch.testing.assert_close(scores[1, 2, 3, 4], scores[0, 1, 2, 3], rtol=1e-5, atol=1e-5)
+    assert not torch.isclose(scores[1, 2, 3, 4], scores[1, 2, 4, 3], atol=1e-3)  # rows are not columns
+
+
+@pytest.mark.parametrize("method", ROPE_METHODS)
+def test_smallest_head_dimension_has_finite_tables(method):
+    cos, sin = rope_tables(RopeConfig(method=method, original_length=4), 4, 9, 3)
+    assert cos.shape == sin.shape == (27, 4)
+    assert torch.isfinite(cos).all() and torch.isfinite(sin).all()
+
+
+def test_tables_of_a_size_are_made_once():
+    arguments = (RopeConfig(), 8, 3, 4, torch.device("cpu"))
+    assert cached_rope_tables(*arguments)[0] is cached_rope_tables(*arguments)[0]
+
+
+def test_rotation_keeps_the_type():
+    cos, sin = rope_tables(RopeConfig(), 8, 2, 2)
+    assert rotate(torch.ones(4, 1, 8, dtype=torch.bfloat16), cos, sin).dtype == torch.bfloat16
