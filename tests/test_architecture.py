@@ -1,0 +1,139 @@
+"""The import rule of docs/architecture.md, read from the source: who may import whom, and who may open which door."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+BELOW = {
+    "config": [],
+    "data": ["config"],
+    "parallel": ["config"],
+    "flow": ["config"],
+    "model": ["config", "data", "parallel", "flow"],
+    "train": ["config", "data", "parallel", "flow", "model"],
+    "eval": ["config", "data", "parallel", "flow", "model", "train"],
+    "scaling": ["config", "model.flops"],
+    "cli": ["config", "data", "parallel", "flow", "model", "train", "eval"],
+    "__main__": ["cli"],
+}
+DOORS = {
+    "megatron": ["fitscale/parallel/"],
+    "deepspeed": ["fitscale/parallel/zero.py", "tools/convert_checkpoint.py"],
+    "submitit": ["slurm/", "fitscale/train/job.py"],
+    "omegaconf": ["fitscale/config/load.py"],
+}
+WITHOUT_TORCH = ["fitscale/config/", "fitscale/scaling/", "fitscale/model/flops.py", "fitscale/cli.py"]
+SCRIPTS = ["slurm", "tools"]
+
+
+def imports(path: Path, root: Path) -> Iterator[str]:
+    """Full dotted names that a file imports: at the top, in functions, for type checkers, and by constant strings."""
+    package = path.relative_to(root).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = list(package[: len(package) - node.level]) if node.level else []
+            module = ".".join(start + ([node.module] if node.module else []))
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and _called(node) in ("import_module", "__import__") and node.args:
+            if isinstance(node.args[0], ast.Constant):
+                yield str(node.args[0].value)
+
+
+def _called(node: ast.Call) -> str:
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+
+
+def violations(root: Path) -> list[str]:
+    """One line per import that breaks the rule, `file: import`, in every file under fitscale/, slurm/ and tools/."""
+    files = sorted(path for folder in ("fitscale", *SCRIPTS) for path in (root / folder).rglob("*.py"))
+    assert files, f"no source under {root}"
+    siblings = {path.stem for path in files if path.relative_to(root).parts[0] in SCRIPTS}
+    return [
+        f"{path.relative_to(root)}: {name}"
+        for path in files
+        for name in imports(path, root)
+        if _breaks(path.relative_to(root), name, siblings)
+    ]
+
+
+def _breaks(path: Path, name: str, siblings: set[str]) -> bool:
+    top = name.split(".")[0]
+    if top in SCRIPTS or (path.parts[0] in SCRIPTS and top in siblings):
+        return True
+    if top in DOORS and not path.as_posix().startswith(tuple(DOORS[top])):
+        return True
+    if top == "torch" and path.as_posix().startswith(tuple(WITHOUT_TORCH)):
+        return True
+    return top == "fitscale" and path.parts[0] == "fitscale" and not _may_know(path, name)
+
+
+def _may_know(path: Path, name: str) -> bool:
+    owner = path.with_suffix("").parts[1]
+    target = name.removeprefix("fitscale").removeprefix(".")
+    if owner == "__init__" or not target:
+        return owner != "__init__"  # fitscale/__init__.py imports nothing of its own
+    return any(target == known or target.startswith(f"{known}.") for known in [owner, *BELOW[owner]])
+
+
+def test_import_rule_holds():
+    assert violations(ROOT) == []
+
+
+def test_every_package_has_a_rule():
+    found = {path.with_suffix("").name for path in (ROOT / "fitscale").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert found - {"__pycache__", "__init__"} == set(BELOW)
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("fitscale/config/a.py", "from fitscale.data import plan"),
+        ("fitscale/data/a.py", "import fitscale.model.fit"),
+        ("fitscale/flow/a.py", "def f():\n    from fitscale.parallel.groups import Topology"),
+        ("fitscale/parallel/a.py", "from ..data import plan"),
+        ("fitscale/model/a.py", "from fitscale import train"),
+        ("fitscale/train/a.py", "if TYPE_CHECKING:\n    from fitscale.eval.generate import generate"),
+        ("fitscale/eval/a.py", "import fitscale.cli"),
+        ("fitscale/eval/a.py", "from fitscale.scaling import laws"),
+        ("fitscale/scaling/a.py", "from fitscale.model import fit"),
+        ("fitscale/scaling/a.py", "import fitscale.model"),
+        ("fitscale/scaling/a.py", "import torch"),
+        ("fitscale/model/a.py", "from megatron.core import parallel_state"),
+        ("fitscale/train/a.py", "import importlib\nimportlib.import_module('deepspeed.runtime')"),
+        ("fitscale/eval/a.py", "import submitit"),
+        ("fitscale/cli.py", "from omegaconf import OmegaConf"),
+        ("fitscale/eval/a.py", "from tools import make_shards"),
+        ("tools/a.py", "import omegaconf"),
+        ("tools/a.py", "import b"),
+        ("fitscale/__init__.py", "from fitscale.config import load"),
+    ],
+)
+def test_a_planted_violation_is_caught(tmp_path, file, line):
+    for name, text in {"tools/b.py": "", file: line}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert [found.split(":")[0] for found in violations(tmp_path)] == [file]
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("fitscale/scaling/a.py", "from fitscale.model import flops"),
+        ("fitscale/scaling/a.py", "from fitscale.model.flops import parameters"),
+        ("fitscale/model/a.py", "from .rope import rope_tables\nfrom ..parallel import layers"),
+        ("fitscale/parallel/zero.py", "import deepspeed"),
+        ("fitscale/parallel/groups.py", "from megatron.core import parallel_state"),
+        ("fitscale/train/job.py", "import submitit"),
+        ("slurm/a.py", "import submitit\nfrom fitscale.eval import commands"),
+    ],
+)
+def test_what_the_rule_allows_passes(tmp_path, file, line):
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text(line + "\n")
+    assert violations(tmp_path) == []
