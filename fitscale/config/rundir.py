@@ -5,7 +5,7 @@
     metrics.jsonl       one line a logged step: what was computed; the same bytes however often the run was interrupted
     throughput.jsonl    one line a logged step: how fast it was
     evaluations.jsonl   one line per evaluated metric
-    checkpoints/step-00001000/{COMPLETE, state/, weights/}
+    checkpoints/step-00001000/{COMPLETE, weights/, optimizer/}
     samples/
 """
 
@@ -28,8 +28,12 @@ class Checkpoint:
     meta: dict[str, Any]
 
     def weights(self, name: str) -> Path:
-        """Path of the full fp32 weights `name` (raw, ema_0.9999 ...), in the published names."""
-        return self.path / "weights" / f"{name}.safetensors"
+        """Folder with the full fp32 weights `name` (raw, ema_0.9999 ...): .safetensors files in the published names."""
+        return self.path / "weights" / name
+
+    def weight_names(self) -> list[str]:
+        """The names that `weights` takes here."""
+        return sorted(path.name for path in (self.path / "weights").iterdir())
 
 
 @dataclass(frozen=True)
