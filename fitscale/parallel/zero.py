@@ -1,0 +1,158 @@
+"""The only door to DeepSpeed: the engine, and full fp32 tensors gathered from its partitions.
+
+    FiT + AdamWEMA -> make_engine -> engine(inputs), engine.backward(loss), engine.step()
+                                         |
+                      full_tensor(engine, parameter, key) -> one whole fp32 tensor, on every data-parallel rank
+
+DeepSpeed's ZeRO shards the optimizer: stage 1 its state, stage 2 the gradients too, stage 3 the weights as well.
+"""
+
+import logging
+import os
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from fitscale.config.schema import OptimConfig, ParallelConfig
+from fitscale.parallel.groups import Topology
+
+
+def make_engine(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parallel: ParallelConfig,
+    optim: OptimConfig,
+    topology: Topology,
+) -> Any:
+    """Wrap `model` and `optimizer` in a DeepSpeed engine. `parallel.precision` must be resolved (not auto).
+
+    The engine averages gradients over the data-parallel ranks and does not divide by the number of micro-batches:
+    a caller that wants the gradient of L backs up `dp_size * (its share of L)` for every micro-batch.
+    """
+    deepspeed = _import_deepspeed(topology.device)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        mpu=_ModelParallelUnit(),
+        config=_engine_config(parallel, optim, topology),
+    )
+    return engine
+
+
+def full_tensor(engine: Any, parameter: torch.nn.Parameter, key: str | None = None) -> torch.Tensor:
+    """The whole fp32 value of `parameter`, or of its optimizer state `key`, gathered over data-parallel ranks.
+
+    A collective: every rank calls it for the same parameters in the same order. Tensor-parallel shards stay shards.
+    A frozen parameter has no optimizer state; any `key` gives its value.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    from deepspeed.zero import GatheredParameters
+
+    if not parameter.requires_grad:
+        with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            return parameter.detach().float().clone()
+    if engine.zero_optimization_stage() == 0:
+        value = parameter.detach() if key is None else engine.optimizer.state[parameter][key]
+        return value.clone()
+    if key is None:
+        return safe_get_full_fp32_param(parameter)
+    return safe_get_full_optimizer_state(parameter, key)
+
+
+def fill_optimizer_state(engine: Any, steps_taken: int) -> None:
+    """Give the optimizer the state it would have after `steps_taken` steps, all zeros, for `set_tensor` to fill."""
+    wrapper = engine.optimizer
+    for partition in _partitions(engine):
+        engine.basic_optimizer.fill_state(partition, steps_taken)
+    if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 find state through this link
+        wrapper._lazy_init_hp_params_optimizer_state()
+
+
+def set_tensor(engine: Any, parameter: torch.nn.Parameter, value: torch.Tensor, key: str | None = None) -> None:
+    """Put `value` (this tensor-parallel rank's shard) into the fp32 weights or the optimizer state `key`; no collective."""
+    from deepspeed.utils import (
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        target = parameter.data if key is None else engine.optimizer.state[parameter][key]
+        target.copy_(value)
+    elif stage == 3:
+        local = _local_part(parameter, value)
+        _set(parameter, local, key, safe_set_local_fp32_param, safe_set_local_optimizer_state)
+    else:
+        _set(parameter, value, key, safe_set_full_fp32_param, safe_set_full_optimizer_state)
+
+
+def _set(parameter: torch.nn.Parameter, value: torch.Tensor, key: str | None, weights: Any, state: Any) -> None:
+    if key is None:
+        weights(parameter, value)
+    else:
+        state(parameter, value, key)
+
+
+def _local_part(parameter: Any, value: torch.Tensor) -> torch.Tensor:
+    """This rank's ZeRO-3 partition of `value`, zero-padded where the last partition is."""
+    size = parameter.ds_tensor.ds_numel
+    start = size * parallel_state.get_data_parallel_rank()
+    part = value.flatten()[start : start + size]
+    return torch.nn.functional.pad(part, (0, size - part.numel()))
+
+
+def _partitions(engine: Any) -> list[torch.Tensor]:
+    """The fp32 tensors that the optimizer steps: flat partitions under ZeRO, else the parameters."""
+    for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat"):
+        if hasattr(engine.optimizer, name):
+            return list(getattr(engine.optimizer, name))
+    return [parameter for group in engine.optimizer.param_groups for parameter in group["params"]]
+
+
+class _ModelParallelUnit:
+    """megatron-core's groups under the names that DeepSpeed asks for (no pipeline parallelism)."""
+
+    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
+    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
+    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_slice_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_slice_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_slice_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed quietly, without compiling its shared-memory op for CPU (half a minute, and a compiler)."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _engine_config(parallel: ParallelConfig, optim: OptimConfig, topology: Topology) -> dict[str, Any]:
+    bf16 = parallel.precision == "bf16"
+    return {
+        "train_batch_size": topology.dp_size,  # counts micro-batches only; the global batch is the batch plan's
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.grad_clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": parallel.zero_stage,
+            "overlap_comm": topology.device.type == "cuda",
+            "round_robin_gradients": False,  # True breaks the reading of full fp32 parameters
+        },
+        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 10**12,
+    }

@@ -1,0 +1,135 @@
+"""Checkpoints that are complete or not there, and that fit every layout.
+
+    save:    gather each tensor whole, in fp32 -> its owner rank writes it into .saving-step-N -> fsync
+             -> COMPLETE (names and sizes of all files) -> rename to step-N
+    resume:  newest folder whose COMPLETE holds; what is not complete is skipped with a warning, never deleted
+
+    step-00001000/COMPLETE                     step, images, tokens, FLOPs, model config, files
+                  weights/raw/00000.safetensors          one file per writing rank, published names, fp32
+                  weights/ema_0.9999/...
+                  optimizer/exp_avg/...  exp_avg_sq/...
+
+No tensor is stored as a shard, so any number of ranks, tensor-parallel size or ZeRO stage can go on from it, and
+sampling reads `weights/` without DeepSpeed. The batch plan is a pure function: its state is the step.
+"""
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fitscale.config.errors import UserError
+from fitscale.config.rundir import Checkpoint, RunDir, read_checkpoint
+from fitscale.config.schema import ModelConfig
+from fitscale.model.published import published_items, read_items, save_weights
+from fitscale.parallel.zero import fill_optimizer_state, full_tensor, set_tensor
+from fitscale.train.optim import ema_name
+
+log = logging.getLogger(__name__)
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def tensor_sets(ema_decays: list[float]) -> dict[str, str | None]:
+    """Folder in the checkpoint -> key in the optimizer's state (None: the weights themselves)."""
+    averages = {f"weights/{ema_name(decay)}": ema_name(decay) for decay in ema_decays}
+    return {"weights/raw": None, **averages, **{f"optimizer/{name}": name for name in MOMENTS}}
+
+
+def save_checkpoint(run: RunDir, engine: Any, meta: dict[str, Any], ema_decays: list[float]) -> None:
+    """Write the checkpoint of step `meta["step"]`; a collective over all ranks."""
+    final = run.checkpoint_path(meta["step"])
+    temporary = final.with_name(f".saving-{final.name}")
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)  # what an earlier, killed save of this step left behind
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    for folder, key in tensor_sets(ema_decays).items():
+        _write_set(temporary / folder, _owned_items(engine, key), meta)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        _complete(temporary, meta)
+        if final.exists():  # not complete, or training would have resumed after it
+            final.rename(final.with_name(f"{final.name}.incomplete-{time.time_ns()}"))
+        temporary.rename(final)
+        _fsync(final.parent)
+    dist.barrier()
+
+
+def _owned_items(engine: Any, key: str | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """All ranks gather every tensor; each keeps, on the host, those it writes."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    items = published_items(engine.module, lambda parameter: full_tensor(engine, parameter, key))
+    for number, (name, tensor) in enumerate(items):
+        if number % world_size == rank:
+            yield name, tensor.cpu()
+
+
+def _write_set(folder: Path, items: Iterator[tuple[str, torch.Tensor]], meta: dict[str, Any]) -> None:
+    path = folder / f"{dist.get_rank():05d}.safetensors"
+    save_weights(path, dict(items), {"model": json.dumps(meta["model"]), "step": str(meta["step"])})
+
+
+def _complete(folder: Path, meta: dict[str, Any]) -> None:
+    """Bring every file to the disk, then write the marker that names them."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        _fsync(path)
+    marker = folder / "COMPLETE"
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    marker.write_text(json.dumps({**meta, "files": sizes}, indent=1))
+    _fsync(marker)
+    for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def newest_checkpoint(run: RunDir) -> Checkpoint | None:
+    """The newest complete checkpoint; newer folders that are not complete are named in a warning."""
+    for path in reversed(run.checkpoint_folders()):
+        checkpoint = read_checkpoint(path)
+        if checkpoint is not None:
+            return checkpoint
+        log.warning("%s is not complete (no marker, or a file is missing or cut short): skipped", path)
+    return None
+
+
+def require_same_model(checkpoint: Checkpoint, model: ModelConfig) -> None:
+    """Raises UserError, with the differing keys, if `checkpoint` is of another model than `model`."""
+    saved, wanted = checkpoint.meta["model"], asdict(model)
+    keys = [key for key in {**saved, **wanted} if saved.get(key) != wanted.get(key)]
+    if keys:
+        differing = ", ".join(f"model.{key}: {saved.get(key)} there, {wanted.get(key)} here" for key in keys)
+        raise UserError(f"{checkpoint.path}: a checkpoint of another model ({differing})")
+
+
+def load_optimizer(checkpoint: Checkpoint, engine: Any, ema_decays: list[float]) -> None:
+    """Set the optimizer's fp32 weights, averages and moments; the module was built with `weights/raw` already."""
+    fill_optimizer_state(engine, checkpoint.meta["optimizer_steps"])
+    for folder, key in tensor_sets(ema_decays).items():
+        for parameter, value in read_items(engine.module, checkpoint.path / folder):
+            if parameter.requires_grad:
+                set_tensor(engine, parameter, value, key)
+
+
+def prune_checkpoints(run: RunDir, keep_last: int, keep_steps: set[int]) -> None:
+    """Delete complete checkpoints beyond the newest `keep_last`, except those of `keep_steps`; 0 keeps all."""
+    complete = run.checkpoints()
+    for checkpoint in complete[:-keep_last] if keep_last else []:
+        if checkpoint.step not in keep_steps:
+            (checkpoint.path / "COMPLETE").unlink()  # first, so that half a deletion is never taken for whole
+            shutil.rmtree(checkpoint.path)

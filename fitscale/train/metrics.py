@@ -1,0 +1,129 @@
+"""What a run shows while it trains: metrics.jsonl, throughput.jsonl, the progress bar and wandb.
+
+metrics.jsonl holds only what the config and the seed decide, so that an interrupted run leaves the same bytes as an
+uninterrupted one; every measured time goes to throughput.jsonl.
+"""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fitscale.config.rundir import RunDir, append_jsonl, read_jsonl, write_atomic
+from fitscale.config.schema import Config
+
+# Dense bf16 peak of one device in FLOP/s (vendors' data sheets), by a part of the name that CUDA reports.
+PEAK_FLOPS_PER_S = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+
+def peak_flops_per_s(device: torch.device) -> float | None:
+    """Peak of one device; None where it is not known (a CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS_PER_S.items() if part in name), None)
+
+
+def rewind_metrics(path: Path, step: int) -> None:
+    """Drop the lines after `step`: the run goes on from there and writes them again."""
+    if path.exists():
+        rows = [row for row in read_jsonl(path) if row["step"] <= step]
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Monitor:
+    """Rank 0's window on a run."""
+
+    def __init__(self, config: Config, run: RunDir, first_step: int, world_size: int, device: torch.device) -> None:
+        self.config, self.run = config, run
+        self.world_size, self.peak = world_size, peak_flops_per_s(device)
+        self.attempt = 1 + max((row["attempt"] for row in read_jsonl(run.throughput)), default=0)
+        self.bar = tqdm(total=config.run.steps, initial=first_step, desc=config.run.name, unit="step", mininterval=1.0)
+        self.wandb = _start_wandb(config, run)
+        self.since, self.waited = time.perf_counter(), 0.0
+        self.logged: dict[str, float] = {"step": first_step}
+
+    def waited_for_data(self, seconds: float) -> None:
+        self.waited += seconds
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Write one row of metrics: `step` (finished steps) and totals `images`, `tokens`, `train_flops` among them."""
+        append_jsonl(self.run.metrics, row)
+        speed = self._speed(row)
+        append_jsonl(self.run.throughput, speed)
+        self.bar.set_postfix(_postfix(row, speed), refresh=False)
+        self.bar.update(row["step"] - self.bar.n)
+        if self.wandb is not None:
+            self.wandb.log({**row, **speed}, step=row["step"])
+
+    def _speed(self, row: dict[str, Any]) -> dict[str, Any]:
+        now = time.perf_counter()
+        seconds = now - self.since
+        per_s = {key: (row[key] - self.logged.get(key, 0)) / seconds for key in ("images", "tokens", "train_flops")}
+        steps = row["step"] - self.logged["step"]
+        waited, self.waited = self.waited, 0.0
+        self.since, self.logged = now, {key: row[key] for key in ("step", "images", "tokens", "train_flops")}
+        return {
+            "step": row["step"],
+            "attempt": self.attempt,
+            "time_unix_s": time.time(),
+            "step_s": seconds / steps,
+            "data_wait_s": waited / steps,
+            "images_per_s": per_s["images"],
+            "tokens_per_s": per_s["tokens"],
+            "flops_per_s": per_s["train_flops"],
+            "mfu": per_s["train_flops"] / (self.peak * self.world_size) if self.peak else None,
+        }
+
+    def start_counting(self, totals: dict[str, Any]) -> None:
+        """Begin to measure speed, from these totals on."""
+        self.since = time.perf_counter()
+        self.logged = {key: totals[key] for key in ("step", "images", "tokens", "train_flops")}
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _postfix(row: dict[str, Any], speed: dict[str, Any]) -> dict[str, str]:
+    mfu = {} if speed["mfu"] is None else {"MFU": f"{speed['mfu']:.1%}"}
+    return {
+        "loss": f"{row['loss']:.4f}",
+        "img/s": f"{speed['images_per_s']:.0f}",
+        "tok/s": f"{speed['tokens_per_s']:.0f}",
+        **mfu,
+        "pad": f"{row['padding_share']:.1%}",
+        "imbalance": f"{row['imbalance']:.1%}",
+    }
+
+
+def _start_wandb(config: Config, run: RunDir) -> Any:
+    if config.wandb.mode == "off":
+        return None
+    import wandb
+
+    return wandb.init(
+        mode=config.wandb.mode,  # type: ignore[arg-type]
+        project=config.wandb.project,
+        entity=config.wandb.entity,
+        name=config.run.name,
+        id=_wandb_id(run),
+        resume="allow",
+        dir=run.path,
+        config=asdict(config),
+    )
+
+
+def _wandb_id(run: RunDir) -> str:
+    """One wandb run per run directory, over all its restarts."""
+    path = run.path / "wandb_id"
+    if not path.exists():
+        import wandb
+
+        write_atomic(path, wandb.util.generate_id())
+    return path.read_text()

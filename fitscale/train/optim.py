@@ -1,0 +1,79 @@
+"""AdamW with averages of the weights in its state, and the learning-rate schedule.
+
+DeepSpeed hands the optimizer flat fp32 partitions; whatever the optimizer keeps per tensor is sharded by ZeRO and
+saved with its checkpoints. The exponential moving averages live there for that reason.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from fitscale.config.errors import UserError
+from fitscale.config.schema import OptimConfig
+
+
+def ema_name(decay: float) -> str:
+    """Name of an average in the optimizer's state, in file names and in evaluations: ema_0.9999."""
+    return f"ema_{decay:g}"
+
+
+class AdamWEMA(torch.optim.AdamW):
+    """torch's AdamW, followed by ema = decay * ema + (1 - decay) * weights for every decay.
+
+    An average starts as the initial weights.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], config: OptimConfig) -> None:
+        super().__init__(
+            parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+        )
+        self.ema_decays = tuple(config.ema_decays)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        tensors = [tensor for group in self.param_groups for tensor in group["params"] if tensor.grad is not None]
+        # AdamW fills a tensor's state only while it is empty, so the averages wait for it.
+        initial = {tensor: tensor.detach().clone() for tensor in tensors if not self.state[tensor]}
+        loss = super().step(closure)
+        for tensor in tensors:
+            for decay in self.ema_decays:
+                state = self.state[tensor]
+                if ema_name(decay) not in state:
+                    state[ema_name(decay)] = initial[tensor].clone()
+                state[ema_name(decay)].lerp_(tensor, 1.0 - decay)
+        return loss
+
+
+    def fill_state(self, tensor: torch.Tensor, steps_taken: int) -> None:
+        """Give `tensor` the state it has after `steps_taken` steps, with zeros for the moments and averages."""
+        state = self.state[tensor]
+        state["step"] = torch.tensor(float(steps_taken))
+        for name in ("exp_avg", "exp_avg_sq", *map(ema_name, self.ema_decays)):
+            state[name] = torch.zeros_like(tensor)
+
+
+def learning_rate(config: OptimConfig, step: int, last_step: int) -> float:
+    """Learning rate of step `step` (0-based): linear warm-up, then constant, or a cosine to zero at `last_step`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(last_step - config.warmup_steps, 1)
+    return config.lr * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def freeze_untrained(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], trainable: list[str]) -> None:
+    """Keep only parameters whose name contains one of `trainable` trainable; an empty list keeps all.
+
+    Raises:
+        UserError: an entry of `trainable` names no parameter.
+    """
+    named = list(named_parameters)
+    for pattern in trainable:
+        if not any(pattern in name for name, _ in named):
+            raise UserError(f"optim.trainable: {pattern!r} is part of no parameter's name")
+    if trainable:
+        for name, parameter in named:
+            parameter.requires_grad_(any(pattern in name for pattern in trainable))

@@ -1,0 +1,106 @@
+"""Before the first step: do the shards fit the model, what machine is this, and what is about to happen?"""
+
+import platform
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from fitscale.config.errors import UserError
+from fitscale.config.schema import Config
+from fitscale.data.index import Index
+from fitscale.model import flops
+from fitscale.parallel.groups import Topology
+
+PACKAGES = ("fitscale", "torch", "deepspeed", "megatron-core", "numpy", "webdataset")
+
+
+def resolve(config: Config, device: torch.device) -> Config:
+    """Replace `auto` precision by what it means on `device`."""
+    if config.parallel.precision != "auto":
+        return config
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    return replace(config, parallel=replace(config.parallel, precision=precision))
+
+
+def check_data(config: Config, index: Index) -> None:
+    """The shards fit the model: channels, classes and the kind of latents.
+
+    Raises:
+        UserError: names the key and both values.
+    """
+    meta, model = index.meta, config.model
+    pairs = (
+        ("model.in_channels", model.in_channels, meta.channels),
+        ("data.latent.kind", config.data.latent.kind, meta.kind),
+        ("data.latent.factor", config.data.latent.factor, meta.factor),
+        ("data.latent.scaling", config.data.latent.scaling, meta.scaling),
+    )
+    for key, wanted, stored in pairs:
+        if wanted != stored:
+            raise UserError(f"{key}: the config says {wanted}, the shards in {config.data.shards} have {stored}")
+    if meta.num_classes > model.num_classes:
+        raise UserError(
+            f"model.num_classes: {model.num_classes}, but the shards in {config.data.shards} have labels of "
+            f"{meta.num_classes} classes"
+        )
+
+
+def environment(topology: Topology) -> dict[str, Any]:
+    """Versions, code revision, machine and layout of this start."""
+    return {
+        "command": sys.argv,
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "git_revision": _git_revision(),
+        "device": _device_name(topology.device),
+        "threads": torch.get_num_threads(),
+        "world_size": topology.world_size,
+        "dp_size": topology.dp_size,
+        "tp_size": topology.tp_size,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+
+
+def _git_revision() -> str | None:
+    result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
+
+
+def start_table(config: Config, topology: Topology, tokens_per_image: float, images: int, first_step: int) -> str:
+    """What is about to run, for a person: one `name  value` line each."""
+    model, batch = config.model, config.batch.global_batch_size
+    mean_tokens = round(tokens_per_image)
+    step_flops = flops.train_flops(model, mean_tokens) * batch
+    parallel = config.parallel
+    rows = {
+        "model": f"{model.name} ({model.family}), {flops.parameters(model):,} parameters",
+        "images": f"{images:,} for training, {tokens_per_image:.1f} tokens each on average",
+        "batch": f"{batch} images, about {tokens_per_image * batch:,.0f} tokens, {step_flops:.3g} FLOP a step",
+        "state": f"{_state_bytes(config, topology) / 2**30:.3f} GiB a rank for weights, gradients, optimizer and EMA",
+        "layout": f"dp {topology.dp_size} x tp {topology.tp_size}{' + sp' if parallel.sequence_parallel else ''}, "
+        f"ZeRO {parallel.zero_stage}, {parallel.precision}, {_device_name(topology.device)}",
+        "steps": f"{first_step:,} to {config.run.steps:,}",
+        "run": config.run.dir,
+    }
+    return "\n".join(f"  {name:<8}{value}" for name, value in rows.items())
+
+
+def _state_bytes(config: Config, topology: Topology) -> float:
+    """Bytes of one rank's share: weights, fp32 gradients, and in the optimizer fp32 weights, two moments, averages."""
+    bf16 = config.parallel.precision == "bf16"
+    weights, gradients = (2, 4) if bf16 else (4, 4)
+    optimizer = 4 * ((1 if bf16 else 0) + 2 + len(config.optim.ema_decays))
+    stage, dp = config.parallel.zero_stage, topology.dp_size
+    per_parameter = (
+        weights / (dp if stage >= 3 else 1) + gradients / (dp if stage >= 2 else 1) + optimizer / (dp if stage >= 1 else 1)
+    )
+    return per_parameter * flops.parameters(config.model) / topology.tp_size

@@ -1,0 +1,222 @@
+"""Training, from a config to a finished run directory.
+
+1. Open the shards' index; check config, data and run directory before anything is written.
+2. Build FiT, AdamW with its averages, and the DeepSpeed engine; resume from the newest complete checkpoint.
+3. For every step: the batch plan's packs of this rank -> loss of each pack -> backward -> one optimizer step.
+4. Log; save at the checkpoint and evaluation steps; keep what evaluation needs.
+
+The loss of a step is the mean over the images of the global batch, whatever the ranks and packs.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fitscale.config.claim import claim
+from fitscale.config.errors import UserError
+from fitscale.config.rundir import Checkpoint, RunDir, write_atomic
+from fitscale.config.schema import Config
+from fitscale.data.index import Index, open_index
+from fitscale.data.loader import Pack, StepBatch, make_loader
+from fitscale.data.plan import BatchPlan
+from fitscale.flow.loss import image_weights, make_objective
+from fitscale.model import flops
+from fitscale.model.fit import FiT
+from fitscale.model.published import load_weights
+from fitscale.parallel.collective import on_rank_zero
+from fitscale.parallel.groups import Topology, init_parallel
+from fitscale.parallel.zero import make_engine
+from fitscale.train import checkpoint as checkpoints
+from fitscale.train import prepare
+from fitscale.train.metrics import Monitor, rewind_metrics
+from fitscale.train.optim import AdamWEMA, freeze_untrained, learning_rate
+
+log = logging.getLogger(__name__)
+TOTALS = ("step", "images", "tokens", "train_flops", "paper_flops", "device_hours")  # since the run's first step
+
+
+def train(config: Config) -> None:
+    """Train until `run.steps`, going on from whatever the run directory holds.
+
+    Raises:
+        UserError: the config, the data or the run directory cannot be right; nothing has been written then.
+    """
+    if not config.run.dir or not config.data.shards:
+        raise UserError(f"{'run.dir' if not config.run.dir else 'data.shards'}: must be given, as key=value or in a file")
+    index = open_index(Path(config.data.shards))
+    prepare.check_data(config, index)
+    plan = make_plan(config, index)
+    topology = init_parallel(config.parallel, config.run.device)
+    config = prepare.resolve(config, topology.device)
+    run = on_rank_zero(lambda: claim(config))
+    Trainer(config, run, plan, topology).run_to_end()
+
+
+def make_plan(config: Config, index: Index) -> BatchPlan:
+    """The batch plan of the training images."""
+    return BatchPlan(
+        index,
+        seed=config.run.seed,
+        global_batch_size=config.batch.global_batch_size,
+        patch_size=config.model.patch_size,
+        window_shards=config.data.window_shards,
+        holdout_fraction=config.data.holdout_fraction,
+        split="train",
+    )
+
+
+class Trainer:
+    """One process's part of a run."""
+
+    def __init__(self, config: Config, run: RunDir, plan: BatchPlan, topology: Topology) -> None:
+        self.config, self.run, self.plan, self.topology = config, run, plan, topology
+        self.objective = make_objective(config.flow, config.model.num_classes)
+        self.totals: dict[str, Any] = dict.fromkeys(TOTALS, 0)
+        self.evaluation_steps = set(config.evaluation.steps(config.run.steps))
+        self.engine = self._build_engine(self._find_checkpoint())
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        found = on_rank_zero(lambda: checkpoints.newest_checkpoint(self.run))
+        if found is not None:
+            checkpoints.require_same_model(found, self.config.model)
+        return found
+
+    def _build_engine(self, found: Checkpoint | None) -> Any:
+        """FiT with the weights of `found`, of `run.init_weights` or fresh ones, its optimizer, and DeepSpeed around both."""
+        config = self.config
+        torch.manual_seed(config.run.seed)  # the only use of the global generator: the initial weights
+        model = FiT(config.model, config.parallel)
+        start = found.weights("raw") if found else config.run.init_weights
+        if start:
+            load_weights(model, Path(start))
+        freeze_untrained(model.named_parameters(), config.optim.trainable)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = AdamWEMA(trained, config.optim)
+        engine = make_engine(model, optimizer, config.parallel, config.optim, self.topology)
+        if found is not None:
+            checkpoints.load_optimizer(found, engine, config.optim.ema_decays)
+            self.totals = {key: found.meta[key] for key in TOTALS}
+        if dist.get_rank() == 0:
+            rewind_metrics(self.run.metrics, self.totals["step"])
+        return engine
+
+    def run_to_end(self) -> None:
+        """Take the steps that are left."""
+        first_step, last_step = self.totals["step"], self.config.run.steps
+        if first_step >= last_step:
+            log.info("%s has all its %d steps", self.run.path, last_step)
+            return
+        monitor = self._start_monitor(first_step) if dist.get_rank() == 0 else None
+        started, hours_before = time.perf_counter(), self.totals["device_hours"]
+        for batch in self._timed(self._loader(first_step), monitor):
+            row = self._step(batch)
+            spent_h = (time.perf_counter() - started) / 3600
+            self.totals["device_hours"] = hours_before + spent_h * self.topology.world_size
+            if monitor and (row["step"] % self.config.run.log_every == 0 or row["step"] == last_step):
+                monitor.log(row)
+            self._save_if_due(row["step"])
+        if monitor:
+            monitor.close()
+
+    def _start_monitor(self, first_step: int) -> Monitor:
+        write_atomic(self.run.environment, json.dumps(prepare.environment(self.topology), indent=1))
+        batch = self.plan.step(first_step)
+        tokens = float(np.mean(batch.rows_B * batch.cols_B))
+        print(prepare.start_table(self.config, self.topology, tokens, self.plan.num_images, first_step), flush=True)
+        monitor = Monitor(self.config, self.run, first_step, self.topology.world_size, self.topology.device)
+        monitor.start_counting(self.totals)
+        return monitor
+
+    def _loader(self, first_step: int) -> Iterator[StepBatch]:
+        config, topology = self.config, self.topology
+        return make_loader(
+            self.plan,
+            Path(config.data.shards),
+            dp_rank=topology.dp_rank,
+            dp_size=topology.dp_size,
+            pack_tokens=config.batch.pack_tokens,
+            pad_multiple=int(np.lcm(config.batch.pad_multiple, topology.tp_size)),
+            cost=flops.cost(config.model),
+            first_step=first_step,
+            last_step=config.run.steps,
+            num_workers=config.data.num_workers,
+            prefetch_steps=config.data.prefetch_steps,
+        )
+
+    @staticmethod
+    def _timed(loader: Iterator[StepBatch], monitor: Monitor | None) -> Iterator[StepBatch]:
+        """The loader's batches; the time spent waiting for each is told to the monitor."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(loader, None)
+            if batch is None:
+                return
+            if monitor:
+                monitor.waited_for_data(time.perf_counter() - asked)
+            yield batch
+
+    def _step(self, batch: StepBatch) -> dict[str, Any]:
+        """One optimizer step; returns the row for metrics.jsonl."""
+        rate = learning_rate(self.config.optim, batch.step, self.config.run.steps)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        tokens_B = batch.batch.rows_B * batch.batch.cols_B
+        loss = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        for number, pack in enumerate(batch.packs):
+            self.engine.set_gradient_accumulation_boundary(number == len(batch.packs) - 1)
+            share = self._loss(pack, batch.step, len(tokens_B), int(tokens_B.sum()))
+            self.engine.backward(share * self.topology.dp_size)  # the engine averages over the ranks
+            loss += share.detach()
+        self.engine.step()
+        dist.all_reduce(loss, group=self.engine.data_parallel_group)
+        self._count(batch.step + 1, tokens_B)
+        return {
+            "step": batch.step + 1,
+            "loss": loss.item(),
+            "grad_norm": float(self.engine.get_global_grad_norm()),
+            "lr": rate,
+            **{key: self.totals[key] for key in ("images", "tokens", "train_flops")},
+            "padding_share": batch.stats.padding_share,
+            "imbalance": batch.stats.imbalance,
+            "packs": len(batch.packs),
+        }
+
+    def _loss(self, pack: Pack, step: int, images: int, tokens: int) -> torch.Tensor:
+        """This pack's share of the global batch's loss."""
+        pack = pack.to(self.topology.device)
+        inputs = self.objective.prepare(
+            pack.tokens_TC, pack.labels_S, pack.slots_S, pack.cu_seqlens, seed=self.config.run.seed, step=step
+        )
+        output_TC = self.engine(inputs.x_TC, inputs.t_S, inputs.labels_S, pack.sizes_S2, pack.cu_seqlens)
+        loss_S = self.objective.loss_S(output_TC, inputs, pack.cu_seqlens)
+        weight_S = image_weights(self.config.loss.reduction, pack.cu_seqlens, pack.slots_S, images, tokens)
+        return (weight_S * loss_S).sum()
+
+    def _count(self, step: int, tokens_B: np.ndarray) -> None:
+        model, totals = self.config.model, self.totals
+        sizes, counts = np.unique(tokens_B, return_counts=True)
+        step_flops = sum(flops.train_flops(model, int(n)) * int(count) for n, count in zip(sizes, counts, strict=True))
+        totals["step"] = step
+        totals["images"] += len(tokens_B)
+        totals["tokens"] += int(tokens_B.sum())
+        totals["train_flops"] += step_flops
+        totals["paper_flops"] += 3 * flops.paper_macs(model) * len(tokens_B)
+
+    def _save_if_due(self, step: int) -> None:
+        config = self.config
+        last = step == config.run.steps
+        if not (last or step in self.evaluation_steps or step % config.checkpoint.every_steps == 0):
+            return
+        meta = {**self.totals, "optimizer_steps": step, "model": asdict(config.model)}
+        checkpoints.save_checkpoint(self.run, self.engine, meta, config.optim.ema_decays)
+        if dist.get_rank() == 0:
+            keep = self.evaluation_steps | {config.run.steps}
+            checkpoints.prune_checkpoints(self.run, config.checkpoint.keep_last, keep)
