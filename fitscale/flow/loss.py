@@ -1,0 +1,192 @@
+"""Training objectives: what the network is shown, and how its answer is scored.
+
+1. `prepare` draws time, label drop and noise of every image (`path.draws`) and makes the network's inputs and target.
+2. The network answers.
+3. `loss_S` scores the answer per image: mean over the image's tokens and channels.
+4. `image_weights` turns per-image losses into shares of the global batch's loss, so that the sum over all packs of all
+   ranks is the loss of the batch, however it was cut.
+
+Shape suffixes: T tokens of a pack, S images of a pack, C numbers in a token.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from fitscale.config.schema import FlowConfig
+from fitscale.flow.path import PADDING_SLOT, draws, interpolate, lengths_of, per_token, velocity
+
+DDPM_STEPS = 1000
+DDPM_BETAS = (1e-4, 0.02)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One pack as the network sees it; `t_S` is in the network's own unit, `target` is what it should answer."""
+
+    x_TC: Tensor
+    t_S: Tensor
+    labels_S: Tensor
+    target: Tensor
+
+
+class Objective(ABC):
+    """What is learned. `num_classes` is the label that stands for "no class"."""
+
+    def __init__(self, flow: FlowConfig, num_classes: int) -> None:
+        self.flow = flow
+        self.num_classes = num_classes
+
+    def prepare(
+        self, tokens_TC: Tensor, labels_S: Tensor, slots_S: Tensor, cu_seqlens: Tensor, seed: int, step: int
+    ) -> Inputs:
+        """Inputs of a training step; chance comes from (seed, step, slot) alone. All on the device of `tokens_TC`."""
+        drawn = draws(
+            seed,
+            step,
+            slots_S.tolist(),
+            lengths_of(cu_seqlens).tolist(),
+            tokens_TC.shape[1],
+            time_distribution=self.flow.time_distribution,
+            label_drop=self.flow.label_drop,
+        )
+        device = tokens_TC.device
+        labels_S = torch.where(drawn.drop_S.to(device), self.num_classes, labels_S.to(device))
+        return self.prepare_at(tokens_TC, labels_S, cu_seqlens, drawn.t_S.to(device), drawn.noise_TC.to(device))
+
+    @abstractmethod
+    def prepare_at(
+        self, tokens_TC: Tensor, labels_S: Tensor, cu_seqlens: Tensor, t_S: Tensor, noise_TC: Tensor
+    ) -> Inputs:
+        """Inputs at given times `t_S` in [0, 1] (0 = noise) and noise."""
+
+    @abstractmethod
+    def model_time(self, t_S: Tensor) -> Tensor:
+        """Flow time in [0, 1] in the unit that the network takes."""
+
+    def loss_S(self, output_TC: Tensor, inputs: Inputs, cu_seqlens: Tensor) -> Tensor:
+        """Loss of every image (S,), float32: mean over its tokens and channels."""
+        return segment_mean(self.token_loss(output_TC.float(), inputs, cu_seqlens), cu_seqlens)
+
+    @abstractmethod
+    def token_loss(self, output_TC: Tensor, inputs: Inputs, cu_seqlens: Tensor) -> Tensor:
+        """Loss of every token (T,), mean over channels."""
+
+
+class RectifiedFlow(Objective):
+    """Velocity of the straight path from noise to data (FiTv2); the network takes t in [0, 1] as it is."""
+
+    def prepare_at(
+        self, tokens_TC: Tensor, labels_S: Tensor, cu_seqlens: Tensor, t_S: Tensor, noise_TC: Tensor
+    ) -> Inputs:
+        t_T1 = per_token(t_S, cu_seqlens, len(tokens_TC))
+        return Inputs(interpolate(tokens_TC, noise_TC, t_T1), t_S, labels_S, velocity(tokens_TC, noise_TC))
+
+    def model_time(self, t_S: Tensor) -> Tensor:
+        return t_S
+
+    def token_loss(self, output_TC: Tensor, inputs: Inputs, cu_seqlens: Tensor) -> Tensor:
+        return mse_loss(output_TC, inputs.target, reduction="none").mean(1)
+
+
+class DdpmEpsilon(Objective):
+    """Epsilon prediction with learned variance (FiT v1): the hybrid loss of Nichol & Dhariwal 2021 (arXiv 2102.09672).
+
+    The network answers (T, 2C): epsilon, then the place v in [-1, 1] of ln variance between its two bounds (their
+    equation 15). Loss: epsilon MSE + L_vlb (their equation 16; 1000 steps x weight 0.001 = 1), in bits per number,
+    where L_vlb sees epsilon detached and so trains the variance alone. The network takes the DDPM step, 0 (data) to 999
+    (noise); flow time t maps to step floor(1000 (1 - t)), so uniform t gives uniform steps.
+    """
+
+    def __init__(self, flow: FlowConfig, num_classes: int) -> None:
+        super().__init__(flow, num_classes)
+        beta = torch.linspace(*DDPM_BETAS, DDPM_STEPS, dtype=torch.float64)
+        keep = torch.cumprod(1 - beta, dim=0)  # the papers' alpha bar
+        before = torch.cat([torch.ones(1, dtype=torch.float64), keep[:-1]])
+        posterior = beta * (1 - before) / (1 - keep)
+        posterior[0] = posterior[1]  # the variance at step 0 is 0; its logarithm is needed
+        self.signal = keep.sqrt()
+        self.noise = (1 - keep).sqrt()
+        self.epsilon_to_mean = beta / ((1 - keep).sqrt() * (1 - beta).sqrt())
+        self.shrink = 1 / (1 - beta).sqrt()
+        self.log_least = posterior.log()
+        self.log_most = beta.log()
+
+    def prepare_at(
+        self, tokens_TC: Tensor, labels_S: Tensor, cu_seqlens: Tensor, t_S: Tensor, noise_TC: Tensor
+    ) -> Inputs:
+        step_S = self.model_time(t_S)
+        signal_T1, noise_T1 = self._at(step_S, cu_seqlens, len(tokens_TC), self.signal, self.noise)
+        return Inputs(signal_T1 * tokens_TC + noise_T1 * noise_TC, step_S, labels_S, noise_TC)
+
+    def model_time(self, t_S: Tensor) -> Tensor:
+        step = ((1 - t_S.double()) * DDPM_STEPS + 1e-4).floor()  # 1e-4: t = 1 - k / 1000 is step k in spite of rounding
+        return step.clamp(0, DDPM_STEPS - 1).to(t_S.dtype)
+
+    def token_loss(self, output_TC: Tensor, inputs: Inputs, cu_seqlens: Tensor) -> Tensor:
+        epsilon_TC, variance_TC = output_TC.chunk(2, dim=1)
+        simple_T = mse_loss(epsilon_TC, inputs.target, reduction="none").mean(1)
+        return simple_T + self._bound(epsilon_TC.detach(), variance_TC, inputs, cu_seqlens).mean(1)
+
+    def _bound(self, epsilon_TC: Tensor, variance_TC: Tensor, inputs: Inputs, cu_seqlens: Tensor) -> Tensor:
+        """One term of the variational bound, bits (T, C): KL at steps above 0, the decoder's likelihood at step 0."""
+        tables = (self.log_least, self.log_most, self.epsilon_to_mean, self.signal, self.noise, self.shrink)
+        rows = self._at(inputs.t_S, cu_seqlens, len(epsilon_TC), *tables)
+        log_least, log_most, to_mean, signal, noise, shrink = rows
+        place_TC = (variance_TC + 1) / 2
+        log_variance_TC = place_TC * log_most + (1 - place_TC) * log_least
+        gap_TC = to_mean * (epsilon_TC - inputs.target)  # between the means of p and q
+        kl_TC = 0.5 * (
+            log_variance_TC - log_least - 1 + (log_least - log_variance_TC).exp()
+            + gap_TC.square() * (-log_variance_TC).exp()
+        )  # fmt: skip
+        data_TC = (inputs.x_TC - noise * inputs.target) / signal
+        mean_TC = shrink * inputs.x_TC - to_mean * epsilon_TC
+        step_T1 = per_token(inputs.t_S, cu_seqlens, len(epsilon_TC))
+        return torch.where(step_T1 == 0, _decoder_nats(data_TC, mean_TC, log_variance_TC), kl_TC) / math.log(2)
+
+    def _at(self, step_S: Tensor, cu_seqlens: Tensor, tokens: int, *tables: Tensor) -> list[Tensor]:
+        """Values of per-step tables at every token's step, float32 (T, 1)."""
+        index_S = step_S.long().cpu()
+        return [per_token(table[index_S].float().to(step_S.device), cu_seqlens, tokens) for table in tables]
+
+
+def make_objective(flow: FlowConfig, num_classes: int) -> Objective:
+    """The objective of a config; labels equal to `num_classes` mean "no class"."""
+    return {"rectified": RectifiedFlow, "ddpm": DdpmEpsilon}[flow.kind](flow, num_classes)
+
+
+def segment_mean(values_T: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Mean over the tokens of every image, (T,) -> (S,), summed in float64: a pack's layout leaves no trace."""
+    means_S = torch.segment_reduce(values_T.double(), "mean", offsets=cu_seqlens.long(), unsafe=True)
+    return means_S.to(values_T.dtype)
+
+
+def image_weights(reduction: str, cu_seqlens: Tensor, slots_S: Tensor, total_images: int, total_tokens: int) -> Tensor:
+    """Weights (S,) with which `loss_S` sums to the loss of the global batch, over all packs of all ranks.
+
+    Args:
+        reduction: "image": every image 1 / total_images; "token": its tokens / total_tokens.
+        slots_S: padding (slot -1) weighs 0.
+        total_images, total_tokens: of the global batch, padding left out.
+    """
+    if reduction == "image":
+        weights_S = torch.full(slots_S.shape, 1 / total_images, device=slots_S.device)
+    else:
+        assert reduction == "token", reduction
+        weights_S = lengths_of(cu_seqlens).to(slots_S.device) / total_tokens
+    return weights_S * (slots_S != PADDING_SLOT)
+
+
+def _decoder_nats(data_TC: Tensor, mean_TC: Tensor, log_variance_TC: Tensor) -> Tensor:
+    """-ln probability of the data's 2/255 wide bin under a Gaussian (Ho et al. 2020, arXiv 2006.11239, eq. 13)."""
+    inverse_TC = (-0.5 * log_variance_TC).exp()
+    upper_TC = torch.special.ndtr((data_TC - mean_TC + 1 / 255) * inverse_TC)
+    lower_TC = torch.special.ndtr((data_TC - mean_TC - 1 / 255) * inverse_TC)
+    upper_TC = torch.where(data_TC > 0.999, 1.0, upper_TC)
+    lower_TC = torch.where(data_TC < -0.999, 0.0, lower_TC)
+    return -(upper_TC - lower_TC).clamp_min(1e-12).log()

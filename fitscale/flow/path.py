@@ -1,0 +1,118 @@
+"""The path between noise and data, and every random number of the flow.
+
+The time convention of the whole project, stated here once: **t = 0 is noise, t = 1 is data**, and
+x_t = t * data + (1 - t) * noise, whose velocity is data - noise (FiTv2, arXiv 2410.13925; SiT, arXiv 2401.08740).
+
+Randomness belongs to the image: an image's time, label drop and noise come from (seed, step, slot) alone, where slot is
+its position in the global batch. One counter-based generator (numpy's Philox) serves one image, and its draws have a
+fixed order: time, label drop, noise. So neither ranks, nor packs, nor padding (slot -1, all zeros) change a draw.
+
+Shape suffixes: T tokens of a pack, S images of a pack, C numbers in a token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PADDING_SLOT = -1
+
+# Uses of randomness that must never share a stream.
+TRAIN, VALIDATION, INITIAL_NOISE, SAMPLER_NOISE = range(4)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What chance decides of a pack: `t_S` in (0, 1), `drop_S` (label replaced by "no class"), `noise_TC` ~ N(0, 1)."""
+
+    t_S: Tensor
+    drop_S: Tensor
+    noise_TC: Tensor
+
+
+def image_generator(seed: int, step: int, slot: int, stream: int = TRAIN) -> np.random.Generator:
+    """The generator of one image; different (seed, step, slot, stream) never overlap (2^128 draws apart)."""
+    return np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, slot, stream]))
+
+
+def draws(
+    seed: int,
+    step: int,
+    slots: Sequence[int],
+    lengths: Sequence[int],
+    channels: int,
+    *,
+    time_distribution: str,
+    label_drop: float,
+) -> Draws:
+    """Time, label drop and noise of every image of a pack, on the CPU.
+
+    Args:
+        slots: S positions in the global batch; `PADDING_SLOT` gets time 0, no drop and zero noise.
+        lengths: S token counts.
+        time_distribution: "logit_normal" (sigmoid of a standard normal) or "uniform".
+        label_drop: probability that a label is dropped.
+    """
+    t_S = np.zeros(len(slots), dtype=np.float64)
+    drop_S = np.zeros(len(slots), dtype=bool)
+    noise_TC = np.zeros((sum(lengths), channels), dtype=np.float32)
+    start = 0
+    for i, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
+        if slot != PADDING_SLOT:
+            generator = image_generator(seed, step, slot)
+            t_S[i] = _time(generator, time_distribution)
+            drop_S[i] = generator.random() < label_drop
+            generator.standard_normal(dtype=np.float32, out=noise_TC[start : start + length])
+        start += length
+    return Draws(torch.from_numpy(t_S).float(), torch.from_numpy(drop_S), torch.from_numpy(noise_TC))
+
+
+def image_noise(
+    seed: int, step: int, slots: Sequence[int], lengths: Sequence[int], channels: int, *, stream: int
+) -> Tensor:
+    """Standard normal noise (T, C) of the images `slots`, on the CPU; zeros for padding."""
+    noise_TC = np.zeros((sum(lengths), channels), dtype=np.float32)
+    start = 0
+    for slot, length in zip(slots, lengths, strict=True):
+        if slot != PADDING_SLOT:
+            generator = image_generator(seed, step, slot, stream)
+            generator.standard_normal(dtype=np.float32, out=noise_TC[start : start + length])
+        start += length
+    return torch.from_numpy(noise_TC)
+
+
+def interpolate(data_TC: Tensor, noise_TC: Tensor, t_T1: Tensor) -> Tensor:
+    """The point x_t of the straight path."""
+    return t_T1 * data_TC + (1 - t_T1) * noise_TC
+
+
+def velocity(data_TC: Tensor, noise_TC: Tensor) -> Tensor:
+    """dx_t/dt of the straight path, the same at every t."""
+    return data_TC - noise_TC
+
+
+def score(velocity_TC: Tensor, x_TC: Tensor, t: float) -> Tensor:
+    """Gradient of ln p_t(x) for the straight path, from its velocity: (t v - x) / (1 - t), for t < 1.
+
+    SiT (arXiv 2401.08740), equation 9, with alpha = t and sigma = 1 - t.
+    """
+    return (t * velocity_TC - x_TC) / (1 - t)
+
+
+def lengths_of(cu_seqlens: Tensor) -> Tensor:
+    """Token counts (S,) of the images of a pack, from their cumulated starts (S + 1,)."""
+    return cu_seqlens[1:] - cu_seqlens[:-1]
+
+
+def per_token(values_S: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Repeat one value per image over its tokens: (S,) -> (T, 1)."""
+    return values_S.repeat_interleave(lengths_of(cu_seqlens).long(), output_size=tokens)[:, None]
+
+
+def _time(generator: np.random.Generator, distribution: str) -> float:
+    if distribution == "uniform":
+        return generator.random()
+    assert distribution == "logit_normal", distribution
+    return 1 / (1 + np.exp(-generator.standard_normal()))
