@@ -1,7 +1,7 @@
-"""A run directory belongs to one config: the first run writes it there, every later one has to agree with it."""
+"""A run directory belongs to one config: the first start writes it there, every later one has to agree with it."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from fitscale.config.errors import UserError
@@ -9,65 +9,50 @@ from fitscale.config.load import load_config, to_yaml
 from fitscale.config.rundir import RunDir, write_atomic
 from fitscale.config.schema import Config
 
-# What may change between two starts of one run: where and how fast it is computed, and what is measured on the way.
-# All other keys decide the weights that come out; run.steps only under a schedule that ends with it.
-MAY_CHANGE = (
-    "run.dir",
-    "run.device",
-    "run.log_every",
-    "data.shards",
-    "data.num_workers",
-    "data.prefetch_steps",
-    "batch.pack_tokens",
-    "batch.pad_multiple",
-    "parallel.",
-    "checkpoint.",
-    "sampling.",
-    "evaluation.",
-    "wandb.",
-)
+# What may differ when a run goes on: where and how fast it runs, never what it computes.
+_MAY_CHANGE = {"parallel", "checkpoint", "evaluation", "sampling", "wandb"}
+_MAY_CHANGE_KEYS = {
+    *("run.dir", "run.name", "run.steps", "run.device", "run.log_every"),
+    *("batch.pack_tokens", "batch.pad_multiple"),
+    *("data.shards", "data.num_workers", "data.prefetch_steps", "data.latent.vae"),
+}
 
 
-def claim(config: Config) -> RunDir:
-    """Make `config.run.dir` the directory of this run and write the resolved config into it.
+def claim_run_dir(config: Config, run: RunDir) -> None:
+    """Write config.yaml, or check that the one there is of the same run.
 
     Raises:
-        UserError: no run.dir, or the directory holds another run; the text lists the keys that differ. Nothing is
-            written then.
+        UserError: the folder belongs to another config (the differing keys are listed), or holds something else.
+            Nothing is written then.
     """
-    if not config.run.dir:
-        raise UserError("run.dir: must be given, e.g. run.dir=runs/b (the directory that records the run)")
-    run = RunDir(Path(config.run.dir))
     if run.config.exists():
-        _check_same(run, config)
+        changed = [key for key in differing_keys(load_config([str(run.config)]), config) if not _may_change(key, config)]
+        if changed:
+            raise UserError(
+                f"run.dir: {run.path} belongs to another config; differing keys: {', '.join(changed)}. "
+                "Choose another run.dir, or the config that the folder has in config.yaml"
+            )
+    elif run.path.is_dir() and any(run.path.iterdir()):
+        raise UserError(f"run.dir: {run.path} is not empty and holds no config.yaml; choose another folder")
     write_atomic(run.config, to_yaml(config))
-    return run
 
 
-def differing_keys(mine: Config, theirs: Config) -> list[str]:
-    """Dotted keys, with both values, in which two configs of one run may not differ."""
-    mine_flat, theirs_flat = _flat(asdict(mine)), _flat(asdict(theirs))
-    fixed = [key for key in mine_flat if not _may_change(key, mine)]
-    return [
-        f"{key} = {theirs_flat[key]} there, {mine_flat[key]} here" for key in fixed if mine_flat[key] != theirs_flat[key]
-    ]
+def differing_keys(old: Config, new: Config) -> list[str]:
+    """`key: old there, new here` for every leaf in which two configs differ."""
+    left, right = dict(_leaves(asdict(old))), dict(_leaves(asdict(new)))
+    return [f"{key}: {left[key]} there, {right[key]} here" for key in left if left[key] != right[key]]
 
 
-def _check_same(run: RunDir, config: Config) -> None:
-    different = differing_keys(config, load_config([str(run.config)]))
-    if different:
-        raise UserError(
-            f"run.dir: {run.path} belongs to a run with another config ({'; '.join(different)}); "
-            "choose another run.dir or the config that is there"
-        )
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
-def _may_change(key: str, config: Config) -> bool:
-    return key.startswith(MAY_CHANGE) or (key == "run.steps" and config.optim.schedule != "cosine")
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+def _may_change(difference: str, config: Config) -> bool:
+    key = difference.split(":")[0]
+    if key == "run.steps" and config.optim.schedule == "cosine":
+        return False  # the schedule of the steps already taken depends on it
+    return key in _MAY_CHANGE_KEYS or key.split(".")[0] in _MAY_CHANGE

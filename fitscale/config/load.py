@@ -47,18 +47,29 @@ def _is_override(argument: str) -> bool:
 
 
 def _read(argument: str) -> Any:
-    if _is_override(argument):
+    if not _is_override(argument):
+        return _read_file(argument)
+    try:
         return OmegaConf.from_dotlist([argument])
+    except YAMLError as error:
+        raise UserError(f"{argument}: the value is not valid YAML ({_one_line(error)})") from error
+
+
+def _read_file(argument: str) -> Any:
     path = Path(argument)
     if not path.is_file():
         raise UserError(f"{argument}: no such config file (an override is written key=value)")
     try:
         content = OmegaConf.load(path)
     except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{argument}: not valid YAML: {error}") from error
+        raise UserError(f"{argument}: not valid YAML ({_one_line(error)})") from error
     if not OmegaConf.is_dict(content):
         raise UserError(f"{argument}: must hold key: value pairs")
     return content
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _explain(error: OmegaConfBaseException) -> str:

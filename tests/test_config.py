@@ -1,0 +1,180 @@
+"""Configs: every preset loads, a mistake is one message that names key and remedy, YAML round-trips."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fitscale.config.claim import claim_run_dir
+from fitscale.config.errors import UserError
+from fitscale.config.load import load_config, to_yaml
+from fitscale.config.rundir import RunDir
+from fitscale.config.schema import Config, EvaluationConfig, ModelConfig
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+MODELS = sorted((CONFIGS / "model").glob("*.yaml"))
+DEMO_SIZES = [path for path in sorted((CONFIGS / "demo").glob("*.yaml")) if path.stem != "digits"]
+
+
+def load(*arguments: str | Path) -> Config:
+    return load_config([str(argument) for argument in arguments])
+
+
+def recipes_of(model: Path) -> list[Path]:
+    prefix = "fit_" if model.stem.startswith("fit_") else "fitv2_"
+    return sorted((CONFIGS / "recipe").glob(f"{prefix}*.yaml"))
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda path: path.stem)
+def test_every_model_goes_with_its_recipes(model):
+    assert recipes_of(model)
+    for recipe in recipes_of(model):
+        config = load(model, recipe)
+        assert config.optim.lr == 1e-4 and config.optim.betas == (0.9, 0.999)
+        assert config.batch.global_batch_size == 256 and config.optim.ema_decays == [0.9999]
+
+
+def test_every_file_of_configs_model_is_tested():
+    assert {path.stem for path in MODELS} >= {"s", "b", "l", "xl", "xxl", "fit_b", "fit_xl"}
+
+
+@pytest.mark.parametrize("size", DEMO_SIZES, ids=lambda path: path.stem)
+def test_demo_ladder_loads(size):
+    config = load(CONFIGS / "demo/digits.yaml", size)
+    assert config.model.name == size.stem
+    assert config.model.token_channels == 1
+    assert len(config.evaluation.steps(config.run.steps)) == config.evaluation.points
+
+
+def test_high_resolution_recipe_trains_what_the_paper_trains():
+    config = load(CONFIGS / "model/xl.yaml", CONFIGS / "recipe/fitv2_hr_512.yaml")
+    assert config.optim.trainable == ["x_embedder", "bias", "adaLN", "final_layer"]
+    assert (config.model.rope.method, config.model.rope.decouple) == ("ntk-aware", True)
+    assert config.model.rope.original_length == 16 and config.model.depth == 36
+
+
+def test_files_merge_left_to_right_and_overrides_win(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: {depth: 3, hidden_size: 64, num_heads: 4}\n")
+    (tmp_path / "b.yaml").write_text("model: {depth: 4}\n")
+    config = load("model.num_heads=2", tmp_path / "a.yaml", tmp_path / "b.yaml")
+    assert (config.model.depth, config.model.hidden_size, config.model.num_heads) == (4, 64, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["model.hiden_size=64"], ["model.hiden_size", "Did you mean", "'hidden_size'"]),
+        (["optm.lr=1"], ["optm", "Did you mean", "'optim'"]),
+        (["model.depth=deep"], ["model.depth", "deep"]),
+        (["optim.lr=[1]"], ["optim.lr"]),
+        (["run.name=[a"], ["run.name=[a", "not valid YAML"]),
+        (["model=3"], ["model=3", "ModelConfig"]),
+        (["nowhere.yaml"], ["nowhere.yaml", "no such config file"]),
+        (["model.num_heads=7"], ["model.hidden_size: 768", "model.num_heads = 7"]),
+        (["model.hidden_size=72", "model.num_heads=12"], ["head dimension of 6", "multiple of 4"]),
+        (["model.family=dit"], ["model.family", "fitv2, fit"]),
+        (["model.depth=0"], ["model.depth", "0"]),
+        (["model.rope.method=ntk"], ["model.rope.method", "ntk-aware"]),
+        (["parallel.zero_stage=0", "parallel.precision=bf16"], ["parallel.zero_stage", "stage 0", "bf16", "1, 2 or 3"]),
+        (["parallel.zero_stage=4"], ["parallel.zero_stage", "0, 1, 2, 3"]),
+        (["parallel.tensor_parallel_size=5"], ["parallel.tensor_parallel_size", "num_heads = 12", "valid: 1, 2, 4"]),
+        (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "2 or more"]),
+        (["flow.kind=ddpm"], ["flow.kind", "fitv2: rectified"]),
+        (["sampling.method=ddim"], ["sampling.method", "euler"]),
+        (["sampling.guidance.channels=5"], ["sampling.guidance.channels", "in_channels = 4"]),
+        (["data.holdout_fraction=1.0"], ["data.holdout_fraction", "[0.0, 1.0)"]),
+        (["optim.grad_clip=0"], ["optim.grad_clip", "above 0"]),
+        (["data.latent.kind=pixels"], ["data.latent", "factor = 1"]),
+        (["run.device=tpu"], ["run.device", "auto, cpu, cuda"]),
+    ],
+    ids=lambda value: value[0] if value and "=" in value[0] else None,
+)
+def test_a_mistake_is_one_message_with_key_and_remedy(arguments, parts):
+    with pytest.raises(UserError) as caught:
+        load(*arguments)
+    message = str(caught.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "\x80"], ids=["broken", "a list", "binary"])
+def test_a_file_that_is_no_config_is_named(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"c\.yaml"):
+        load(path)
+
+
+@pytest.mark.parametrize("arguments", [[], ["model.rope.theta=500", "run.init_weights=w.safetensors", "evaluation.features=f.pt"]])
+def test_yaml_reads_back_to_an_equal_config(tmp_path, arguments):
+    config = load(*arguments)
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert load(tmp_path / "c.yaml") == config
+
+
+@given(
+    st.floats(min_value=1e-12, max_value=1e6, allow_nan=False),
+    st.lists(st.floats(min_value=0, max_value=0.99999), max_size=3),
+    st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=20).filter(lambda text: "${" not in text),
+)
+def test_yaml_keeps_every_number_and_text(tmp_path_factory, lr, decays, name):
+    config = Config()
+    config = replace(config, optim=replace(config.optim, lr=lr, ema_decays=decays), run=replace(config.run, name=name))
+    path = tmp_path_factory.mktemp("yaml") / "c.yaml"
+    path.write_text(to_yaml(config))
+    assert load(path) == config
+
+
+def test_derived_sizes_follow_the_family():
+    fitv2 = ModelConfig(family="fitv2", hidden_size=1152, num_heads=16)
+    assert (fitv2.head_dim, fitv2.mlp_hidden_size, fitv2.adaln_rank, fitv2.out_channels) == (72, 3072, 288, 4)
+    fit = ModelConfig(family="fit", hidden_size=1152, num_heads=16)
+    assert (fit.mlp_hidden_size, fit.adaln_rank, fit.out_channels, fit.qk_norm) == (4608, None, 8, False)
+    assert fitv2.token_channels == 16
+
+
+@given(st.integers(0, 12), st.integers(1, 10**6), st.integers(1, 10**6))
+def test_evaluation_steps_ascend_to_the_last_step(points, first, last):
+    steps = EvaluationConfig(points=points, first_step=first).steps(last)
+    assert steps == sorted(set(steps)) and len(steps) <= points + 1
+    assert (steps[-1] == last and steps[0] >= min(first, last)) if points else steps == []
+
+
+def test_evaluation_steps_are_log_spaced():
+    assert EvaluationConfig(points=4, first_step=1000).steps(8000) == [1000, 2000, 4000, 8000]
+
+
+def claim(*arguments: str | Path) -> None:
+    config = load(*arguments)
+    claim_run_dir(config, RunDir(Path(config.run.dir)))
+
+
+def test_a_run_directory_belongs_to_one_config(tmp_path):
+    claim(f"run.dir={tmp_path}")
+    before = RunDir(tmp_path).config.read_bytes()
+    with pytest.raises(UserError) as caught:
+        claim(f"run.dir={tmp_path}", "model.depth=3", "optim.lr=0.5", "parallel.zero_stage=2")
+    message = str(caught.value)
+    assert "model.depth: 15 there, 3 here" in message and "optim.lr" in message and "zero_stage" not in message
+    assert RunDir(tmp_path).config.read_bytes() == before
+
+
+def test_what_only_changes_speed_or_length_may_change(tmp_path):
+    claim(f"run.dir={tmp_path}")
+    claim(f"run.dir={tmp_path}", "batch.pack_tokens=99", "parallel.zero_stage=2", "run.steps=9", "wandb.mode=offline")
+    assert load(RunDir(tmp_path).config).run.steps == 9
+
+
+def test_a_cosine_schedule_knows_its_last_step(tmp_path):
+    claim(f"run.dir={tmp_path}", "optim.schedule=cosine")
+    with pytest.raises(UserError, match=r"run\.steps: 400000 there, 9 here"):
+        claim(f"run.dir={tmp_path}", "optim.schedule=cosine", "run.steps=9")
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match=r"not empty"):
+        claim(f"run.dir={tmp_path}")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

@@ -1,0 +1,87 @@
+"""Run directories: complete or absent, whatever crash came between."""
+
+import json
+
+import pytest
+
+from fitscale.config.rundir import RunDir, append_jsonl, read_checkpoint, read_jsonl, write_atomic
+
+
+def checkpoint(run: RunDir, step: int, files: dict[str, bytes]) -> None:
+    folder = run.checkpoint_path(step)
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    marker = {"step": step, "images": step * 8, "files": {name: len(data) for name, data in files.items()}}
+    (folder / "COMPLETE").write_text(json.dumps(marker))
+
+
+def test_checkpoints_are_found_oldest_first(tmp_path):
+    run = RunDir(tmp_path)
+    for step in (30, 4, 100):
+        checkpoint(run, step, {"weights/raw/0.safetensors": b"1234"})
+    found = run.checkpoints()
+    assert [one.step for one in found] == [4, 30, 100]
+    assert found[0].meta["images"] == 32
+    assert found[0].weight_names() == ["raw"]
+    assert (found[0].weights("raw") / "0.safetensors").read_bytes() == b"1234"
+
+
+@pytest.mark.parametrize("damage", ["marker missing", "marker cut", "file missing", "file cut"])
+def test_a_half_written_checkpoint_is_absent(tmp_path, damage):
+    run = RunDir(tmp_path)
+    for step in (1, 2):
+        checkpoint(run, step, {"state/rank0": b"1234", "weights/ema_0.9/0.safetensors": b"5678"})
+    folder = run.checkpoint_path(2)
+    marker, file = folder / "COMPLETE", folder / "state/rank0"
+    {
+        "marker missing": marker.unlink,
+        "marker cut": lambda: marker.write_text(marker.read_text()[:-5]),
+        "file missing": file.unlink,
+        "file cut": lambda: file.write_bytes(b"123"),
+    }[damage]()
+    assert read_checkpoint(folder) is None
+    assert [one.step for one in run.checkpoints()] == [1]
+    assert run.checkpoint_folders() == [run.checkpoint_path(1), folder]
+
+
+def test_folders_under_other_names_are_no_checkpoints(tmp_path):
+    run = RunDir(tmp_path)
+    checkpoint(run, 1, {"state/rank0": b"1"})
+    run.checkpoint_path(1).rename(run.checkpoint_path(1).with_name(".step-00000001.tmp"))
+    assert run.checkpoint_folders() == []
+
+
+def test_jsonl_survives_a_line_cut_short(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert read_jsonl(path) == []
+    append_jsonl(path, {"step": 1})
+    append_jsonl(path, {"step": 2})
+    path.write_bytes(path.read_bytes() + b'{"step": 3, "lo')
+    assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
+    append_jsonl(path, {"step": 3})
+    assert read_jsonl(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
+def test_a_first_line_cut_short_is_dropped(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"st')
+    append_jsonl(path, {"step": 1})
+    assert read_jsonl(path) == [{"step": 1}]
+
+
+def test_write_atomic_leaves_no_trace_of_itself(tmp_path):
+    path = tmp_path / "new/file"
+    write_atomic(path, "old")
+    write_atomic(path, b"new")
+    assert path.read_text() == "new"
+    assert [one.name for one in path.parent.iterdir()] == ["file"]
+
+
+def test_write_atomic_that_fails_keeps_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+    with pytest.raises((TypeError, AttributeError)):
+        write_atomic(path, 3)  # type: ignore[arg-type]
+    assert path.read_text() == "old"
