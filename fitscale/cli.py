@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fitscale",
         description="Train FiTv2 at any size, sample it at any resolution, measure it.",
-        epilog="example: fitscale train configs/model/b.yaml configs/recipe/fitv2_256.yaml data.shards=shards run.dir=runs/b",
+        epilog="example: fitscale train configs/model/b.yaml configs/recipe/fitv2_256.yaml run.dir=runs/b",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     config = _add(commands, "config", _config, "print a resolved config as YAML", "configs/model/b.yaml optim.lr=2e-4")

@@ -86,7 +86,9 @@ def test_import_rule_holds():
 
 
 def test_every_package_has_a_rule():
-    found = {path.with_suffix("").name for path in (ROOT / "fitscale").iterdir() if path.suffix == ".py" or path.is_dir()}
+    found = {
+        path.with_suffix("").name for path in (ROOT / "fitscale").iterdir() if path.suffix == ".py" or path.is_dir()
+    }
     assert found - {"__pycache__", "__init__"} == set(BELOW)
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitscale.config.claim import claim_run_dir
+from fitscale.config.claim import claim
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config, to_yaml
 from fitscale.config.rundir import RunDir
@@ -107,7 +107,9 @@ def test_a_file_that_is_no_config_is_named(tmp_path, text):
         load(path)
 
 
-@pytest.mark.parametrize("arguments", [[], ["model.rope.theta=500", "run.init_weights=w.safetensors", "evaluation.features=f.pt"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["model.rope.theta=500", "run.init_weights=w.safetensors", "evaluation.features=f.pt"]]
+)
 def test_yaml_reads_back_to_an_equal_config(tmp_path, arguments):
     config = load(*arguments)
     (tmp_path / "c.yaml").write_text(to_yaml(config))
@@ -117,7 +119,9 @@ def test_yaml_reads_back_to_an_equal_config(tmp_path, arguments):
 @given(
     st.floats(min_value=1e-12, max_value=1e6, allow_nan=False),
     st.lists(st.floats(min_value=0, max_value=0.99999), max_size=3),
-    st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=20).filter(lambda text: "${" not in text),
+    st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=20).filter(
+        lambda text: "${" not in text
+    ),
 )
 def test_yaml_keeps_every_number_and_text(tmp_path_factory, lr, decays, name):
     config = Config()
@@ -146,35 +150,39 @@ def test_evaluation_steps_are_log_spaced():
     assert EvaluationConfig(points=4, first_step=1000).steps(8000) == [1000, 2000, 4000, 8000]
 
 
-def claim(*arguments: str | Path) -> None:
-    config = load(*arguments)
-    claim_run_dir(config, RunDir(Path(config.run.dir)))
-
-
 def test_a_run_directory_belongs_to_one_config(tmp_path):
-    claim(f"run.dir={tmp_path}")
+    claim(load(f"run.dir={tmp_path}"))
     before = RunDir(tmp_path).config.read_bytes()
     with pytest.raises(UserError) as caught:
-        claim(f"run.dir={tmp_path}", "model.depth=3", "optim.lr=0.5", "parallel.zero_stage=2")
+        claim(load(f"run.dir={tmp_path}", "model.depth=3", "optim.lr=0.5", "parallel.zero_stage=2"))
     message = str(caught.value)
     assert "model.depth: 15 there, 3 here" in message and "optim.lr" in message and "zero_stage" not in message
     assert RunDir(tmp_path).config.read_bytes() == before
 
 
 def test_what_only_changes_speed_or_length_may_change(tmp_path):
-    claim(f"run.dir={tmp_path}")
-    claim(f"run.dir={tmp_path}", "batch.pack_tokens=99", "parallel.zero_stage=2", "run.steps=9", "wandb.mode=offline")
+    claim(load(f"run.dir={tmp_path}"))
+    claim(
+        load(
+            f"run.dir={tmp_path}", "batch.pack_tokens=99", "parallel.zero_stage=2", "run.steps=9", "wandb.mode=offline"
+        )
+    )
     assert load(RunDir(tmp_path).config).run.steps == 9
 
 
 def test_a_cosine_schedule_knows_its_last_step(tmp_path):
-    claim(f"run.dir={tmp_path}", "optim.schedule=cosine")
+    claim(load(f"run.dir={tmp_path}", "optim.schedule=cosine"))
     with pytest.raises(UserError, match=r"run\.steps: 400000 there, 9 here"):
-        claim(f"run.dir={tmp_path}", "optim.schedule=cosine", "run.steps=9")
+        claim(load(f"run.dir={tmp_path}", "optim.schedule=cosine", "run.steps=9"))
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match=r"not empty"):
-        claim(f"run.dir={tmp_path}")
+        claim(load(f"run.dir={tmp_path}"))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_needs_a_directory():
+    with pytest.raises(UserError, match=r"run\.dir: must be given"):
+        claim(Config())

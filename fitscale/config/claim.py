@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from fitscale.config.errors import UserError
@@ -18,23 +19,38 @@ _MAY_CHANGE_KEYS = {
 }
 
 
-def claim_run_dir(config: Config, run: RunDir) -> None:
-    """Write config.yaml, or check that the one there is of the same run.
+def claim(config: Config) -> RunDir:
+    """Make `config.run.dir` the directory of this run: write the resolved config there, after `check_claim`."""
+    run = check_claim(config)
+    write_atomic(run.config, to_yaml(config))
+    return run
+
+
+def check_claim(config: Config) -> RunDir:
+    """The directory that `config` names, which is new or of the same run.
 
     Raises:
-        UserError: the folder belongs to another config (the differing keys are listed), or holds something else.
-            Nothing is written then.
+        UserError: no run.dir; the folder belongs to another config (the differing keys are listed), or holds something
+            else.
     """
+    if not config.run.dir:
+        raise UserError("run.dir: must be given, e.g. run.dir=runs/b (the directory that records the run)")
+    run = RunDir(Path(config.run.dir))
     if run.config.exists():
-        changed = [key for key in differing_keys(load_config([str(run.config)]), config) if not _may_change(key, config)]
-        if changed:
-            raise UserError(
-                f"run.dir: {run.path} belongs to another config; differing keys: {', '.join(changed)}. "
-                "Choose another run.dir, or the config that the folder has in config.yaml"
-            )
+        _check_same(run, config)
     elif run.path.is_dir() and any(run.path.iterdir()):
         raise UserError(f"run.dir: {run.path} is not empty and holds no config.yaml; choose another folder")
-    write_atomic(run.config, to_yaml(config))
+    return run
+
+
+def _check_same(run: RunDir, config: Config) -> None:
+    there = load_config([str(run.config)])
+    changed = [difference for difference in differing_keys(there, config) if not _may_change(difference, config)]
+    if changed:
+        raise UserError(
+            f"run.dir: {run.path} belongs to another config; differing keys: {', '.join(changed)}. "
+            "Choose another run.dir, or the config that the folder has in config.yaml"
+        )
 
 
 def differing_keys(old: Config, new: Config) -> list[str]:

@@ -1,0 +1,195 @@
+"""Run a ladder of sizes: one run directory per cell, trained and evaluated.
+
+1. Resolve every cell's config and print what each will cost; a mistake in any ends here, with nothing written.
+2. Write each run directory's config, and manifest.json into the sweep directory.
+3. Run the cells that are not finished, a few at a time; a cell that was interrupted goes on where it was.
+4. Show how far each one is; at the end, what failed and why.
+
+Everything about a cell is read from its run directory, so stopping and starting again is always safe.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+from submitit import LocalExecutor, LocalJob
+
+from fitscale.config.claim import check_claim, claim
+from fitscale.config.load import load_schema
+from fitscale.config.main import exit_code
+from fitscale.config.rundir import write_atomic
+from fitscale.config.schema import Config
+from fitscale.config.sweep import SweepConfig
+from fitscale.data.index import open_index
+from fitscale.scaling.ladder import Cell, TokenShares, cells, manifest, table
+from fitscale.scaling.progress import progress
+from fitscale.train.job import LOG, RunJob
+
+POLL_S = 1.0
+PLAIN_EVERY_S = 20.0  # between two progress reports where the output is no terminal
+NO_TIMEOUT_MIN = 60 * 24 * 365
+ERROR_LINES = 12
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train and evaluate every cell of a sweep; finished cells are skipped, interrupted ones go on.",
+        epilog="example: python slurm/sweep.py configs/sweep/digits.yaml --dry-run",
+    )
+    parser.add_argument("sweep", nargs="+", metavar="SWEEP|KEY=VALUE", help="sweep YAML files and dotted overrides")
+    parser.add_argument("--dry-run", action="store_true", help="print the cells and their cost, run nothing")
+    parser.add_argument("--cluster", choices=["local"], default="local", help="where the cells run (default: local)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program with `argv`; returns 0 if every cell is finished, 1 if one failed."""
+    arguments = parse(argv)
+    sweep = load_schema(SweepConfig, arguments.sweep)
+    ladder = cells(sweep)
+    print(table(ladder, token_shares), flush=True)
+    if arguments.dry_run:
+        return 0
+    prepare(sweep, ladder)
+    pending = [cell for cell in ladder if not progress(cell.config, cell.run).finished]
+    for cell in ladder:
+        if cell not in pending:
+            print(f"{cell.name}: finished before")
+    failed = LocalPool(sweep, pending).run() if pending else []
+    for cell in failed:
+        report_failure(cell)
+    return 1 if failed else 0
+
+
+def token_shares(config: Config) -> TokenShares:
+    """How many tokens the images have that `config` trains on, from the index of its shards."""
+    return _token_shares(config.data.shards, config.model.patch_size)
+
+
+@cache
+def _token_shares(shards: str, patch_size: int) -> TokenShares:
+    sizes = open_index(shards).meta.sizes
+    images = sum(count for _, _, count in sizes)
+    shares: dict[int, float] = {}
+    for height, width, count in sizes:
+        tokens = (height // patch_size) * (width // patch_size)
+        shares[tokens] = shares.get(tokens, 0.0) + count / images
+    return shares
+
+
+def prepare(sweep: SweepConfig, ladder: list[Cell]) -> None:
+    """Write the run directories' configs and the manifest, once it is sure that all can be written."""
+    for cell in ladder:
+        check_claim(cell.config)
+    for cell in ladder:
+        claim(cell.config)
+    content = json.dumps(manifest(sweep, ladder, token_shares), indent=1)
+    write_atomic(Path(sweep.dir) / "manifest.json", content + "\n")
+
+
+def report_failure(cell: Cell) -> None:
+    log = cell.run.path / LOG
+    lines = log.read_text(errors="replace").replace("\r", "\n").splitlines() if log.exists() else []
+    tail = "\n".join(f"  {line}" for line in [line for line in lines if line.strip()][-ERROR_LINES:])
+    print(f"error: cell {cell.name} failed; the last lines of {log}:\n{tail}", file=sys.stderr)
+
+
+class LocalPool:
+    """Cells on this machine through submitit's local executor, as many at a time as the sweep says."""
+
+    def __init__(self, sweep: SweepConfig, pending: list[Cell]) -> None:
+        self.sweep, self.local = sweep, sweep.local
+        self.ladder, self.waiting = pending, list(pending)
+        self.running: dict[int, tuple[Cell, LocalJob]] = {}  # by place, of which there are local.parallel_cells
+        self.display = Display()
+
+    def run(self) -> list[Cell]:
+        """Run all; returns the cells that did not come to their end. Stops the running ones when it is stopped."""
+        with_cores(self.local.parallel_cells)
+        failed: list[Cell] = []
+        try:
+            while self.waiting or self.running:
+                self._fill()
+                time.sleep(POLL_S)
+                failed += self._collect()
+                self.display.show(self.ladder)
+            self.display.show(self.ladder, last=True)
+        finally:
+            self._stop()
+        return failed
+
+    def _fill(self) -> None:
+        """Start waiting cells in the free places."""
+        for place in range(self.local.parallel_cells):
+            if self.waiting and place not in self.running:
+                cell = self.waiting.pop(0)
+                self.running[place] = (cell, self._executor(place).submit(RunJob(cell.run.path)))
+
+    def _executor(self, place: int) -> LocalExecutor:
+        executor = LocalExecutor(Path(self.sweep.dir) / "submitit" / "%j")
+        gpus = [self.local.gpus[place]] if self.local.gpus else []
+        executor.update_parameters(timeout_min=NO_TIMEOUT_MIN, gpus_per_node=len(gpus), visible_gpus=gpus)
+        return executor
+
+    def _collect(self) -> list[Cell]:
+        """Free the places of the jobs that have ended; returns the cells that are not finished though their job is.
+
+        The run directory says whether a cell is finished, not submitit's result: a process id, and with it the place
+        of a result, can come back.
+        """
+        ended = [place for place, (_, job) in self.running.items() if job.done()]
+        left = [self.running.pop(place)[0] for place in ended]
+        return [cell for cell in left if not progress(cell.config, cell.run).finished]
+
+    def _stop(self) -> None:
+        for _, job in self.running.values():
+            job.cancel()
+        deadline = time.monotonic() + 10
+        while any(not job.done() for _, job in self.running.values()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+
+class Display:
+    """One line a cell: rewritten in place on a terminal, otherwise printed now and then if it has changed."""
+
+    def __init__(self) -> None:
+        self.terminal = sys.stdout.isatty()
+        self.lines: list[str] = []
+        self.next_s = 0.0
+
+    def show(self, ladder: list[Cell], *, last: bool = False) -> None:
+        if not (self.terminal or last or time.monotonic() >= self.next_s):
+            return
+        width = max(len(cell.name) for cell in ladder)
+        lines = [f"  {cell.name:<{width}}  {progress(cell.config, cell.run)}" for cell in ladder]
+        if self.terminal:
+            up = f"\x1b[{len(self.lines)}A" if self.lines else ""
+            print(up + "".join(f"\x1b[2K{line}\n" for line in lines), end="", flush=True)
+        else:
+            print("".join(f"{line}\n" for line in lines if line not in self.lines), end="", flush=True)
+        self.lines, self.next_s = lines, time.monotonic() + PLAIN_EVERY_S
+
+
+def with_cores(cells_at_once: int) -> None:
+    """Give each of so many processes its share of the cores, unless the user has chosen."""
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // cells_at_once)))
+
+
+def catch_signals() -> None:
+    """Let SIGINT and SIGTERM end this process through its `finally`: so that it stops its cells.
+
+    SIGINT is set by hand, because a shell's background job starts with it ignored, and so would the cells.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+if __name__ == "__main__":
+    catch_signals()
+    sys.exit(exit_code(main))

@@ -1,0 +1,111 @@
+"""Ladders: a sweep's cells, what they cost, and how far they are."""
+
+import pytest
+
+from fitscale.config.errors import UserError
+from fitscale.config.load import load_schema
+from fitscale.config.rundir import RunDir, append_jsonl, write_atomic
+from fitscale.config.sweep import SweepConfig
+from fitscale.model import flops
+from fitscale.scaling.ladder import cells, manifest, table, train_flops
+from fitscale.scaling.progress import pending_evaluations, progress
+
+TEXT = """
+name: study
+dir: {dir}
+base: [model.num_heads=2, run.steps=100, batch.global_batch_size=8, evaluation.first_step=25, evaluation.points=3]
+cells:
+  small: [model.hidden_size=32, model.depth=2]
+  large: [model.hidden_size=64, model.depth=2, run.steps=200]
+"""
+
+
+def load(tmp_path, text=TEXT, *overrides) -> SweepConfig:
+    (tmp_path / "sweep.yaml").write_text(text.replace("{dir}", str(tmp_path / "out")))
+    return load_schema(SweepConfig, [str(tmp_path / "sweep.yaml"), *overrides])
+
+
+def tokens(config):
+    return {16: 0.5, 64: 0.5}
+
+
+def test_a_cell_is_the_base_then_its_own_arguments(tmp_path):
+    small, large = cells(load(tmp_path))
+    assert (small.name, large.name) == ("small", "large")
+    assert (small.config.run.steps, large.config.run.steps) == (100, 200)
+    assert (small.config.model.hidden_size, large.config.model.hidden_size) == (32, 64)
+    assert small.config.run.name == "study-small"
+    assert small.run.path == tmp_path / "out/small"
+    assert not (tmp_path / "out").exists()
+
+
+def test_cost_counts_every_image_with_its_own_tokens(tmp_path):
+    small = cells(load(tmp_path))[0].config
+    by_hand = sum(6 * (flops.linear_macs(small.model, n) + flops.attention_macs(small.model, n)) for n in (16, 64))
+    assert train_flops(small, tokens) == pytest.approx(by_hand / 2 * 8 * 100)
+
+
+def test_table_and_manifest_hold_every_cell(tmp_path):
+    sweep = load(tmp_path)
+    ladder = cells(sweep)
+    header, small, large, total = table(ladder, tokens).splitlines()
+    assert f"{flops.parameters(ladder[0].config.model):,}" in small and "25 50 100" in small
+    assert "1,600" in large and "40.0" in large and "2 cells" in total and "parameters" in header
+    content = manifest(sweep, ladder, tokens)
+    assert [cell["name"] for cell in content["cells"]] == ["small", "large"]
+    assert content["cells"][1]["train_flops"] == train_flops(ladder[1].config, tokens)
+    assert content["sweep"]["cells"]["small"] == ["model.hidden_size=32", "model.depth=2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (TEXT.replace("cells:", "cels:"), ["cels", "Did you mean", "cells"]),
+        (TEXT.replace("dir: {dir}\n", ""), ["dir: must be given"]),
+        ("dir: out\n", ["cells: must name at least one cell"]),
+        (TEXT.replace("small:", "../small:"), ["'../small' cannot be a directory's name"]),
+        (TEXT + "local: {parallel_cells: 0}\n", ["local.parallel_cells"]),
+        (TEXT + "local: {parallel_cells: 2, gpus: [0]}\n", ["local.gpus"]),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_named(tmp_path, text, parts):
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, text)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_a_mistake_in_a_cell_names_the_cell(tmp_path):
+    with pytest.raises(UserError, match=r"cell large: .*model\.hidden_size: 63"):
+        cells(load(tmp_path, TEXT.replace("hidden_size=64", "hidden_size=63")))
+
+
+def record(run: RunDir, step: int, *metrics: str) -> None:
+    for name in metrics:
+        append_jsonl(run.evaluations, {"step": step, "metric": name, "value": 1.0})
+
+
+def test_progress_is_read_from_the_run_directory(tmp_path):
+    text = TEXT.replace(
+        "evaluation.points=3", "evaluation.points=3, evaluation.features=f.pt, data.holdout_fraction=0.1"
+    )
+    cell = cells(load(tmp_path, text))[0]
+    state = progress(cell.config, cell.run)
+    assert (state.step, state.loss, state.finished) == (0, None, False)
+    append_jsonl(cell.run.metrics, {"step": 60, "loss": 0.5})
+    record(cell.run, 25, "validation_loss", "fd")
+    record(cell.run, 50, "validation_loss")
+    state = progress(cell.config, cell.run)
+    assert (state.step, state.evaluated, state.trained) == (60, 1, False)
+    assert str(state) == "step 60/100  loss 0.5000  evaluated 1/3"
+    assert pending_evaluations(cell.config, cell.run) == [50, 100]
+
+
+def test_a_run_is_finished_with_its_last_checkpoint_and_all_evaluations(tmp_path):
+    cell = cells(load(tmp_path, TEXT.replace("evaluation.points=3", "evaluation.points=3, data.holdout_fraction=0.1")))[
+        0
+    ]
+    for step in (25, 50, 100):
+        record(cell.run, step, "validation_loss")
+    assert not progress(cell.config, cell.run).finished
+    write_atomic(cell.run.checkpoint_path(100) / "COMPLETE", '{"step": 100, "files": {}}')
+    assert progress(cell.config, cell.run).finished
