@@ -40,13 +40,13 @@ def imports(path: Path, root: Path) -> Iterator[str]:
             start = list(package[: len(package) - node.level]) if node.level else []
             module = ".".join(start + ([node.module] if node.module else []))
             yield from (f"{module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and _called(node) in ("import_module", "__import__") and node.args:
-            if isinstance(node.args[0], ast.Constant):
-                yield str(node.args[0].value)
+        elif isinstance(node, ast.Call) and _imports_a_constant(node):
+            yield str(ast.literal_eval(node.args[0]))
 
 
-def _called(node: ast.Call) -> str:
-    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+def _imports_a_constant(node: ast.Call) -> bool:
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    return name in ("import_module", "__import__") and bool(node.args) and isinstance(node.args[0], ast.Constant)
 
 
 def violations(root: Path) -> list[str]:

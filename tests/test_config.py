@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fitscale.config.claim import claim
@@ -116,6 +116,7 @@ def test_yaml_reads_back_to_an_equal_config(tmp_path, arguments):
     assert load(tmp_path / "c.yaml") == config
 
 
+@settings(max_examples=40)
 @given(
     st.floats(min_value=1e-12, max_value=1e6, allow_nan=False),
     st.lists(st.floats(min_value=0, max_value=0.99999), max_size=3),
