@@ -1,0 +1,75 @@
+"""Between arrays and tokens, and from stored arrays back to images for people.
+
+A token is a square patch of a (channels, height, width) array; its numbers are ordered `(c p1 p2)`, tokens in raster
+order.
+Pixels are stored as uint8 and trained on as x / 127.5 - 1. Latents are stored as trained on: scaling * (VAE's latent).
+"""
+
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from einops import rearrange
+
+from fitscale.config.errors import UserError
+from fitscale.config.schema import LatentConfig
+
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
+
+def patchify(image_CHW: Array, patch_size: int) -> Array:
+    """Tokens of an array: (channels, height, width) -> (rows * cols, channels * patch_size^2)."""
+    return rearrange(image_CHW, "c (h p1) (w p2) -> (h w) (c p1 p2)", p1=patch_size, p2=patch_size)
+
+
+def unpatchify(tokens_TC: Array, rows: int, cols: int, patch_size: int) -> Array:
+    """The inverse of `patchify` for an array of rows x cols patches."""
+    pattern = "(h w) (c p1 p2) -> c (h p1) (w p2)"
+    return rearrange(tokens_TC, pattern, h=rows, w=cols, p1=patch_size, p2=patch_size)
+
+
+def to_float(stored: np.ndarray) -> np.ndarray:
+    """A stored array as it is trained on, float32: uint8 pixels in [-1, 1], latents as they are."""
+    if stored.dtype == np.uint8:
+        return stored / np.float32(127.5) - np.float32(1)
+    return stored.astype(np.float32)
+
+
+class Decoder:
+    """Turns what the model generates into images.
+
+    Raises:
+        UserError: the VAE is not named, or cannot be loaded.
+    """
+
+    def __init__(self, latent: LatentConfig, device: str | torch.device = "cpu") -> None:
+        self.latent = latent
+        self._vae = _load_vae(latent.vae).to(device) if latent.kind == "vae" else None
+
+    @torch.no_grad()
+    def __call__(self, latents: torch.Tensor) -> np.ndarray:
+        """uint8 images (..., H, W, channels) of latents, or of pixels in [-1, 1], (..., C, height, width)."""
+        if self._vae is None:
+            return _to_uint8(latents)
+        batch = latents.reshape(-1, *latents.shape[-3:]).to(self._vae.device, self._vae.dtype)
+        images = self._vae.decode(batch / self.latent.scaling).sample
+        return _to_uint8(images.reshape(*latents.shape[:-3], *images.shape[-3:]))
+
+
+def _to_uint8(images: torch.Tensor) -> np.ndarray:
+    levels = ((images.float() + 1) * 127.5).round().clip(0, 255).to(torch.uint8)
+    return levels.movedim(-3, -1).cpu().numpy()
+
+
+def _load_vae(name: str | None) -> Any:
+    if name is None:
+        raise UserError("data.latent.vae: needed to decode latents: a local folder or a hub name of an AutoencoderKL")
+    from diffusers import AutoencoderKL
+
+    try:
+        return AutoencoderKL.from_pretrained(name).eval().requires_grad_(False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"data.latent.vae: no AutoencoderKL at {name!r}, neither a local folder nor a reachable hub name: "
+            f"{str(error).splitlines()[0]}"
+        ) from error

@@ -1,0 +1,195 @@
+"""From the plan to packs of tokens on this rank.
+
+1. A worker takes a step number, asks the plan for the global batch, and splits it over ranks and micro-batches.
+2. It reads the byte ranges of its own rank's images, patchifies them and lays them end to end, pack after pack.
+3. The training process cuts that one tensor into `Pack`s (views), in the order of the steps.
+
+Every step is computed from its number alone, so workers change nothing and resuming is starting at another step.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fitscale.config.errors import UserError
+from fitscale.data.encode import patchify, to_float
+from fitscale.data.packing import PackingStats, padded, split
+from fitscale.data.plan import BatchPlan, GlobalBatch
+from fitscale.data.reader import ShardReader
+
+PADDING_SLOT = -1
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Images laid end to end. Padding is an image too: slot -1, label 0, one row of zero tokens, last in the pack."""
+
+    tokens_TC: torch.Tensor  # float32
+    sizes_S2: torch.Tensor  # int32, (rows, cols) in patches
+    labels_S: torch.Tensor  # int64
+    slots_S: torch.Tensor  # int64, positions in the global batch
+    cu_seqlens: torch.Tensor  # int32, (S + 1,); the last is T
+
+    def to(self, device: str | torch.device) -> "Pack":
+        """The same pack on `device`."""
+        return Pack(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one rank computes in one optimizer step, and the global batch that it is a share of."""
+
+    step: int
+    batch: GlobalBatch
+    packs: list[Pack]
+    stats: PackingStats
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A StepBatch on its way between processes: one shared tensor for all packs, the rest by value."""
+
+    batch: GlobalBatch
+    stats: PackingStats
+    tokens: torch.Tensor
+    slots: list[np.ndarray]  # of every pack, padding included
+    sizes: list[np.ndarray]
+
+
+def make_loader(
+    plan: BatchPlan,
+    folder: str | Path,
+    *,
+    dp_rank: int,
+    dp_size: int,
+    pack_tokens: int,
+    pad_multiple: int,
+    cost: tuple[float, float],
+    first_step: int,
+    last_step: int,
+    num_workers: int,
+    prefetch_steps: int,
+) -> Iterator[StepBatch]:
+    """Iterator over the StepBatch of steps first_step .. last_step - 1 for rank `dp_rank`.
+
+    `cost` is (a, b): an image of n tokens costs a * n + b * n^2. `num_workers` processes each read `prefetch_steps`
+    ahead; 0 reads in this process when asked.
+
+    Raises:
+        UserError: here, if an image is larger than a pack; while iterating, if a shard is missing or corrupt.
+    """
+    if Path(folder).resolve() != plan.index.folder.resolve():
+        raise UserError(f"data.shards: {folder} is not the folder of the plan's index, {plan.index.folder}")
+    _check_pack_tokens(plan, pack_tokens, pad_multiple)
+    steps = _Steps(plan, dp_rank, dp_size, pack_tokens, pad_multiple, cost, range(first_step, last_step))
+    loaded_steps: DataLoader[Any] = DataLoader(
+        steps,
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_steps if num_workers else None,
+        collate_fn=_unchanged,
+        generator=torch.Generator(),  # else the loader would draw from torch's global generator
+    )
+    return _iterate(loaded_steps)
+
+
+def _iterate(loaded_steps: DataLoader[Any]) -> Iterator[StepBatch]:
+    for loaded in loaded_steps:
+        if isinstance(loaded, UserError):
+            raise loaded
+        yield StepBatch(loaded.batch.step, loaded.batch, _cut(loaded), loaded.stats)
+
+
+@dataclass
+class _Steps(Dataset[Any]):
+    """Step number -> what this rank computes. Runs in the workers."""
+
+    plan: BatchPlan
+    dp_rank: int
+    dp_size: int
+    pack_tokens: int
+    pad_multiple: int
+    cost: tuple[float, float]
+    steps: range
+
+    def __post_init__(self) -> None:
+        self.reader = ShardReader(self.plan.index)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, item: int) -> _Loaded | UserError:
+        try:
+            return self._load(self.steps[item])
+        except UserError as error:
+            return error  # raised in the training process, where it is not wrapped into the worker's traceback
+
+    def _load(self, step: int) -> _Loaded:
+        batch = self.plan.step(step)
+        tokens_B = batch.tokens_B
+        a, b = self.cost
+        packing = split(
+            tokens_B,
+            a * tokens_B + b * tokens_B.astype(np.float64) ** 2,
+            dp_size=self.dp_size,
+            pack_tokens=self.pack_tokens,
+            pad_multiple=self.pad_multiple,
+        )
+        mine = packing.packs[self.dp_rank]
+        sizes_B2 = np.stack([batch.rows_B, batch.cols_B], axis=1)
+        slots, sizes = zip(*(self._pad(pack, sizes_B2[pack]) for pack in mine), strict=True)
+        tokens = self._read(batch, np.concatenate(slots), np.concatenate(sizes).prod(axis=1))
+        return _Loaded(batch, packing.stats, tokens, list(slots), list(sizes))
+
+    def _pad(self, slots: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slots and sizes of a pack, with its padding image if it needs one."""
+        tokens = int(sizes.prod(axis=1).sum())
+        padding = padded(tokens, self.pad_multiple) - tokens
+        if padding == 0:
+            return slots, sizes
+        return np.append(slots, PADDING_SLOT), np.append(sizes, [[1, padding]], axis=0)
+
+    def _read(self, batch: GlobalBatch, slots: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
+        patch_size = self.plan.patch_size
+        tokens_TC = torch.zeros(int(lengths.sum()), patch_size**2 * self.plan.index.meta.channels)
+        ends = np.cumsum(lengths)
+        for slot, start, end in zip(slots, ends - lengths, ends, strict=True):
+            if slot != PADDING_SLOT:
+                stored = self.reader.read(int(batch.images_B[slot]), int(batch.variants_B[slot]))
+                tokens_TC[start:end] = torch.from_numpy(patchify(to_float(stored), patch_size))
+        return tokens_TC
+
+
+def _check_pack_tokens(plan: BatchPlan, pack_tokens: int, pad_multiple: int) -> None:
+    area = plan.patch_size**2
+    height, width, _ = max(plan.index.meta.sizes, key=lambda size: size[0] * size[1])
+    if padded(height * width // area, pad_multiple) > pack_tokens:
+        reason = f"{height * width // area} tokens, more than batch.pack_tokens = {pack_tokens}"
+        plan.index.refuse_size(height, width, reason + (f" (padded to {pad_multiple})" if pad_multiple > 1 else ""))
+
+
+def _unchanged(loaded: Any) -> Any:
+    return loaded
+
+
+def _cut(loaded: _Loaded) -> list[Pack]:
+    packs, start = [], 0
+    for slots, sizes in zip(loaded.slots, loaded.sizes, strict=True):
+        cu_seqlens = np.concatenate(([0], np.cumsum(sizes.prod(axis=1))))
+        labels = np.where(slots == PADDING_SLOT, 0, loaded.batch.labels_B[slots])
+        packs.append(
+            Pack(
+                tokens_TC=loaded.tokens[start : start + int(cu_seqlens[-1])],
+                sizes_S2=torch.from_numpy(sizes.astype(np.int32)),
+                labels_S=torch.from_numpy(labels),
+                slots_S=torch.from_numpy(slots),
+                cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+            )
+        )
+        start += int(cu_seqlens[-1])
+    return packs

@@ -1,0 +1,160 @@
+"""Cutting a global batch into packs: who computes which images, and in how many pieces.
+
+1. Images are dealt to the data-parallel ranks by cost, dearest first, each to the rank with the least so far (LPT);
+   swaps between the dearest and the cheapest rank then even out what is left. Cost is FLOPs: the ranks finish together.
+2. A rank's images must go through in micro-batches of at most `pack_tokens`. Best-fit decreasing says how few will do;
+   the rank that needs most decides for all, because every rank must run the same number.
+3. Inside a rank the micro-batches are evened out by cost as well, where the limit allows it.
+
+Nothing here is random, and the result decides only speed and memory: the images and what is learned from them stay
+the same.
+"""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from heapq import heapreplace
+
+import numpy as np
+
+from fitscale.config.errors import UserError
+
+TOLERANCE = 0.005  # ranks are evened out until the dearest is within this of the mean
+MAX_SWAPS_PER_RANK = 4
+
+
+@dataclass(frozen=True)
+class PackingStats:
+    """How good a packing is."""
+
+    padding_share: float  # padding tokens / all tokens computed
+    imbalance: float  # cost of the dearest rank / mean over ranks - 1
+    packs_per_rank: int
+
+
+@dataclass(frozen=True)
+class Packing:
+    """`packs[dp_rank][micro]`: the slots of a pack, int64, ascending; empty where a rank has nothing to do."""
+
+    packs: list[list[np.ndarray]]
+    stats: PackingStats
+
+
+def padded(tokens: int, pad_multiple: int) -> int:
+    """Length of a pack of `tokens` after padding; a pack without images is one multiple of padding."""
+    return max(-(-tokens // pad_multiple), 1) * pad_multiple
+
+
+def split(tokens_B: np.ndarray, cost_B: np.ndarray, *, dp_size: int, pack_tokens: int, pad_multiple: int) -> Packing:
+    """Split the images of a global batch, of `tokens_B` tokens and `cost_B` FLOPs each, over ranks and micro-batches.
+
+    Raises:
+        UserError: an image does not fit into a pack of `pack_tokens`, padded to a multiple of `pad_multiple`.
+    """
+    limit = pack_tokens // pad_multiple * pad_multiple
+    if limit == 0:
+        raise UserError(f"batch.pack_tokens: {pack_tokens} is less than the padding multiple, {pad_multiple}")
+    if len(tokens_B) and tokens_B.max() > limit:
+        slot = int(np.argmax(tokens_B))
+        raise UserError(
+            f"batch.pack_tokens: the image in slot {slot} has {tokens_B[slot]} tokens, the limit is {limit}"
+        )
+    tokens, cost = tokens_B.tolist(), cost_B.tolist()
+    ranks = _balance_ranks(cost_B, cost, dp_size)
+    fewest = [_fit(slots, tokens, limit) for slots in ranks]
+    count = max(1, max(len(packs) for packs in fewest))
+    packs = [
+        _spread(slots, tokens, cost, limit, count) or dense + [[]] * (count - len(dense))
+        for slots, dense in zip(ranks, fewest, strict=True)
+    ]
+    arrays = [[np.array(sorted(pack), dtype=np.int64) for pack in rank] for rank in packs]
+    return Packing(arrays, _stats(arrays, tokens_B, cost_B, pad_multiple))
+
+
+def _balance_ranks(cost_B: np.ndarray, cost: list[float], dp_size: int) -> list[list[int]]:
+    """Slots of each rank (LPT, then swaps)."""
+    ranks: list[list[int]] = [[] for _ in range(dp_size)]
+    heap = [(0.0, rank) for rank in range(dp_size)]
+    for slot in np.argsort(-cost_B, kind="stable").tolist():
+        load, rank = heap[0]
+        ranks[rank].append(slot)
+        heapreplace(heap, (load + cost[slot], rank))
+    loads = np.zeros(dp_size)
+    for load, rank in heap:
+        loads[rank] = load
+    _even_out(ranks, cost_B, loads)
+    return ranks
+
+
+def _even_out(ranks: list[list[int]], cost_B: np.ndarray, loads: np.ndarray) -> None:
+    """Swap images between the dearest rank and the cheapest until the dearest is near the mean, or no swap helps."""
+    goal = loads.mean() * (1 + TOLERANCE)
+    for _ in range(MAX_SWAPS_PER_RANK * len(ranks)):
+        dear, cheap = int(np.argmax(loads)), int(np.argmin(loads))
+        gap = loads[dear] - loads[cheap]
+        if loads[dear] <= goal:
+            return
+        give, take = _best_swap(cost_B[ranks[dear]], cost_B[ranks[cheap]], gap / 2)
+        moved = cost_B[ranks[dear][give]] - (0 if take is None else cost_B[ranks[cheap][take]])
+        if not 0 < moved < gap:  # the cheap rank would become as dear as the dearest is
+            return
+        taken = [] if take is None else [ranks[cheap].pop(take)]
+        ranks[cheap].append(ranks[dear].pop(give))
+        ranks[dear] += taken
+        loads[dear] -= moved
+        loads[cheap] += moved
+
+
+def _best_swap(dear: np.ndarray, cheap: np.ndarray, wanted: float) -> tuple[int, int | None]:
+    """Positions (in dear, in cheap or None for nothing) whose costs differ most nearly by `wanted`."""
+    order = np.argsort(cheap, kind="stable")
+    ascending = np.concatenate(([0.0], cheap[order]))  # in front: nothing is given back
+    after = np.clip(np.searchsorted(ascending, dear - wanted), 1, max(len(ascending) - 1, 1))
+    best: tuple[float, int, int] | None = None
+    for place in (after - 1, np.minimum(after, len(ascending) - 1)):
+        miss = np.abs(dear - ascending[place] - wanted)
+        give = int(np.argmin(miss))
+        if best is None or miss[give] < best[0]:
+            best = (float(miss[give]), give, int(place[give]))
+    assert best is not None
+    return best[1], None if best[2] == 0 else int(order[best[2] - 1])
+
+
+def _fit(slots: list[int], tokens: list[int], limit: int) -> list[list[int]]:
+    """Packs of at most `limit` tokens by best-fit decreasing: few, but the last may be nearly empty."""
+    packs: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens left, pack), ascending
+    for slot in sorted(slots, key=lambda slot: -tokens[slot]):
+        place = bisect_left(rooms, (tokens[slot], 0))
+        if place == len(rooms):
+            room, pack = limit, len(packs)
+            packs.append([])
+        else:
+            room, pack = rooms.pop(place)
+        packs[pack].append(slot)
+        insort(rooms, (room - tokens[slot], pack))
+    return packs
+
+
+def _spread(slots: list[int], tokens: list[int], cost: list[float], limit: int, count: int) -> list[list[int]] | None:
+    """`count` packs of nearly equal cost (LPT); None if the one that comes next has no room."""
+    packs: list[list[int]] = [[] for _ in range(count)]
+    rooms = [limit] * count
+    heap = [(0.0, pack) for pack in range(count)]
+    for slot in sorted(slots, key=lambda slot: -tokens[slot]):
+        load, pack = heap[0]
+        rooms[pack] -= tokens[slot]
+        if rooms[pack] < 0:
+            return None
+        packs[pack].append(slot)
+        heapreplace(heap, (load + cost[slot], pack))
+    return packs
+
+
+def _stats(packs: list[list[np.ndarray]], tokens_B: np.ndarray, cost_B: np.ndarray, pad_multiple: int) -> PackingStats:
+    computed = sum(padded(int(tokens_B[pack].sum()), pad_multiple) for rank in packs for pack in rank)
+    loads = np.array([sum(cost_B[pack].sum() for pack in rank) for rank in packs])
+    return PackingStats(
+        padding_share=1 - int(tokens_B.sum()) / computed,
+        imbalance=float(loads.max() / loads.mean() - 1) if loads.any() else 0.0,
+        packs_per_rank=len(packs[0]),
+    )

@@ -1,0 +1,192 @@
+"""Writing webdataset shards of tokens-to-be.
+
+1. An image comes as a `Sample`: key, class label, and its variants (latents of a VAE, or plain pixels).
+2. It is checked, and encoded to `<key>.json` and one `<key>.<n>.npy` per variant.
+3. Samples fill `shard-000000.tar`, `shard-000001.tar` ..., each written under a temporary name and renamed when whole.
+4. Last comes `dataset.json`, which says what the arrays are. `index.build_index` then makes the folder readable.
+
+The same samples give the same bytes: times, users and modes in the tars are fixed. webdataset reads the shards as they
+are.
+"""
+
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fitscale.config.errors import UserError
+from fitscale.config.rundir import write_atomic
+
+DATASET_FILE = "dataset.json"
+KINDS = ("resize", "crop", "scale")  # the index stores a kind by its position here
+DTYPES = ("uint8", "float16", "float32")  # likewise
+_KEY = re.compile(r"[^.\s]+")  # webdataset ends a key at its first dot
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One stored form of an image: (channels, height, width) in latent pixels."""
+
+    array_CHW: np.ndarray
+    kind: str = "scale"
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image. Of its variants an epoch draws one, each as likely as any other."""
+
+    key: str
+    label: int
+    variants: Sequence[Variant]
+
+
+@dataclass(frozen=True)
+class ShardSetMeta:
+    """What the arrays of a shard set are; `recipe` records how they were made (source, resizing, encoder)."""
+
+    kind: str  # pixels or vae, as data.latent.kind
+    factor: int  # image pixels per latent pixel, along one side
+    scaling: float  # stored latent = scaling * (VAE's latent)
+    channels: int
+    num_classes: int
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Array types that go with `kind`: pixels are uint8, latents float16 or float32."""
+        return ("uint8",) if self.kind == "pixels" else ("float16", "float32")
+
+
+class ShardSetWriter:
+    """Writes `Sample`s into the folder `out`, at most `images_per_shard` in a shard. A context manager.
+
+    If the block ends in an exception, the unfinished shard is removed and `dataset.json` is not written.
+
+    Raises:
+        UserError: `out` holds shards already; a sample's label, key or array does not fit `meta`.
+    """
+
+    def __init__(self, out: Path, meta: ShardSetMeta, images_per_shard: int = 1000) -> None:
+        if images_per_shard < 1:
+            raise UserError(f"images per shard: {images_per_shard} is too small, the least is 1")
+        if any(out.glob("*.tar")):
+            raise UserError(f"{out}: holds shards already; choose an empty or a new folder")
+        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.meta, self.images_per_shard = out, meta, images_per_shard
+        self.images = self.shards = 0
+        self._tar: Any = None
+
+    def __enter__(self) -> "ShardSetWriter":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None:
+            self.close()
+        elif self._tar is not None:
+            self._stream.close()
+            self._temporary.unlink()
+
+    def write(self, sample: Sample) -> None:
+        """Add one image, after checking it."""
+        check_sample(sample, self.meta)
+        if self._tar is None:
+            self._open_shard()
+        self._tar.write(_encode(sample))
+        self.images += 1
+        if self.images % self.images_per_shard == 0:
+            self._close_shard()
+
+    def close(self) -> None:
+        """Finish the last shard and write `dataset.json`; without it the folder is no shard set."""
+        if self._tar is not None:
+            self._close_shard()
+        write_atomic(self.out / DATASET_FILE, json.dumps(asdict(self.meta), indent=1) + "\n")
+
+    @property
+    def _temporary(self) -> Path:
+        return self.out / f".shard-{self.shards:06d}.tar.tmp"
+
+    def _open_shard(self) -> None:
+        from webdataset import TarWriter  # imports torch, which readers of an index do not need
+
+        self._stream = open(self._temporary, "wb")  # noqa: SIM115 - closed in _close_shard
+        self._tar = TarWriter(self._stream, encoder=False, compress=False, mtime=0, user="fitscale", group="fitscale")
+
+    def _close_shard(self) -> None:
+        self._tar.close()
+        self._stream.close()
+        self._temporary.rename(self.out / f"shard-{self.shards:06d}.tar")
+        self._tar = None
+        self.shards += 1
+
+
+def read_meta(folder: Path) -> ShardSetMeta:
+    """The `dataset.json` of a shard set."""
+    path = folder / DATASET_FILE
+    try:
+        return ShardSetMeta(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; it says what the arrays are (kind, factor, scaling, channels, num_classes)"
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not the description of a shard set: {error}") from error
+
+
+def check_sample(sample: Sample, meta: ShardSetMeta) -> None:
+    """Raise UserError, naming the sample, for whatever could not be trained on."""
+    name = f"sample {sample.key!r}"
+    if not _KEY.fullmatch(sample.key):
+        raise UserError(f"{name}: a key may hold neither dots nor white space, and not be empty")
+    if not 0 <= sample.label < meta.num_classes:
+        raise UserError(f"{name}: label {sample.label} is outside 0 .. {meta.num_classes - 1}")
+    for number, variant in enumerate(sample.variants):
+        _check_variant(f"{name}, variant {number}", variant, meta)
+    check_balance(name, [(variant.kind, variant.flip) for variant in sample.variants])
+
+
+def check_balance(name: str, drawn: Iterable[tuple[str, bool]]) -> None:
+    """An even draw among the variants must also be an even draw of kind and flip: as many variants of each.
+
+    (FiT's preprocessing takes the resized and the cropped image in half of the draws each, and flips half.)
+    """
+    counts = Counter(drawn)
+    if not counts or len(set(counts.values())) > 1:
+        raise UserError(f"{name}: needs as many variants of every (kind, flip), and at least one; has {dict(counts)}")
+    if len({kind for kind, _ in counts}) * len({flip for _, flip in counts}) != len(counts):
+        raise UserError(f"{name}: where one kind has flips, every kind needs them; has {sorted(counts)}")
+
+
+def _check_variant(name: str, variant: Variant, meta: ShardSetMeta) -> None:
+    array = variant.array_CHW
+    if variant.kind not in KINDS:
+        raise UserError(f"{name}: kind {variant.kind!r} is not one of {', '.join(KINDS)}")
+    if array.dtype.name not in meta.dtypes:
+        raise UserError(f"{name}: {array.dtype.name} does not go with {meta.kind}, only {' or '.join(meta.dtypes)}")
+    if array.ndim != 3 or array.shape[0] != meta.channels or not 1 <= min(array.shape) <= max(array.shape) < 2**16:
+        raise UserError(f"{name}: shape {array.shape} is not ({meta.channels}, height, width)")
+    if not np.isfinite(array).all():
+        raise UserError(f"{name}: holds values that are not finite")
+
+
+def _encode(sample: Sample) -> dict[str, Any]:
+    described = [
+        {"height": v.array_CHW.shape[1], "width": v.array_CHW.shape[2], "kind": v.kind, "flip": v.flip}
+        for v in sample.variants
+    ]
+    files = {f"{n}.npy": _npy(variant.array_CHW) for n, variant in enumerate(sample.variants)}
+    text = json.dumps({"label": int(sample.label), "variants": described})
+    return {"__key__": sample.key, "json": text.encode(), **files}
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")))
+    return buffer.getvalue()
