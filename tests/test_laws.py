@@ -1,0 +1,138 @@
+"""Laws and their solver against known truths and against scipy."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.optimize import approx_fprime, least_squares
+
+from fitscale.scaling.laws import LAWS, OFFSET, POWER, _refuse_no_fit, fit_law
+from fitscale.scaling.points import chosen
+from fitscale.scaling.refusal import Refusal
+from fitscale.scaling.uncertainty import bootstrap, design_effect, floor_profile
+
+COMPUTE = np.geomspace(2e17, 6e19, 12)
+TRUTH = {"power": lambda c: 40 * (c / 1e18) ** -0.31, "offset": lambda c: 30 * (c / 1e18) ** -0.42 + 5.5}
+
+
+def rows(values, compute=COMPUTE, runs=3):
+    labels = [f"r{i % runs}" for i in range(len(compute))]
+    return pd.DataFrame({"run": labels, "size": labels, "train_flops": compute, "value": values})
+
+
+def noisy(name="offset", sigma=0.03, seed=0):
+    return rows(TRUTH[name](COMPUTE) * np.exp(np.random.default_rng(seed).normal(0, sigma, len(COMPUTE))))
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_noise_free_data_give_the_truth(name):
+    fit = fit_law(LAWS[name], rows(TRUTH[name](COMPUTE)))
+    named = fit.named()
+    assert named["b"] == pytest.approx({"power": 0.31, "offset": 0.42}[name], abs=1e-6)
+    assert named["a"] * (1e18 / fit.reference()["train_flops"]) ** -named["b"] == pytest.approx(
+        {"power": 40, "offset": 30}[name], rel=1e-6
+    )
+    if name == "offset":
+        assert named["e"] == pytest.approx(5.5, rel=1e-6)
+    assert fit.objective < 1e-20 and fit.reached > 0.5
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_jacobian_is_the_derivative(name):
+    law = LAWS[name]
+    theta = np.array([3.0, 0.4, 2.0])[: len(law.parameters)]
+    x = np.linspace(-2, 2, 5)[:, None]
+    jacobian = law.evaluate(theta[None], x)[1][0]
+    numeric = approx_fprime(theta, lambda t: law.evaluate(t[None], x)[0][0], 1e-7)
+    np.testing.assert_allclose(jacobian, numeric, atol=1e-5)
+
+
+@pytest.mark.parametrize("huber", [None, 0.02])
+def test_the_minimum_is_scipys(huber):
+    data = noisy()
+    fit = fit_law(OFFSET, data, huber)
+    x, _ = OFFSET.centred(data)
+    y = np.log(data["value"].to_numpy())
+    theirs = least_squares(
+        lambda t: np.log(np.exp(t[0] - t[1] * x[:, 0]) + t[2]) - y,
+        [2.0, 0.3, 3.0],
+        loss="linear" if huber is None else "huber",
+        f_scale=huber or 1.0,
+        ftol=1e-14,
+        xtol=1e-14,
+    )
+    np.testing.assert_allclose(fit.theta_P, theirs.x, rtol=1e-4)
+    assert fit.objective == pytest.approx(2 * theirs.cost / len(y), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_order_and_units_do_not_matter(name):
+    data = noisy(name)
+    fit = fit_law(LAWS[name], data)
+    shuffled = fit_law(LAWS[name], data.sample(frac=1, random_state=1))
+    scaled = fit_law(LAWS[name], data.assign(train_flops=data["train_flops"] / 3e21, value=data["value"] * 17.3))
+    for other in (shuffled, scaled):
+        assert other.objective == pytest.approx(fit.objective, rel=1e-8)
+        assert other.named()["b"] == pytest.approx(fit.named()["b"], rel=1e-5)
+
+
+def test_refusals_of_fits():
+    with pytest.raises(Refusal, match="3 points cannot fit 3 parameters") as caught:
+        fit_law(OFFSET, noisy().iloc[:3])
+    assert caught.value.code == "too_few_points"
+    with pytest.raises(Refusal, match="does not fall") as caught:
+        fit_law(POWER, rows(1 / TRUTH["power"](COMPUTE)))
+    assert caught.value.code == "no_improvement"
+    concave = rows(np.exp(3 - 0.2 * np.log(COMPUTE / 1e18) - 0.05 * np.log(COMPUTE / 1e18) ** 2))
+    with pytest.raises(Refusal, match="floor e is 0") as caught:
+        fit_law(OFFSET, concave)
+    assert caught.value.code == "at_bound"
+    with pytest.raises(Refusal, match="b ended at the edge") as caught:
+        fit_law(OFFSET, rows(np.where(np.arange(12) == 0, 9.0, 4.0)))
+    assert caught.value.code == "at_bound"
+
+
+def test_a_fit_that_is_its_start_or_is_hardly_reached_is_refused():
+    theta = np.array([3.0, 0.4, 2.0])
+    for start, reached, code in ((theta, 1.0, "at_start"), (theta * 1.1, 0.04, "unstable_fit")):
+        with pytest.raises(Refusal) as caught:
+            _refuse_no_fit(OFFSET, start, theta, reached)
+        assert caught.value.code == code
+
+
+def test_frontier_last_and_all():
+    data = pd.DataFrame(
+        {"run": list("aaabbb"), "train_flops": [1, 2, 3, 2, 3, 4], "value": [9.0, 8.0, 7.9, 8.5, 7.0, 7.0]}
+    ).sample(frac=1, random_state=3)
+    frontier = data[chosen(data, "frontier")].sort_values("train_flops")
+    assert list(zip(frontier["run"], frontier["value"], strict=True)) == [("a", 9.0), ("a", 8.0), ("b", 7.0)]
+    assert sorted(data.loc[chosen(data, "last"), "train_flops"]) == [3, 4]
+    assert chosen(data, "all").all()
+
+
+def test_resampling_draws_whole_runs_and_repeats_with_its_seed():
+    data = noisy()
+    fit = fit_law(POWER, data)
+    first, again, other = (bootstrap(fit, data, "all", 200, seed).theta_KP for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    # three runs drawn with replacement leave at most 10 different resamples, 3 of them of a single run
+    assert len(np.unique(first.round(9), axis=0)) <= 7
+    assert len(first) < 200
+
+
+def test_floor_profile_says_when_the_floor_is_not_identified():
+    clear = fit_law(OFFSET, noisy(sigma=0.005))
+    profile = floor_profile(clear, noisy(sigma=0.005))
+    assert profile.identified and profile.low < 5.5 < profile.high
+    short = rows(TRUTH["offset"](COMPUTE[:5]) * np.exp(np.random.default_rng(3).normal(0, 0.02, 5)), COMPUTE[:5])
+    vague = floor_profile(fit_law(OFFSET, short), short)
+    assert not vague.identified and vague.low == 0.0
+
+
+def test_design_effect_grows_with_correlation_within_runs():
+    rng = np.random.default_rng(0)
+    runs = np.repeat([f"r{i}" for i in range(50)], 4)
+    alone = rng.normal(size=200)
+    shared = np.repeat(rng.normal(size=50), 4)
+    assert design_effect(alone, runs) < 1.3
+    assert design_effect(shared, runs) == pytest.approx(4, abs=0.01)

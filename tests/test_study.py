@@ -1,0 +1,224 @@
+"""Scaling studies from run directories to reports; every refusal with its message."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fitscale.config.errors import UserError
+from fitscale.scaling.report import fit_record, number, report_content, size_table
+from fitscale.scaling.runs import collect
+from fitscale.scaling.select import select
+from fitscale.scaling.study import Question, study
+from tests.synthetic_runs import write_sweep
+
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c6360606060000000050001a5f645400000000049454e44ae426082"
+)
+
+
+def frontier_law(train_flops, parameters):
+    """Early in training a large model is worse than a small one that has used as much compute."""
+    return 5 + 1500 * parameters**-0.5 + 3e4 * (train_flops / parameters) ** -0.4
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    write_sweep(folder, frontier_law, steps=20000, points=6, run_noise=0.01, point_noise=0.01)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(sweep):
+    return collect([sweep])
+
+
+def refusal(table, **choices):
+    answer = study(table, Question(**{"resamples": 50, **choices}))
+    assert not answer.results
+    assert len(answer.refusals) == 1
+    return answer.refusals[0].code, answer.refusals[0].message
+
+
+def test_the_largest_size_is_predicted_from_the_others(table):
+    answer = study(table, Question(laws=("offset", "power"), resamples=100))
+    assert answer.held_out == "l" and answer.sizes == ["xs", "s", "m", "l"]
+    assert not answer.rows.loc[answer.rows["size"] == "l", "used"].any()
+    for result in answer.results:
+        held_out = table[(table["metric"] == "fd") & (table["size"] == "l")]
+        assert list(result.predictions["value"]) == list(held_out["value"])
+        errors = result.predictions["predicted"] / result.predictions["value"] - 1
+        np.testing.assert_allclose(result.predictions["error"], errors)
+        assert (result.predictions["low"] < result.predictions["high"]).all()
+    assert [result.error for result in answer.results] == sorted(result.error for result in answer.results)
+
+
+def test_the_held_out_size_never_reaches_the_fit(table):
+    changed = table.assign(value=np.where(table["size"] == "l", table["value"] * 3, table["value"]))
+    question = Question(laws=("offset",), resamples=10)
+    before, after = (study(rows, question).results[0].fit for rows in (table, changed))
+    np.testing.assert_array_equal(before.theta_P, after.theta_P)
+
+
+def test_points_of_a_run_early_in_training_do_not_count_on_the_frontier(table):
+    predictions = study(table, Question(resamples=10)).results[0].predictions
+    assert not predictions["chosen"].iloc[0] and predictions["chosen"].iloc[-1]
+
+
+def test_the_answer_does_not_depend_on_the_order_of_rows(table):
+    question = Question(laws=("offset",), resamples=20)
+    first, second = (study(rows, question) for rows in (table, table.sample(frac=1, random_state=2)))
+    assert fit_record(first)["laws"] == fit_record(second)["laws"]
+
+
+def test_refused_metric_that_nobody_measured(table):
+    assert refusal(table, metric="fid") == (
+        "no_rows",
+        "no row has metric fid; the table holds: fd, recognised, validation_loss",
+    )
+
+
+def test_refused_filter_without_rows(table):
+    code, message = refusal(table, where={"key_guidance": "1.5"})
+    assert code == "no_rows" and message == "no fd row has key_guidance = 1.5; there is: 1.0"
+    with pytest.raises(UserError, match="--where guidance: no such column"):
+        study(table, Question(where={"guidance": "1"}))
+
+
+def test_refused_mixed_comparability_keys(table):
+    mixed = table.assign(key_guidance=np.where(table["size"] == "s", "1.5", "1.0"))
+    code, message = refusal(mixed)
+    assert code == "mixed_keys" and "key_guidance: 1.0, 1.5" in message and "--where key_guidance=1.0" in message
+    assert study(mixed, Question(where={"key_guidance": "1"}, resamples=10)).sizes == ["xs", "m", "l"]
+
+
+def test_refused_partly_missing_keys(table):
+    code, message = refusal(table.assign(key_sampler=table["key_sampler"].where(table["size"] != "s")))
+    assert code == "mixed_keys" and "key_sampler: euler, missing" in message
+
+
+@pytest.mark.parametrize("column", ["family", "patch"])
+def test_refused_mixed_models(table, column):
+    values = {"family": ("fit", "fitv2"), "patch": (1, 2)}[column]
+    code, message = refusal(table.assign(**{column: np.where(table["size"] == "s", *values)}))
+    assert code == "mixed_models" and f"different {column}" in message
+
+
+def test_refused_missing_values_unless_left_out_by_name(table):
+    first_fd = table.index[table["metric"] == "fd"][2]
+    holed = table.copy()
+    holed.loc[first_fd, "value"] = np.nan
+    code, message = refusal(holed)
+    assert code == "missing_values" and "l-seed0 step" in message and "--drop-missing" in message
+    answer = study(holed, Question(drop_missing=True, resamples=10))
+    assert any(caution.code == "left_out" and "l-seed0 step" in caution.message for caution in answer.cautions)
+
+
+def test_refused_non_positive_values(table):
+    code, message = refusal(table.assign(value=table["value"].where(table["step"] != 20000, 0.0)))
+    assert code == "non_positive" and "step 20000" in message
+
+
+def test_refused_conflicting_rows_and_repeats_counted_once(table):
+    fd = table[table["metric"] == "fd"]
+    repeated = pd.concat([table, fd.iloc[:1]])
+    answer = study(repeated, Question(resamples=10))
+    assert len(answer.rows) == len(fd) and any(caution.code == "repeated" for caution in answer.cautions)
+    code, message = refusal(pd.concat([table, fd.iloc[:1].assign(value=1.0)]))
+    assert code == "conflicting_rows" and "different values" in message
+
+
+def test_refused_too_few_sizes(table):
+    two = table[table["size"].isin(["s", "l"])]
+    code, message = refusal(two)
+    assert code == "one_size" and "only size s is left to fit" in message
+    with pytest.raises(UserError, match="--hold-out b: no such size; valid: largest, none, xs, s, m, l"):
+        study(table, Question(hold_out="b"))
+
+
+def test_refused_extrapolation_unless_agreed_to(table):
+    far = table.assign(train_flops=np.where(table["size"] == "l", 20.0, 1.0) * table["train_flops"])
+    code, message = refusal(far)
+    assert code == "extrapolation" and "--extrapolate" in message
+    assert study(far, Question(extrapolate=True, resamples=10)).results
+
+
+def test_refused_law_leaves_the_other(table):
+    last = study(table, Question(points="last", laws=("offset", "power"), resamples=10))
+    assert [result.fit.law.name for result in last.results] == ["power"]
+    assert last.refusals[0].code == "too_few_points"
+
+
+def test_cautions_name_unfinished_runs_and_mixed_recipes(table):
+    changed = table.assign(
+        status=np.where(table["size"] == "s", "unfinished", "finished"), lr=np.where(table["size"] == "m", 1e-4, 2e-4)
+    )
+    cautions = {caution.code: caution.message for caution in select(changed, "fd", {}).cautions}
+    assert cautions["unfinished"] == "runs with steps left: s-seed0"
+    assert "0.0001, 0.0002" in cautions["mixed_recipe"]
+
+
+def test_an_unidentified_floor_is_not_printed(tmp_path):
+    write_sweep(tmp_path, lambda flops, _: 50 * (flops / 1e12) ** -0.3 + 0.8, run_noise=0.01, point_noise=0.04, seed=5)
+    answer = study(collect([tmp_path]), Question(laws=("offset",), resamples=50))
+    (result,) = answer.results
+    assert not result.floor.identified
+    assert any(caution.code == "floor" for caution in answer.cautions)
+    (law,) = report_content(answer)["laws"]
+    assert law["lines"][-1][:2] == ["e", "not identified"]
+
+
+def test_table_of_sizes(table):
+    header, rows = size_table(study(table, Question(resamples=10)))
+    assert [row[0] for row in rows] == ["xs", "s", "m", "l"]
+    assert header[-4:] == ["validation_loss", "fd", "recognised", "status"]
+    assert all("-" not in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "-"), (1546941, "1.547 M"), (7.68e13, "7.68e+13"), (0.0, "0"), (17.4951, "17.5")]
+)
+def test_numbers_for_people(value, text):
+    assert number(value) == text
+
+
+def run_tool(*arguments):
+    return subprocess.run(
+        [sys.executable, "tools/fit_scaling.py", *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+def test_fit_scaling_from_the_shell(sweep, tmp_path):
+    sheet = tmp_path / "contact_sheet.png"
+    sheet.write_bytes(PIXEL)
+    out = tmp_path / "report"
+    done = run_tool(sweep, "--law", "offset", "power", "--image", sheet, "--resamples", "50", "-o", out)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in out.iterdir()) == [
+        "curves.png",
+        "curves.svg",
+        "fit.json",
+        "report.html",
+        "report.md",
+    ]
+    record = json.loads((out / "fit.json").read_text())
+    assert record["held_out"] == "l" and {law["law"] for law in record["laws"]} == {"offset", "power"}
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "contact sheet" in page
+    assert not re.search(r'(src|href)="(?!data:)', page), "the page must be self-contained"
+    assert page.index("Caution") < page.index("Sizes, at their last evaluation")
+
+
+def test_exit_codes(sweep, tmp_path):
+    strict = run_tool(sweep, "--strict", "--resamples", "20", "-o", tmp_path / "strict")
+    assert strict.returncode == 3 and "caution (few_runs)" in strict.stderr
+    refused = run_tool(sweep, "--metric", "fid", "-o", tmp_path / "refused")
+    assert refused.returncode == 2 and "refused (no_rows)" in refused.stderr
+    assert "Refused (no_rows)" in (tmp_path / "refused" / "report.html").read_text()
+    wrong = run_tool(tmp_path / "nothing", "-o", tmp_path / "wrong")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and not (tmp_path / "wrong").exists()
