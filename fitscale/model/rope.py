@@ -1,8 +1,8 @@
 """2-D rotary position embedding: tables of cosines and sines for one image, and its stretching beyond trained sizes.
 
 1. The head dimension K is cut in half: the first half turns with a patch's row, the second with its column.
-2. Each half is a 1-D embedding of D = K/2 dimensions: pair i (dimensions 2i and 2i + 1) turns by position * frequency_i,
-   frequency_i = theta^(-2i/D).
+2. Each half is a 1-D embedding of D = K/2 dimensions: pair i (dimensions 2i and 2i + 1) turns by
+   position * frequency_i, frequency_i = theta^(-2i/D).
 3. On a test length L beyond the trained length, frequencies are lowered according to s = max(L / trained length, 1):
    `linear` (position interpolation, arXiv 2306.15595) divides all of them by s; `ntk-aware` raises the base to
    theta * s^(D/(D-2)); `ntk-by-parts` and `yarn` (arXiv 2309.00071) keep the fast ones and interpolate the slow ones.
@@ -90,7 +90,7 @@ def _grid(row_table: Tensor, col_table: Tensor) -> Tensor:
 
 
 def _blend(config: RopeConfig, dim: int, rotations: tuple[float, float], many: Tensor, few: Tensor) -> Tensor:
-    """`many` for pairs that rotate often within the trained length, `few` for those that rotate less, a ramp between."""
+    """`many` for pairs that turn often within the trained length, `few` for those that turn less, a ramp between."""
     first, last = (_pair_with_rotations(config, dim, count) for count in rotations)
     low, high = max(math.floor(first), 0), min(math.ceil(last), dim - 1)
     width = high - low if high != low else 0.001

@@ -1,0 +1,116 @@
+"""The process groups of a run: who is which data-parallel and tensor-parallel rank, and on what device.
+
+1. The world comes from torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without one it
+   is a world of one, kept in memory, so that nothing listens on a port.
+2. megatron-core's parallel_state divides it: consecutive ranks form a tensor-parallel group, the rest is data-parallel.
+3. On the CPU, megatron-core's `torch.cuda.current_device()` is answered with the CPU: all that sequence parallelism
+   lacks there.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from fitscale.config.errors import UserError
+from fitscale.config.schema import ParallelConfig
+
+_cuda_current_device: Callable[[], int] = torch.cuda.current_device
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process's place in the run."""
+
+    dp_rank: int
+    dp_size: int
+    tp_rank: int
+    tp_size: int
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def init_parallel(config: ParallelConfig, device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> Topology:
+    """Join the world and divide it; a later call keeps the world, and divides it anew if the division changed.
+
+    Args:
+        config: its `tensor_parallel_size` divides the world.
+        device: cpu (gloo), cuda (nccl) or auto (cuda where there is one).
+        timeout: how long a collective operation waits for the other ranks.
+
+    Raises:
+        UserError: cuda is asked for and absent, or the world does not divide by the tensor-parallel size.
+    """
+    own_device = _choose_device(device)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size % config.tensor_parallel_size:
+        valid = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+        raise UserError(
+            f"parallel.tensor_parallel_size: {config.tensor_parallel_size} does not divide the world size of "
+            f"{world_size} processes; valid: {valid}"
+        )
+    _prepare(own_device)
+    if not dist.is_initialized():
+        _join_world(world_size, "nccl" if own_device.type == "cuda" else "gloo", timeout)
+    _divide_world(config.tensor_parallel_size, timeout)
+    return Topology(
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=own_device,
+    )
+
+
+def shutdown() -> None:
+    """Leave the world; harmless where there is none."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    torch.cuda.current_device = _cuda_current_device  # type: ignore[assignment]
+
+
+def _choose_device(device: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UserError("run.device: cuda is asked for, but torch finds no CUDA device; valid here: cpu, auto")
+    if device == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _prepare(device: torch.device) -> None:
+    """Settings that megatron-core, DeepSpeed and NCCL read from the process."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron-core overlaps by the order of launches
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.current_device = _cuda_current_device  # type: ignore[assignment]
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+
+
+def _join_world(world_size: int, backend: str, timeout: timedelta) -> None:
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=world_size, timeout=timeout)
+
+
+def _divide_world(tp_size: int, timeout: timedelta) -> None:
+    if parallel_state.model_parallel_is_initialized():
+        if parallel_state.get_tensor_model_parallel_world_size() == tp_size:
+            return
+        parallel_state.destroy_model_parallel()
+    minutes = max(1, round(timeout.total_seconds() / 60))
+    parallel_state.initialize_model_parallel(
+        tp_size, distributed_timeout_minutes=minutes, create_gloo_process_groups=False
+    )

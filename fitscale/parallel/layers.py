@@ -1,0 +1,151 @@
+"""The only door to megatron-core's layers: linears split over the tensor-parallel (TP) group, and what enters them.
+
+A pair of linears shares its work: `ColumnLinear` holds some rows of its weight and gives every rank some output
+features; `RowLinear` holds the columns that go with them and adds up the ranks' results. Between the pairs, tokens are
+either whole on every rank or, with sequence parallelism (SP), cut into equal runs (`scatter_tokens`, `gather_tokens`).
+
+A replicated parameter that is used on only some tokens, as all are under SP, has only a share of its gradient on each
+rank. `enter_sharded` mends that: it is the identity, and its backward pass adds up the shares.
+
+Both linears leave the bias to megatron-core's caller (`skip_bias_add`) and add it here, for two reasons: under SP the
+row bias must enter through `enter_sharded`, and megatron-core loses a bias's gradient where the weight is frozen.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import ModelParallelConfig, parallel_state
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from torch import Tensor, nn
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """Linear whose output features are split over TP: (T or T/tp, in) -> (T, out/tp); gathers the tokens under SP.
+
+    Weights are Xavier-uniform, biases zero, drawn whole from torch's default generator and then cut: the same seed
+    makes the same layer at any TP size.
+    """
+
+    def __init__(self, in_features: int, out_features: int, sequence_parallel: bool) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            config=_megatron_config(sequence_parallel),
+            init_method=nn.init.xavier_uniform_,
+            skip_bias_add=True,
+        )
+        self.register_state_dict_post_hook(_drop_extra_state)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        out, bias = super().forward(x)
+        return out + bias
+
+
+class RowLinear(RowParallelLinear):
+    """Linear whose input features are split over TP: (T, in/tp) -> (T, out), or (T/tp, out) under SP."""
+
+    def __init__(self, in_features: int, out_features: int, sequence_parallel: bool) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            config=_megatron_config(sequence_parallel),
+            init_method=nn.init.xavier_uniform_,
+            bias=True,
+            input_is_parallel=True,
+            skip_bias_add=True,
+        )
+        self.register_state_dict_post_hook(_drop_extra_state)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        out, bias = super().forward(x)
+        return out + (enter_sharded(bias) if self.sequence_parallel else bias)
+
+
+class _EnterSharded(torch.autograd.Function):
+    """megatron-core's version sums in place, which corrupts a shared gradient, and skips strided tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def enter_sharded(x: Tensor) -> Tensor:
+    """x itself, replicated over TP; its gradient is the sum of the TP ranks' gradients."""
+    return _EnterSharded.apply(x, parallel_state.get_tensor_model_parallel_group())
+
+
+def scatter_tokens(x_TD: Tensor) -> Tensor:
+    """This rank's run of the tokens, (T/tp, D); T must divide by the TP size. The gradient is gathered."""
+    return scatter_to_sequence_parallel_region(x_TD)
+
+
+def gather_tokens(x_TD: Tensor) -> Tensor:
+    """All tokens, (T, D), from every rank's run, for replicated work: the gradient is cut, not summed."""
+    return gather_from_sequence_parallel_region(x_TD, tensor_parallel_output_grad=False)
+
+
+def tp_rank() -> int:
+    """Rank in the TP group."""
+    return parallel_state.get_tensor_model_parallel_rank()
+
+
+def tp_size() -> int:
+    """Ranks in the TP group."""
+    return parallel_state.get_tensor_model_parallel_world_size()
+
+
+def full_shape(param: Tensor) -> tuple[int, ...]:
+    """Shape of a parameter over all TP ranks."""
+    shape = list(param.shape)
+    if _is_split(param):
+        shape[param.partition_dim] *= tp_size()  # type: ignore[attr-defined]
+    return tuple(shape)
+
+
+def full_tensor(param: Tensor, value: Tensor) -> Tensor:
+    """`value`, this rank's piece laid out as `param` (its weight, average, gradient), joined over TP on every TP rank.
+
+    A collective operation of the TP group; `value` must be on the group's device.
+    """
+    if not _is_split(param):
+        return value
+    pieces = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(tp_size())]
+    dist.all_gather(pieces, value.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    return torch.cat(pieces, dim=param.partition_dim)  # type: ignore[attr-defined]
+
+
+def own_piece(param: Tensor, full: Tensor) -> Tensor:
+    """This rank's piece of a full tensor: the inverse of `full_tensor`."""
+    if not _is_split(param):
+        return full
+    return full.chunk(tp_size(), dim=param.partition_dim)[tp_rank()]  # type: ignore[attr-defined]
+
+
+def _is_split(param: Tensor) -> bool:
+    return tp_size() > 1 and getattr(param, "tensor_model_parallel", False)
+
+
+def _megatron_config(sequence_parallel: bool) -> ModelParallelConfig:
+    return ModelParallelConfig(
+        tensor_model_parallel_size=tp_size(),
+        sequence_parallel=sequence_parallel,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def _drop_extra_state(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """megatron-core adds an empty entry for Transformer Engine, which is no weight."""
+    state.pop(f"{prefix}_extra_state", None)

@@ -1,0 +1,74 @@
+"""Reference tensors of the published implementation (padded batches), given as packs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fitscale.config.schema import ModelConfig, ParallelConfig, RopeConfig
+from fitscale.model.fit import FiT
+from fitscale.model.published import from_published
+
+FOLDER = Path(__file__).parent / "data" / "reference"
+CONFIGS = {
+    "fitv2_tiny": ModelConfig(depth=3, hidden_size=96, num_heads=4, num_classes=10),
+    "fitv2_hr_tiny": ModelConfig(
+        depth=2,
+        hidden_size=96,
+        num_heads=4,
+        num_classes=10,
+        rope=RopeConfig(method="ntk-aware", decouple=True, original_length=4),
+    ),
+    "fit_tiny": ModelConfig(family="fit", depth=2, hidden_size=64, num_heads=4, num_classes=10),
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One file: its tensors by name, and the model that belongs to it."""
+
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+
+    @property
+    def images(self) -> list[int]:
+        return list(range(len(self.tensors["size"])))
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors named `prefix.*`, without the prefix, in this project's row order."""
+        chosen = {k.removeprefix(prefix + "."): v for k, v in self.tensors.items() if k.startswith(prefix + ".")}
+        return {name: from_published(name, tensor, self.config) for name, tensor in chosen.items()}
+
+    def model(self, parallel: ParallelConfig | None = None) -> FiT:
+        """FiT with the reference's parameters, at a tensor-parallel size of 1."""
+        model = FiT(self.config, parallel or ParallelConfig())
+        model.load_state_dict(self.group("param"))
+        return model
+
+    def tokens(self, name: str, images: list[int]) -> Tensor:
+        """The true tokens of `images`, one image after the other: (T, C)."""
+        lengths = self.tensors["size"].prod(1)
+        return torch.cat([self.tensors[name][i, : lengths[i]] for i in images])
+
+    def inputs(self, images: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What FiT.forward takes, for a pack of `images`."""
+        sizes_S2 = self.tensors["size"][images].int()
+        ends = sizes_S2.prod(1).cumsum(0).int()
+        t_S = self.tensors["t"][images]
+        if self.config.family == "fit":
+            # The published forward pass clamps time at 1, meant for FiTv2 (t in [0, 1]); FiT's DDPM steps all become 1.
+            t_S = t_S.clamp(max=1)
+        cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int32), ends))
+        return self.tokens("x_t", images), t_S, self.tensors["y"][images], sizes_S2, cu_seqlens
+
+    def loss_S(self, output_TC: Tensor, images: list[int]) -> Tensor:
+        """Mean squared error of the velocity, per image."""
+        target = self.tokens("x1", images) - self.tokens("x0", images)
+        lengths = self.tensors["size"][images].prod(1).tolist()
+        return torch.stack([error.mean() for error in (output_TC - target).square().split(lengths)])
+
+
+def load_reference(name: str) -> Reference:
+    return Reference(CONFIGS[name], load_file(FOLDER / f"{name}.safetensors"))
