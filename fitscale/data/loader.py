@@ -85,7 +85,7 @@ def make_loader(
     """
     if Path(folder).resolve() != plan.index.folder.resolve():
         raise UserError(f"data.shards: {folder} is not the folder of the plan's index, {plan.index.folder}")
-    _check_pack_tokens(plan, pack_tokens, pad_multiple)
+    check_pack_tokens(plan, pack_tokens, pad_multiple)
     steps = _Steps(plan, dp_rank, dp_size, pack_tokens, pad_multiple, cost, range(first_step, last_step))
     loaded_steps: DataLoader[Any] = DataLoader(
         steps,
@@ -165,7 +165,7 @@ class _Steps(Dataset[Any]):
         return tokens_TC
 
 
-def _check_pack_tokens(plan: BatchPlan, pack_tokens: int, pad_multiple: int) -> None:
+def check_pack_tokens(plan: BatchPlan, pack_tokens: int, pad_multiple: int) -> None:
     area = plan.patch_size**2
     height, width, _ = max(plan.index.meta.sizes, key=lambda size: size[0] * size[1])
     if padded(height * width // area, pad_multiple) > pack_tokens:

@@ -90,6 +90,7 @@ class ShardSetWriter:
         if kind is None:
             self.close()
         elif self._tar is not None:
+            self._tar.close()
             self._stream.close()
             self._temporary.unlink()
 

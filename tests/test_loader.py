@@ -1,0 +1,154 @@
+"""The loader: packs hold exactly the planned images, whatever the ranks, workers and packs they are cut into."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fitscale.config.errors import UserError
+from fitscale.data.encode import to_float, unpatchify
+from fitscale.data.index import Index, open_index
+from fitscale.data.loader import Pack, StepBatch, make_loader
+from fitscale.data.plan import BatchPlan
+from fitscale.data.reader import ShardReader
+from tests.shard_sets import LATENTS, PIXELS, indexed_set
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    return indexed_set(tmp_path_factory.mktemp("loader"), 60, images_per_shard=8)
+
+
+def plan(index: Index, patch_size: int = 2) -> BatchPlan:
+    settings = {"window_shards": 2, "holdout_fraction": 0.1}
+    return BatchPlan(index, seed=5, global_batch_size=16, patch_size=patch_size, **settings)
+
+
+def load(index: Index, patch_size: int = 2, **changes: object) -> Iterator[StepBatch]:
+    settings = {"dp_rank": 0, "dp_size": 1, "pack_tokens": 128, "pad_multiple": 1, "cost": (1.0, 1e-3)}
+    settings |= {"first_step": 0, "last_step": STEPS, "num_workers": 0, "prefetch_steps": 2}
+    return make_loader(plan(index, patch_size), index.folder, **{**settings, **changes})
+
+
+def images_of(pack: Pack) -> dict[int, torch.Tensor]:
+    """Tokens by slot; padding, which must be as agreed, is left out."""
+    ends = pack.cu_seqlens.tolist()
+    assert ends[0] == 0 and ends[-1] == len(pack.tokens_TC) and len(ends) == len(pack.slots_S) + 1
+    assert np.diff(ends).tolist() == pack.sizes_S2.prod(dim=1).tolist()
+    dtypes = [torch.float32, torch.int32, torch.int64, torch.int64, torch.int32]
+    tensors = [pack.tokens_TC, pack.sizes_S2, pack.labels_S, pack.slots_S, pack.cu_seqlens]
+    assert [tensor.dtype for tensor in tensors] == dtypes
+    slots = pack.slots_S.tolist()
+    tokens = {slot: pack.tokens_TC[a:b] for slot, a, b in zip(slots, ends, ends[1:], strict=False)}
+    if -1 in tokens:
+        assert slots[-1] == -1 and pack.sizes_S2[-1, 0] == 1 and pack.labels_S[-1] == 0
+        assert not tokens.pop(-1).any()
+    assert list(tokens) == sorted(tokens)
+    return tokens
+
+
+def assert_same(a: list[StepBatch], b: list[StepBatch]) -> None:
+    assert [one.step for one in a] == [one.step for one in b]
+    for one, other in zip(a, b, strict=True):
+        assert one.stats == other.stats and len(one.packs) == len(other.packs)
+        np.testing.assert_array_equal(one.batch.variants_B, other.batch.variants_B)
+        for pack, twin in zip(one.packs, other.packs, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(vars(pack).values(), vars(twin).values(), strict=True))
+
+
+@pytest.mark.parametrize(("meta", "patch_size"), [(PIXELS, 1), (PIXELS, 2), (LATENTS, 2)])
+def test_packs_hold_the_stored_images(tmp_path, meta, patch_size):
+    index = indexed_set(tmp_path, 60, meta=meta)
+    reader = ShardReader(index)
+    for loaded in load(index, patch_size, pack_tokens=512):
+        batch, seen = loaded.batch, {}
+        for pack in loaded.packs:
+            seen |= images_of(pack)
+            for slot, label, size in zip(pack.slots_S, pack.labels_S, pack.sizes_S2, strict=True):
+                assert label == batch.labels_B[slot]
+                assert size.tolist() == [batch.rows_B[slot], batch.cols_B[slot]]
+        assert sorted(seen) == list(range(16))
+        for slot, tokens in seen.items():
+            stored = reader.read(int(batch.images_B[slot]), int(batch.variants_B[slot]))
+            image = unpatchify(tokens.numpy(), int(batch.rows_B[slot]), int(batch.cols_B[slot]), patch_size)
+            np.testing.assert_array_equal(image, to_float(stored), strict=True)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(index, workers):
+    assert_same(list(load(index, num_workers=workers)), list(load(index)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_starting_at_a_step_is_going_on(index, workers):
+    assert_same(list(load(index, first_step=7, num_workers=workers)), list(load(index))[7:])
+
+
+@pytest.mark.parametrize(
+    ("dp_size", "pack_tokens", "pad_multiple"), [(1, 36, 4), (3, 64, 8), (5, 1024, 1), (20, 40, 4)]
+)
+def test_the_global_batch_is_the_same_however_it_is_cut(index, dp_size, pack_tokens, pad_multiple):
+    reference = [
+        {slot: tokens for pack in one.packs for slot, tokens in images_of(pack).items()} for one in load(index)
+    ]
+    cut = {"dp_size": dp_size, "pack_tokens": pack_tokens, "pad_multiple": pad_multiple}
+    ranks = [list(load(index, dp_rank=rank, **cut)) for rank in range(dp_size)]
+    for step, expected in enumerate(reference):
+        packs = [pack for rank in ranks for pack in rank[step].packs]
+        assert {len(rank[step].packs) for rank in ranks} == {ranks[0][step].stats.packs_per_rank}
+        assert all(0 < len(pack.tokens_TC) <= pack_tokens and len(pack.tokens_TC) % pad_multiple == 0 for pack in packs)
+        found = [images_of(pack) for pack in packs]
+        assert sum(map(len, found)) == 16
+        assert all(torch.equal(tokens, expected[slot]) for one in found for slot, tokens in one.items())
+
+
+def test_a_rank_without_images_gets_padding_alone(index):
+    packs = [pack for rank in range(20) for pack in next(load(index, dp_rank=rank, dp_size=20, pad_multiple=4)).packs]
+    empty = [pack for pack in packs if pack.slots_S.tolist() == [-1]]
+    assert len(empty) == 4
+    assert all(pack.sizes_S2.tolist() == [[1, 4]] and pack.cu_seqlens.tolist() == [0, 4] for pack in empty)
+
+
+def test_reading_leaves_torchs_global_generator_alone(index):
+    before = torch.get_rng_state()
+    list(load(index, num_workers=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_pack_moves_to_a_device_whole(index):
+    pack = next(load(index)).packs[0]
+    assert {tensor.device.type for tensor in vars(pack.to("meta")).values()} == {"meta"}
+
+
+def test_an_image_larger_than_a_pack_is_refused_by_name_before_reading(index):
+    with pytest.raises(UserError, match=r"'image/\d{5}' in .* 36 tokens, more than batch.pack_tokens = 35"):
+        load(index, pack_tokens=35)
+    with pytest.raises(UserError, match=r"36 tokens, more than batch.pack_tokens = 39 \(padded to 8\)"):
+        load(index, pack_tokens=39, pad_multiple=8)
+    load(index, pack_tokens=40, pad_multiple=8)
+
+
+def test_another_folder_than_the_plans_is_refused(index, tmp_path):
+    settings = {"dp_rank": 0, "dp_size": 1, "pack_tokens": 128, "pad_multiple": 1, "cost": (1.0, 0.0)}
+    steps = {"first_step": 0, "last_step": 1, "num_workers": 0, "prefetch_steps": 1}
+    with pytest.raises(UserError, match=r"data.shards: .* is not the folder"):
+        make_loader(plan(index), tmp_path, **settings, **steps)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_corrupt_sample_stops_with_one_plain_message(tmp_path: Path, workers: int):
+    indexed_set(tmp_path, 60)
+    index = open_index(tmp_path)
+    offset = int(index.variants["offset"][7])
+    shard = tmp_path / "shard-000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[offset] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        list(load(index, last_step=60, num_workers=workers))
+    assert "shard-000000.tar is truncated or corrupt: checksum differs" in str(error.value)
+    assert "image/" in str(error.value) and "\n" not in str(error.value)

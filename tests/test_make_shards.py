@@ -1,0 +1,107 @@
+"""tools/make_shards.py as a user runs it, and the digits that it writes."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from fitscale.config.errors import UserError
+from fitscale.data.digits import SCALES, digit_variants
+from fitscale.data.index import open_index
+from fitscale.data.reader import ShardReader
+from fitscale.data.scan import key_hash
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("make_shards", ROOT / "tools" / "make_shards.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *arguments: module.main([str(argument) for argument in arguments])
+
+
+def test_digits_are_stored_cropped_at_every_scale(digits_shards):
+    index, digits = open_index(digits_shards), digit_variants()
+    assert len(index.images) == len(digits) == 1797
+    assert (index.meta.kind, index.meta.channels, index.meta.num_classes) == ("pixels", 1, 10)
+    reader, row_of = ShardReader(index), {int(row["key_hash"]): image for image, row in enumerate(index.images)}
+    for number in range(0, 1797, 50):
+        digit = digits[number]
+        image = row_of[key_hash(digit.key)]
+        row = index.images[image]
+        assert row["label"] == load_digits().target[number] and row["variants"] == len(SCALES)
+        for place, variant in enumerate(digit.variants, int(row["first_variant"])):
+            np.testing.assert_array_equal(reader.read(image, place), variant.array_CHW, strict=True)
+
+
+def test_the_middle_scale_is_the_scan_itself_cropped_to_its_ink():
+    scan, digit = load_digits().images[3], digit_variants()[3]
+    small, same, large = (variant.array_CHW[0] for variant in digit.variants)
+    padded = np.zeros_like(scan)
+    top, left = (np.flatnonzero(scan.any(axis=axis))[0] for axis in (1, 0))
+    padded[top : top + same.shape[0], left : left + same.shape[1]] = same
+    assert np.abs(padded - scan / 16 * 255).max() <= 0.5
+    assert same.any(axis=1)[[0, -1]].all() and same.any(axis=0)[[0, -1]].all()
+    assert small.shape == tuple(round(0.75 * side) for side in same.shape) and large.shape[0] == 10
+    assert abs(float(small.mean()) - float(large.mean())) < 20  # the same picture
+
+
+def test_token_counts_span_more_than_four_times(digits_shards):
+    areas = [height * width for height, width, _ in open_index(digits_shards).meta.sizes]
+    assert max(areas) == 100 and min(areas) <= 16
+
+
+def test_running_again_says_so_and_touches_nothing(main, digits_shards, capsys):
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in digits_shards.iterdir()}
+    assert main("digits", digits_shards) == 0
+    assert "finished before, 1797 images in 5391 variants, 8 shards" in capsys.readouterr().out
+    assert before == {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in digits_shards.iterdir()}
+
+
+@pytest.mark.parametrize("other", [("--scales", 1), ("--images-per-shard", 100)])
+def test_other_shards_in_the_folder_are_refused(main, digits_shards, capsys, other):
+    assert main("digits", digits_shards, *other) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith(f"error: {digits_shards}: holds other shards") and output.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--scales", 0], "above 0"), (["--images-per-shard", 0], "images per shard: 0 is too small")],
+)
+def test_wrong_options_write_nothing(main, tmp_path, capsys, arguments, message):
+    assert main("digits", tmp_path / "new", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_something_else_is_refused(main, tmp_path, capsys):
+    (tmp_path / "letter.txt").write_text("dear")
+    assert main("digits", tmp_path) == 2
+    assert "holds no finished shards" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_index_verb_makes_the_index_again(main, digits_shards, tmp_path, capsys):
+    for path in [*digits_shards.glob("*.tar"), digits_shards / "dataset.json"]:
+        (tmp_path / path.name).symlink_to(path)
+    assert main("index", tmp_path) == 0
+    assert "1797 images" in capsys.readouterr().out
+    assert json.loads((tmp_path / "index.json").read_text()) == json.loads((digits_shards / "index.json").read_text())
+    assert (tmp_path / "variants.npy").read_bytes() == (digits_shards / "variants.npy").read_bytes()
+
+
+@pytest.mark.parametrize("verb", ["digits", "index"])
+def test_help_shows_an_example(main, verb, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(verb, "--help")
+    assert exit.value.code == 0
+    assert f"example: python tools/make_shards.py {verb}" in capsys.readouterr().out
+
+
+def test_scales_must_make_sense():
+    with pytest.raises(UserError, match="above 0"):
+        digit_variants(())
