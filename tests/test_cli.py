@@ -1,0 +1,124 @@
+"""The `fitscale` program as a user meets it: quick help, one message and exit code 2 for a mistake."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fitscale.cli import build_parser, main
+from fitscale.config.errors import UserError
+from fitscale.config.load import load_config
+from fitscale.config.main import exit_code
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ["config", "train", "sample", "evaluate"]
+PROGRAMS = sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "slurm").glob("*.py")])
+
+
+def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+
+
+def test_help_answers_in_half_a_second():
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        assert run("-m", "fitscale", "--help").returncode == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5, seconds
+
+
+def test_the_program_imports_nothing_heavy_before_it_knows_the_command():
+    code = (
+        "import sys, fitscale.cli; fitscale.cli.build_parser(); print(*sorted({n.split('.')[0] for n in sys.modules}))"
+    )
+    loaded = set(run("-c", code).stdout.split())
+    assert "argparse" in loaded
+    assert not loaded & {
+        "torch",
+        "numpy",
+        "omegaconf",
+        "yaml",
+        "deepspeed",
+        "megatron",
+        "matplotlib",
+        "pandas",
+        "scipy",
+    }
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"example: fitscale {command} " in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_program_has_help_with_an_example(program):
+    result = run(program, "--help")
+    assert result.returncode == 0, result.stderr
+    assert f"python {program.relative_to(ROOT)}" in " ".join(result.stdout.split())
+
+
+def test_config_prints_yaml_that_reads_back(capsys, tmp_path):
+    assert main(["config", str(ROOT / "configs/demo/digits.yaml"), "model.num_heads=2", "run.name=a: b"]) == 2
+    capsys.readouterr()
+    assert main(["config", str(ROOT / "configs/demo/digits.yaml"), "optim.lr=5e-4"]) == 0
+    (tmp_path / "resolved.yaml").write_text(capsys.readouterr().out)
+    config = load_config([str(tmp_path / "resolved.yaml")])
+    assert config == load_config([str(ROOT / "configs/demo/digits.yaml"), "optim.lr=5e-4"])
+
+
+@pytest.mark.parametrize("command", ["config", "train"])
+def test_a_mistake_is_one_line_and_exit_code_2(command, tmp_path):
+    result = run("-m", "fitscale", command, "model.dept=3", f"run.dir={tmp_path / 'run'}")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: model.dept=3: ") and result.stderr.count("\n") == 1
+    assert "Did you mean" in result.stderr and result.stdout == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_of_many_ranks_one_speaks():
+    assert run("-m", "fitscale", "config", "no.yaml", RANK="0").stderr == (
+        "error: no.yaml: no such config file (an override is written key=value)\n"
+    )
+    other = run("-m", "fitscale", "config", "no.yaml", RANK="3")
+    assert (other.returncode, other.stderr) == (2, "")
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"]])
+def test_a_command_line_that_is_none_ends_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: fitscale" in capsys.readouterr().err
+
+
+def test_exit_codes(capsys):
+    def fail(error: BaseException) -> int:
+        raise error
+
+    assert exit_code(lambda: None) == 0
+    assert exit_code(lambda: 3) == 3
+    assert exit_code(lambda: fail(KeyboardInterrupt())) == 130
+    assert exit_code(lambda: fail(UserError("wrong"))) == 2
+    assert capsys.readouterr().err == "error: wrong\n"
+    with pytest.raises(ValueError, match="a fault"):
+        exit_code(lambda: fail(ValueError("a fault")))
+
+
+def test_the_parser_names_its_commands():
+    assert all(f"    {command}" in build_parser().format_help() for command in COMMANDS)

@@ -1,0 +1,127 @@
+"""slurm/sweep.py from end to end: two tiny cells trained and evaluated through submitit's local executor."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fitscale.config.claim import claim
+from fitscale.config.load import load_config
+from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.model import flops
+from tests.tiny import OVERRIDES
+
+ROOT = Path(__file__).parents[1]
+STEPS = 4
+
+
+def sweep_yaml(folder: Path, shards: Path, *base: str, **cells: list[str]) -> Path:
+    path = folder / "sweep.yaml"
+    content = {
+        "name": "test",
+        "dir": str(folder / "out"),
+        "base": [
+            *OVERRIDES,
+            *(f"data.shards={shards}", f"run.steps={STEPS}", "checkpoint.every_steps=1", "optim.warmup_steps=0"),
+            *("evaluation.points=2", "evaluation.first_step=2", "evaluation.validation_images=16"),
+            *base,
+        ],
+        "cells": cells,
+        "local": {"parallel_cells": 2},
+    }
+    path.write_text(json.dumps(content))  # JSON is YAML
+    return path
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, str(ROOT / "slurm/sweep.py"), *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def sweep(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+
+
+def test_cells_run_to_their_end_a_failed_one_is_shown_and_finished_ones_are_skipped(tmp_path, digits_shards):
+    path = sweep_yaml(tmp_path, digits_shards, good=["model.depth=3"], bad=["run.init_weights=nowhere"])
+    result = sweep(path)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "error: cell bad failed" in result.stderr and "nowhere" in result.stderr
+    assert f"step {STEPS}/{STEPS}" in result.stdout and "evaluated 2/2" in result.stdout
+    good = RunDir(tmp_path / "out/good")
+    assert {row["step"] for row in read_jsonl(good.evaluations)} == {2, STEPS}
+    assert good.checkpoints()[-1].step == STEPS
+    cell = json.loads((tmp_path / "out/manifest.json").read_text())["cells"][0]
+    assert cell["parameters"] == flops.parameters(load_config(cell["arguments"]).model)
+    assert cell["train_flops"] > 0 and cell["steps"] == STEPS
+
+    start = time.perf_counter()
+    again = sweep(sweep_yaml(tmp_path, digits_shards, good=["model.depth=3"]))
+    assert (again.returncode, time.perf_counter() - start < 5) == (0, True)
+    assert "good: finished before" in again.stdout
+
+
+def test_a_dry_run_writes_nothing(tmp_path, digits_shards):
+    result = sweep(sweep_yaml(tmp_path, digits_shards, small=[]), "--dry-run")
+    assert result.returncode == 0 and "training FLOPs" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (["model.dept=3"], "error: cell wrong: model.dept=3"),
+        (["data.shards=nowhere"], "error: nowhere/index.json: no such index"),
+    ],
+)
+def test_a_mistake_ends_it_before_anything_is_written(tmp_path, digits_shards, cell, message):
+    result = sweep(sweep_yaml(tmp_path, digits_shards, right=[], wrong=cell))
+    assert result.returncode == 2 and result.stderr.startswith(message), result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_directory_of_another_config_stops_the_sweep(tmp_path, digits_shards):
+    path = sweep_yaml(tmp_path, digits_shards, a=[], b=["optim.lr=0.5"])
+    claim(load_config([*OVERRIDES, f"run.dir={tmp_path / 'out/b'}"]))
+    result = sweep(path)
+    assert result.returncode == 2 and "optim.lr: 0.001 there, 0.5 here" in result.stderr
+    assert not (tmp_path / "out/a").exists()
+
+
+def test_stopped_it_stops_its_cells_and_started_again_it_goes_on(tmp_path, digits_shards):
+    run = RunDir(tmp_path / "out/only")
+    process = subprocess.Popen(
+        command(sweep_yaml(tmp_path, digits_shards, "run.steps=5000", only=[])),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a shell starts a background job
+    )
+    deadline = time.monotonic() + 120
+    while not run.checkpoints() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    step = read_jsonl(run.metrics)[-1]["step"]
+    time.sleep(1)
+    assert read_jsonl(run.metrics)[-1]["step"] == step
+
+    assert sweep(sweep_yaml(tmp_path, digits_shards, f"run.steps={step + 2}", only=[])).returncode == 0
+    assert [row["step"] for row in read_jsonl(run.metrics)] == list(range(1, step + 3))
+    assert {row["attempt"] for row in read_jsonl(run.throughput)} == {1, 2}
