@@ -47,7 +47,7 @@ def full_tensor(engine: Any, parameter: torch.nn.Parameter, key: str | None = No
     A frozen parameter has no optimizer state; any `key` gives its value.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     if not parameter.requires_grad:
         with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
@@ -132,6 +132,7 @@ class _ModelParallelUnit:
 def _import_deepspeed(device: torch.device) -> Any:
     """Import DeepSpeed quietly, without compiling its shared-memory op for CPU (half a minute, and a compiler)."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it in a world of one, too
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

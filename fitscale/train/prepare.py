@@ -16,7 +16,7 @@ from fitscale.data.index import Index
 from fitscale.model import flops
 from fitscale.parallel.groups import Topology
 
-PACKAGES = ("fitscale", "torch", "deepspeed", "megatron-core", "numpy", "webdataset")
+PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "webdataset")
 
 
 def resolve(config: Config, device: torch.device) -> Config:

@@ -10,6 +10,7 @@ The loss of a step is the mean over the images of the global batch, whatever the
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -25,7 +26,7 @@ from fitscale.config.errors import UserError
 from fitscale.config.rundir import Checkpoint, RunDir, write_atomic
 from fitscale.config.schema import Config
 from fitscale.data.index import Index, open_index
-from fitscale.data.loader import Pack, StepBatch, make_loader
+from fitscale.data.loader import Pack, StepBatch, check_pack_tokens, make_loader
 from fitscale.data.plan import BatchPlan
 from fitscale.flow.loss import image_weights, make_objective
 from fitscale.model import flops
@@ -56,6 +57,7 @@ def train(config: Config) -> None:
     plan = make_plan(config, index)
     topology = init_parallel(config.parallel, config.run.device)
     config = prepare.resolve(config, topology.device)
+    check_pack_tokens(plan, config.batch.pack_tokens, pad_multiple(config))
     run = on_rank_zero(lambda: claim(config))
     Trainer(config, run, plan, topology).run_to_end()
 
@@ -71,6 +73,11 @@ def make_plan(config: Config, index: Index) -> BatchPlan:
         holdout_fraction=config.data.holdout_fraction,
         split="train",
     )
+
+
+def pad_multiple(config: Config) -> int:
+    """Packs are padded to a multiple of this: the config's, and one that sequence parallelism can cut."""
+    return math.lcm(config.batch.pad_multiple, config.parallel.tensor_parallel_size)
 
 
 class Trainer:
@@ -143,7 +150,7 @@ class Trainer:
             dp_rank=topology.dp_rank,
             dp_size=topology.dp_size,
             pack_tokens=config.batch.pack_tokens,
-            pad_multiple=int(np.lcm(config.batch.pad_multiple, topology.tp_size)),
+            pad_multiple=pad_multiple(config),
             cost=flops.cost(config.model),
             first_step=first_step,
             last_step=config.run.steps,

@@ -1,0 +1,136 @@
+"""Training on real digits: the loss does not depend on the packs, and a killed run ends as an undisturbed one."""
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from fitscale.config.errors import UserError
+from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.config.schema import Config
+from tests.distributed.spawn import context, run_ranks
+from tests.tiny import tiny_config
+
+
+def train_here(config: Config) -> None:
+    """In a spawned process: train as `fitscale train` does."""
+    from fitscale.train.trainer import train
+
+    train(config)
+
+
+def train_and_fail(config: Config) -> str:
+    """In a spawned process: the text of the UserError that training ends with."""
+    with pytest.raises(UserError) as caught:
+        train_here(config)
+    return str(caught.value)
+
+
+def weights_of(run_dir: Path, name: str = "raw") -> dict:
+    """All tensors of the newest checkpoint's weights."""
+    folder = RunDir(run_dir).checkpoints()[-1].weights(name)
+    return {key: tensor for path in sorted(folder.iterdir()) for key, tensor in load_file(path).items()}
+
+
+def column(run_dir: Path, key: str) -> list[float]:
+    return [row[key] for row in read_jsonl(RunDir(run_dir).metrics)]
+
+
+def test_loss_is_the_same_for_one_pack_many_packs_and_two_ranks(tmp_path, digits_shards):
+    runs = {"one": (1, 16384), "many": (1, 120), "ranks": (2, 240)}
+    for name, (ranks, pack_tokens) in runs.items():
+        config = tiny_config(tmp_path / name, digits_shards, "run.steps=6", f"batch.pack_tokens={pack_tokens}")
+        run_ranks(train_here, ranks, config)
+    assert set(column(tmp_path / "one", "packs")) == {1}
+    assert min(column(tmp_path / "many", "packs")) > 3
+    for name in ("many", "ranks"):
+        for key in ("loss", "grad_norm"):
+            assert column(tmp_path / name, key) == pytest.approx(column(tmp_path / "one", key), rel=1e-6, abs=1e-6)
+
+
+def test_learning_reduces_the_loss(tmp_path, digits_shards):
+    run_ranks(train_here, 1, tiny_config(tmp_path / "run", digits_shards, "run.steps=40", "optim.lr=3e-3"))
+    loss = column(tmp_path / "run", "loss")
+    assert sum(loss[-8:]) < 0.8 * sum(loss[:8])
+
+
+def test_a_run_killed_ten_times_ends_bit_identical(tmp_path, digits_shards):
+    overrides = ("run.steps=120", "checkpoint.every_steps=4", "checkpoint.keep_last=2")
+    run_ranks(train_here, 1, tiny_config(tmp_path / "calm", digits_shards, *overrides))
+    config = tiny_config(tmp_path / "killed", digits_shards, *overrides)
+    chance = random.Random(0)
+    kills = [kill_once(config, chance, during_save=attempt % 2 == 0) for attempt in range(10)]
+    assert "finished" not in kills and kills.count("saving") >= 3
+    run_ranks(train_here, 1, config)
+    calm, killed = RunDir(tmp_path / "calm"), RunDir(tmp_path / "killed")
+    assert killed.metrics.read_bytes() == calm.metrics.read_bytes()
+    for name in ("raw", "ema_0.9"):
+        ours, theirs = weights_of(killed.path, name), weights_of(calm.path, name)
+        assert all(ours[key].equal(theirs[key]) for key in theirs)
+
+
+def kill_once(config: Config, chance: random.Random, during_save: bool) -> str:
+    """Start the run and SIGKILL it at a random moment after its next checkpoint; tells what it was doing."""
+    run = RunDir(Path(config.run.dir))
+    before = run.checkpoint_folders()
+    process = context().Process(target=train_here, args=(config,))
+    process.start()
+    _wait_until(lambda: run.checkpoint_folders() != before, process)
+    if during_save:
+        _wait_until(lambda: any(run.path.glob("checkpoints/.saving-*/*")), process)
+    else:
+        time.sleep(chance.uniform(0, 0.3))
+    process.kill()
+    process.join()
+    if process.exitcode == 0:
+        return "finished"
+    return "saving" if any(run.path.glob("checkpoints/.saving-*")) else "training"
+
+
+def _wait_until(condition: Callable[[], bool], process: Any) -> None:
+    while process.is_alive() and not condition():
+        time.sleep(0.001)
+
+
+def test_a_half_written_checkpoint_is_skipped_with_a_warning(tmp_path, digits_shards):
+    run_ranks(train_here, 1, tiny_config(tmp_path, digits_shards, "run.steps=4", "checkpoint.every_steps=2"))
+    newest = RunDir(tmp_path).checkpoints()[-1]
+    file = newest.weights("raw") / "00000.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    run_ranks(train_here, 1, tiny_config(tmp_path, digits_shards, "run.steps=4", "checkpoint.every_steps=2"))
+    assert [checkpoint.step for checkpoint in RunDir(tmp_path).checkpoints()] == [2, 4]
+    assert list(newest.path.parent.glob("step-00000004.incomplete-*"))  # kept, not deleted
+    assert column(tmp_path, "step") == [1, 2, 3, 4]
+
+
+def test_retention_keeps_the_newest_and_the_evaluation_steps(tmp_path, digits_shards):
+    overrides = ("run.steps=9", "checkpoint.every_steps=1", "checkpoint.keep_last=2")
+    overrides += ("evaluation.points=2", "evaluation.first_step=3")
+    run_ranks(train_here, 1, tiny_config(tmp_path, digits_shards, *overrides))
+    assert [checkpoint.step for checkpoint in RunDir(tmp_path).checkpoints()] == [3, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.in_channels=4", "model.in_channels: the config says 4"),
+        ("model.num_classes=3", "model.num_classes: 3, but the shards"),
+        ("batch.pack_tokens=20", "pack_tokens"),
+        ("model.patch_size=3", "patch_size"),
+    ],
+)
+def test_a_config_that_cannot_be_right_writes_nothing(tmp_path, digits_shards, override, message):
+    config = tiny_config(tmp_path / "run", digits_shards, override)
+    (text,) = run_ranks(train_and_fail, 1, config)
+    assert message in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_of_another_config_is_refused(tmp_path, digits_shards):
+    run_ranks(train_here, 1, tiny_config(tmp_path, digits_shards, "run.steps=1"))
+    (text,) = run_ranks(train_and_fail, 1, tiny_config(tmp_path, digits_shards, "run.steps=1", "optim.lr=1"))
+    assert "optim.lr" in text and "belongs to" in text
