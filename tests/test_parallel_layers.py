@@ -104,10 +104,14 @@ def seed_differences(reference):
 
 
 def gradients_through_enter_sharded():
-    """The gradient of a sum is one strided tensor, shared by both terms."""
-    x, neighbour = torch.zeros(4, 3, requires_grad=True), torch.zeros(4, 3, requires_grad=True)
-    (enter_sharded(x) + neighbour).sum().backward()
-    return x.grad.unique().tolist(), neighbour.grad.unique().tolist()
+    """Gradients of x and of its neighbour in a sum; both get one tensor from it: strided, then contiguous."""
+    gradients = []
+    for reduce in (torch.sum, lambda y: (y * torch.ones(4, 3)).sum()):
+        x, neighbour = torch.zeros(4, 3, requires_grad=True), torch.zeros(4, 3, requires_grad=True)
+        tripled = 3 * neighbour  # before enter_sharded, so that its backward pass comes after
+        reduce(enter_sharded(x) + tripled).backward()
+        gradients.append((x.grad.unique().tolist(), neighbour.grad.unique().tolist()))
+    return gradients
 
 
 def sequence_round_trip():
@@ -164,7 +168,7 @@ def test_attention_and_mlp_are_split_and_nothing_else(ranks):
 
 
 def test_enter_sharded_sums_its_own_gradient_only(ranks):
-    assert [rank["enter_sharded"] for rank in ranks] == [([2.0], [1.0])] * 2
+    assert [rank["enter_sharded"] for rank in ranks] == [[([2.0], [3.0])] * 2] * 2
 
 
 def test_tokens_are_scattered_and_gathered(ranks):

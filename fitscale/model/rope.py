@@ -43,8 +43,9 @@ def cached_rope_tables(
     config: RopeConfig, head_dim: int, rows: int, cols: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """`rope_tables` on `device`, remembered: a data set has few sizes, and training meets them at every step."""
-    cos, sin = rope_tables(config, head_dim, rows, cols)
-    return cos.to(device), sin.to(device)
+    with torch.inference_mode(False):  # or tables first met while sampling could not serve training
+        cos, sin = rope_tables(config, head_dim, rows, cols)
+        return cos.to(device), sin.to(device)
 
 
 def rotate(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
