@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from fitscale.scaling.study import LawResult, Study
-from fitscale.scaling.uncertainty import predicted_KN
+from fitscale.scaling.uncertainty import new_run_KN
 
 NAMES = {"fd": "Fréchet distance", "fid": "FID", "validation_loss": "Validation loss", "loss": "Loss"}
 
@@ -85,19 +85,11 @@ def _draw_law(axes: Any, study: Study, result: LawResult, rows: pd.DataFrame) ->
     axes.plot(
         grid[~inside], metric[~inside], color="black", linewidth=1.3, linestyle="--", label="its prediction", zorder=2
     )
-    if len(result.boot.theta_KP):
-        low, high = np.quantile(predicted_KN(result.fit, result.boot, line, study.question.seed), [0.05, 0.95], axis=0)
-        low, high = (_smoothed(edge) for edge in (low, high))
-        axes.fill_between(grid, low, high, color="black", alpha=0.12, linewidth=0, label="90 % interval", zorder=1)
+    low, high = np.quantile(new_run_KN(result.fit, result.resamples, line, study.question.seed), [0.05, 0.95], axis=0)
+    axes.fill_between(grid, low, high, color="black", alpha=0.12, linewidth=0, label="90 % for a new run", zorder=1)
     floor = result.fit.named()["e"] if result.floor is not None and result.floor.identified else 0.0
     if floor > rows["value"].min() / MARGIN:
         axes.axhline(floor, color="gray", linewidth=0.9, linestyle="-.", label=f"floor E = {floor:.3g}", zorder=1)
-
-
-def _smoothed(edge: np.ndarray, width: int = 15) -> np.ndarray:
-    """Quantiles of finitely many draws are ragged; a moving mean of their logarithm makes the band's edge readable."""
-    padded = np.pad(np.log(edge), width // 2, mode="reflect", reflect_type="odd")
-    return np.exp(np.convolve(padded, np.full(width, 1 / width), mode="valid"))
 
 
 def _decorate(axes: Any, study: Study, rows: pd.DataFrame) -> None:

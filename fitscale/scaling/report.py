@@ -61,35 +61,31 @@ def fit_record(study: Study) -> dict[str, Any]:
 
 
 def _law_record(result: LawResult) -> dict[str, Any]:
-    fit, boot = result.fit, result.boot
-    covariance = pd.DataFrame(boot.theta_KP).cov().to_numpy().tolist() if len(boot.theta_KP) > 1 else None
+    fit, noise = result.fit, result.resamples.noise
     return {
         "law": fit.law.name,
         "formula": fit.law.formula,
         "reference": fit.reference(),
         "parameters": fit.named(),
         "intervals_90": parameter_intervals(result),
-        "covariance": {"parameters": list(fit.law.parameters), "matrix": covariance},
+        "covariance": {"parameters": list(fit.law.parameters), "matrix": result.covariance_PP.tolist()},
         "floor": None if result.floor is None else vars(result.floor),
         "objective": fit.objective,
         "points": fit.points,
-        "runs": boot.runs,
+        "runs": result.resamples.runs,
         "starts": fit.starts,
         "starts_reached": fit.reached,
-        "noise": boot.noise,
-        "resamples_fitted": len(boot.theta_KP),
+        "noise": {"run": noise.run**0.5, "checkpoint": noise.point**0.5},
         "mean_held_out_error": result.error,
         "predictions": json.loads(result.predictions.to_json(orient="records", double_precision=15)),
     }
 
 
 def parameter_intervals(result: LawResult, level: float = 0.9) -> dict[str, tuple[float, float]]:
-    """Central intervals of the readable parameters over the resamples of whole runs; empty if none could be fitted."""
-    if not len(result.boot.theta_KP):
-        return {}
+    """Central intervals of the readable parameters over the resamples of whole runs."""
     fit_names = list(result.fit.named())
-    draws = pd.DataFrame([result.fit.named(theta_P) for theta_P in result.boot.theta_KP])
-    return {name: result.boot.interval(draws[name].to_numpy(), level) for name in fit_names}
+    draws = pd.DataFrame([result.fit.named(theta_P) for theta_P in result.resamples.theta_KP])
+    return {name: result.resamples.interval(draws[name].to_numpy(), level) for name in fit_names}
 
 
 def report_content(study: Study) -> dict[str, Any]:
@@ -142,10 +138,10 @@ def number(value: Any) -> str:
 
 def _headline(study: Study, result: LawResult) -> str:
     name, fit = result.fit.law.name, result.fit
-    start = f"{name} law, fitted on {fit.points} points of {result.boot.runs} runs"
+    start = f"{name} law, fitted on {fit.points} points of {result.resamples.runs} runs"
     counted = result.predictions[result.predictions["chosen"]] if len(result.predictions) else result.predictions
     if counted.empty:
-        return f"{start}: residual scatter {result.boot.noise:.1%}; no held-out point tests it."
+        return f"{start}: scatter of a new run {result.resamples.noise.total:.1%}; no held-out point tests it."
     last = counted.iloc[-1]
     where = "inside" if last["inside"] else "OUTSIDE"
     return (
@@ -156,6 +152,7 @@ def _headline(study: Study, result: LawResult) -> str:
 
 
 def _law_lines(result: LawResult) -> dict[str, Any]:
+    noise = result.resamples.noise
     intervals = parameter_intervals(result)
     lines = []
     for name, value in result.fit.named().items():
@@ -170,9 +167,8 @@ def _law_lines(result: LawResult) -> dict[str, Any]:
         "formula": result.fit.law.formula,
         "reference": reference,
         "lines": lines,
-        "scatter": f"{result.boot.noise:.1%}",
+        "scatter": f"{noise.run**0.5:.1%} from run to run and {noise.point**0.5:.1%} from checkpoint to checkpoint",
         "reached": f"{result.fit.reached:.0%} of {result.fit.starts}",
-        "resamples": f"{len(result.boot.theta_KP)} of {result.boot.attempted}",
     }
 
 

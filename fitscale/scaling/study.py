@@ -12,11 +12,21 @@ import numpy as np
 import pandas as pd
 
 from fitscale.config.errors import UserError
-from fitscale.scaling.laws import LAWS, Fit, Law, fit_law
+from fitscale.scaling.fitting import Fit, fit_law
+from fitscale.scaling.laws import LAWS, Law
 from fitscale.scaling.points import chosen
 from fitscale.scaling.refusal import Caution, Refusal
 from fitscale.scaling.select import select, size_order
-from fitscale.scaling.uncertainty import FEW_RUNS, Bootstrap, FloorProfile, bootstrap, floor_profile, predicted_KN
+from fitscale.scaling.solver import Array
+from fitscale.scaling.uncertainty import (
+    FEW_RUNS,
+    FloorProfile,
+    Resamples,
+    covariance,
+    floor_profile,
+    new_run_KN,
+    resample,
+)
 
 FAR = 10.0  # a prediction at more than this many times the fitted compute must be asked for
 
@@ -46,7 +56,8 @@ class LawResult:
     """
 
     fit: Fit
-    boot: Bootstrap
+    resamples: Resamples
+    covariance_PP: Array
     floor: FloorProfile | None
     predictions: pd.DataFrame
     error: float | None  # mean |ln(predicted / actual)| over the held-out points that count
@@ -124,23 +135,21 @@ def _refuse_far(rows: pd.DataFrame, question: Question) -> None:
 def _result(law: Law, rows: pd.DataFrame, question: Question) -> LawResult:
     used = rows[rows["used"]]
     fit = fit_law(law, used)
-    boot = bootstrap(fit, rows[~rows["held_out"]], question.points, question.resamples, question.seed)
-    floor = floor_profile(fit, used) if law.parameters[-1] == "e" else None
-    predictions = _predictions(fit, boot, rows[rows["held_out"]], question.seed)
+    draws = resample(fit, used, question.resamples, question.seed)
+    floor = floor_profile(fit, used) if law.floor else None
+    predictions = _predictions(fit, draws, rows[rows["held_out"]], question.seed)
     counted = predictions.loc[predictions["chosen"], "error"] if len(predictions) else pd.Series(dtype=float)
     error = float(np.abs(np.log1p(counted)).mean()) if len(counted) else None
-    return LawResult(fit, boot, floor, predictions, error)
+    return LawResult(fit, draws, covariance(fit, used), floor, predictions, error)
 
 
-def _predictions(fit: Fit, boot: Bootstrap, held_out: pd.DataFrame, seed: int) -> pd.DataFrame:
+def _predictions(fit: Fit, draws: Resamples, held_out: pd.DataFrame, seed: int) -> pd.DataFrame:
     rows = held_out[["run", "size", "step", "train_flops", "value", "chosen"]].sort_values(["run", "train_flops"])
     if rows.empty:
         return rows
     predicted = fit.metric(rows)
-    rows = rows.assign(predicted=predicted, error=predicted / rows["value"] - 1, low=np.nan, high=np.nan)
-    if len(boot.theta_KP):
-        low, high = np.quantile(predicted_KN(fit, boot, rows, seed), [0.05, 0.95], axis=0)
-        rows = rows.assign(low=low, high=high)
+    low, high = np.quantile(new_run_KN(fit, draws, rows, seed), [0.05, 0.95], axis=0)
+    rows = rows.assign(predicted=predicted, error=predicted / rows["value"] - 1, low=low, high=high)
     return rows.assign(inside=(rows["low"] <= rows["value"]) & (rows["value"] <= rows["high"]))
 
 
@@ -150,7 +159,8 @@ def _cautions(rows: pd.DataFrame, results: list[LawResult], held_out: str | None
     if runs < FEW_RUNS:
         found.append(
             Caution(
-                "few_runs", f"only {runs} runs are fitted; intervals from so few are rough, and more often too narrow"
+                "few_runs",
+                f"only {runs} runs are fitted: how much runs differ by luck is hardly known, so intervals are wide",
             )
         )
     for result in results:
@@ -160,14 +170,6 @@ def _cautions(rows: pd.DataFrame, results: list[LawResult], held_out: str | None
                 Caution(
                     "floor",
                     f"{name} law: the floor E is not identified; {result.floor.level:.0%} of the likelihood reaches 0",
-                )
-            )
-        lost = result.boot.attempted - len(result.boot.theta_KP)
-        if lost > 0.05 * result.boot.attempted:
-            found.append(
-                Caution(
-                    "resamples",
-                    f"{name} law: {lost} of {result.boot.attempted} resamples could not be fitted and are left out",
                 )
             )
         found += _missed(result)

@@ -49,8 +49,8 @@ A point that does not count lies above the frontier (or is not the run's last): 
 ## {{ law.name | capitalize }} law: {{ law.formula }}
 
 Fitted on ln({{ metric }}), points weighted alike ({{ question.points }} points); at {{ law.reference }}.
-Residual scatter {{ law.scatter }}; best fit reached from {{ law.reached }} starts;
-whole runs resampled, {{ law.resamples }} fitted.
+Scatter {{ law.scatter }}; best fit reached from {{ law.reached }} starts;
+intervals from {{ question.resamples }} resamples of whole runs.
 
 | parameter | value | 90 % interval |
 |---|---|---|
@@ -131,8 +131,8 @@ A point that does not count lies above the frontier (or is not the run's last): 
 <h2>{{ law.name | capitalize }} law: {{ law.formula }}</h2>
 <p class="small">Fitted on ln({{ metric }}), points weighted alike ({{ question.points }} points);
 at {{ law.reference }}.
-Residual scatter {{ law.scatter }}; best fit reached from {{ law.reached }} starts; whole runs resampled,
-{{ law.resamples }} fitted.</p>
+Scatter {{ law.scatter }}; best fit reached from {{ law.reached }} starts;
+intervals from {{ question.resamples }} resamples of whole runs.</p>
 <table>
 <tr><th>parameter</th><th>value</th><th>90 % interval</th></tr>
 {% for line in law.lines %}

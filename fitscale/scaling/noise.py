@@ -1,0 +1,81 @@
+"""How far measurements scatter around a law: the luck of a run, and that of a checkpoint.
+
+Residuals of ln(metric) are taken as  r = u[run] + v[point]. Both variances come from the scatter between and within
+runs, corrected for what the fit absorbed (method of moments); few runs say little about u, so every resample draws the
+variances anew, from chi-squared laws with Satterthwaite's degrees of freedom (Satterthwaite 1946).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fitscale.scaling.solver import Array
+
+LEAST_VARIANCE = 1e-14
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Variances of ln(metric). `sums` are the expected sums of squares per unit of (run, point) variance."""
+
+    run: float
+    point: float
+    sums_22: Array  # rows: between runs, within runs
+    freedom: tuple[float, float]  # degrees of freedom between and within runs
+
+    @property
+    def total(self) -> float:
+        """Standard deviation of one new measurement of a new run."""
+        return float(np.sqrt(self.run + self.point))
+
+    @property
+    def correlation(self) -> float:
+        """Between two checkpoints of one run."""
+        return self.run / (self.run + self.point)
+
+    def draw(self, rng: np.random.Generator, count: int) -> tuple[Array, Array]:
+        """`count` plausible pairs of variances (run_K, point_K), given how little the data say of them."""
+        scale_2K = np.stack([freedom / rng.chisquare(freedom, count) for freedom in self.freedom])
+        squares_2K = (self.sums_22 @ np.array([self.run, self.point]))[:, None] * scale_2K
+        if not self.sums_22[1].any():  # one checkpoint a run: the two cannot be told apart
+            return squares_2K[0] / self.sums_22[0, 0], np.zeros(count)
+        run_K, point_K = np.linalg.solve(self.sums_22, squares_2K)
+        return np.maximum(run_K, 0.0), np.maximum(point_K, LEAST_VARIANCE)
+
+
+def estimate(residual_N: Array, jacobian_NP: Array, run_N: NDArray[np.str_]) -> Noise:
+    """Variances from the residuals of a fit whose prediction has `jacobian_NP`; `run_N` names each point's run."""
+    points = len(residual_N)
+    names, group_N = np.unique(run_N, return_inverse=True)
+    member_NG = np.eye(len(names))[group_N]
+    fitted_NN = jacobian_NP @ np.linalg.pinv(jacobian_NP)
+    left_NN = np.eye(points) - fitted_NN
+    if len(names) == points:
+        freedom = max(float(np.trace(left_NN)), 1.0)
+        variance = max(float(residual_N @ residual_N) / freedom, LEAST_VARIANCE)
+        return Noise(variance, 0.0, np.array([[freedom, freedom], [0.0, 0.0]]), (freedom, 1.0))
+    shared_NN = member_NG @ member_NG.T
+    between_NN = member_NG / member_NG.sum(axis=0) @ member_NG.T
+    parts = [left_NN @ between_NN @ left_NN, left_NN @ (np.eye(points) - between_NN) @ left_NN]
+    sums_22 = np.array([[np.sum(part * shared_NN), np.trace(part)] for part in parts])
+    squares_2 = np.array([residual_N @ part @ residual_N for part in parts])
+    run, point = _positive(sums_22, squares_2)
+    covariance_NN = run * shared_NN + point * np.eye(points)
+    return Noise(run, point, sums_22, (_freedom(parts[0], covariance_NN), _freedom(parts[1], covariance_NN)))
+
+
+def _positive(sums_22: Array, squares_2: Array) -> tuple[float, float]:
+    """The two variances that explain both sums of squares, or the best of one kind alone."""
+    run, point = np.linalg.solve(sums_22, squares_2)
+    if run < 0:
+        run, point = 0.0, squares_2.sum() / sums_22[:, 1].sum()
+    if point < 0:
+        run, point = squares_2.sum() / sums_22[:, 0].sum(), 0.0
+    return float(run), max(float(point), LEAST_VARIANCE)
+
+
+def _freedom(part_NN: Array, covariance_NN: Array) -> float:
+    """Degrees of freedom of the chi-squared law with the mean and the variance of this quadratic form."""
+    product_NN = part_NN @ covariance_NN
+    return max(float(np.trace(product_NN) ** 2 / np.sum(product_NN * product_NN.T)), 1.0)

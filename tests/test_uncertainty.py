@@ -1,0 +1,120 @@
+"""Intervals: do they cover what they say they cover, and what would not."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fitscale.scaling.fitting import fit_law, refit
+from fitscale.scaling.laws import OFFSET, POWER
+from fitscale.scaling.noise import estimate
+from fitscale.scaling.uncertainty import covariance, fit_noise, new_run_KN, resample
+
+RUN_NOISE, POINT_NOISE = 0.02, 0.015
+TARGET = pd.DataFrame({"train_flops": [4.5e20]})
+
+
+def truth(flops):
+    return 18 * (flops / 1e19) ** -0.35
+
+
+def sweep(rng, sizes=4, points=6, run_noise=RUN_NOISE, point_noise=POINT_NOISE):
+    """One run per size, each with its own luck; sizes span a factor of 100 in compute."""
+    rows = [
+        {"run": f"r{size}", "train_flops": last * share, "value": luck * truth(last * share) * np.exp(noise)}
+        for size, last in enumerate(np.geomspace(1e18, 1e20, sizes))
+        for luck in [np.exp(rng.normal(0, run_noise))]
+        for share, noise in zip(np.geomspace(0.1, 1, points), rng.normal(0, point_noise, points), strict=True)
+    ]
+    return pd.DataFrame(rows)
+
+
+def residual_draws(fit, rows, rng, count=200):
+    """The usual bootstrap: residuals of single points, drawn with replacement."""
+    x, _ = fit.law.centred(rows, fit.centre_F)
+    log = np.log(fit.metric(rows))
+    residual = (np.log(rows["value"].to_numpy()) - log) * np.sqrt(len(rows) / (len(rows) - len(fit.theta_P)))
+    y = log + rng.choice(residual, (count, len(rows)))
+    return refit(fit.law, x, y, np.repeat(fit.theta_P[None], count, axis=0), fit.loss)[0]
+
+
+def covers(draws, value):
+    low, high = np.quantile(draws, [0.05, 0.95])
+    return low <= value <= high
+
+
+def test_ninety_percent_intervals_cover_a_new_run_and_those_of_residuals_do_not():
+    rng = np.random.default_rng(7)
+    hits = []
+    for index in range(200):
+        rows = sweep(rng)
+        fit = fit_law(POWER, rows)
+        draws = resample(fit, rows, 200, index)
+        new = truth(TARGET["train_flops"].item()) * np.exp(rng.normal(0, RUN_NOISE) + rng.normal(0, POINT_NOISE))
+        naive = fit.metric(TARGET, residual_draws(fit, rows, rng))[:, 0]
+        curve = truth(TARGET["train_flops"].item())
+        law = fit.metric(TARGET, draws.theta_KP)[:, 0]
+        hits.append(
+            (covers(new_run_KN(fit, draws, TARGET, index)[:, 0], new), covers(law, curve), covers(naive, curve))
+        )
+    new_run, law, residuals = np.mean(hits, axis=0)
+    assert 0.85 <= new_run <= 0.95
+    assert 0.85 <= law <= 0.95
+    assert residuals < 0.6
+
+
+def test_variances_between_and_within_runs_are_found_on_average():
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(300):
+        rows = sweep(rng, sizes=6)
+        noise = fit_noise(fit_law(POWER, rows), rows)
+        found.append((noise.run, noise.point))
+    run, point = np.sqrt(np.mean(found, axis=0))
+    assert run == pytest.approx(RUN_NOISE, rel=0.15)
+    assert point == pytest.approx(POINT_NOISE, rel=0.05)
+
+
+def test_without_a_difference_between_runs_none_is_invented():
+    rng = np.random.default_rng(1)
+    noises = [fit_noise(fit_law(POWER, rows), rows) for rows in (sweep(rng, run_noise=0.0) for _ in range(50))]
+    assert np.mean([noise.run for noise in noises]) < 0.3 * POINT_NOISE**2
+    assert min(noise.run for noise in noises) == 0.0
+
+
+def test_one_checkpoint_per_run_is_noise_of_runs():
+    rng = np.random.default_rng(2)
+    jacobian = np.stack([np.ones(8), np.arange(8.0)], axis=1)
+    residual = rng.normal(0, 0.1, 8)
+    noise = estimate(residual, jacobian, np.array(list("abcdefgh")))
+    assert noise.point == 0.0 and noise.freedom[0] == pytest.approx(6)
+    assert noise.run == pytest.approx(residual @ residual / 6)
+
+
+def test_resamples_repeat_with_their_seed_and_agree_with_the_covariance():
+    rows = sweep(np.random.default_rng(3), sizes=12)
+    fit = fit_law(POWER, rows)
+    first, again, other = (resample(fit, rows, 4000, seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first.theta_KP, again.theta_KP)
+    assert not np.array_equal(first.theta_KP, other.theta_KP)
+    spread = np.diff(np.quantile(first.theta_KP, [0.25, 0.75], axis=0), axis=0)[0] / 1.349
+    np.testing.assert_allclose(spread, np.sqrt(np.diag(covariance(fit, rows))), rtol=0.15)
+
+
+def test_few_runs_give_wide_intervals():
+    rng = np.random.default_rng(4)
+    widths = []
+    for sizes in (3, 8):
+        rows = sweep(rng, sizes=sizes)
+        fit = fit_law(POWER, rows)
+        draws = new_run_KN(fit, resample(fit, rows, 500, 0), TARGET, 0)[:, 0]
+        widths.append(np.ptp(np.quantile(np.log(draws), [0.05, 0.95])))
+    assert widths[0] > 1.5 * widths[1]
+
+
+def test_floors_are_resampled_too():
+    rng = np.random.default_rng(5)
+    rows = sweep(rng, sizes=5, points=8)
+    rows["value"] += 4
+    fit = fit_law(OFFSET, rows)
+    floors = resample(fit, rows, 300, 0).theta_KP[:, -1]
+    assert (floors >= 0).all() and np.quantile(floors, 0.05) < 4 < np.quantile(floors, 0.95)
