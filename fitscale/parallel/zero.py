@@ -40,6 +40,28 @@ def make_engine(
     return engine
 
 
+def optimizer_step(engine: Any) -> float:
+    """Clip the gradients, step the optimizer, clear the gradients; returns the global norm before clipping."""
+    if engine.zero_optimization_stage() == 0:  # DeepSpeed clips here, but keeps the norm to itself
+        norm = _gradient_norm(engine.module)
+        engine.step()
+        return norm
+    engine.step()
+    return float(engine.get_global_grad_norm())
+
+
+def _gradient_norm(model: torch.nn.Module) -> float:
+    """Global norm over the tensor-parallel group: shards add up, replicated gradients count once."""
+    squares = torch.zeros(2, dtype=torch.float64)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            split = getattr(parameter, "tensor_model_parallel", False)
+            squares[0 if split else 1] += parameter.grad.double().square().sum().cpu()
+    shards = squares[0].to(next(model.parameters()).device)
+    torch.distributed.all_reduce(shards, group=parallel_state.get_tensor_model_parallel_group())
+    return float((shards.cpu() + squares[1]).sqrt())
+
+
 def full_tensor(engine: Any, parameter: torch.nn.Parameter, key: str | None = None) -> torch.Tensor:
     """The whole fp32 value of `parameter`, or of its optimizer state `key`, gathered over data-parallel ranks.
 

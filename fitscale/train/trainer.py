@@ -34,7 +34,7 @@ from fitscale.model.fit import FiT
 from fitscale.model.published import load_weights
 from fitscale.parallel.collective import on_rank_zero
 from fitscale.parallel.groups import Topology, init_parallel
-from fitscale.parallel.zero import make_engine
+from fitscale.parallel.zero import make_engine, optimizer_step
 from fitscale.train import checkpoint as checkpoints
 from fitscale.train import prepare
 from fitscale.train.metrics import Monitor, rewind_metrics
@@ -182,13 +182,13 @@ class Trainer:
             share = self._loss(pack, batch.step, len(tokens_B), int(tokens_B.sum()))
             self.engine.backward(share * self.topology.dp_size)  # the engine averages over the ranks
             loss += share.detach()
-        self.engine.step()
+        grad_norm = optimizer_step(self.engine)
         dist.all_reduce(loss, group=self.engine.data_parallel_group)
         self._count(batch.step + 1, tokens_B)
         return {
             "step": batch.step + 1,
             "loss": loss.item(),
-            "grad_norm": float(self.engine.get_global_grad_norm()),
+            "grad_norm": grad_norm,
             "lr": rate,
             **{key: self.totals[key] for key in ("images", "tokens", "train_flops")},
             "padding_share": batch.stats.padding_share,
