@@ -114,6 +114,25 @@ def test_retention_keeps_the_newest_and_the_evaluation_steps(tmp_path, digits_sh
     assert [checkpoint.step for checkpoint in RunDir(tmp_path).checkpoints()] == [3, 8, 9]
 
 
+def test_post_training_starts_from_weights_and_moves_only_what_is_trainable(tmp_path, digits_shards):
+    run_ranks(train_here, 1, tiny_config(tmp_path / "base", digits_shards, "run.steps=2"))
+    start = RunDir(tmp_path / "base").checkpoints()[-1].weights("raw")
+    overrides = ("run.steps=2", f"run.init_weights={start}", "optim.trainable=[x_embedder,bias,adaLN,final_layer]")
+    run_ranks(train_here, 1, tiny_config(tmp_path / "post", digits_shards, *overrides))
+    before, after = weights_of(tmp_path / "base"), weights_of(tmp_path / "post")
+    moved = {name for name in before if not before[name].equal(after[name])}
+    assert moved
+    assert all(any(part in name for part in ("x_embedder", "bias", "adaLN", "final_layer")) for name in moved)
+    averages = weights_of(tmp_path / "post", "ema_0.9")
+    assert averages.keys() == before.keys()  # whole, frozen tensors too
+    assert averages["blocks.0.mlp.fc2.weight"].equal(before["blocks.0.mlp.fc2.weight"])
+
+
+def test_wandb_offline_mirrors_the_run_in_its_directory(tmp_path, digits_shards):
+    run_ranks(train_here, 1, tiny_config(tmp_path, digits_shards, "run.steps=2", "wandb.mode=offline"))
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

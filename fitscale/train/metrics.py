@@ -6,6 +6,7 @@ uninterrupted one; every measured time goes to throughput.jsonl.
 
 import json
 import time
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,5 @@ def _wandb_id(run: RunDir) -> str:
     """One wandb run per run directory, over all its restarts."""
     path = run.path / "wandb_id"
     if not path.exists():
-        import wandb
-
-        write_atomic(path, wandb.util.generate_id())
+        write_atomic(path, uuid.uuid4().hex[:8])
     return path.read_text()

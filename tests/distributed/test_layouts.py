@@ -1,0 +1,78 @@
+"""Every parallel layout trains the same model: loss, gradient norm and every gradient against one process.
+
+The gradients are read from the first moment after one step, which is (1 - beta1) times the clipped gradient, in the
+checkpoint of step 1: whole tensors in the published names, so that layouts compare one to one.
+"""
+
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.config.schema import Config
+from tests.distributed.spawn import run_ranks
+from tests.tiny import tiny_config
+
+STEPS = 20
+LAYOUTS = [(1, 1, False), (2, 1, False), (4, 1, False), (1, 2, False), (1, 2, True), (2, 2, False), (2, 2, True), (1, 4, True)]
+
+
+def train_here(config: Config) -> None:
+    from fitscale.train.trainer import train
+
+    train(config)
+
+
+def layout_config(folder: Path, shards: Path, tp: int, sp: bool, stage: int, *overrides: str) -> Config:
+    return tiny_config(
+        folder,
+        shards,
+        *("model.hidden_size=48", "model.num_heads=4", f"run.steps={STEPS}", "optim.lr=2e-4", "optim.grad_clip=0.5"),
+        *(f"parallel.tensor_parallel_size={tp}", f"parallel.sequence_parallel={sp}", f"parallel.zero_stage={stage}"),
+        *("batch.pack_tokens=400", "evaluation.points=2", "evaluation.first_step=1", "checkpoint.keep_last=1"),
+        *overrides,
+    )
+
+
+def tensors(run_dir: Path, step: int, folder: str) -> dict[str, torch.Tensor]:
+    files = sorted((RunDir(run_dir).checkpoint_path(step) / folder).iterdir())
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, digits_shards):
+    """Run directory of the reference: one rank, ZeRO 0, one pack a step."""
+
+    @cache
+    def reference() -> Path:
+        folder = tmp_path_factory.mktemp("reference") / "run"
+        run_ranks(train_here, 1, layout_config(folder, digits_shards, 1, False, 0, "batch.pack_tokens=4096"))
+        return folder
+
+    return reference()
+
+
+def metric(run_dir: Path, key: str) -> torch.Tensor:
+    return torch.tensor([row[key] for row in read_jsonl(RunDir(run_dir).metrics)], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("layout", "stage"), list(product(LAYOUTS, (0, 1, 2, 3))))
+def test_fp32_layout_equals_one_process(tmp_path, digits_shards, one_process, layout, stage):
+    dp, tp, sp = layout
+    run_ranks(train_here, dp * tp, layout_config(tmp_path / "run", digits_shards, tp, sp, stage))
+    loss, norm = (
+        (metric(tmp_path / "run", key) - metric(one_process, key)).abs().max().item() for key in ("loss", "grad_norm")
+    )
+    assert len(metric(tmp_path / "run", "loss")) == STEPS
+    assert loss < 1e-6, f"loss differs by {loss}"
+    assert norm < 1e-5, f"gradient norm differs by {norm}"
+    ours, theirs = (tensors(folder, 1, "optimizer/exp_avg") for folder in (tmp_path / "run", one_process))
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        scale = max(gradient.abs().max().item(), 1e-6)
+        worst = (ours[name] - gradient).abs().max().item() / scale
+        assert worst < 1e-4, f"gradient of {name} is off by {worst:.1e} of its largest entry"
