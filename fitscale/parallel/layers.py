@@ -107,8 +107,8 @@ def tp_size() -> int:
 
 
 def full_shape(param: Tensor) -> tuple[int, ...]:
-    """Shape of a parameter over all TP ranks."""
-    shape = list(param.shape)
+    """Shape of a parameter over all TP ranks, before ZeRO-3 partitioned it."""
+    shape = list(getattr(param, "ds_shape", param.shape))
     if _is_split(param):
         shape[param.partition_dim] *= tp_size()  # type: ignore[attr-defined]
     return tuple(shape)

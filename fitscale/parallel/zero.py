@@ -68,8 +68,8 @@ def full_tensor(engine: Any, parameter: torch.nn.Parameter, key: str | None = No
     A collective: every rank calls it for the same parameters in the same order. Tensor-parallel shards stay shards.
     A frozen parameter has no optimizer state; any `key` gives its value.
     """
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
     from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if not parameter.requires_grad:
         with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
@@ -92,7 +92,7 @@ def fill_optimizer_state(engine: Any, steps_taken: int) -> None:
 
 
 def set_tensor(engine: Any, parameter: torch.nn.Parameter, value: torch.Tensor, key: str | None = None) -> None:
-    """Put `value` (this tensor-parallel rank's shard) into the fp32 weights or the optimizer state `key`; no collective."""
+    """Put `value` (this tensor-parallel rank's shard) into the fp32 weights or the optimizer state `key`; local."""
     from deepspeed.utils import (
         safe_set_full_fp32_param,
         safe_set_full_optimizer_state,

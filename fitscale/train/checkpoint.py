@@ -1,7 +1,7 @@
 """Checkpoints that are complete or not there, and that fit every layout.
 
-    save:    gather each tensor whole, in fp32 -> its owner rank writes it into .saving-step-N -> fsync
-             -> COMPLETE (names and sizes of all files) -> rename to step-N
+    save:    (saver.py) whole fp32 tensors into .saving-step-N -> fsync -> COMPLETE (names and sizes of all files)
+             -> rename to step-N
     resume:  newest folder whose COMPLETE holds; what is not complete is skipped with a warning, never deleted
 
     step-00001000/COMPLETE                     step, images, tokens, FLOPs, model config, files
@@ -17,20 +17,15 @@ import json
 import logging
 import os
 import shutil
-import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from fitscale.config.errors import UserError
 from fitscale.config.rundir import Checkpoint, RunDir, read_checkpoint
 from fitscale.config.schema import ModelConfig
-from fitscale.model.published import published_items, read_items, save_weights
-from fitscale.parallel.zero import fill_optimizer_state, full_tensor, set_tensor
+from fitscale.model.published import read_items
+from fitscale.parallel.zero import fill_optimizer_state, set_tensor
 from fitscale.train.optim import ema_name
 
 log = logging.getLogger(__name__)
@@ -43,54 +38,21 @@ def tensor_sets(ema_decays: list[float]) -> dict[str, str | None]:
     return {"weights/raw": None, **averages, **{f"optimizer/{name}": name for name in MOMENTS}}
 
 
-def save_checkpoint(run: RunDir, engine: Any, meta: dict[str, Any], ema_decays: list[float]) -> None:
-    """Write the checkpoint of step `meta["step"]`; a collective over all ranks."""
-    final = run.checkpoint_path(meta["step"])
-    temporary = final.with_name(f".saving-{final.name}")
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)  # what an earlier, killed save of this step left behind
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    for folder, key in tensor_sets(ema_decays).items():
-        _write_set(temporary / folder, _owned_items(engine, key), meta)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        _complete(temporary, meta)
-        if final.exists():  # not complete, or training would have resumed after it
-            final.rename(final.with_name(f"{final.name}.incomplete-{time.time_ns()}"))
-        temporary.rename(final)
-        _fsync(final.parent)
-    dist.barrier()
-
-
-def _owned_items(engine: Any, key: str | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """All ranks gather every tensor; each keeps, on the host, those it writes."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    items = published_items(engine.module, lambda parameter: full_tensor(engine, parameter, key))
-    for number, (name, tensor) in enumerate(items):
-        if number % world_size == rank:
-            yield name, tensor.cpu()
-
-
-def _write_set(folder: Path, items: Iterator[tuple[str, torch.Tensor]], meta: dict[str, Any]) -> None:
-    path = folder / f"{dist.get_rank():05d}.safetensors"
-    save_weights(path, dict(items), {"model": json.dumps(meta["model"]), "step": str(meta["step"])})
-
-
-def _complete(folder: Path, meta: dict[str, Any]) -> None:
+def complete(folder: Path, meta: dict[str, Any]) -> None:
     """Bring every file to the disk, then write the marker that names them."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
-        _fsync(path)
+        fsync(path)
     marker = folder / "COMPLETE"
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
     marker.write_text(json.dumps({**meta, "files": sizes}, indent=1))
-    _fsync(marker)
+    fsync(marker)
     for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
-        _fsync(path)
+        fsync(path)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Bring a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

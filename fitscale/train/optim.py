@@ -26,9 +26,7 @@ class AdamWEMA(torch.optim.AdamW):
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], config: OptimConfig) -> None:
-        super().__init__(
-            parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-        )
+        super().__init__(parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
         self.ema_decays = tuple(config.ema_decays)
 
     @torch.no_grad()
@@ -44,7 +42,6 @@ class AdamWEMA(torch.optim.AdamW):
                     state[ema_name(decay)] = initial[tensor].clone()
                 state[ema_name(decay)].lerp_(tensor, 1.0 - decay)
         return loss
-
 
     def fill_state(self, tensor: torch.Tensor, steps_taken: int) -> None:
         """Give `tensor` the state it has after `steps_taken` steps, with zeros for the moments and averages."""

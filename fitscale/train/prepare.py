@@ -100,7 +100,6 @@ def _state_bytes(config: Config, topology: Topology) -> float:
     weights, gradients = (2, 4) if bf16 else (4, 4)
     optimizer = 4 * ((1 if bf16 else 0) + 2 + len(config.optim.ema_decays))
     stage, dp = config.parallel.zero_stage, topology.dp_size
-    per_parameter = (
-        weights / (dp if stage >= 3 else 1) + gradients / (dp if stage >= 2 else 1) + optimizer / (dp if stage >= 1 else 1)
-    )
-    return per_parameter * flops.parameters(config.model) / topology.tp_size
+    shards = [dp if stage >= least else 1 for least in (3, 2, 1)]  # the stage from which ZeRO shards each part
+    bytes_each = sum(part / over for part, over in zip((weights, gradients, optimizer), shards, strict=True))
+    return bytes_each * flops.parameters(config.model) / topology.tp_size

@@ -39,6 +39,7 @@ from fitscale.train import checkpoint as checkpoints
 from fitscale.train import prepare
 from fitscale.train.metrics import Monitor, rewind_metrics
 from fitscale.train.optim import AdamWEMA, freeze_untrained, learning_rate
+from fitscale.train.saver import Saver
 
 log = logging.getLogger(__name__)
 TOTALS = ("step", "images", "tokens", "train_flops", "paper_flops", "device_hours")  # since the run's first step
@@ -50,8 +51,9 @@ def train(config: Config) -> None:
     Raises:
         UserError: the config, the data or the run directory cannot be right; nothing has been written then.
     """
-    if not config.run.dir or not config.data.shards:
-        raise UserError(f"{'run.dir' if not config.run.dir else 'data.shards'}: must be given, as key=value or in a file")
+    for key, value in (("run.dir", config.run.dir), ("data.shards", config.data.shards)):
+        if not value:
+            raise UserError(f"{key}: must be given, in a config file or as {key}=PATH")
     index = open_index(Path(config.data.shards))
     prepare.check_data(config, index)
     plan = make_plan(config, index)
@@ -88,6 +90,8 @@ class Trainer:
         self.objective = make_objective(config.flow, config.model.num_classes)
         self.totals: dict[str, Any] = dict.fromkeys(TOTALS, 0)
         self.evaluation_steps = set(config.evaluation.steps(config.run.steps))
+        keep_steps = self.evaluation_steps | {config.run.steps}
+        self.saver = Saver(run, config.optim.ema_decays, config.checkpoint.keep_last, keep_steps)
         self.engine = self._build_engine(self._find_checkpoint())
 
     def _find_checkpoint(self) -> Checkpoint | None:
@@ -97,7 +101,7 @@ class Trainer:
         return found
 
     def _build_engine(self, found: Checkpoint | None) -> Any:
-        """FiT with the weights of `found`, of `run.init_weights` or fresh ones, its optimizer, and DeepSpeed around both."""
+        """FiT (weights of `found`, of `run.init_weights` or fresh), its optimizer, and DeepSpeed around both."""
         config = self.config
         torch.manual_seed(config.run.seed)  # the only use of the global generator: the initial weights
         model = FiT(config.model, config.parallel)
@@ -130,8 +134,11 @@ class Trainer:
             if monitor and (row["step"] % self.config.run.log_every == 0 or row["step"] == last_step):
                 monitor.log(row)
             self._save_if_due(row["step"])
+        saved = self.saver.wait()
         if monitor:
             monitor.close()
+        if not saved:
+            raise UserError(f"{self.run.path}: the last checkpoint could not be saved; make room and start again")
 
     def _start_monitor(self, first_step: int) -> Monitor:
         write_atomic(self.run.environment, json.dumps(prepare.environment(self.topology), indent=1))
@@ -222,8 +229,4 @@ class Trainer:
         last = step == config.run.steps
         if not (last or step in self.evaluation_steps or step % config.checkpoint.every_steps == 0):
             return
-        meta = {**self.totals, "optimizer_steps": step, "model": asdict(config.model)}
-        checkpoints.save_checkpoint(self.run, self.engine, meta, config.optim.ema_decays)
-        if dist.get_rank() == 0:
-            keep = self.evaluation_steps | {config.run.steps}
-            checkpoints.prune_checkpoints(self.run, config.checkpoint.keep_last, keep)
+        self.saver.save(self.engine, {**self.totals, "optimizer_steps": step, "model": asdict(config.model)})

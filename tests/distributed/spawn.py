@@ -57,7 +57,9 @@ def _receive(rank: int, pipe: Any, timeout_s: float) -> Any:
     return result
 
 
-def _rank(sender: Any, rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(
+    sender: Any, rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:

@@ -4,6 +4,7 @@ The gradients are read from the first moment after one step, which is (1 - beta1
 checkpoint of step 1: whole tensors in the published names, so that layouts compare one to one.
 """
 
+import shutil
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -18,7 +19,16 @@ from tests.distributed.spawn import run_ranks
 from tests.tiny import tiny_config
 
 STEPS = 20
-LAYOUTS = [(1, 1, False), (2, 1, False), (4, 1, False), (1, 2, False), (1, 2, True), (2, 2, False), (2, 2, True), (1, 4, True)]
+LAYOUTS = [
+    (1, 1, False),
+    (2, 1, False),
+    (4, 1, False),
+    (1, 2, False),
+    (1, 2, True),
+    (2, 2, False),
+    (2, 2, True),
+    (1, 4, True),
+]
 
 
 def train_here(config: Config) -> None:
@@ -76,3 +86,29 @@ def test_fp32_layout_equals_one_process(tmp_path, digits_shards, one_process, la
         scale = max(gradient.abs().max().item(), 1e-6)
         worst = (ours[name] - gradient).abs().max().item() / scale
         assert worst < 1e-4, f"gradient of {name} is off by {worst:.1e} of its largest entry"
+
+
+MOVES = [(1, 1, False), (4, 1, False), (2, 1, False), (1, 2, False), (1, 4, True)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, digits_shards):
+    """A run of dp 2 x tp 2 with sequence parallelism, stopped at step 10, and the same gone on to step 20."""
+    folder = tmp_path_factory.mktemp("saved")
+    for name, steps in (("stopped", 10), ("whole", 20)):
+        overrides = (f"run.steps={steps}", "checkpoint.every_steps=10", "evaluation.points=0")
+        run_ranks(train_here, 4, layout_config(folder / name, digits_shards, 2, True, 2, *overrides))
+    return folder
+
+
+@pytest.mark.parametrize(("layout", "stage"), list(product(MOVES, (1, 2, 3))))
+def test_a_run_goes_on_in_any_layout(tmp_path, digits_shards, saved, layout, stage):
+    dp, tp, sp = layout
+    shutil.copytree(saved / "stopped", tmp_path / "run")
+    overrides = ("run.steps=20", "checkpoint.every_steps=10", "evaluation.points=0")
+    run_ranks(train_here, dp * tp, layout_config(tmp_path / "run", digits_shards, tp, sp, stage, *overrides))
+    assert (metric(tmp_path / "run", "loss") - metric(saved / "whole", "loss")).abs().max() < 1e-6
+    for folder in ("weights/raw", "weights/ema_0.9"):
+        ours, theirs = (tensors(run, 20, folder) for run in (tmp_path / "run", saved / "whole"))
+        assert ours.keys() == theirs.keys()
+        assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 1e-6

@@ -1,0 +1,148 @@
+"""Saving while training goes on.
+
+    loop:        gather every tensor whole to the host memory of the rank that will write it   (the loop waits for this)
+    each rank:   a thread writes the rank's files, brings them to the disk, and leaves `.done-<rank>`
+    rank 0:      a thread waits for all of these, writes COMPLETE, renames the folder, prunes old checkpoints
+
+At most one save is in flight: the next one, and the end of the run, wait for it. A save that fails on any rank is
+reported and leaves the checkpoints before it as they were; training goes on, and the next save is a new try.
+"""
+
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fitscale.config.rundir import RunDir
+from fitscale.model.published import published_items, save_weights
+from fitscale.parallel.zero import full_tensor
+from fitscale.train.checkpoint import MOMENTS, complete, fsync, prune_checkpoints, tensor_sets
+
+log = logging.getLogger(__name__)
+POLL_S = 0.02
+VISIBLE_S = 60.0  # how long another node's file may take to show on a shared file system
+
+
+class Saver:
+    """One rank's part in saving a run's checkpoints."""
+
+    def __init__(self, run: RunDir, ema_decays: list[float], keep_last: int, keep_steps: set[int]) -> None:
+        self.run, self.sets = run, tensor_sets(ema_decays)
+        self.keep_last, self.keep_steps = keep_last, keep_steps
+        self.pending: _Save | None = None
+
+    def save(self, engine: Any, meta: dict[str, Any]) -> None:
+        """Begin the checkpoint of step `meta["step"]`; a collective over all ranks."""
+        self.wait()
+        tensors = {name: dict(_owned_items(engine, key)) for name, key in self.sets.items()}
+        self.pending = _Save(self.run, tensors, meta)
+        if dist.get_rank() == 0:
+            shutil.rmtree(self.pending.temporary, ignore_errors=True)  # what a killed save of this step left behind
+        dist.barrier()
+        self.pending.start()
+
+    def wait(self) -> bool:
+        """Wait until no save is in flight; True if the last one is complete. A collective over all ranks."""
+        if self.pending is None:
+            return True
+        done = self.pending.finish()
+        if done and dist.get_rank() == 0:
+            prune_checkpoints(self.run, self.keep_last, self.keep_steps)
+        self.pending = None
+        return done
+
+
+class _Save(threading.Thread):
+    """One rank's thread of one save."""
+
+    def __init__(self, run: RunDir, tensors: dict[str, dict[str, torch.Tensor]], meta: dict[str, Any]) -> None:
+        super().__init__(name="save")
+        self.run_dir, self.tensors, self.meta = run, tensors, meta
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.folder = run.checkpoint_path(meta["step"])
+        self.temporary = self.folder.with_name(f".saving-{self.folder.name}")
+        self.error: str | None = None
+        self.own_part_over, self.all_parts_over = threading.Event(), threading.Event()
+
+    def run(self) -> None:
+        try:
+            self._write()
+            self.own_part_over.set()
+            if self.rank == 0:
+                self._complete()
+        except Exception as error:  # whatever it is, training goes on
+            self.error = f"rank {self.rank}: {error}"
+        finally:
+            self.own_part_over.set()
+
+    def finish(self) -> bool:
+        """Wait for all ranks; True if the checkpoint is complete. A collective over all ranks."""
+        self.own_part_over.wait()
+        parts: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(parts, self.error)
+        failed = [text for text in parts if text]
+        self.error = failed[0] if failed else self.error
+        self.all_parts_over.set()
+        self.join()
+        outcome = [self.error]
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[0] and self.rank == 0:
+            self._report(outcome[0])
+        return outcome[0] is None
+
+    def _report(self, error: str) -> None:
+        shutil.rmtree(self.temporary, ignore_errors=True)  # gives a full disk its space back
+        steps = [checkpoint.step for checkpoint in self.run_dir.checkpoints()]
+        newest = f"step {steps[-1]}" if steps else "none yet"
+        log.error("checkpoint of step %d was not saved (%s); newest: %s", self.meta["step"], error, newest)
+
+    def _write(self) -> None:
+        about = {"model": json.dumps(self.meta["model"]), "step": str(self.meta["step"])}
+        for name, items in self.tensors.items():
+            save_weights(self.temporary / name / f"{self.rank:05d}.safetensors", items, about)
+        self._marker(self.rank).touch()
+
+    def _marker(self, rank: int) -> Path:
+        return self.temporary / f".done-{rank:05d}"
+
+    def _complete(self) -> None:
+        markers = [self._marker(rank) for rank in range(self.world_size)]
+        self._wait_for(markers)
+        for marker in markers:
+            marker.unlink()
+        fsync(self.run_dir.metrics)  # a resumed run has to find the lines up to this step
+        complete(self.temporary, self.meta)
+        if self.folder.exists():  # not complete, or training would have resumed after it
+            self.folder.rename(self.folder.with_name(f"{self.folder.name}.incomplete-{time.time_ns()}"))
+        self.temporary.rename(self.folder)
+        fsync(self.folder.parent)
+
+    def _wait_for(self, markers: list[Path]) -> None:
+        deadline = float("inf")
+        while missing := [marker.name for marker in markers if not marker.exists()]:
+            if self.all_parts_over.is_set():
+                deadline = min(deadline, time.monotonic() + VISIBLE_S)
+            if self.error or time.monotonic() > deadline:
+                raise OSError(self.error or f"what other ranks wrote does not show: no {', '.join(missing)}")
+            time.sleep(POLL_S)
+
+
+def _owned_items(engine: Any, key: str | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """All ranks gather every tensor; each keeps, on the host, those it writes."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+
+    def value(parameter: torch.nn.Parameter) -> torch.Tensor:
+        tensor = full_tensor(engine, parameter, key)
+        return tensor.zero_() if key in MOMENTS and not parameter.requires_grad else tensor
+
+    items = published_items(engine.module, value)
+    for number, (name, tensor) in enumerate(items):
+        if number % world_size == rank:
+            yield name, tensor.cpu()
