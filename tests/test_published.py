@@ -1,101 +1,162 @@
-"""Weights in the published layout: import, export, files, and what is said about files of another model."""
+"""The analysis against published studies, through the tools a user runs. Sources: tests/data/scaling/README.md."""
 
-from dataclasses import replace
+import json
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from fitscale.config.errors import UserError
-from fitscale.config.schema import ModelConfig, ParallelConfig
-from fitscale.model.fit import FiT
-from fitscale.model.published import load_weights, published_items, read_items, save_weights, to_published
-from fitscale.parallel.groups import init_parallel
-from tests.reference import CONFIGS, load_reference
+from fitscale.scaling.check import correlation
+from fitscale.scaling.foreign import read_foreign
+from fitscale.scaling.holdout import hold_out
+from fitscale.scaling.isoflop import Optimum, fit_exponent, isoflop
 
-SMALL = ModelConfig(depth=2, hidden_size=32, num_heads=2, num_classes=5)
+DATA = Path(__file__).parent / "data" / "scaling"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def world():
-    init_parallel(ParallelConfig(), "cpu")
+def tool(name, *arguments):
+    command = [sys.executable, f"tools/{name}.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
-def published_file(path, name="fitv2_tiny"):
-    tensors = load_reference(name).tensors
-    weights = {key.removeprefix("param."): value for key, value in tensors.items() if key.startswith("param.")}
-    save_file(weights, path)
-    return weights
+def table(name, folder):
+    """The runs table of a published CSV, by its column map."""
+    path = folder / f"{name}.csv"
+    done = tool("collect_runs", DATA / f"{name}.csv", "--columns", DATA / f"{name}.yaml", "-o", path)
+    assert done.returncode == 0, done.stderr
+    return path
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_import_then_export_is_bit_equal(name, tmp_path):
-    weights = published_file(tmp_path / "in.safetensors", name)
-    model = FiT(CONFIGS[name], ParallelConfig())
-    load_weights(model, tmp_path / "in.safetensors")
-    save_weights(tmp_path / "new" / "out.safetensors", dict(published_items(model)), {"model": "{}"})
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.safetensors"]
-    with safe_open(tmp_path / "new" / "out.safetensors", "pt") as file:
-        assert file.metadata() == {"model": "{}"}
-        assert set(file.keys()) == set(weights)
-        assert all(torch.equal(file.get_tensor(key), value) for key, value in weights.items())
+@pytest.fixture(scope="module")
+def fids():
+    return read_foreign(DATA / "published_fid.csv", DATA / "published_fid.yaml")
 
 
-def test_qkv_rows_are_q_then_k_then_v():
-    config = replace(SMALL, hidden_size=8)
-    rows = torch.tensor([[head, kind, row] for head in range(2) for kind in range(3) for row in range(4)])
-    published = to_published("blocks.0.attn.qkv.weight", rows, config)
-    assert published.tolist() == [[head, kind, row] for kind in range(3) for head in range(2) for row in range(4)]
+def test_dit_at_equal_steps_correlates_with_compute_as_published(fids):
+    dit = fids[(fids["family"] == "DiT") & (fids["step"] == 400000)]
+    assert len(dit) == 12
+    assert correlation(dit) == pytest.approx(-0.930, abs=0.001)
 
 
-def test_a_folder_of_files_is_read_as_one(tmp_path):
-    weights = published_file(tmp_path / "in.safetensors")
-    keys = sorted(weights)
-    for number in range(2):
-        part = {key: weights[key] for key in keys[number::2]}
-        save_weights(tmp_path / "parts" / f"{number}.safetensors", part, {})
-    whole, parts = FiT(CONFIGS["fitv2_tiny"], ParallelConfig()), FiT(CONFIGS["fitv2_tiny"], ParallelConfig())
-    load_weights(whole, tmp_path / "in.safetensors")
-    load_weights(parts, tmp_path / "parts")
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
-    assert [id(parameter) for parameter, _ in read_items(parts, tmp_path / "parts")] == [
-        id(p) for p in parts.parameters()
-    ]
+@pytest.mark.parametrize(
+    ("family", "patch", "error"), [("DiT", 2, 0.057), ("DiT", 4, -0.047), ("DiT", 8, 0.042), ("SiT", 2, -0.068)]
+)
+def test_the_largest_size_from_three_smaller_at_equal_steps(fids, family, patch, error, tmp_path):
+    rows = fids[(fids["family"] == family) & (fids["patch"] == patch) & (fids["step"] == 400000)]
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    done = tool(
+        "fit_scaling", tmp_path / "rows.csv", "--law", "power", "--metric", "fid", "--points", "last", "-o", tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    (law,) = json.loads((tmp_path / "fit.json").read_text())["laws"]
+    assert [point["error"] for point in law["predictions"]] == [pytest.approx(error, abs=0.001)]
 
 
-def test_a_getter_chooses_what_is_exported():
-    model = FiT(SMALL, ParallelConfig())
-    doubled = dict(published_items(model, lambda parameter: 2 * parameter.detach().double()))
-    plain = dict(published_items(model))
-    assert all(torch.equal(doubled[key], 2 * plain[key]) and doubled[key].dtype == torch.float32 for key in plain)
+def test_repa_with_xl_held_out_prints_every_point(tmp_path):
+    rows = pd.read_csv(table("published_fid", tmp_path))
+    rows = rows[rows["run"].isin(["SiT+REPA SiT-B/2", "SiT+REPA SiT-L/2", "SiT+REPA SiT-XL/2"])]
+    rows.to_csv(tmp_path / "repa.csv", index=False)
+    done = tool(
+        "fit_scaling",
+        tmp_path / "repa.csv",
+        "--metric",
+        "fid",
+        "--law",
+        "offset",
+        "additive",
+        "--extrapolate",
+        "-o",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    held_out = rows[rows["size"] == "SiT-XL/2"]
+    for law in json.loads((tmp_path / "fit.json").read_text())["laws"]:
+        assert [point["value"] for point in law["predictions"]] == list(held_out["value"])
+        assert all(np.isfinite(point["error"]) for point in law["predictions"])
+    report = (tmp_path / "report.md").read_text()
+    assert all(f"| {value:g} |" in report for value in held_out["value"])
 
 
-def test_weights_of_another_model_are_refused(tmp_path):
-    published_file(tmp_path / "w.safetensors")
-    model = FiT(replace(CONFIGS["fitv2_tiny"], num_classes=11), ParallelConfig())
-    before = [parameter.clone() for parameter in model.parameters()]
-    with pytest.raises(
-        UserError, match=r"w.safetensors: .* 1 of its keys differ: y_embedder.* is \(11, 96\), .* \(12, 96\)"
-    ):
-        load_weights(model, tmp_path / "w.safetensors")
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+def test_a_floor_predicts_the_last_checkpoint_better_than_a_pure_power_law(fids):
+    series = fids[fids.groupby("run")["step"].transform("count") >= 4]
+    errors = hold_out(series, "step", ("offset", "power"), "all").errors.pivot(
+        index="run", columns="law", values="error"
+    )
+    assert len(errors) >= 9
+    assert (errors["offset"].abs() < errors["power"].abs()).sum() >= 7
+    assert (errors["power"] < 0).all()
 
 
-def test_differing_keys_are_listed_up_to_ten(tmp_path):
-    published_file(tmp_path / "w.safetensors")
-    deeper, shallower = (FiT(replace(CONFIGS["fitv2_tiny"], depth=depth), ParallelConfig()) for depth in (4, 2))
-    with pytest.raises(UserError, match=r"14 of its keys differ: blocks.3.attn.qkv.weight is missing") as caught:
-        load_weights(deeper, tmp_path / "w.safetensors")
-    assert str(caught.value).count("is missing") == 10 and str(caught.value).endswith("...")
-    with pytest.raises(UserError, match=r"blocks.2.adaLN_modulation.1.bias is not part of the model"):
-        load_weights(shallower, tmp_path / "w.safetensors")
+def test_olmo_ladder_is_repeated_and_shown_as_a_miss(tmp_path):
+    done = tool(
+        *(
+            "fit_scaling",
+            table("olmo_ladder_c4", tmp_path),
+            "--law",
+            "additive",
+            "--metric",
+            "c4_loss",
+            "--huber",
+            "0.001",
+        ),
+        *("--hold-out", "7B-4T", "13B-5T", "--extrapolate", "-o", tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "fit.json").read_text())
+    (law,) = record["laws"]
+    (point,) = [point for point in law["predictions"] if point["size"] == "13B-5T"]
+    assert point["predicted"] == pytest.approx(2.3444, abs=0.001)
+    assert point["error"] == pytest.approx(-0.038, abs=0.0005)
+    covered = point["low"] <= point["value"] <= point["high"]
+    assert covered or any(caution["code"] == "missed" for caution in record["cautions"])
 
 
-@pytest.mark.parametrize("content", [None, b"", b'\x10\0\0\0\0\0\0\0{"a": '])
-def test_missing_and_broken_files_are_named(tmp_path, content):
-    path = tmp_path / "w.safetensors"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=r"w.safetensors: cannot be read"):
-        load_weights(FiT(SMALL, ParallelConfig()), path)
+def test_gadre_over_training_is_repeated(tmp_path):
+    rows = pd.read_csv(table("gadre_redpajama", tmp_path))
+    rows[rows["status"] != "other"].to_csv(tmp_path / "protocol.csv", index=False)
+    done = tool(
+        *(
+            "fit_scaling",
+            tmp_path / "protocol.csv",
+            "--law",
+            "tied",
+            "--metric",
+            "c4_loss",
+            "--linear",
+            "--extrapolate",
+        ),
+        *("--hold-out", "open_lm_1b", "open_lm_7b", "-o", tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    (law,) = json.loads((tmp_path / "fit.json").read_text())["laws"]
+    errors = {point["size"]: 100 * point["error"] for point in law["predictions"]}
+    assert errors == {"open_lm_1b": pytest.approx(0.7103, abs=0.005), "open_lm_7b": pytest.approx(0.7320, abs=0.005)}
+
+
+PORIAN = pd.read_csv(DATA / "porian_isoflop.csv").rename(
+    columns={"flops": "budget", "n": "parameters", "loss": "value"}
+)
+OPTIMA = pd.read_csv(DATA / "porian_optima.csv")
+
+
+@pytest.mark.parametrize("config", sorted(OPTIMA["config"].unique()))
+def test_porian_exponents(config):
+    published = OPTIMA[OPTIMA["config"] == config]
+    known = published.dropna(subset="n")
+    theirs = [Optimum(*row) for row in known[["flops", "n", "loss", "n_std"]].assign(sizes=9).itertuples(index=False)]
+    exponent = published["exponent"].iloc[0]
+    assert fit_exponent(theirs)[0] == pytest.approx(exponent, abs=1e-4)
+    ours = isoflop(PORIAN[PORIAN["config"] == config])
+    assert ours.exponent == pytest.approx(exponent, abs=0.008)
+    assert ours.interval_90[0] < exponent < ours.interval_90[1]
+
+
+def test_a_parabola_moves_exponents_further():
+    worst = 0.0
+    for config, rows in PORIAN.groupby("config"):
+        exponent = OPTIMA.loc[OPTIMA["config"] == config, "exponent"].iloc[0]
+        worst = max(worst, abs(isoflop(rows, "parabola").exponent - exponent))
+    assert 0.02 < worst < 0.04

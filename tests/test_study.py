@@ -47,7 +47,7 @@ def refusal(table, **choices):
 
 def test_the_largest_size_is_predicted_from_the_others(table):
     answer = study(table, Question(laws=("offset", "power"), resamples=100))
-    assert answer.held_out == "l" and answer.sizes == ["xs", "s", "m", "l"]
+    assert answer.held_out == ["l"] and answer.sizes == ["xs", "s", "m", "l"]
     assert not answer.rows.loc[answer.rows["size"] == "l", "used"].any()
     for result in answer.results:
         held_out = table[(table["metric"] == "fd") & (table["size"] == "l")]
@@ -138,7 +138,7 @@ def test_refused_too_few_sizes(table):
     code, message = refusal(two)
     assert code == "one_size" and "only size s is left to fit" in message
     with pytest.raises(UserError, match="--hold-out b: no such size; valid: largest, none, xs, s, m, l"):
-        study(table, Question(hold_out="b"))
+        study(table, Question(hold_out=("b",)))
 
 
 def test_refused_extrapolation_unless_agreed_to(table):
@@ -203,13 +203,17 @@ def test_fit_scaling_from_the_shell(sweep, tmp_path):
         "curves.png",
         "curves.svg",
         "fit.json",
+        "predictions.png",
+        "predictions.svg",
         "report.html",
         "report.md",
+        "residuals.png",
+        "residuals.svg",
     ]
     record = json.loads((out / "fit.json").read_text())
-    assert record["held_out"] == "l" and {law["law"] for law in record["laws"]} == {"offset", "power"}
+    assert record["held_out"] == ["l"] and {law["law"] for law in record["laws"]} == {"offset", "power"}
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "contact sheet" in page
+    assert page.count("data:image/png;base64,") == 4 and "contact sheet" in page
     assert not re.search(r'(src|href)="(?!data:)', page), "the page must be self-contained"
     assert page.index("Caution") < page.index("Sizes, at their last evaluation")
 

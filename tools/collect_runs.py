@@ -1,35 +1,65 @@
-"""Collect run directories into one table of evaluations.
+"""Collect run directories, or anybody's CSV, into one checked table of evaluations.
 
-python tools/collect_runs.py runs/sweep -o runs.csv
-python tools/collect_runs.py runs/a runs/b -o runs.parquet
+    python tools/collect_runs.py runs/sweep -o runs.csv
+    python tools/collect_runs.py runs/a runs/b --check
+    python tools/collect_runs.py wandb_export.csv --columns map.yaml -o runs.parquet
+
+--check lists the problems that the table has; the exit code is then 3 if there are any.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from fitscale.config.errors import UserError
 from fitscale.config.main import exit_code
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PROBLEMS = 3
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run directories, or folders of them")
-    parser.add_argument("-o", "--output", required=True, type=Path, help="the table to write, .csv or .parquet")
-    options = parser.parse_args(arguments)
-    return exit_code(lambda: collect_runs(options.runs, options.output))
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUNS", help="run directories, folders of them, or a table"
+    )
+    parser.add_argument("--columns", type=Path, help="column map (YAML) that says what the columns of a CSV are")
+    parser.add_argument("--check", action="store_true", help="list the table's problems")
+    parser.add_argument("-o", "--output", type=Path, help="the table to write, .csv or .parquet")
+    return exit_code(lambda: collect_runs(parser.parse_args(arguments)))
 
 
-def collect_runs(runs: list[Path], output: Path) -> int:
-    """Write the table of `runs` to `output` and say what it holds."""
-    from fitscale.scaling.runs import collect
+def collect_runs(options: argparse.Namespace) -> int:
+    """Write and/or check the table, and say what it holds."""
+    from fitscale.scaling.check import problems, summary
     from fitscale.scaling.table import write_table
 
-    table = collect(runs)
-    write_table(table, output)
-    print(
-        f"{output}: {len(table)} evaluations of {table.run.nunique()} runs, sizes {', '.join(table['size'].unique())}"
-    )
-    return 0
+    if not options.output and not options.check:
+        raise UserError("nothing to do: give -o FILE, or --check")
+    table = _table(options.runs, options.columns)
+    if options.output:
+        write_table(table, options.output)
+        sizes = ", ".join(table["size"].dropna().unique())
+        print(f"{options.output}: {len(table)} evaluations of {table['run'].nunique()} runs, sizes {sizes}")
+    if not options.check:
+        return 0
+    found = problems(table)
+    print("\n".join([*summary(table), *(f"problem: {problem}" for problem in found)]))
+    return PROBLEMS if found else 0
+
+
+def _table(runs: list[Path], columns: Path | None) -> "pd.DataFrame":
+    from fitscale.scaling.foreign import read_foreign
+    from fitscale.scaling.runs import load_table
+
+    if columns is None:
+        return load_table(runs)
+    if len(runs) > 1:
+        raise UserError("--columns goes with one CSV file")
+    return read_foreign(runs[0], columns)
 
 
 if __name__ == "__main__":

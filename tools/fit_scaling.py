@@ -35,7 +35,7 @@ def fit_scaling(options: argparse.Namespace) -> int:
     written = write_report(answer, options.output, images)
     _say(answer)
     print("\n".join(f"wrote {path}" for path in written))
-    if not answer.results:
+    if not answer.answered:
         return REFUSED
     return CAUTIONS if options.strict and (answer.cautions or answer.refusals) else FITTED
 
@@ -47,6 +47,7 @@ def contact_sheets(paths: list[Path]) -> list[Path]:
 
 
 def _question(options: argparse.Namespace) -> "Question":
+    from fitscale.scaling.fitting import Loss
     from fitscale.scaling.study import Question
 
     wheres = [where.partition("=") for where in options.where]
@@ -54,11 +55,12 @@ def _question(options: argparse.Namespace) -> "Question":
         metric=options.metric,
         laws=tuple(dict.fromkeys(options.law)),
         points=options.points,
-        hold_out=None if options.hold_out == "none" else options.hold_out,
+        hold_out=() if options.hold_out == ["none"] else tuple(options.hold_out),
         where={name: value for name, _, value in wheres},
         from_step=options.from_step,
         drop_missing=options.drop_missing,
         extrapolate=options.extrapolate,
+        loss=Loss("linear" if options.linear else "log", options.huber),
         resamples=options.resamples,
         seed=options.seed,
     )
@@ -76,6 +78,8 @@ def _say(answer: "Study") -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from fitscale.scaling.study import CHOICES
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
@@ -85,23 +89,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RUNS",
         help="run directories, folders of them, or one .csv or .parquet table",
     )
-    add(
-        "--law",
-        nargs="+",
-        choices=("power", "offset"),
-        default=["offset", "power"],
-        help="laws; the best is shown first",
-    )
+    add("--law", nargs="+", choices=CHOICES, default=["offset", "power"], help="laws; the best is shown first")
     add("--metric", default="fd", help="metric to fit (default: fd)")
     add("--points", choices=("frontier", "last", "all"), default="frontier", help="rows the law speaks of")
-    add(
-        "--hold-out", default="largest", metavar="SIZE", help="size to predict from the others: largest, none or a name"
-    )
+    add("--hold-out", nargs="+", default=["largest"], metavar="SIZE", help="sizes to predict: largest, none or names")
     add("--where", action="append", default=[], metavar="COLUMN=VALUE", help="keep only such rows; may be repeated")
     add("--from-step", type=int, default=0, help="leave out evaluations before this step (warm-up)")
     add("--drop-missing", action="store_true", help="leave out rows without a value instead of refusing")
     add("--extrapolate", action="store_true", help="agree to predictions at more than 10 times the fitted compute")
     add("--resamples", type=int, default=1000, help="resamples of whole runs (default: 1000)")
+    add("--huber", type=float, metavar="DELTA", help="Huber's loss with this corner instead of squares")
+    add("--linear", action="store_true", help="residuals of the metric itself instead of its logarithm")
     add("--seed", type=int, default=0, help="seed of the resampling")
     add("--image", action="append", type=Path, help="image for the report; default: contact sheets of the runs")
     add("--strict", action="store_true", help="exit with 3 if there is any caution")

@@ -62,13 +62,13 @@ class Fit:
         return dict(zip(self.law.inputs, np.exp(self.centre_F).tolist(), strict=True))
 
 
-def fit_law(law: Law, rows: pd.DataFrame, loss: Loss = Loss()) -> Fit:
-    """Fit `law` to the `value` of `rows`, whatever their order.
+def fit_law(law: Law, rows: pd.DataFrame, loss: Loss = Loss(), spare: int = 1) -> Fit:
+    """Fit `law` to the `value` of `rows`, whatever their order, with at least `spare` points more than parameters.
 
     Raises:
         Refusal: too few points, missing inputs, no improvement with compute, or a minimum that is not one.
     """
-    _refuse_inputs(law, rows)
+    _refuse_inputs(law, rows, spare)
     rows = in_order(law, rows)
     x_NF, centre_F = law.centred(rows)
     y_N = np.log(rows["value"].to_numpy(dtype=float))
@@ -164,8 +164,8 @@ def _polish(law: Law, x_NF: Array, y_N: Array, theta_P: Array, objective: float,
     return (result.x, polished) if polished < objective else (theta_P, objective)
 
 
-def _refuse_inputs(law: Law, rows: pd.DataFrame) -> None:
-    least = len(law.parameters) + 1
+def _refuse_inputs(law: Law, rows: pd.DataFrame, spare: int) -> None:
+    least = len(law.parameters) + spare
     if len(rows) < least:
         raise Refusal(
             "too_few_points",

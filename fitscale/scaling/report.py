@@ -13,7 +13,8 @@ import pandas as pd
 
 from fitscale.config.errors import UserError
 from fitscale.config.rundir import write_atomic
-from fitscale.scaling.figures import curves
+from fitscale.scaling.figures import figures
+from fitscale.scaling.isoflop import IsoFlop
 from fitscale.scaling.study import LawResult, Study
 from fitscale.scaling.table import data_hash
 from fitscale.scaling.templates import HTML, MARKDOWN
@@ -23,18 +24,19 @@ SHOWN = ("validation_loss", "fd", "recognised")  # metrics with a column in the 
 
 
 def write_report(study: Study, out: Path, images: list[Path]) -> list[Path]:
-    """Write fit.json, curves.png, curves.svg, report.md and report.html into `out`; returns their paths.
+    """Write fit.json, report.md, report.html and the figures (PNG, SVG) into `out`; returns their paths.
 
     `images` are embedded into the page with their file names as captions.
     """
     pictures = [(path.stem.replace("_", " ").replace("-", " "), _data_uri(path)) for path in images]
-    figure = curves(study) if _drawable(study) else {}
+    drawn = figures(study)
     content = report_content(study)
     files: dict[str, str | bytes] = {"fit.json": json.dumps(fit_record(study), indent=2, allow_nan=False) + "\n"}
-    files |= {f"curves.{kind}": data for kind, data in figure.items()}
-    shown = _encoded(figure["png"], "png") if figure else None
-    files["report.md"] = _render(MARKDOWN, content | {"figure": "curves.png" if figure else None}, escape=False)
-    files["report.html"] = _render(HTML, content | {"figure": shown, "images": pictures}, escape=True)
+    files |= {f"{name}.{kind}": data for name, figure in drawn.items() for kind, data in figure.items()}
+    linked = {name: f"{name}.png" for name in drawn}
+    embedded = {name: _encoded(figure["png"], "png") for name, figure in drawn.items()}
+    files["report.md"] = _render(MARKDOWN, content | {"figures": linked}, escape=False)
+    files["report.html"] = _render(HTML, content | {"figures": embedded, "images": pictures}, escape=True)
     for name, data in files.items():
         write_atomic(out / name, data)
     return [out / name for name in files]
@@ -57,6 +59,7 @@ def fit_record(study: Study) -> dict[str, Any]:
         "refusals": [{"code": refusal.code, "message": refusal.message} for refusal in study.refusals],
         "cautions": [{"code": caution.code, "message": caution.message} for caution in study.cautions],
         "laws": [_law_record(result) for result in study.results],
+        "isoflop": [_isoflop_record(iso) for iso in study.isoflops],
     }
 
 
@@ -81,6 +84,17 @@ def _law_record(result: LawResult) -> dict[str, Any]:
     }
 
 
+def _isoflop_record(iso: IsoFlop) -> dict[str, Any]:
+    return {
+        "method": iso.method,
+        "exponent": iso.exponent,
+        "interval_90": iso.interval_90,
+        "coefficient": iso.coefficient,
+        "optima": [vars(optimum) for optimum in iso.optima],
+        "refused_budgets": [refusal.message for refusal in iso.refusals],
+    }
+
+
 def parameter_intervals(result: LawResult, level: float = 0.9) -> dict[str, tuple[float, float]]:
     """Central intervals of the readable parameters over the resamples of whole runs."""
     fit_names = list(result.fit.named())
@@ -97,8 +111,9 @@ def report_content(study: Study) -> dict[str, Any]:
         "cautions": study.cautions,
         "headlines": [_headline(study, result) for result in study.results],
         "laws": [_law_lines(result) for result in study.results],
+        "isoflops": [_isoflop_lines(iso) for iso in study.isoflops],
         "sizes": size_table(study),
-        "held_out": study.held_out,
+        "held_out": ", ".join(study.held_out),
         "predictions": [(result.fit.law.name, _prediction_rows(result)) for result in study.results],
         "key": study.key,
         "data_hash": data_hash(study.table)[:16],
@@ -172,6 +187,15 @@ def _law_lines(result: LawResult) -> dict[str, Any]:
     }
 
 
+def _isoflop_lines(iso: IsoFlop) -> dict[str, Any]:
+    low, high = iso.interval_90
+    return {
+        "text": f"{iso.method}: best size = {iso.coefficient:.3g} C^{iso.exponent:.4f}, 90 % interval of the exponent "
+        f"{low:.4f} to {high:.4f}, from {len(iso.optima)} budgets",
+        "optima": [[number(o.budget), number(o.parameters), number(o.metric), f"{o.spread:.1%}"] for o in iso.optima],
+    }
+
+
 def _prediction_rows(result: LawResult) -> list[list[str]]:
     return [
         [
@@ -193,13 +217,8 @@ def _extrapolation(study: Study) -> str | None:
     rows = study.rows
     if rows.empty or not rows["held_out"].any():
         return None
-    ratio = rows.loc[rows["held_out"], "train_flops"].max() / rows.loc[rows["used"], "train_flops"].max()
+    ratio = rows.loc[rows["held_out"], "train_flops"].max() / rows.loc[~rows["held_out"], "train_flops"].max()
     return f"{ratio:.2f}"
-
-
-def _drawable(study: Study) -> bool:
-    rows = study.table[study.table["metric"] == study.question.metric]
-    return bool(((rows["value"] > 0) & (rows["train_flops"] > 0)).any())
 
 
 def _render(template: str, content: dict[str, Any], escape: bool) -> str:

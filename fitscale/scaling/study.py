@@ -1,8 +1,9 @@
-"""One scaling study: rows of a runs table -> fitted laws, their uncertainty, and their test on a size held out.
+"""One scaling study: rows of a runs table -> fitted laws, their uncertainty, and their test on sizes held out.
 
 1. Select the rows of one metric that may be compared (select.py).
-2. Set the held-out size aside; choose the points the law speaks of (points.py) among the rest.
-3. Fit every law, resample whole runs, and predict each held-out point. A law that cannot be fitted is refused by name.
+2. Set the held-out sizes aside; choose the points that a law of compute speaks of (points.py) among the rest. Laws of
+   size and data are fitted to all of the rest.
+3. Fit every law, draw whole runs anew, and predict each held-out point. A law that cannot be fitted is refused by name.
 4. Rank the laws that were fitted by their error on the held-out points that count.
 """
 
@@ -12,11 +13,12 @@ import numpy as np
 import pandas as pd
 
 from fitscale.config.errors import UserError
-from fitscale.scaling.fitting import Fit, fit_law
-from fitscale.scaling.laws import LAWS, Law
+from fitscale.scaling.fitting import Fit, Loss, fit_law
+from fitscale.scaling.isoflop import METHODS, IsoFlop, isoflop, slices_of_runs
+from fitscale.scaling.laws import COMPUTE, LAWS, Law
 from fitscale.scaling.points import chosen
 from fitscale.scaling.refusal import Caution, Refusal
-from fitscale.scaling.select import select, size_order
+from fitscale.scaling.select import Selection, select, size_order
 from fitscale.scaling.solver import Array
 from fitscale.scaling.uncertainty import (
     FEW_RUNS,
@@ -29,6 +31,7 @@ from fitscale.scaling.uncertainty import (
 )
 
 FAR = 10.0  # a prediction at more than this many times the fitted compute must be asked for
+CHOICES = (*LAWS, "isoflop")
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,12 @@ class Question:
     metric: str = "fd"
     laws: tuple[str, ...] = ("offset",)
     points: str = "frontier"
-    hold_out: str | None = "largest"  # a size, `largest`, or None
+    hold_out: tuple[str, ...] = ("largest",)  # sizes, or `largest`
     where: dict[str, str] = field(default_factory=dict)
     from_step: int = 0
     drop_missing: bool = False
     extrapolate: bool = False  # agree to predictions beyond FAR
+    loss: Loss = field(default_factory=Loss)
     resamples: int = 1000
     seed: int = 0
 
@@ -51,11 +55,12 @@ class Question:
 class LawResult:
     """A fitted law.
 
-    `predictions` has one row per held-out point: value, predicted, low and high (90 %), error, inside, chosen (the law
-    speaks of it).
+    `predictions` has one row per held-out point: value, predicted, low and high (90 %), error, inside, chosen (it
+    counts).
     """
 
     fit: Fit
+    used: pd.DataFrame
     resamples: Resamples
     covariance_PP: Array
     floor: FloorProfile | None
@@ -65,17 +70,22 @@ class LawResult:
 
 @dataclass(frozen=True)
 class Study:
-    """Everything a report needs. `rows` has the columns held_out, chosen (the law speaks of it) and used (fitted)."""
+    """Everything a report needs. `rows` has the columns held_out, chosen (it counts) and used (by laws of compute)."""
 
     question: Question
     table: pd.DataFrame
     rows: pd.DataFrame
     sizes: list[str]
-    held_out: str | None
+    held_out: list[str]
     key: dict[str, str]
     results: list[LawResult]  # best first
+    isoflops: list[IsoFlop]
     refusals: list[Refusal]
     cautions: list[Caution]
+
+    @property
+    def answered(self) -> bool:
+        return bool(self.results or self.isoflops)
 
 
 def study(table: pd.DataFrame, question: Question) -> Study:
@@ -87,64 +97,79 @@ def study(table: pd.DataFrame, question: Question) -> Study:
         selection = select(table, question.metric, question.where, question.from_step, question.drop_missing)
         rows, held_out = _divide(selection.rows, question)
     except Refusal as refusal:
-        return Study(question, table, table.iloc[:0], [], None, {}, [], [refusal], [])
-    results, refusals = [], []
+        return Study(question, table, table.iloc[:0], [], [], {}, [], [], [refusal], [])
+    return _answer(table, question, selection, rows, held_out)
+
+
+def _answer(
+    table: pd.DataFrame, question: Question, selection: Selection, rows: pd.DataFrame, held_out: list[str]
+) -> Study:
+    results: list[LawResult] = []
+    isoflops: list[IsoFlop] = []
+    refusals: list[Refusal] = []
     for name in question.laws:
         try:
-            results.append(_result(LAWS[name], rows, question))
+            if name == "isoflop":
+                slices = slices_of_runs(rows)
+                isoflops = [isoflop(slices, method, question.seed) for method in METHODS]
+            else:
+                results.append(_result(LAWS[name], rows, question))
         except Refusal as refusal:
             refusals.append(refusal)
     results.sort(key=lambda result: np.inf if result.error is None else result.error)
-    cautions = selection.cautions + _cautions(rows, results, held_out, question)
-    return Study(question, table, rows, size_order(rows), held_out, selection.key, results, refusals, cautions)
-
-
-def _divide(rows: pd.DataFrame, question: Question) -> tuple[pd.DataFrame, str | None]:
-    """Mark the rows that are held out, that the law speaks of, and that are fitted."""
+    cautions = selection.cautions + _cautions(rows, results, isoflops, held_out)
     sizes = size_order(rows)
-    held_out = sizes[-1] if question.hold_out == "largest" else question.hold_out
-    if held_out is not None and held_out not in sizes:
-        raise UserError(f"--hold-out {held_out}: no such size; valid: largest, none, {', '.join(sizes)}")
-    fitted = [size for size in sizes if size != held_out]
+    return Study(question, table, rows, sizes, held_out, selection.key, results, isoflops, refusals, cautions)
+
+
+def _divide(rows: pd.DataFrame, question: Question) -> tuple[pd.DataFrame, list[str]]:
+    """Mark the rows that are held out, that count, and that laws of compute are fitted to."""
+    sizes = size_order(rows)
+    held_out = list(dict.fromkeys(sizes[-1] if size == "largest" else size for size in question.hold_out))
+    for size in held_out:
+        if size not in sizes:
+            raise UserError(f"--hold-out {size}: no such size; valid: largest, none, {', '.join(sizes)}")
+    fitted = [size for size in sizes if size not in held_out]
     if len(fitted) < 2:
         raise Refusal(
             "one_size",
             f"only size {', '.join(fitted) or 'none'} is left to fit; a law over sizes needs at least two besides the "
             "held-out one",
         )
-    rows = rows.assign(held_out=rows["size"] == held_out)
+    rows = rows.assign(held_out=rows["size"].isin(held_out))
     kept = ~rows["held_out"]
     rows = rows.assign(chosen=chosen(rows, question.points), used=False)
     rows.loc[kept, "used"] = chosen(rows[kept], question.points)
-    _refuse_far(rows, question)
+    if held_out:
+        refuse_far(rows.loc[kept, "train_flops"].max(), rows.loc[~kept, "train_flops"].max(), question.extrapolate)
     return rows, held_out
 
 
-def _refuse_far(rows: pd.DataFrame, question: Question) -> None:
-    if not rows["held_out"].any():
-        return
-    ratio = rows.loc[rows["held_out"], "train_flops"].max() / rows.loc[rows["used"], "train_flops"].max()
-    if ratio > FAR and not question.extrapolate:
+def refuse_far(fitted_flops: float, target_flops: float, agreed: bool) -> None:
+    """Refuse a prediction at more than `FAR` times the fitted compute that nobody agreed to."""
+    ratio = target_flops / fitted_flops
+    if ratio > FAR and not agreed:
         raise Refusal(
             "extrapolation",
-            f"the held-out size was trained with {ratio:.1f} times the largest fitted compute; beyond {FAR:g} times "
-            "say so with --extrapolate",
+            f"the prediction is for {ratio:.1f} times the largest fitted compute; beyond {FAR:g} times say so with "
+            "--extrapolate",
         )
 
 
 def _result(law: Law, rows: pd.DataFrame, question: Question) -> LawResult:
-    used = rows[rows["used"]]
-    fit = fit_law(law, used)
+    used = rows[rows["used"]] if law.inputs == COMPUTE else rows[~rows["held_out"]]
+    fit = fit_law(law, used, question.loss)
     draws = resample(fit, used, question.resamples, question.seed)
     floor = floor_profile(fit, used) if law.floor else None
     predictions = _predictions(fit, draws, rows[rows["held_out"]], question.seed)
     counted = predictions.loc[predictions["chosen"], "error"] if len(predictions) else pd.Series(dtype=float)
     error = float(np.abs(np.log1p(counted)).mean()) if len(counted) else None
-    return LawResult(fit, draws, covariance(fit, used), floor, predictions, error)
+    return LawResult(fit, used, draws, covariance(fit, used), floor, predictions, error)
 
 
 def _predictions(fit: Fit, draws: Resamples, held_out: pd.DataFrame, seed: int) -> pd.DataFrame:
-    rows = held_out[["run", "size", "step", "train_flops", "value", "chosen"]].sort_values(["run", "train_flops"])
+    columns = ["run", "size", "step", "parameters", "images", "train_flops", "value", "chosen"]
+    rows = held_out[columns].sort_values(["run", "train_flops"])
     if rows.empty:
         return rows
     predicted = fit.metric(rows)
@@ -153,31 +178,29 @@ def _predictions(fit: Fit, draws: Resamples, held_out: pd.DataFrame, seed: int) 
     return rows.assign(inside=(rows["low"] <= rows["value"]) & (rows["value"] <= rows["high"]))
 
 
-def _cautions(rows: pd.DataFrame, results: list[LawResult], held_out: str | None, question: Question) -> list[Caution]:
+def _cautions(
+    rows: pd.DataFrame, results: list[LawResult], isoflops: list[IsoFlop], held_out: list[str]
+) -> list[Caution]:
     found = []
     runs = rows.loc[~rows["held_out"], "run"].nunique()
     if runs < FEW_RUNS:
-        found.append(
-            Caution(
-                "few_runs",
-                f"only {runs} runs are fitted: how much runs differ by luck is hardly known, so intervals are wide",
-            )
-        )
+        text = f"only {runs} runs are fitted: how much runs differ by luck is hardly known, so intervals are wide"
+        found.append(Caution("few_runs", text))
     for result in results:
-        name = result.fit.law.name
-        if result.floor is not None and not result.floor.identified:
-            found.append(
-                Caution(
-                    "floor",
-                    f"{name} law: the floor E is not identified; {result.floor.level:.0%} of the likelihood reaches 0",
-                )
-            )
-        found += _missed(result)
-    if held_out is not None and not rows.loc[rows["held_out"], "chosen"].any():
-        found.append(
-            Caution("not_on_frontier", f"no point of {held_out} is on the frontier, so it does not test the law")
-        )
+        found += _floor_caution(result) + _missed(result)
+    for budget in [refusal for iso in isoflops[:1] for refusal in iso.refusals]:
+        found.append(Caution(budget.code, budget.message))
+    if held_out and not rows.loc[rows["held_out"], "chosen"].any():
+        text = f"no point of {', '.join(held_out)} is on the frontier, so it does not test a law of compute"
+        found.append(Caution("not_on_frontier", text))
     return found
+
+
+def _floor_caution(result: LawResult) -> list[Caution]:
+    if result.floor is None or result.floor.identified:
+        return []
+    text = f"{result.fit.law.name} law: the floor E is not identified; at {result.floor.level:.0%} zero fits as well"
+    return [Caution("floor", text)]
 
 
 def _missed(result: LawResult) -> list[Caution]:
@@ -187,11 +210,9 @@ def _missed(result: LawResult) -> list[Caution]:
     if missed.empty:
         return []
     counted = int(result.predictions["chosen"].sum())
-    worst = missed.loc[np.log1p(missed["error"]).abs().idxmax()]
-    return [
-        Caution(
-            "missed",
-            f"{result.fit.law.name} law: {len(missed)} of {counted} held-out points lie outside "
-            f"the 90 % interval, the worst by {worst['error']:+.1%}",
-        )
-    ]
+    worst = missed.loc[np.log1p(missed["error"]).abs().idxmax(), "error"]
+    text = (
+        f"{result.fit.law.name} law: {len(missed)} of {counted} held-out points lie outside the 90 % interval, the "
+        f"worst by {worst:+.1%}"
+    )
+    return [Caution("missed", text)]

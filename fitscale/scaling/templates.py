@@ -15,8 +15,8 @@ MARKDOWN = """\
 - {{ headline }}
 {% endfor %}
 
-{% if figure %}
-![{{ metric }} against training compute]({{ figure }})
+{% if "curves" in figures %}
+![{{ metric }} against training compute]({{ figures.curves }})
 {% endif %}
 
 ## Sizes, at their last evaluation
@@ -45,6 +45,10 @@ A point that does not count lies above the frontier (or is not the run's last): 
 
 {% endfor %}
 {% endif %}
+{% if "predictions" in figures %}
+![predicted against measured]({{ figures.predictions }})
+
+{% endif %}
 {% for law in laws %}
 ## {{ law.name | capitalize }} law: {{ law.formula }}
 
@@ -59,6 +63,28 @@ intervals from {{ question.resamples }} resamples of whole runs.
 {% endfor %}
 
 {% endfor %}
+{% if "residuals" in figures %}
+![residuals]({{ figures.residuals }})
+
+{% endif %}
+{% if isoflops %}
+## Compute-optimal size
+
+{% if "isoflop" in figures %}
+![isoFLOP curves]({{ figures.isoflop }})
+
+{% endif %}
+{% for iso in isoflops %}
+{{ iso.text }}
+
+| budget (FLOPs) | best parameters | {{ metric }} there | spread of ln(parameters) |
+|---|---|---|---|
+{% for row in iso.optima %}
+| {{ row | join(" | ") }} |
+{% endfor %}
+
+{% endfor %}
+{% endif %}
 ## How it was measured
 
 {% for name, value in key.items() %}
@@ -102,8 +128,8 @@ figcaption, .small { color: #555; font-size: 0.88rem; }
 {% for headline in headlines %}
 <p class="headline">{{ headline }}</p>
 {% endfor %}
-{% if figure %}
-<figure><img src="{{ figure }}" alt="{{ metric }} against training compute"></figure>
+{% if "curves" in figures %}
+<figure><img src="{{ figures.curves }}" alt="{{ metric }} against training compute"></figure>
 {% endif %}
 <h2>Sizes, at their last evaluation</h2>
 <div class="wide"><table>
@@ -127,6 +153,9 @@ A point that does not count lies above the frontier (or is not the run's last): 
 </table></div>
 {% endfor %}
 {% endif %}
+{% if "predictions" in figures %}
+<figure><img src="{{ figures.predictions }}" alt="predicted against measured"></figure>
+{% endif %}
 {% for law in laws %}
 <h2>{{ law.name | capitalize }} law: {{ law.formula }}</h2>
 <p class="small">Fitted on ln({{ metric }}), points weighted alike ({{ question.points }} points);
@@ -140,6 +169,24 @@ intervals from {{ question.resamples }} resamples of whole runs.</p>
 {% endfor %}
 </table>
 {% endfor %}
+{% if "residuals" in figures %}
+<figure><img src="{{ figures.residuals }}" alt="residuals"></figure>
+{% endif %}
+{% if isoflops %}
+<h2>Compute-optimal size</h2>
+{% if "isoflop" in figures %}
+<figure><img src="{{ figures.isoflop }}" alt="isoFLOP curves"></figure>
+{% endif %}
+{% for iso in isoflops %}
+<p>{{ iso.text }}</p>
+<table>
+<tr><th>budget (FLOPs)</th><th>best parameters</th><th>{{ metric }} there</th><th>spread of ln(parameters)</th></tr>
+{% for row in iso.optima %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table>
+{% endfor %}
+{% endif %}
 {% if images %}
 <h2>Samples</h2>
 {% for caption, source in images %}

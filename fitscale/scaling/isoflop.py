@@ -1,0 +1,189 @@
+"""IsoFLOP analysis: at each compute budget the best size, and how it grows with compute: N*(C) = k C^a.
+
+1. Rows of equal compute (or slices through the runs' curves at common budgets) give metric against size per budget.
+2. Akima's interpolation of ln(metric) over ln(N) finds the minimum (Porian et al. 2024); a parabola, the usual
+   choice, moves exponents by up to .03, and is fitted to compare.
+3. Each optimum's uncertainty comes from redrawing the noise of its points; the exponent is a weighted regression.
+A budget whose minimum lies at the smallest or largest size, or that has none, is refused by name.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.interpolate import Akima1DInterpolator
+
+from fitscale.scaling.refusal import Refusal
+from fitscale.scaling.solver import Array
+
+SAME_BUDGET = 1.1  # rows whose compute differs by less belong to one budget
+LEAST_SIZES = 4
+FINE = 2001
+DRAWS = 200
+METHODS = ("akima", "parabola")
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The best size of one budget; `spread` is the standard deviation of ln(parameters)."""
+
+    budget: float
+    parameters: float
+    metric: float
+    spread: float
+    sizes: int
+
+
+@dataclass(frozen=True)
+class IsoFlop:
+    """N*(C) = coefficient x C^exponent, from the optima of all budgets that have one."""
+
+    method: str
+    exponent: float
+    interval_90: tuple[float, float]
+    coefficient: float
+    optima: list[Optimum]
+    refusals: list[Refusal]
+
+
+def isoflop(slices: pd.DataFrame, method: str = "akima", seed: int = 0) -> IsoFlop:
+    """Fit the compute-optimal size to `slices`: columns budget, parameters, value.
+
+    Raises:
+        Refusal: fewer than two budgets have an optimum.
+    """
+    curves = {
+        budget: _curve(slices[slices["budget"] == budget]) for budget in np.unique(slices["budget"].to_numpy(float))
+    }
+    noise = _noise([curve for curve in curves.values() if len(curve[0]) > 4])
+    optima, draws, refusals = [], [], []
+    for index, (budget, (x_N, y_N)) in enumerate(curves.items()):
+        try:
+            optimum, draws_K = _optimum(float(budget), x_N, y_N, method, noise, np.random.default_rng([seed, index]))
+        except Refusal as refusal:
+            refusals.append(refusal)
+            continue
+        optima.append(optimum)
+        draws.append(draws_K)
+    if len(optima) < 2:
+        raise Refusal(
+            "too_few_points",
+            f"isoflop: {len(optima)} budgets have an optimum, two are needed; " + "; ".join(map(str, refusals)),
+        )
+    exponent, constant = fit_exponent(optima)
+    resampled = [_line([o.budget for o in optima], draw, [o.spread for o in optima])[0] for draw in np.array(draws).T]
+    low, high = np.quantile(resampled, [0.05, 0.95])
+    return IsoFlop(method, exponent, (float(low), float(high)), float(np.exp(constant)), optima, refusals)
+
+
+def fit_exponent(optima: list[Optimum]) -> tuple[float, float]:
+    """Exponent and ln(coefficient) of N*(C), every optimum weighted by its own spread."""
+    logs = np.log([optimum.parameters for optimum in optima])
+    return _line([optimum.budget for optimum in optima], logs, [optimum.spread for optimum in optima])
+
+
+def slices_of_runs(rows: pd.DataFrame, budgets: int = 6) -> pd.DataFrame:
+    """Columns budget, parameters, value for `isoflop`.
+
+    Runs that were made for common budgets are taken as they are. Otherwise every run's curve, a line between its
+    evaluations in logarithms, is cut at log-spaced budgets that at least `LEAST_SIZES` sizes reach.
+    """
+    rows = rows.sort_values("train_flops")
+    group = (np.log(rows["train_flops"]).diff() > np.log(SAME_BUDGET)).cumsum()
+    whole = rows.groupby(group).filter(lambda part: part["parameters"].nunique() >= LEAST_SIZES)
+    if len(whole):
+        budget = whole.groupby(group)["train_flops"].transform(lambda flops: np.exp(np.log(flops).mean()))
+        return whole.assign(budget=budget)[["budget", "parameters", "value"]]
+    return _cut(rows, budgets)
+
+
+def _cut(rows: pd.DataFrame, budgets: int) -> pd.DataFrame:
+    runs = [run.sort_values("train_flops") for _, run in rows.groupby("run", sort=True) if len(run) > 1]
+    grid = np.geomspace(rows["train_flops"].min(), rows["train_flops"].max(), 400)
+    reached = [
+        flops for flops in grid if len({run["size"].iloc[0] for run in runs if _covers(run, flops)}) >= LEAST_SIZES
+    ]
+    if not reached:
+        raise Refusal("too_few_points", f"isoflop: no compute is reached by {LEAST_SIZES} sizes at least")
+    chosen = sorted({reached[round(i * (len(reached) - 1) / (budgets - 1))] for i in range(budgets)})
+    return pd.DataFrame(
+        [
+            {"budget": budget, "parameters": run["parameters"].iloc[0], "value": _at(run, budget)}
+            for budget in chosen
+            for run in runs
+            if _covers(run, budget)
+        ]
+    )
+
+
+def _covers(run: pd.DataFrame, flops: float) -> bool:
+    return bool(run["train_flops"].min() <= flops <= run["train_flops"].max())
+
+
+def _at(run: pd.DataFrame, flops: float) -> float:
+    return float(np.exp(np.interp(np.log(flops), np.log(run["train_flops"]), np.log(run["value"]))))
+
+
+def _curve(rows: pd.DataFrame) -> tuple[Array, Array]:
+    """ln(parameters), ascending, and the mean ln(metric) of each."""
+    logs = rows[["parameters", "value"]].astype(float).apply(np.log).groupby("parameters")["value"].mean()
+    return logs.index.to_numpy(dtype=float), logs.to_numpy(dtype=float)
+
+
+def _optimum(
+    budget: float, x_N: Array, y_N: Array, method: str, noise: float, rng: np.random.Generator
+) -> tuple[Optimum, Array]:
+    if len(x_N) < LEAST_SIZES:
+        raise Refusal("too_few_points", f"isoflop: budget {budget:.3g} has {len(x_N)} sizes, {LEAST_SIZES} are needed")
+    find = _akima if method == "akima" else _parabola
+    best, value = find(x_N, y_N)
+    _refuse_outside(budget, best, x_N)
+    draws_K = np.array([find(x_N, y_N + rng.normal(0, noise, len(y_N)))[0] for _ in range(DRAWS)])
+    draws_K = np.clip(draws_K, x_N[0], x_N[-1])
+    above = int(np.searchsorted(x_N, best))
+    between = x_N[above] - x_N[above - 1]
+    spread = max(float(np.std(draws_K)), between / np.sqrt(12))  # no finer than the gap
+    return Optimum(budget, float(np.exp(best)), float(np.exp(value)), spread, len(x_N)), draws_K
+
+
+def _refuse_outside(budget: float, best: float, x_N: Array) -> None:
+    if np.isinf(best):
+        raise Refusal(
+            "concave_optimum", f"isoflop: budget {budget:.3g}: the curve over size opens downward, no optimum"
+        )
+    if not x_N[0] < best < x_N[-1]:
+        which = "smallest" if best <= x_N[0] else "largest"
+        raise Refusal(
+            "edge_optimum", f"isoflop: budget {budget:.3g}: the {which} size is the best, so the optimum lies outside"
+        )
+
+
+def _akima(x_N: Array, y_N: Array) -> tuple[float, float]:
+    curve = Akima1DInterpolator(x_N, y_N)
+    grid = np.linspace(x_N[0], x_N[-1], FINE)
+    values = curve(grid)
+    lowest = int(np.argmin(values))
+    return float(grid[lowest]), float(values[lowest])
+
+
+def _parabola(x_N: Array, y_N: Array) -> tuple[float, float]:
+    """Vertex of the parabola through the seven points nearest the lowest; infinity where it opens downward."""
+    near = np.sort(np.argsort(np.abs(x_N - x_N[np.argmin(y_N)]), kind="stable")[:7])
+    a, b, c = np.polyfit(x_N[near], y_N[near], 2)
+    return (float(-b / (2 * a)), float(c - b**2 / (4 * a))) if a > 0 else (float("inf"), float("nan"))
+
+
+def _noise(curves: list[tuple[Array, Array]]) -> float:
+    """Standard deviation of ln(metric) around a smooth curve, from leaving each inner point out."""
+    misses = [
+        abs(y_N[i] - float(Akima1DInterpolator(np.delete(x_N, i), np.delete(y_N, i))(x_N[i])))
+        for x_N, y_N in curves
+        for i in range(1, len(x_N) - 1)
+        if abs(i - int(np.argmin(y_N))) <= 2
+    ]
+    return float(np.median(misses)) / 0.6745 / np.sqrt(1.5) if misses else 0.0
+
+
+def _line(budgets: list[float], logs: Array, spreads: list[float]) -> tuple[float, float]:
+    slope, constant = np.polyfit(np.log(budgets), logs, 1, w=1 / np.array(spreads))
+    return float(slope), float(constant)

@@ -1,0 +1,82 @@
+"""Held-out points: nothing unseen reaches a fit, and the better law wins."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fitscale.scaling.holdout import folds, hold_out
+from fitscale.scaling.refusal import Refusal
+
+
+def rows(law, sizes=4, points=8):
+    found = [
+        {
+            "run": f"r{size}",
+            "size": f"s{size}",
+            "parameters": round(10 ** (6 + size / 2)),
+            "images": round(images),
+            "step": step,
+            "train_flops": 6 * 10 ** (6 + size / 2) * images,
+            "metric": "fd",
+        }
+        for size in range(sizes)
+        for step, images in enumerate(np.geomspace(1e5, 1e7, points) * 10 ** (size / 2))
+    ]
+    table = pd.DataFrame(found)
+    return table.assign(value=law(table["train_flops"]))
+
+
+FLOOR = rows(lambda flops: 20 * (flops / 1e13) ** -0.35 + 4)
+
+
+@pytest.mark.parametrize("by", ["size", "compute", "step"])
+def test_the_true_law_predicts_exactly_and_ranks_first(by):
+    answer = hold_out(FLOOR, by, ("power", "offset"), "all")
+    assert list(answer.ranking["law"]) == ["offset", "power"]
+    assert answer.errors.loc[answer.errors["law"] == "offset", "error"].abs().max() < 1e-6
+    assert (answer.errors.loc[answer.errors["law"] == "power", "error"] < -0.001).any()
+
+
+@pytest.mark.parametrize("by", ["size", "compute", "step"])
+def test_what_is_unseen_never_reaches_a_fit(by):
+    for name, known, unseen in folds(FLOOR, by):
+        assert not set(known.index) & set(unseen.index), name
+        if by != "step":
+            assert unseen["train_flops"].max() > known["train_flops"].max()
+    changed = FLOOR.assign(value=FLOOR["value"].where(FLOOR["size"] != "s3", FLOOR["value"] * 2))
+    last = "size s3"
+    if by == "size":
+        first, second = (hold_out(table, by, ("offset",), "all").errors for table in (FLOOR, changed))
+        columns = [errors[errors["fold"] == last]["predicted"].to_numpy() for errors in (first, second)]
+        np.testing.assert_array_equal(*columns)
+
+
+def test_laws_that_cannot_be_fitted_are_named():
+    answer = hold_out(FLOOR[FLOOR["step"] < 3], "step", ("offset", "power"), "all")
+    assert {law for _, law, _ in answer.refusals} == {"offset"}
+    assert answer.ranking["law"].tolist() == ["power"]
+    with pytest.raises(Refusal, match="no law could be fitted"):
+        hold_out(FLOOR[FLOOR["step"] < 3], "step", ("offset",), "all")
+    with pytest.raises(Refusal, match="nothing can be held out"):
+        hold_out(FLOOR[FLOOR["size"] < "s2"], "size", ("power",), "all")
+
+
+def test_holdout_from_the_shell(tmp_path):
+    FLOOR.to_csv(tmp_path / "runs.csv", index=False)
+    command = [
+        sys.executable,
+        "tools/holdout.py",
+        str(tmp_path / "runs.csv"),
+        "--by",
+        "size",
+        "-o",
+        str(tmp_path / "e.csv"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "ranking" in done.stdout and len(pd.read_csv(tmp_path / "e.csv")) > 4
+    failed = subprocess.run([*command, "--metric", "fid"], capture_output=True, text=True)
+    assert failed.returncode == 2 and failed.stderr.startswith("error: no row has metric fid")

@@ -1,0 +1,93 @@
+"""Compute-optimal sizes from known surfaces, and their refusals."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fitscale.scaling.isoflop import isoflop, slices_of_runs
+from fitscale.scaling.refusal import Refusal
+
+BUDGETS = np.geomspace(1e18, 1e21, 7)
+ALPHA, BETA = 0.34, 0.28
+
+
+def loss(parameters, flops):
+    return 400 * parameters**-ALPHA + 410 * (flops / 6 / parameters) ** -BETA + 1.7
+
+
+def best(flops):
+    """Minimum of the law above on 6 N D = C (Hoffmann et al. 2022, eq. 4)."""
+    return (ALPHA * 400 / (BETA * 410)) ** (1 / (ALPHA + BETA)) * (flops / 6) ** (BETA / (ALPHA + BETA))
+
+
+def curves(sizes=15, noise=0.0):
+    rng = np.random.default_rng(0)
+    rows = [
+        {"budget": budget, "parameters": n, "value": loss(n, budget) * np.exp(rng.normal(0, noise))}
+        for budget in BUDGETS
+        for n in best(budget) * np.geomspace(0.1, 9, sizes)
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("method", ["akima", "parabola"])
+def test_the_exponent_of_a_known_surface(method):
+    found = isoflop(curves(), method)
+    assert found.exponent == pytest.approx(BETA / (ALPHA + BETA), abs=0.002)
+    for optimum in found.optima:
+        assert optimum.parameters == pytest.approx(best(optimum.budget), rel=0.1)
+
+
+def test_noise_widens_the_interval_which_covers_the_truth():
+    quiet, noisy = isoflop(curves(noise=0.0001)), isoflop(curves(noise=0.002))
+    assert np.ptp(noisy.interval_90) > 2 * np.ptp(quiet.interval_90)
+    assert noisy.interval_90[0] < BETA / (ALPHA + BETA) < noisy.interval_90[1]
+
+
+def test_order_and_seed():
+    rows = curves(noise=0.003)
+    assert isoflop(rows, seed=3) == isoflop(rows.sample(frac=1, random_state=1), seed=3)
+
+
+def test_budgets_without_an_optimum_are_refused_by_name():
+    rows = curves()
+    edge = rows[(rows["budget"] != BUDGETS[0]) | (rows["parameters"] > best(BUDGETS[0]))]
+    found = isoflop(edge)
+    assert [refusal.code for refusal in found.refusals] == ["edge_optimum"]
+    assert "budget 1e+18: the smallest size is the best" in found.refusals[0].message
+    few = rows[(rows["budget"] != BUDGETS[1]) | (rows["parameters"] > 4.5 * best(BUDGETS[1]))]
+    assert [refusal.code for refusal in isoflop(few).refusals] == ["too_few_points"]
+
+
+def test_a_concave_curve_is_refused():
+    rows = curves().assign(value=lambda rows: 10 - rows["value"])
+    with pytest.raises(Refusal, match="0 budgets have an optimum, two are needed"):
+        isoflop(rows, "akima")
+    with pytest.raises(Refusal, match="opens downward, no optimum"):
+        isoflop(rows, "parabola")
+
+
+def test_slices_through_the_curves_of_runs():
+    rows = pd.DataFrame(
+        [
+            {"run": f"r{n:.0f}", "size": f"s{n:.0f}", "parameters": n, "train_flops": flops, "value": loss(n, flops)}
+            for n in np.geomspace(1e8, 8e9, 9)
+            for flops in 6 * n * np.geomspace(0.02, 60, 30) * 1e10
+        ]
+    )
+    found = isoflop(slices_of_runs(rows))
+    assert found.exponent == pytest.approx(BETA / (ALPHA + BETA), abs=0.03)
+
+
+def test_runs_that_do_not_overlap_cannot_be_sliced():
+    rows = pd.DataFrame(
+        {
+            "run": list("aabb"),
+            "size": list("aabb"),
+            "parameters": [1e6] * 2 + [1e7] * 2,
+            "train_flops": [1, 2, 30, 60],
+            "value": 1.0,
+        }
+    )
+    with pytest.raises(Refusal, match="no compute is reached by 4 sizes"):
+        slices_of_runs(rows)
