@@ -1,0 +1,50 @@
+"""The arguments of `fitscale sample` and `fitscale evaluate`, without torch, so that --help answers at once."""
+
+import argparse
+from pathlib import Path
+
+from fitscale.config.schema import DDPM_SAMPLERS, ODE_SAMPLERS, ROPE_METHODS
+
+
+def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to draw, from which checkpoint, and how; what is not given comes from the run's config."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("--height", type=int, required=True, help="of the images, in pixels")
+    parser.add_argument("--width", type=int, required=True, help="of the images, in pixels")
+    parser.add_argument("--count", type=int, default=16, help="number of images (default: 16)")
+    parser.add_argument(
+        "--classes", default="all", help="labels, dealt out in turn: 0,7,3 or 0-9 or all (default: all)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="image i depends on this seed and on i alone (default: 0)")
+    parser.add_argument("--rope", choices=ROPE_METHODS, help="how RoPE is stretched beyond the trained sizes")
+    parser.add_argument("--decouple", action="store_true", help="with --rope: rows and columns by their own lengths")
+    parser.add_argument("--out", type=Path, help="folder for the images (default: a new one in RUN/samples)")
+    _add_checkpoint(parser)
+    _add_sampler(parser)
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to measure, of which checkpoints; what is not given comes from the run's config."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("--samples", type=int, help="generated images per Frechet distance")
+    parser.add_argument("--features", help="TorchScript feature network")
+    parser.add_argument("--reference", help="image folder, shards, or .npz with mu and sigma")
+    parser.add_argument("--height", type=int, help="of generated images, in pixels (default: sizes of the dataset)")
+    parser.add_argument("--width", type=int, help="of generated images, in pixels")
+    parser.add_argument("--seed", type=int, default=0, help="of the generated images (default: 0)")
+    parser.add_argument("--force", action="store_true", help="measure again what has been measured")
+    _add_checkpoint(parser, "(default: every evaluation step that has a checkpoint)")
+    _add_sampler(parser)
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser, default: str = "(default: the newest)") -> None:
+    parser.add_argument("--step", type=int, help=f"checkpoint to use {default}")
+    parser.add_argument("--weights", help="raw, ema (the first average) or ema_<decay> (default: the run's)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+
+
+def _add_sampler(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", choices=ODE_SAMPLERS + DDPM_SAMPLERS, help="sampler")
+    parser.add_argument("--steps", type=int, help="integration steps")
+    parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance; 1 = none")
+    parser.add_argument("--power", type=float, help="exponent of the power-cosine guidance scale; 0 = constant")

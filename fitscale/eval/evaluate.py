@@ -1,0 +1,267 @@
+"""What a checkpoint is worth: validation loss, Frechet distance, share of recognised samples.
+
+1. The validation loss: held-out images at fixed times and with fixed noise, so that two checkpoints differ by their
+   weights alone.
+2. Generated images with the labels and sizes of the data set (or of one size), seen through the feature network and
+   compared with the reference: the Frechet distance.
+3. If the network also classifies into the model's classes: the share of samples that it takes for what they should be.
+
+Every result is one line of evaluations.jsonl, with the comparability key of the circumstances that shift it: only
+results with equal keys may be fitted or ranked together.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from fitscale.config.errors import UserError
+from fitscale.config.rundir import Checkpoint, RunDir, append_jsonl, read_jsonl
+from fitscale.config.schema import Config, SamplingConfig
+from fitscale.data.index import open_index
+from fitscale.data.loader import Pack, make_loader
+from fitscale.data.plan import BatchPlan
+from fitscale.eval.features import FeatureNet
+from fitscale.eval.frechet import Moments, frechet_distance
+from fitscale.eval.generate import Request, find_checkpoint, generate, load_model, open_run, patches, weights_name
+from fitscale.eval.reference import load_reference
+from fitscale.flow.loss import make_objective
+from fitscale.flow.path import VALIDATION, image_noise, lengths_of
+from fitscale.flow.sampler import one_image_per_pack
+from fitscale.model import flops
+from fitscale.model.fit import FiT
+
+VALIDATION_SEED = 0  # of the held-out images' choice and noise: the same for every run
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What `evaluate_run` measures, and how; `size` is (height, width) in pixels, None for those of the data set."""
+
+    weights: str
+    samples: int
+    features: str | None
+    reference: str | None
+    sampling: SamplingConfig
+    size: tuple[int, int] | None = None
+    seed: int = 0
+    device: str = "auto"
+    force: bool = False
+
+
+def evaluate_run(path: Path, step: int, options: EvaluationOptions) -> list[dict[str, Any]]:
+    """Measure the checkpoint of `step` in the run directory `path`; returns the rows added to evaluations.jsonl.
+
+    What is there already, under the same key, is not measured again unless `options.force`.
+
+    Raises:
+        UserError: no such checkpoint, weights, network or reference.
+    """
+    config, run = open_run(path)
+    checkpoint = find_checkpoint(run, step)
+    weights = weights_name(config, checkpoint, options.weights)
+    config = replace(config, sampling=options.sampling)
+    evaluation = _Evaluation(config, run, checkpoint, weights, options)
+    return list(evaluation.measure())
+
+
+@dataclass
+class _Evaluation:
+    config: Config
+    run: RunDir
+    checkpoint: Checkpoint
+    weights: str
+    options: EvaluationOptions
+
+    def __post_init__(self) -> None:
+        done = [] if self.options.force else read_jsonl(self.run.evaluations)
+        self.done = [(row["step"], row["metric"], row["weights"], row["key"]) for row in done]
+        self.loaded: FiT | None = None
+
+    def measure(self) -> Iterator[dict[str, Any]]:
+        evaluation, data = self.config.evaluation, self.config.data
+        if evaluation.validation_images and data.holdout_fraction:
+            key = self._validation_key()
+            if self._pending("validation_loss", key):
+                loss_S = validation_losses(self.model, self.config)
+                yield self._add("validation_loss", key, loss_S.mean(), _mean_error(loss_S), len(loss_S), None)
+        if self.options.features is not None:
+            yield from self._measure_samples(self.options.features)
+
+    @property
+    def model(self) -> FiT:
+        if self.loaded is None:
+            self.loaded = load_model(self.config, self.checkpoint.weights(self.weights), self.options.device)
+        return self.loaded
+
+    def _measure_samples(self, features: str) -> Iterator[dict[str, Any]]:
+        if self.options.reference is None:
+            raise UserError("evaluation.reference: needed with evaluation.features: an image folder, shards or .npz")
+        net = FeatureNet(features, "cuda" if self.options.device != "cpu" and torch.cuda.is_available() else "cpu")
+        reference = load_reference(Path(self.options.reference), net, self.config.data.latent, self.run.path)
+        key = self._sample_key() | {"features": net.identity[:16], "reference": reference.identity[:16]}
+        classifies = net.num_scores == self.config.model.num_classes
+        wanted = [name for name in ("fd", *["recognised"] * classifies) if self._pending(name, key)]
+        if not wanted:
+            return
+        moments, right, nfe = self._generate(net, classifies)
+        if "fd" in wanted:
+            distance = frechet_distance(moments.statistics(), reference.statistics)
+            yield self._add("fd", key, distance, None, moments.count, nfe)
+        if "recognised" in wanted:
+            yield self._add("recognised", key, right.mean(), _mean_error(right), len(right), nfe)
+
+    def _generate(self, net: FeatureNet, classifies: bool) -> tuple[Moments, np.ndarray, float]:
+        """Features' moments of all samples, which were recognised, and the mean number of function evaluations."""
+        requests = self._requests()
+        moments, right, nfe = Moments(), [], []
+        drawn = generate(self.model, self.config, self.options.sampling, requests, self.options.seed)
+        bar = tqdm(drawn, total=len(requests), desc=f"step {self.checkpoint.step} samples", unit="image", mininterval=5)
+        for batch in _batched(bar, 256):
+            images = [image.image for image in batch]
+            moments.add(net.features(images))
+            nfe += [image.nfe for image in batch]
+            if classifies:
+                labels = [requests[image.index].label for image in batch]
+                right += list(net.scores(images).argmax(1) == labels)
+        return moments, np.array(right, dtype=np.float64), float(np.mean(nfe))
+
+    def _requests(self) -> list[Request]:
+        """Labels, and sizes unless one is given, follow the training images in an order drawn from the seed."""
+        number = self.options.samples
+        plan = _plan(self.config, "train", self.options.seed, number)
+        batch = plan.step(0)
+        rows, cols = batch.rows_B.tolist(), batch.cols_B.tolist()
+        if self.options.size is not None:
+            height, width = patches(self.config, *self.options.size)
+            rows, cols = [height] * number, [width] * number
+        return [Request(i, label, rows[i], cols[i]) for i, label in enumerate(batch.labels_B.tolist())]
+
+    def _validation_key(self) -> dict[str, Any]:
+        evaluation = self.config.evaluation
+        return {
+            "weights": self.weights,
+            "held_out_images": evaluation.validation_images,
+            "holdout_fraction": self.config.data.holdout_fraction,
+            "times": evaluation.validation_times,
+            "objective": self.config.flow.kind,
+        }
+
+    def _sample_key(self) -> dict[str, Any]:
+        sampling, latent = self.config.sampling, self.config.data.latent
+        adaptive = one_image_per_pack(sampling.method)
+        return {
+            "weights": self.weights,
+            "sampler": sampling.method,
+            "steps": sampling.steps,
+            "tolerances": [sampling.rtol, sampling.atol] if adaptive else None,
+            "guidance": sampling.guidance.scale,
+            "guidance_channels": sampling.guidance.channels,
+            "guidance_power": sampling.guidance.power,
+            "decoder": latent.kind if latent.vae is None else latent.vae,
+            "rope": self.config.model.rope.method,
+            "resolution": "dataset" if self.options.size is None else "x".join(map(str, self.options.size)),
+            "samples": self.options.samples,
+            "seed": self.options.seed,
+        }
+
+    def _pending(self, metric: str, key: dict[str, Any]) -> bool:
+        return (self.checkpoint.step, metric, self.weights, key) not in self.done
+
+    def _add(
+        self, metric: str, key: dict[str, Any], value: float, error: float | None, samples: int, nfe: float | None
+    ) -> dict[str, Any]:
+        totals = ("train_flops", "paper_flops", "images", "tokens", "device_hours")
+        row = {
+            "step": self.checkpoint.step,
+            "metric": metric,
+            "value": float(value),
+            "standard_error": error,
+            "samples": samples,
+            "nfe": nfe,
+            "weights": self.weights,
+            **{name: self.checkpoint.meta[name] for name in totals},
+            "key": key,
+        }
+        append_jsonl(self.run.evaluations, row)
+        return row
+
+
+@torch.no_grad()
+def validation_losses(model: FiT, config: Config) -> np.ndarray:
+    """Loss of each held-out image (S,), mean over `validation_times` fixed times (k + 1/2) / K.
+
+    Noise comes from (fixed seed, k, image); the times are uniform whatever the training drew, so that runs with
+    different time distributions can be compared.
+    """
+    times = config.evaluation.validation_times
+    objective = make_objective(config.flow, config.model.num_classes)
+    device = next(model.parameters()).device
+    losses: dict[int, float] = {}
+    for pack in _validation_packs(config):
+        lengths, slots = lengths_of(pack.cu_seqlens).tolist(), pack.slots_S.tolist()
+        total_S = torch.zeros(len(slots), dtype=torch.float64)
+        for k in range(times):
+            noise_TC = image_noise(VALIDATION_SEED, k, slots, lengths, pack.tokens_TC.shape[1], stream=VALIDATION)
+            t_S = torch.full((len(slots),), (k + 0.5) / times, device=device)
+            inputs = objective.prepare_at(
+                pack.tokens_TC.to(device), pack.labels_S.to(device), pack.cu_seqlens, t_S, noise_TC.to(device)
+            )
+            output_TC = model(inputs.x_TC, inputs.t_S, inputs.labels_S, pack.sizes_S2, pack.cu_seqlens)
+            total_S += objective.loss_S(output_TC, inputs, pack.cu_seqlens).double().cpu()
+        losses.update(zip(slots, (total_S / times).tolist(), strict=True))
+    losses.pop(-1, None)  # padding
+    return np.array([losses[slot] for slot in sorted(losses)])
+
+
+def _validation_packs(config: Config) -> Iterator[Pack]:
+    plan = _plan(config, "holdout", VALIDATION_SEED, 1)
+    number = min(config.evaluation.validation_images, plan.num_images)
+    plan = _plan(config, "holdout", VALIDATION_SEED, number)
+    loader = make_loader(
+        plan,
+        Path(config.data.shards),
+        dp_rank=0,
+        dp_size=1,
+        pack_tokens=config.batch.pack_tokens,
+        pad_multiple=1,
+        cost=flops.cost(config.model),
+        first_step=0,
+        last_step=1,
+        num_workers=0,
+        prefetch_steps=1,
+    )
+    for step in loader:
+        yield from step.packs
+
+
+def _plan(config: Config, split: str, seed: int, batch_size: int) -> BatchPlan:
+    return BatchPlan(
+        open_index(Path(config.data.shards)),
+        seed=seed,
+        global_batch_size=batch_size,
+        patch_size=config.model.patch_size,
+        window_shards=config.data.window_shards,
+        holdout_fraction=config.data.holdout_fraction,
+        split=split,
+    )
+
+
+def _mean_error(values: np.ndarray) -> float | None:
+    """Standard error of a mean; None where one value says nothing of it."""
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+
+
+def _batched(items: Any, size: int) -> Iterator[list[Any]]:
+    batch: list[Any] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,84 @@
+"""Any TorchScript network as the eye of a Frechet distance.
+
+The convention is that of the TorchScript Inception made for FID ("inception-2015-12-05.pt"): called as
+`net(images_NCHW, return_features=True)` with uint8 RGB of any size, it scales them itself and answers (N, F) features;
+without `return_features` it answers class scores. Networks always get three channels (grey is repeated), so one file
+serves every kind of image. Images of different sizes are fed in groups of one size.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fitscale.config.errors import UserError
+
+BATCH = 64  # images per call
+
+
+class FeatureNet:
+    """A TorchScript feature network; `identity` is the SHA-256 of its file.
+
+    Raises:
+        UserError: the file is missing, is no TorchScript, or does not follow the convention.
+    """
+
+    def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
+        self.path, self.device = Path(path), torch.device(device)
+        if not self.path.is_file():
+            raise UserError(f"evaluation.features: {path}: no such file; it must be a TorchScript feature network")
+        self.identity = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        try:
+            self.net = torch.jit.load(str(self.path), map_location=self.device).eval()
+        except RuntimeError as error:
+            raise UserError(f"evaluation.features: {path} is not a TorchScript file: {_first_line(error)}") from error
+        probe = np.zeros((16, 16, 3), dtype=np.uint8)
+        self.num_features = self.features([probe]).shape[1]
+        self.num_scores = self.scores([probe]).shape[1]
+
+    def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Features (N, F), float64, of uint8 (H, W, 1 or 3) images of any sizes."""
+        return self._in_groups(images, return_features=True)
+
+    def scores(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Class scores (N, K), float64."""
+        return self._in_groups(images)
+
+    def _in_groups(self, images: Sequence[np.ndarray], **keywords: Any) -> np.ndarray:
+        places_of_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for place, image in enumerate(images):
+            places_of_shape[image.shape].append(place)
+        answers: list[Any] = [None] * len(images)
+        for places in places_of_shape.values():
+            for start in range(0, len(places), BATCH):
+                chosen = places[start : start + BATCH]
+                answer = self._call(np.stack([images[place] for place in chosen]), **keywords)
+                for place, row in zip(chosen, answer, strict=True):
+                    answers[place] = row
+        return np.stack(answers)
+
+    @torch.no_grad()
+    def _call(self, images_NHWC: np.ndarray, **keywords: Any) -> np.ndarray:
+        batch = torch.from_numpy(rgb(images_NHWC)).permute(0, 3, 1, 2).contiguous().to(self.device)
+        try:
+            answer = self.net(batch, **keywords)
+        except RuntimeError as error:
+            raise UserError(
+                f"evaluation.features: {self.path} cannot be called as net(uint8 images NCHW, return_features=True): "
+                f"{_first_line(error)}"
+            ) from error
+        return answer.double().cpu().numpy()
+
+
+def rgb(images: np.ndarray) -> np.ndarray:
+    """(..., 1 or 3) -> (..., 3): grey is repeated."""
+    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,117 @@
+"""The other side of a Frechet distance: statistics of real images.
+
+    .npz with mu and sigma (ADM's reference files)  ->  as they are
+    shards                                          ->  features of every variant of every image, decoded
+    image folder                                    ->  features of every image in it, sub-folders too
+
+What had to be computed is kept in the run directory, under a name made of the feature network and the reference.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from fitscale.config.errors import UserError
+from fitscale.config.schema import LatentConfig
+from fitscale.data.encode import Decoder, to_float
+from fitscale.data.index import Index, open_index
+from fitscale.data.reader import ShardReader
+from fitscale.eval.features import FeatureNet
+from fitscale.eval.frechet import Moments, Statistics
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics, and a hash of what they were made of."""
+
+    statistics: Statistics
+    identity: str
+
+
+def load_reference(path: Path, net: FeatureNet, latent: LatentConfig, cache: Path) -> Reference:
+    """The reference at `path` as `net` sees it.
+
+    Raises:
+        UserError: nothing usable there, or statistics of another feature network.
+    """
+    if path.suffix == ".npz":
+        return _from_npz(path, net)
+    if not path.is_dir():
+        raise UserError(f"evaluation.reference: {path}: no such .npz file, shards or image folder")
+    if (path / "index.json").is_file():
+        index = open_index(path)
+        identity = _digest([shard.checksum for shard in index.meta.shards])
+        return _cached(identity, net, cache, lambda: _shard_images(index, latent), index.meta.num_variants)
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(f"evaluation.reference: {path} holds neither shards with an index nor images")
+    identity = _digest([f"{file.relative_to(path)} {file.stat().st_size}" for file in files])
+    return _cached(identity, net, cache, lambda: map(_read_image, files), len(files))
+
+
+def _from_npz(path: Path, net: FeatureNet) -> Reference:
+    try:
+        with np.load(path) as arrays:
+            mean_F, cov_FF = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"evaluation.reference: {path}: no .npz with arrays mu and sigma: {error}") from error
+    if mean_F.shape != (net.num_features,) or cov_FF.shape != (net.num_features, net.num_features):
+        raise UserError(
+            f"evaluation.reference: {path} has statistics of {mean_F.shape[0]} features, evaluation.features = "
+            f"{net.path} gives {net.num_features}"
+        )
+    return Reference(Statistics(mean_F, cov_FF), hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def _cached(identity: str, net: FeatureNet, cache: Path, images, count: int) -> Reference:  # type: ignore[no-untyped-def]
+    kept = cache / "reference" / f"{net.identity[:16]}_{identity[:16]}.npz"
+    if kept.is_file():
+        return Reference(_from_npz(kept, net).statistics, identity)
+    moments = Moments()
+    batch: list[np.ndarray] = []
+    for image in tqdm(images(), total=count, desc="reference", unit="image", mininterval=5):
+        batch.append(image)
+        if len(batch) == BATCH:
+            moments.add(net.features(batch))
+            batch = []
+    if batch:
+        moments.add(net.features(batch))
+    statistics = moments.statistics()
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    temporary = kept.with_name(f".{kept.name}.{os.getpid()}.tmp.npz")
+    np.savez(temporary, mu=statistics.mean_F, sigma=statistics.cov_FF)
+    temporary.replace(kept)
+    return Reference(statistics, identity)
+
+
+def _shard_images(index: Index, latent: LatentConfig) -> Iterator[np.ndarray]:
+    reader, decoder = ShardReader(index), Decoder(latent)
+    for image, row in enumerate(index.images):
+        for variant in range(int(row["first_variant"]), int(row["first_variant"]) + int(row["variants"])):
+            stored = reader.read(image, variant)
+            if stored.dtype == np.uint8:
+                yield stored.transpose(1, 2, 0).copy()
+            else:
+                yield decoder(torch.from_numpy(to_float(stored)))
+
+
+def _read_image(file: Path) -> np.ndarray:
+    try:
+        with Image.open(file) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"evaluation.reference: {file} cannot be read as an image: {error}") from error
+
+
+def _digest(parts: list[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
