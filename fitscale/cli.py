@@ -13,7 +13,7 @@ from fitscale.eval.arguments import add_evaluate_arguments, add_sample_arguments
 
 CONFIG_HELP = "YAML files, merged left to right, and dotted key=value overrides, which win over the files"
 
-Command = Callable[[argparse.Namespace], int | None]
+Command = Callable[[argparse.Namespace], None]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,13 +73,13 @@ def _train(arguments: argparse.Namespace) -> None:
     train(config)
 
 
-def _sample(arguments: argparse.Namespace) -> int | None:
+def _sample(arguments: argparse.Namespace) -> None:
     from fitscale.eval.commands import run_sample
 
-    return run_sample(arguments)
+    run_sample(arguments)
 
 
-def _evaluate(arguments: argparse.Namespace) -> int | None:
+def _evaluate(arguments: argparse.Namespace) -> None:
     from fitscale.eval.commands import run_evaluate
 
-    return run_evaluate(arguments)
+    run_evaluate(arguments)

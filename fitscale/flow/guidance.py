@@ -84,4 +84,5 @@ def guided(
 
 
 def _times(t: float | Tensor, pack: PackShape, x_TC: Tensor) -> Tensor:
-    return torch.as_tensor(t, dtype=x_TC.dtype, device=x_TC.device).expand(len(pack.labels_S))
+    """One time per image, at most 1: dopri5 looks past the end, where, as in the published code, time stands still."""
+    return torch.as_tensor(t, dtype=x_TC.dtype, device=x_TC.device).clamp(max=1.0).expand(len(pack.labels_S))

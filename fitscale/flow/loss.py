@@ -162,7 +162,8 @@ def make_objective(flow: FlowConfig, num_classes: int) -> Objective:
 
 def segment_mean(values_T: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Mean over the tokens of every image, (T,) -> (S,), summed in float64: a pack's layout leaves no trace."""
-    means_S = torch.segment_reduce(values_T.double(), "mean", offsets=cu_seqlens.long(), unsafe=True)
+    offsets = cu_seqlens.to(values_T.device, torch.int64)
+    means_S = torch.segment_reduce(values_T.double(), "mean", offsets=offsets, unsafe=True)
     return means_S.to(values_T.dtype)
 
 

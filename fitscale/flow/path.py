@@ -19,8 +19,8 @@ from torch import Tensor
 
 PADDING_SLOT = -1
 
-# Uses of randomness that must never share a stream.
-TRAIN, VALIDATION, INITIAL_NOISE, SAMPLER_NOISE = range(4)
+# Uses of randomness that must never share a stream; far above the counters that the batch plan uses for its own.
+TRAIN, VALIDATION, INITIAL_NOISE, SAMPLER_NOISE = range(1 << 63, (1 << 63) + 4)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Draws:
 
 def image_generator(seed: int, step: int, slot: int, stream: int = TRAIN) -> np.random.Generator:
     """The generator of one image; different (seed, step, slot, stream) never overlap (2^128 draws apart)."""
-    return np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, slot, stream]))
+    key, counter = np.array([seed, step], dtype=np.uint64), np.array([0, 0, slot, stream], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def draws(
@@ -107,8 +108,9 @@ def lengths_of(cu_seqlens: Tensor) -> Tensor:
 
 
 def per_token(values_S: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """Repeat one value per image over its tokens: (S,) -> (T, 1)."""
-    return values_S.repeat_interleave(lengths_of(cu_seqlens).long(), output_size=tokens)[:, None]
+    """Repeat one value per image over its tokens: (S,) -> (T, 1), on the device of the values."""
+    lengths_S = lengths_of(cu_seqlens).to(values_S.device, torch.int64)
+    return values_S.repeat_interleave(lengths_S, output_size=tokens)[:, None]
 
 
 def _time(generator: np.random.Generator, distribution: str) -> float:

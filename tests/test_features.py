@@ -1,0 +1,65 @@
+"""Feature networks: any TorchScript file that follows the convention, images of any size, in any order."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from fitscale.config.errors import UserError
+from fitscale.eval.features import FeatureNet, rgb
+
+
+class Brightness(torch.nn.Module):
+    """Features: mean of each channel, height, width. Scores: 4 numbers."""
+
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        assert images.dtype == torch.uint8
+        means = images.float().mean((2, 3))
+        if return_features:
+            sides = torch.tensor([[float(images.shape[2]), float(images.shape[3])]]).expand(len(images), 2)
+            return torch.cat([means, sides], 1)
+        return torch.cat([means, means[:, :1]], 1)
+
+
+class NoFeatures(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean((2, 3))
+
+
+@pytest.fixture
+def file(tmp_path):
+    torch.jit.script(Brightness()).save(tmp_path / "net.pt")
+    return tmp_path / "net.pt"
+
+
+def test_sizes_are_fed_in_groups_and_answers_keep_their_places(file):
+    rng = np.random.default_rng(0)
+    sizes = [(4, 6), (8, 8), (4, 6), (5, 3)] * 40
+    images = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in sizes]
+    net = FeatureNet(file)
+    expected = [[*image.mean((0, 1)), *image.shape[:2]] for image in images]
+    np.testing.assert_allclose(net.features(images), expected, rtol=1e-6)
+    assert (net.num_features, net.num_scores) == (5, 4)
+    assert net.scores(images).shape == (160, 4)
+
+
+def test_grey_becomes_three_channels(file):
+    grey = np.full((4, 4, 1), 7, dtype=np.uint8)
+    assert FeatureNet(file).features([grey])[0, :3].tolist() == [7, 7, 7]
+    assert rgb(np.zeros((2, 4, 4, 3))).shape == (2, 4, 4, 3)
+
+
+def test_identity_is_the_hash_of_the_file(file):
+    assert FeatureNet(file).identity == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_wrong_files_are_named(file, tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        FeatureNet(tmp_path / "missing.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(UserError, match=r"text\.pt is not a TorchScript file"):
+        FeatureNet(tmp_path / "text.pt")
+    torch.jit.script(NoFeatures()).save(tmp_path / "other.pt")
+    with pytest.raises(UserError, match="return_features=True"):
+        FeatureNet(tmp_path / "other.pt")

@@ -1,0 +1,110 @@
+"""Samplers on data N(mean, spread^2), where the velocity and the answer are known in closed form."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from fitscale.config.errors import UserError
+from fitscale.config.schema import SamplingConfig
+from fitscale.flow.path import INITIAL_NOISE, image_noise
+from fitscale.flow.sampler import ImageNoise, one_image_per_pack, sample
+
+MEAN, SPREAD = 0.4, 0.3
+
+
+def gaussian_velocity(x, t):
+    """Velocity of the straight path to N(MEAN, SPREAD^2): E[data - noise | x_t]."""
+    variance = t**2 * SPREAD**2 + (1 - t) ** 2
+    return MEAN + (t * SPREAD**2 - (1 - t)) / variance * (x - t * MEAN)
+
+
+def run(method, steps, *, seed=0, indices=(0,), lengths=(64,), model_fn=gaussian_velocity, **settings):
+    noise = image_noise(seed, 0, indices, lengths, 4, stream=INITIAL_NOISE)
+    sampled = sample(model_fn, noise, SamplingConfig(method, steps, **settings), ImageNoise(seed, indices, lengths))
+    return noise, sampled
+
+
+def exact(noise):
+    return MEAN + SPREAD * noise
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
+def test_order_of_accuracy(method, order):
+    errors = []
+    for steps in (40, 80):
+        noise, sampled = run(method, steps)
+        assert sampled.nfe == order * steps
+        errors.append((sampled.x_TC - exact(noise)).abs().max().item())
+    assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.35)
+
+
+def test_dopri5_follows_its_tolerances():
+    noise, coarse = run("dopri5", 2, rtol=1e-3, atol=1e-6)
+    _, fine = run("dopri5", 2, rtol=1e-6, atol=1e-7)
+    assert (coarse.x_TC - exact(noise)).abs().max() < 2e-2
+    assert (fine.x_TC - exact(noise)).abs().max() < 1e-4
+    assert coarse.nfe < fine.nfe
+
+
+def test_dopri5_takes_one_image_at_a_time():
+    assert one_image_per_pack("dopri5")
+    with pytest.raises(AssertionError, match="one image"):
+        run("dopri5", 2, indices=(0, 1), lengths=(3, 3))
+
+
+def test_sde_reaches_the_data_distribution():
+    _, sampled = run("sde", 100, lengths=(4096,))
+    assert sampled.nfe == 100
+    values = (sampled.x_TC.flatten().numpy() - MEAN) / SPREAD
+    assert values.mean() == pytest.approx(0, abs=0.03)
+    assert values.std() == pytest.approx(1, abs=0.03)
+
+
+def test_sde_forgets_its_start_but_the_ode_does_not():
+    noise, ode = run("euler", 50, lengths=(512,))
+    _, sde = run("sde", 50, lengths=(512,))
+    assert np.corrcoef(noise.flatten(), ode.x_TC.flatten())[0, 1] > 0.999
+    assert np.corrcoef(noise.flatten(), sde.x_TC.flatten())[0, 1] < 0.9
+
+
+@pytest.mark.parametrize("method", ["euler", "heun", "sde", "ddpm", "ddim"])
+def test_an_image_does_not_depend_on_its_pack(method):
+    model_fn = ddpm_model if method.startswith("dd") else gaussian_velocity
+    _, together = run(method, 10, indices=(4, 9), lengths=(5, 3), model_fn=model_fn)
+    _, alone = run(method, 10, indices=(9,), lengths=(3,), model_fn=model_fn)
+    assert torch.equal(together.x_TC[5:], alone.x_TC)
+
+
+def ddpm_model(x, t):
+    """Exact epsilon for data N(MEAN, SPREAD^2) under the DDPM's own schedule; the least variance."""
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)[round((1 - t) * 1000)]
+    variance = alpha_bar * SPREAD**2 + 1 - alpha_bar
+    epsilon = (1 - alpha_bar).sqrt() / variance * (x - alpha_bar.sqrt() * MEAN)
+    return torch.cat([epsilon, -torch.ones_like(x)], 1)
+
+
+@pytest.mark.parametrize(("method", "steps"), [("ddpm", 250), ("ddim", 200)])
+def test_ddpm_samplers_reach_the_data_distribution(method, steps):
+    _, sampled = run(method, steps, lengths=(2048,), model_fn=ddpm_model)
+    assert sampled.nfe == steps
+    values = sampled.x_TC.flatten().numpy()
+    assert values.mean() == pytest.approx(MEAN, abs=0.02)
+    assert values.std() == pytest.approx(SPREAD, rel=0.05)
+    assert stats.kstest((values - values.mean()) / values.std(), "norm").pvalue > 1e-3
+
+
+def test_ddpm_uses_the_learned_variance():
+    def loud(x, t):
+        output = ddpm_model(x, t)
+        return torch.cat([output[:, :4], torch.ones_like(x)], 1)
+
+    assert run("ddpm", 10, model_fn=loud)[1].x_TC.std() > 1.05 * run("ddpm", 10, model_fn=ddpm_model)[1].x_TC.std()
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "message"), [("sde", 1, "least is 2"), ("ddim", 300, "divisor"), ("ddpm", 1001, "1000")]
+)
+def test_impossible_steps(method, steps, message):
+    with pytest.raises(UserError, match=rf"sampling.steps.*{message}"):
+        run(method, steps, model_fn=ddpm_model)
