@@ -1,0 +1,129 @@
+"""Sampling and evaluation of a real small run, through the program that a user calls."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fitscale.config.rundir import RunDir, read_jsonl
+from tests.conftest import ROOT
+from tests.distributed.spawn import run_ranks
+from tests.test_train import train_here
+from tests.tiny import tiny_config
+
+
+def call(*arguments: object) -> None:
+    """In a spawned process, which has torch imported: the program's main; raises unless it returns 0."""
+    from fitscale.cli import main
+
+    code = main([str(argument) for argument in arguments])
+    assert code == 0, f"exit code {code}"
+
+
+def error_of(capfd, *arguments: object) -> str:
+    """In this process: the error line of a call that must end with exit code 2."""
+    from fitscale.cli import main
+
+    assert main([str(argument) for argument in arguments]) == 2
+    return capfd.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    path = tmp_path_factory.mktemp("classifier") / "net.pt"
+    subprocess.run([sys.executable, ROOT / "tools" / "train_digits_classifier.py", path], check=True, cwd=ROOT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, digits_shards, classifier):
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    overrides = ("run.steps=30", "evaluation.points=2", "evaluation.first_step=10", "optim.lr=3e-3")
+    overrides += (f"evaluation.features={classifier}", f"evaluation.reference={digits_shards}")
+    overrides += ("evaluation.samples=40", "sampling.steps=4", "evaluation.validation_images=64")
+    run_ranks(train_here, 1, tiny_config(folder, digits_shards, *overrides))
+    return RunDir(folder)
+
+
+def test_the_classifier_recognises_held_out_digits(classifier):
+    assert json.loads(classifier.with_suffix(".json").read_text())["accuracy"] > 0.97
+
+
+def test_evaluate_measures_once_and_says_under_what_circumstances(run):
+    run_ranks(call, 1, "evaluate", run.path)
+    rows = read_jsonl(run.evaluations)
+    assert [(row["step"], row["metric"]) for row in rows] == [
+        (step, metric) for step in (10, 30) for metric in ("validation_loss", "fd", "recognised")
+    ]
+    validation = [row["value"] for row in rows if row["metric"] == "validation_loss"]
+    assert validation[1] < validation[0]
+    assert all(row["key"]["guidance"] == 1.0 for row in rows if row["metric"] == "fd")
+    assert rows[1]["key"]["reference"] and rows[1]["nfe"] == 4 and rows[1]["standard_error"] is None
+    assert rows[-1]["train_flops"] == run.checkpoints()[-1].meta["train_flops"] > 0
+    before = run.evaluations.read_bytes()
+    run_ranks(call, 1, "evaluate", run.path)
+    assert run.evaluations.read_bytes() == before
+    run_ranks(call, 1, "evaluate", run.path, "--step", 30, "--guidance", 2)
+    added = read_jsonl(run.evaluations)[len(rows) :]
+    assert [row["metric"] for row in added] == ["fd", "recognised"]
+    assert {row["key"]["guidance"] for row in added} == {2.0}
+
+
+def test_validation_loss_is_reproduced_to_the_bit(run):
+    values = [
+        row["value"]
+        for _ in range(2)
+        for row in run_ranks(evaluate_again, 1, run.path)[0]
+        if row["metric"] == "validation_loss"
+    ]
+    assert values[0] == values[1]
+
+
+def evaluate_again(path):
+    call("evaluate", path, "--step", 10, "--force", "--samples", 8)
+    return read_jsonl(RunDir(path).evaluations)[-3:]
+
+
+def test_sample_writes_images_a_sheet_and_an_npz(run, tmp_path):
+    out = tmp_path / "out"
+    sample = ("sample", run.path, "--height", 9, "--width", 6, "--count", 5, "--classes", "3,4", "--out", out)
+    run_ranks(call, 1, *sample, "--rope", "ntk-aware", "--decouple", "--guidance", 1.5, "--power", 2)
+    names = sorted(path.name for path in out.iterdir())
+    assert names[:2] == ["000000_class3.png", "000001_class4.png"] and "contact_sheet.png" in names
+    with np.load(out / "samples.npz") as arrays:
+        images = arrays["arr_0"]
+    assert images.shape == (5, 9, 6, 3) and images.dtype == np.uint8
+    with Image.open(out / "000000_class3.png") as image:
+        assert np.array_equal(np.asarray(image.convert("RGB")), images[0])
+    settings = json.loads((out / "samples.json").read_text())
+    assert settings["nfe"] == [4] * 5 and settings["network_evaluations"] == [8] * 5
+    assert settings["rope"]["method"] == "ntk-aware" and settings["sampling"]["guidance"]["power"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--step", 11), "no complete checkpoint of step 11; it has 10, 30"),
+        (("--weights", "ema_0.5"), "it has ema_0.9, raw"),
+        (("--classes", "10"), "classes are 0 to 9"),
+        (("--decouple",), "goes with --rope"),
+        (("--method", "ddpm"), "cannot sample"),
+        (("--count", 0), "--count"),
+    ],
+)
+def test_a_sample_that_cannot_be_drawn_is_one_message(run, tmp_path, capfd, arguments, message):
+    out = tmp_path / "out"
+    text = error_of(capfd, "sample", run.path, "--height", 8, "--width", 8, "--out", out, *arguments)
+    assert message in text and text.startswith("error: ") and text.count("\n") == 1
+    assert not out.exists()
+
+
+def test_an_evaluation_that_cannot_be_made_is_one_message(run, tmp_path, capfd):
+    assert "not a run directory" in error_of(capfd, "evaluate", tmp_path)
+    assert "no such file" in error_of(capfd, "evaluate", run.path, "--features", tmp_path / "no.pt", "--samples", 9)
+    bad = tmp_path / "stats.npz"
+    np.savez(bad, mu=np.zeros(3), sigma=np.eye(3))
+    assert "statistics of 3 features" in error_of(capfd, "evaluate", run.path, "--reference", bad, "--samples", 9)

@@ -1,0 +1,82 @@
+"""Generation: image i depends on (seed, i) alone; requests that cannot be met are refused; files are what they say."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fitscale.config.errors import UserError
+from fitscale.config.load import load_config
+from fitscale.config.schema import ParallelConfig, SamplingConfig
+from fitscale.eval.generate import Request, generate, parse_classes, patches
+from fitscale.eval.pictures import write_contact_sheet
+from fitscale.model.fit import FiT
+from fitscale.parallel.groups import init_parallel
+from tests.tiny import OVERRIDES
+
+
+@pytest.fixture(scope="module")
+def config():
+    return load_config(OVERRIDES)
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    """A tiny network whose zero-initialised parts are filled, so that every input shows in the output."""
+    init_parallel(ParallelConfig(), "cpu")
+    torch.manual_seed(0)
+    model = FiT(config.model, ParallelConfig())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.requires_grad_(False)
+
+
+REQUESTS = [Request(i, i % 10, 3 + i % 4, 4 + i % 3) for i in range(9)]
+
+
+@pytest.mark.parametrize("method", ["euler", "dopri5", "sde"])
+def test_an_image_depends_on_its_index_alone(model, config, method):
+    sampling = SamplingConfig(method=method, steps=4)
+    together = {made.index: made.image for made in generate(model, config, sampling, REQUESTS, seed=3)}
+    assert sorted(together) == list(range(9))
+    for request in (REQUESTS[7], REQUESTS[2]):
+        (alone,) = generate(model, config, sampling, [request], seed=3)
+        assert alone.image.shape == (request.rows, request.cols, 1)
+        difference = np.abs(alone.image.astype(int) - together[request.index].astype(int))
+        assert difference.max() <= 1  # rounding at the edge of a grey level
+    (other,) = generate(model, config, sampling, [REQUESTS[7]], seed=4)
+    assert np.abs(other.image.astype(int) - together[7].astype(int)).max() > 1
+
+
+def test_evaluations_of_the_function_and_of_the_network_are_told_apart(model, config):
+    plain = SamplingConfig(method="heun", steps=3)
+    (made,) = generate(model, config, plain, REQUESTS[:1], seed=0)
+    assert (made.nfe, made.network_evaluations) == (6, 6)
+    guided = load_config([*OVERRIDES, "sampling.guidance.scale=2", "sampling.method=heun", "sampling.steps=3"]).sampling
+    (made,) = generate(model, config, guided, REQUESTS[:1], seed=0)
+    assert (made.nfe, made.network_evaluations) == (6, 12)
+
+
+def test_classes_and_sizes_are_checked(config):
+    assert parse_classes("3,5-7", 10) == [3, 5, 6, 7]
+    assert parse_classes("all", 3) == [0, 1, 2]
+    for text, message in (("10", "0 to 9"), ("cat", "neither"), ("5-3", "out of range")):
+        with pytest.raises(UserError, match=message):
+            parse_classes(text, 10)
+    latent = load_config(["model.name=b"])
+    assert patches(latent, 256, 384) == (16, 24)
+    with pytest.raises(UserError, match="nearest are 240 and 256"):
+        patches(latent, 250, 256)
+
+
+def test_a_contact_sheet_enlarges_small_images_without_smoothing(tmp_path):
+    image = np.zeros((8, 5, 1), dtype=np.uint8)
+    image[0, 0] = 255
+    write_contact_sheet(tmp_path / "sheet.png", [image] * 6, list("012345"), "six")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        pixels = np.asarray(sheet.convert("L"))
+    assert pixels.shape[0] > 96 and {0, 255} <= set(np.unique(pixels))
+    assert json.dumps(sorted(path.name for path in tmp_path.iterdir())) == '["sheet.png"]'  # no temporary left

@@ -1,0 +1,187 @@
+"""The whole chain on handwritten digits, from nothing to a scaling law, on two CPU cores: what `make demo` runs.
+
+1. Shards: scikit-learn's digits, cropped to their ink, at several scales.
+2. A classifier: the eye of the Frechet distance, as Inception is for FID.
+3. A sweep: four sizes of FiTv2, trained, and evaluated at log-spaced steps.
+4. Guided samples of every size, and the share that the classifier recognises.
+5. Contact sheets of the largest size, at a size trained on and at sizes that no training image has.
+6. One table of all evaluations.
+7. The law, with the largest size held out, and its report.
+
+Every step is a command that a person could type. A step is skipped if it succeeded after the steps before it last did.
+
+    python tools/demo.py
+"""
+
+import argparse
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from fitscale.config.errors import UserError
+from fitscale.config.load import load_config, load_schema
+from fitscale.config.main import exit_code
+from fitscale.config.rundir import RunDir, read_jsonl, write_atomic
+from fitscale.config.sweep import SweepConfig
+from fitscale.model import flops
+
+SWEEP = "configs/sweep/digits.yaml"
+OUT = Path("demo")
+SHARDS, CLASSIFIER, TABLE, REPORT = OUT / "shards", OUT / "classifier.pt", OUT / "runs.csv", OUT / "report"
+GUIDANCE = 2.0
+SHEETS = {"trained": (10, 7), "unseen-large": (14, 12), "unseen-wide": (8, 14)}  # height, width in pixels
+COLUMNS = ("size", "parameters", "training FLOPs", "validation loss", "FD", "recognised (guided)")
+PROGRAMS = {"python": [sys.executable], "fitscale": [sys.executable, "-m", "fitscale"]}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command, as a person would type it; a stamp says when it last succeeded."""
+
+    title: str
+    command: str
+    outputs: tuple[Path, ...]
+    inputs: tuple[Path, ...] = ()  # besides what the steps before it leave
+
+    @property
+    def stamp(self) -> Path:
+        return OUT / ".done" / re.sub(r"\W+", "-", self.title)
+
+    def finished(self, since: float) -> bool:
+        """Whether it succeeded after `since` (the last success of the steps before it), and its outputs are there."""
+        if not self.stamp.exists() or not all(path.exists() for path in self.outputs):
+            return False
+        newest_input = max([since, *(path.stat().st_mtime for path in self.inputs)])
+        return self.stamp.stat().st_mtime >= newest_input
+
+    def run(self) -> None:
+        """Run the command; its output goes to the terminal.
+
+        Raises:
+            UserError: it failed.
+        """
+        program, *arguments = shlex.split(self.command)
+        result = subprocess.run([*PROGRAMS[program], *arguments], check=False)
+        if result.returncode:
+            raise UserError(f"demo: {self.title}: `{self.command}` ended with exit code {result.returncode}")
+        write_atomic(self.stamp, self.command)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
+    return exit_code(run_demo)
+
+
+def run_demo() -> None:
+    """Take every step that is not finished, then show what came out."""
+    start = time.perf_counter()
+    sweep = load_schema(SweepConfig, [SWEEP])
+    runs = {name: RunDir(Path(sweep.dir) / name) for name in reversed(sweep.cells)}  # smallest first
+    last = {name: load_config([*sweep.base, *files]).run.steps for name, files in sweep.cells.items()}
+    configs = (SWEEP, *sweep.base, *(file for files in sweep.cells.values() for file in files))
+    take(all_steps(runs, last, tuple(map(Path, configs))))
+    print(f"\n{aligned([COLUMNS, *(result(name, run, last[name]) for name, run in runs.items())])}\n")
+    for name, path in products(list(runs.values())[-1]).items():
+        print(f"{name:<28}{path}")
+    print(f"{'time':<28}{time.perf_counter() - start:.0f} s")
+
+
+def take(steps: list[Step]) -> None:
+    """Run the steps in their order, without those that are finished."""
+    since = 0.0
+    for number, step in enumerate(steps, 1):
+        done = step.finished(since)
+        print(
+            f"\n[{number}/{len(steps)}] {step.title}{' (done before)' if done else ''}\n    {step.command}", flush=True
+        )
+        if not done:
+            began = time.perf_counter()
+            step.run()
+            print(f"    {time.perf_counter() - began:.0f} s", flush=True)
+        since = max(since, step.stamp.stat().st_mtime)
+
+
+def all_steps(runs: dict[str, RunDir], last: dict[str, int], configs: tuple[Path, ...]) -> list[Step]:
+    """The chain."""
+    finished = tuple(run.checkpoint_path(last[name]) / "COMPLETE" for name, run in runs.items())
+    guided = [
+        Step(
+            f"guided samples of size {name}",
+            f"fitscale evaluate {run.path} --step {last[name]} --guidance {GUIDANCE:g}",
+            (run.evaluations,),
+        )
+        for name, run in runs.items()
+    ]
+    largest = list(runs.values())[-1]
+    sheets = [
+        Step(
+            f"samples of {height} x {width} pixels, {kind}",
+            f"fitscale sample {largest.path} --height {height} --width {width} --count 40 --guidance {GUIDANCE:g} "
+            f"--out {sheet(largest, kind).parent}",
+            (sheet(largest, kind),),
+        )
+        for kind, (height, width) in SHEETS.items()
+    ]
+    folders = " ".join(str(run.path) for run in runs.values())
+    images = " ".join(str(sheet(largest, kind)) for kind in SHEETS)
+    fit = f"python tools/fit_scaling.py {TABLE} --metric fd --where key_guidance=1.0 --image {images} -o {REPORT}"
+    return [
+        Step("shards of cropped digits", f"python tools/make_shards.py digits {SHARDS}", (SHARDS / "index.json",)),
+        Step("classifier", f"python tools/train_digits_classifier.py {CLASSIFIER}", (CLASSIFIER,)),
+        Step("sweep over the sizes", f"python slurm/sweep.py {SWEEP}", finished, configs),
+        *guided,
+        *sheets,
+        Step("one table of all evaluations", f"python tools/collect_runs.py {folders} -o {TABLE}", (TABLE,)),
+        Step("the law, the largest size held out", fit, (REPORT / "report.html", REPORT / "curves.png")),
+    ]
+
+
+def sheet(run: RunDir, kind: str) -> Path:
+    return run.samples / kind / "contact_sheet.png"
+
+
+def result(name: str, run: RunDir, step: int) -> tuple[str, ...]:
+    """A size's line of the closing table."""
+    rows = [row for row in read_jsonl(run.evaluations) if row["step"] == step]
+    plain = {row["metric"]: row for row in rows if row["key"].get("guidance", 1.0) == 1.0}
+    guided = [row for row in rows if row["metric"] == "recognised" and row["key"]["guidance"] == GUIDANCE]
+    return (
+        name,
+        f"{flops.parameters(load_config([str(run.config)]).model):,}",
+        f"{plain['fd']['train_flops']:.3g}",
+        f"{plain['validation_loss']['value']:.4f}",
+        f"{plain['fd']['value']:.2f}",
+        f"{guided[-1]['value']:.1%}",
+    )
+
+
+def products(largest: RunDir) -> dict[str, Path | str]:
+    """What there is to look at."""
+    accuracy = json.loads(CLASSIFIER.with_suffix(".json").read_text())["accuracy"]
+    return {
+        "classifier, held-out digits": f"{accuracy:.1%} recognised",
+        "report": REPORT / "report.html",
+        "curves": REPORT / "curves.png",
+        **{f"sheet {height} x {width}, {kind}": sheet(largest, kind) for kind, (height, width) in SHEETS.items()},
+    }
+
+
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    """Rows of cells as a table: first column to the left, numbers to the right."""
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    padded = [
+        [cell.rjust(width) if place else cell.ljust(width) for cell in column]
+        for place, (column, width) in enumerate(zip(columns, widths, strict=True))
+    ]
+    return "\n".join("  ".join(row) for row in zip(*padded, strict=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
