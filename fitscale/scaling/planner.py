@@ -1,0 +1,217 @@
+"""Which runs to pay for: a grid under a budget, and the interval that it will give for the target.
+
+1. One run per size serves every budget (constant learning rate): its evaluations are log-spaced in steps. The largest
+   size is the one to hold out, the second smallest is run twice to measure luck.
+2. Steps go as parameters^-gamma, scaled to fill the budget; every gamma is simulated, the narrowest interval wins.
+3. A simulation draws the sweep's measurements from an assumed law with run and checkpoint noise, fits the law again and
+   predicts the target. Dropping or repeating a cell is simulated the same way.
+
+Costs are training and sampling for the Frechet distance, in device-hours at a given utilisation.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from fitscale.config.schema import EvaluationConfig, ModelConfig
+from fitscale.model import flops
+from fitscale.scaling.fitting import Fit, Loss, in_order, refit
+from fitscale.scaling.laws import OFFSET
+from fitscale.scaling.refusal import Refusal
+from fitscale.scaling.solver import Array
+
+PEAK_FLOPS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12, "mi300x": 1307e12}  # dense bf16
+GAMMAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+STEP_UNIT = 1000
+
+
+@dataclass(frozen=True)
+class Prior:
+    """The law that the simulation takes for true, and its noise (standard deviations of ln(metric))."""
+
+    fit: Fit
+    run_noise: float
+    point_noise: float
+
+
+@dataclass(frozen=True)
+class Economics:
+    """What a run costs and how it is evaluated."""
+
+    flops_per_hour: float  # of one device: peak x utilisation x 3600
+    batch: int
+    tokens: int  # per image
+    points: int  # evaluations of a run
+    first_step: int  # earlier checkpoints are warm-up
+    most_steps: int  # of any run: more would repeat the data beyond use
+    samples: int  # images per Frechet distance
+    evaluations_per_sample: int  # network evaluations of one sample (NFE), guidance included
+
+    def train_flops(self, model: ModelConfig, steps: int) -> float:
+        return float(flops.train_flops(model, self.tokens)) * steps * self.batch
+
+    def evaluation_flops(self, model: ModelConfig) -> float:
+        """Of one Frechet distance: a forward pass is a third of training's."""
+        return float(flops.train_flops(model, self.tokens)) / 3 * self.samples * self.evaluations_per_sample
+
+    def steps_evaluated(self, steps: int) -> list[int]:
+        return EvaluationConfig(points=self.points, first_step=min(self.first_step, steps // 2)).steps(steps)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One planned run."""
+
+    name: str
+    model: ModelConfig
+    seed: int
+    steps: int
+
+    def hours(self, economics: Economics) -> float:
+        evaluations = len(economics.steps_evaluated(self.steps)) * economics.evaluation_flops(self.model)
+        return (economics.train_flops(self.model, self.steps) + evaluations) / economics.flops_per_hour
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Measured / predicted at the target lies between `low` and `high` in 90 % of simulated sweeps."""
+
+    low: float
+    high: float
+    failed: float  # share of simulated sweeps whose law ended at a bound
+
+    @property
+    def width(self) -> float:
+        """Of the interval, in ln(metric)."""
+        return float(np.log(self.high / self.low))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A grid of runs with its cost, its outlook for the target, and what changing one cell would do."""
+
+    cells: list[Cell]
+    hours: float
+    gamma: float
+    outlook: Outlook
+    held_out: str
+    held_out_outlook: Outlook
+    changes: list[tuple[str, float, Outlook]]  # what, hours more or less, outlook then
+
+
+def assumed() -> Prior:
+    """SiT/2 at 256 x 256 without guidance (Ma et al. 2024, tables 1 and 7), fitted with an offset law.
+
+    Noise: 2 % between runs and 1.5 % between checkpoints of a run.
+    """
+    theta_P = np.array([np.log(9.54), 0.518, 5.74])
+    fit = Fit(OFFSET, Loss(), theta_P, np.log([1e20]), 0.0, 0, 1.0, 5)
+    return Prior(fit, 0.02, 0.015)
+
+
+def plan(models: list[ModelConfig], hours: float, economics: Economics, prior: Prior, target: float, seed: int) -> Plan:
+    """The grid for `models` (ascending) under `hours` device-hours that predicts `target` training FLOPs best.
+
+    Raises:
+        Refusal: fewer than three sizes, or the budget does not pay for runs beyond the warm-up.
+    """
+    if len(models) < 3:
+        raise Refusal("one_size", f"{len(models)} sizes: a plan needs three at least, two to fit and one to hold out")
+    grids = [(gamma, grid(models, hours, economics, gamma)) for gamma in GAMMAS]
+    affordable = [(gamma, cells) for gamma, cells in grids if cells]
+    if not affordable:
+        raise Refusal("too_few_points", _too_small(models, hours, economics))
+    outlooks = [outlook(cells, economics, prior, target, seed) for _, cells in affordable]
+    best = min(range(len(outlooks)), key=lambda index: outlooks[index].width)
+    gamma, cells = affordable[best]
+    largest = models[-1].name
+    smaller = [cell for cell in cells if cell.model.name != largest]
+    held_out_flops = max(economics.train_flops(cell.model, cell.steps) for cell in cells if cell.model.name == largest)
+    return Plan(
+        cells=cells,
+        hours=sum(cell.hours(economics) for cell in cells),
+        gamma=gamma,
+        outlook=outlooks[best],
+        held_out=largest,
+        held_out_outlook=outlook(smaller, economics, prior, held_out_flops, seed),
+        changes=_changes(cells, economics, prior, target, seed),
+    )
+
+
+def grid(models: list[ModelConfig], hours: float, economics: Economics, gamma: float) -> list[Cell]:
+    """Cells with steps ~ parameters^-gamma that cost at most `hours`; empty if one would end within twice the warm-up."""
+    shares = np.array([flops.parameters(model) for model in models], dtype=float) ** -gamma
+    low, high = 0.0, 1e12 / shares.max()
+    for _ in range(200):
+        middle = (low + high) / 2
+        cost = sum(cell.hours(economics) for cell in _cells(models, shares * middle, economics.most_steps))
+        low, high = (middle, high) if cost <= hours else (low, middle)
+    cells = _cells(models, shares * low, economics.most_steps)
+    return cells if all(cell.steps >= 2 * economics.first_step for cell in cells) else []
+
+
+def _cells(models: list[ModelConfig], steps: Array, most: int) -> list[Cell]:
+    rounded = [max(int(min(count, most) // STEP_UNIT) * STEP_UNIT, STEP_UNIT) for count in steps]
+    runs = [Cell(model.name, model, 0, count) for model, count in zip(models, rounded, strict=True)]
+    return [*runs, replace(runs[1], name=f"{runs[1].name}-seed1", seed=1)]
+
+
+def measurements(cells: list[Cell], economics: Economics) -> pd.DataFrame:
+    """The rows that the sweep will yield: run, size, train_flops; the value is yet unknown."""
+    rows = [
+        {"run": cell.name, "size": cell.model.name, "train_flops": economics.train_flops(cell.model, step)}
+        for cell in cells
+        for step in economics.steps_evaluated(cell.steps)
+    ]
+    return pd.DataFrame(rows)
+
+
+def outlook(
+    cells: list[Cell], economics: Economics, prior: Prior, target: float, seed: int, count: int = 1000
+) -> Outlook:
+    """Simulate `count` sweeps and predict a new measurement at `target` training FLOPs from each."""
+    rows = measurements(cells, economics)
+    rows = in_order(prior.fit.law, rows.assign(value=prior.fit.metric(rows)))
+    x_NF, _ = prior.fit.law.centred(rows, prior.fit.centre_F)
+    rng = np.random.default_rng(seed)
+    names, group_N = np.unique(rows["run"].to_numpy(dtype=str), return_inverse=True)
+    luck_KN = rng.normal(0, prior.run_noise, (count, len(names)))[:, group_N]
+    y_KN = np.log(rows["value"].to_numpy()) + luck_KN + rng.normal(0, prior.point_noise, (count, len(rows)))
+    theta_KP, _ = refit(prior.fit.law, x_NF, y_KN, np.repeat(prior.fit.theta_P[None], count, axis=0), prior.fit.loss)
+    goal = pd.DataFrame({"train_flops": [target]})
+    new_K = rng.normal(0, np.hypot(prior.run_noise, prior.point_noise), count)
+    ratio_K = new_K - np.log(prior.fit.metric(goal, theta_KP)[:, 0] / prior.fit.metric(goal)[0])
+    low, high = np.exp(np.quantile(ratio_K, [0.05, 0.95]))
+    bound = prior.fit.law.lower
+    failed = float(np.mean((theta_KP <= bound + 1e-9).any(axis=1)))
+    return Outlook(float(low), float(high), failed)
+
+
+def _changes(
+    cells: list[Cell], economics: Economics, prior: Prior, target: float, seed: int
+) -> list[tuple[str, float, Outlook]]:
+    def simulate(grid: list[Cell], costs: Economics) -> Outlook:
+        return outlook(grid, costs, prior, target, seed)
+
+    found = []
+    for cell in cells:
+        rest = [other for other in cells if other is not cell]
+        if len({other.model.name for other in rest}) >= 2:
+            found.append((f"without {cell.name}", -cell.hours(economics), simulate(rest, economics)))
+    for cell in [cell for cell in cells if cell.seed == 0]:
+        again = replace(cell, name=f"{cell.name}-again", seed=9)
+        found.append((f"{cell.name} once more", cell.hours(economics), simulate([*cells, again], economics)))
+    denser = replace(economics, points=economics.points + 2)
+    more = sum(cell.hours(denser) - cell.hours(economics) for cell in cells)
+    found.append((f"{denser.points} evaluations a run", more, simulate(cells, denser)))
+    return found
+
+
+def _too_small(models: list[ModelConfig], hours: float, economics: Economics) -> str:
+    shortest = _cells(models, np.full(len(models), 2.0 * economics.first_step), economics.most_steps)
+    least = sum(cell.hours(economics) for cell in shortest)
+    return (
+        f"{hours:g} device-hours do not train {', '.join(model.name for model in models)} to twice the warm-up of "
+        f"{economics.first_step} steps; that takes {least:.0f}: give more hours or fewer sizes"
+    )

@@ -1,0 +1,154 @@
+"""What a size that was never trained would reach: median, intervals, and how far out on a limb that is.
+
+Laws of compute speak of the frontier: their prediction holds if the target is among the best for its compute.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from fitscale.config.errors import UserError
+from fitscale.config.schema import ModelConfig
+from fitscale.model import flops
+from fitscale.scaling.fitting import fit_law
+from fitscale.scaling.refusal import Refusal
+from fitscale.scaling.study import LawResult, Question, Study, refuse_far, study
+from fitscale.scaling.uncertainty import LEVELS, new_run_KN
+
+
+@dataclass(frozen=True)
+class Target:
+    """A training run that has not happened."""
+
+    size: str
+    parameters: int
+    images: int
+    train_flops: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One law's answer. Ratios are to the largest fitted run; `held_out_error` is predicted / measured - 1."""
+
+    law: str
+    median: float
+    intervals: dict[float, tuple[float, float]]
+    compute_ratio: float
+    parameter_ratio: float
+    held_out: str | None
+    held_out_error: float | None
+    without_a_run: dict[str, float]  # the law's value if that run had not been made, where it can be fitted without
+
+
+def target(model: ModelConfig, steps: int, batch: int, tokens: float, squared_tokens: float) -> Target:
+    """The run of `steps` steps on images of `tokens` tokens in the mean, and `squared_tokens` in the mean square."""
+    per_token, _ = flops.cost(model)
+    linear = flops.linear_macs(model, 0) + per_token * tokens
+    attention = flops.attention_macs(model, 1) * squared_tokens
+    images = steps * batch
+    per_image = flops.TRAIN_PASSES * flops.FLOPS_PER_MAC * (linear + attention)
+    return Target(model.name, flops.parameters(model), images, per_image * images)
+
+
+def tokens_of(table: pd.DataFrame) -> tuple[float, float]:
+    """Mean and mean square of the tokens per image that the table's runs were trained on.
+
+    Raises:
+        UserError: the table does not say.
+    """
+    rows = table.dropna(subset=["tokens_per_image", "attention_macs", "width", "depth"])
+    if rows.empty:
+        raise UserError("the table does not hold tokens_per_image and attention_macs; give --tokens")
+    squared = rows["attention_macs"] / (2 * rows["width"] * rows["depth"])
+    return float(rows["tokens_per_image"].mean()), float(squared.mean())
+
+
+def batch_of(table: pd.DataFrame) -> int:
+    """The batch that all runs share.
+
+    Raises:
+        UserError: they share none.
+    """
+    batches = table["batch"].dropna().unique()
+    if len(batches) != 1:
+        raise UserError(f"the runs have {len(batches)} different batch sizes; give --batch")
+    return int(batches[0])
+
+
+def predict(table: pd.DataFrame, question: Question, goal: Target) -> tuple[list[Prediction], Study]:
+    """Every law of the question, fitted to all sizes, at `goal`; and the study that they come from.
+
+    Raises:
+        Refusal: no law could be fitted, or the target is too far without agreement.
+    """
+    whole = study(table, replace(question, hold_out=()))
+    if not whole.results:
+        raise whole.refusals[0]
+    refuse_far(whole.rows["train_flops"].max(), goal.train_flops, question.extrapolate)
+    tested = _tested(table, question)
+    return [_prediction(result, whole, goal, question.seed, tested) for result in whole.results], whole
+
+
+def _tested(table: pd.DataFrame, question: Question) -> dict[str, tuple[str, float]]:
+    """Held-out size and error at its last checkpoint, per law that could be tested."""
+    test = study(table, replace(question, hold_out=("largest",), extrapolate=True))
+    return {
+        result.fit.law.name: (str(last["size"]), float(last["error"]))
+        for result in test.results
+        for last in [result.predictions.sort_values("train_flops").iloc[-1]]
+    }
+
+
+def _prediction(
+    result: LawResult, whole: Study, goal: Target, seed: int, tested: dict[str, tuple[str, float]]
+) -> Prediction:
+    row = pd.DataFrame([{name: float(getattr(goal, name)) for name in ("parameters", "images", "train_flops")}])
+    draws_K = new_run_KN(result.fit, result.resamples, row, seed)[:, 0]
+    name = result.fit.law.name
+    held_out, error = tested.get(name, (None, None))
+    return Prediction(
+        law=name,
+        median=float(np.median(draws_K)),
+        intervals={level: result.resamples.interval(draws_K, level) for level in LEVELS},
+        compute_ratio=goal.train_flops / float(whole.rows["train_flops"].max()),
+        parameter_ratio=goal.parameters / float(whole.rows["parameters"].max()),
+        held_out=held_out,
+        held_out_error=error,
+        without_a_run=_without_a_run(result, row),
+    )
+
+
+def _without_a_run(result: LawResult, row: pd.DataFrame) -> dict[str, float]:
+    """Sensitivity to outliers: the fit repeated without each run in turn."""
+    found = {}
+    for run in sorted(result.used["run"].unique()):
+        try:
+            fit = fit_law(result.fit.law, result.used[result.used["run"] != run], result.fit.loss)
+        except Refusal:
+            continue
+        found[str(run)] = float(fit.metric(row)[0])
+    return found
+
+
+def describe(prediction: Prediction, metric: str) -> str:
+    """One line for people."""
+    low, high = prediction.intervals[0.9]
+    inner_low, inner_high = prediction.intervals[0.5]
+    tested = (
+        "never tested on a held-out size"
+        if prediction.held_out_error is None
+        else f"with {prediction.held_out} held out it erred by {prediction.held_out_error:+.1%}"
+    )
+    without = prediction.without_a_run
+    influence = (
+        f"; without one run it would be {min(without.values()):.4g} to {max(without.values()):.4g}, "
+        f"most changed by {max(without, key=lambda run: abs(np.log(without[run] / prediction.median)))}"
+        if without
+        else ""
+    )
+    return (
+        f"{prediction.law} law: {metric} {prediction.median:.4g}, 50 % {inner_low:.4g} to {inner_high:.4g}, 90 % "
+        f"{low:.4g} to {high:.4g}; {prediction.compute_ratio:.2g} times the largest fitted compute and "
+        f"{prediction.parameter_ratio:.2g} times the parameters; {tested}{influence}"
+    )

@@ -1,0 +1,108 @@
+"""Predict a size and length of training that nobody has run.
+
+    python tools/predict.py runs.csv --size xxl --steps 400000 --law offset power --extrapolate
+    python tools/predict.py demo/runs.csv --size configs/demo/digits.yaml configs/demo/l.yaml --steps 4000
+
+--size is a name in configs/model, or the YAML files of a config. Exit code: 0 predicted, 2 refused.
+"""
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fitscale.config.errors import UserError
+from fitscale.config.main import exit_code
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fitscale.config.schema import ModelConfig
+    from fitscale.scaling.predict import Target
+
+MODELS = Path(__file__).parents[1] / "configs" / "model"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return exit_code(lambda: run(_parser().parse_args(arguments)))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print every law's prediction, cautions first; write them as JSON if asked."""
+    import json
+
+    from fitscale.config.rundir import write_atomic
+    from fitscale.scaling.predict import describe, predict
+    from fitscale.scaling.runs import load_table
+    from fitscale.scaling.study import Question
+
+    table = load_table(options.runs)
+    goal = _target(options, table)
+    question = Question(
+        metric=options.metric,
+        laws=tuple(options.law),
+        points=options.points,
+        where={name: value for name, _, value in (text.partition("=") for text in options.where)},
+        from_step=options.from_step,
+        extrapolate=options.extrapolate,
+        seed=options.seed,
+    )
+    predictions, study = predict(table, question, goal)
+    for note in [*study.refusals, *study.cautions]:
+        print(f"{note.code}: {note.message}", file=sys.stderr)
+    print(f"{goal.size}: {goal.parameters:,} parameters, {goal.images:,} images, {goal.train_flops:.3g} training FLOPs")
+    print("\n".join(describe(prediction, options.metric) for prediction in predictions))
+    if len(predictions) > 1:
+        medians = [prediction.median for prediction in predictions]
+        print(f"the choice of law alone moves {options.metric} from {min(medians):.4g} to {max(medians):.4g}")
+    if options.output:
+        record = {"target": asdict(goal), "predictions": [asdict(prediction) for prediction in predictions]}
+        write_atomic(options.output, json.dumps(record, indent=2) + "\n")
+    return 0
+
+
+def _target(options: argparse.Namespace, table: "pd.DataFrame") -> "Target":
+    from fitscale.scaling.predict import batch_of, target, tokens_of
+
+    batch = options.batch or batch_of(table)
+    tokens, squared = (options.tokens, options.tokens**2) if options.tokens else tokens_of(table)
+    return target(_model(options.size), options.steps, batch, tokens, squared)
+
+
+def _model(size: list[str]) -> "ModelConfig":
+    from fitscale.config.load import load_config
+
+    named = MODELS / f"{size[0]}.yaml"
+    if len(size) == 1 and named.is_file():
+        return load_config([str(named)]).model
+    if not all(text.endswith((".yaml", ".yml")) or "=" in text for text in size):
+        valid = ", ".join(sorted(path.stem for path in MODELS.glob("*.yaml")))
+        raise UserError(f"--size {' '.join(size)}: neither one of {valid}, nor YAML files")
+    return load_config(size).model
+
+
+def _parser() -> argparse.ArgumentParser:
+    from fitscale.scaling.laws import LAWS
+    from fitscale.scaling.points import POINTS
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUNS", help="run directories, folders of them, or one table")
+    add("--size", nargs="+", required=True, metavar="SIZE", help="a name in configs/model, or YAML files and overrides")
+    add("--steps", type=int, required=True, help="optimizer steps")
+    add("--batch", type=int, help="images per step (default: that of the runs)")
+    add("--tokens", type=float, help="tokens per image, all alike (default: those of the runs)")
+    add("--law", nargs="+", choices=LAWS, default=["offset", "power"])
+    add("--metric", default="fd")
+    add("--points", choices=POINTS, default="frontier", help="rows that laws of compute speak of")
+    add("--where", action="append", default=[], metavar="COLUMN=VALUE", help="keep only such rows; may be repeated")
+    add("--from-step", type=int, default=0, help="leave out evaluations before this step (warm-up)")
+    add("--extrapolate", action="store_true", help="agree to more than 10 times the fitted compute")
+    add("--seed", type=int, default=0, help="seed of the resampling")
+    add("-o", "--output", type=Path, help="JSON file for the predictions")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
