@@ -71,7 +71,7 @@ class Published:
         self.name = name
         with safe_open(REFERENCE / f"{name}.safetensors", "pt") as file:
             settings = json.loads(file.metadata()["config"])
-            self.tensors = {key: file.get_tensor(key) for key in file.keys()}
+            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a safetensors file is no dict)
         init_parallel(ParallelConfig(), "cpu")
         rope = RopeConfig(
             method=settings.get("custom_freqs", "normal"),
@@ -126,8 +126,11 @@ def test_published_samples(published, name):
 
 
 def test_published_dopri5_where_rounding_decides_the_steps():
-    """The first steps of fitv2_tiny are so accurate that float32 rounding is their whole error estimate: 1e-7 on the start
-    moves the second step, and the sample by 8e-4. With the reference's second step given, the sample is the reference's."""
+    """The first steps of fitv2_tiny are so accurate that float32 rounding is their whole error estimate.
+
+    1e-7 on the start moves the second step, and the sample by 8e-4. With the reference's second step given, the sample
+    is the reference's.
+    """
     published = Published("fitv2_tiny")
     z, model_fn = published.tensors["sample_z"][0], published.guided(1, scale=1.5)
     options = {"first_step": 0.0718, "step_t": torch.tensor([0.7025])}

@@ -119,11 +119,6 @@ def test_reading_leaves_torchs_global_generator_alone(index):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_pack_moves_to_a_device_whole(index):
-    pack = next(load(index)).packs[0]
-    assert {tensor.device.type for tensor in vars(pack.to("meta")).values()} == {"meta"}
-
-
 def test_an_image_larger_than_a_pack_is_refused_by_name_before_reading(index):
     with pytest.raises(UserError, match=r"'image/\d{5}' in .* 36 tokens, more than batch.pack_tokens = 35"):
         load(index, pack_tokens=35)

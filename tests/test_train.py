@@ -107,6 +107,16 @@ def test_a_half_written_checkpoint_is_skipped_with_a_warning(tmp_path, digits_sh
     assert column(tmp_path, "step") == [1, 2, 3, 4]
 
 
+def test_a_checkpoint_before_the_first_logged_step_is_saved(tmp_path, digits_shards):
+    run_ranks(
+        train_here,
+        1,
+        tiny_config(tmp_path, digits_shards, "run.steps=2", "run.log_every=10", "checkpoint.every_steps=1"),
+    )
+    assert [checkpoint.step for checkpoint in RunDir(tmp_path).checkpoints()] == [1, 2]
+    assert column(tmp_path, "step") == [2]
+
+
 def test_retention_keeps_the_newest_and_the_evaluation_steps(tmp_path, digits_shards):
     overrides = ("run.steps=9", "checkpoint.every_steps=1", "checkpoint.keep_last=2")
     overrides += ("evaluation.points=2", "evaluation.first_step=3")

@@ -1,12 +1,12 @@
 """The layout of a run directory, for every program that writes or reads one. No torch.
 
-    config.yaml         the resolved config
-    environment.json    versions, git revision, topology
-    metrics.jsonl       one line a logged step: what was computed; the same bytes however often the run was interrupted
-    throughput.jsonl    one line a logged step: how fast it was
-    evaluations.jsonl   one line per evaluated metric
-    checkpoints/step-00001000/{COMPLETE, weights/, optimizer/}
-    samples/
+config.yaml         the resolved config
+environment.json    versions, git revision, topology
+metrics.jsonl       one line a logged step: what was computed; the same bytes however often the run was interrupted
+throughput.jsonl    one line a logged step: how fast it was
+evaluations.jsonl   one line per evaluated metric
+checkpoints/step-00001000/{COMPLETE, weights/, optimizer/}
+samples/
 """
 
 import json
@@ -111,7 +111,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Add one line to a .jsonl file; a line that an earlier crash cut short is ended first, so it cannot swallow this one."""
+    """Add one line to a .jsonl file; what an earlier crash left of a line is dropped first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         if file.tell() and _last_byte(file) != b"\n":

@@ -289,7 +289,8 @@ class EvaluationConfig:
             return []
         first = min(self.first_step, last_step)
         count = max(self.points - 1, 1)
-        return sorted({round(last_step * (first / last_step) ** (1 - i / count)) for i in range(self.points)} | {last_step})
+        spaced = {round(last_step * (first / last_step) ** (1 - i / count)) for i in range(self.points)}
+        return sorted(spaced | {last_step})
 
 
 @dataclass(frozen=True)

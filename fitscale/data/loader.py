@@ -8,7 +8,7 @@ Every step is computed from its number alone, so workers change nothing and resu
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,6 @@ class Pack:
     labels_S: torch.Tensor  # int64
     slots_S: torch.Tensor  # int64, positions in the global batch
     cu_seqlens: torch.Tensor  # int32, (S + 1,); the last is T
-
-    def to(self, device: str | torch.device) -> "Pack":
-        """The same pack on `device`."""
-        return Pack(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
 
 @dataclass(frozen=True)

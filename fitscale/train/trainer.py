@@ -205,14 +205,19 @@ class Trainer:
 
     def _loss(self, pack: Pack, step: int, images: int, tokens: int) -> torch.Tensor:
         """This pack's share of the global batch's loss."""
-        pack = pack.to(self.topology.device)
+        device = self.topology.device  # sizes and lengths stay on the host, which needs them
         inputs = self.objective.prepare(
-            pack.tokens_TC, pack.labels_S, pack.slots_S, pack.cu_seqlens, seed=self.config.run.seed, step=step
+            pack.tokens_TC.to(device),
+            pack.labels_S.to(device),
+            pack.slots_S,
+            pack.cu_seqlens,
+            seed=self.config.run.seed,
+            step=step,
         )
         output_TC = self.engine(inputs.x_TC, inputs.t_S, inputs.labels_S, pack.sizes_S2, pack.cu_seqlens)
         loss_S = self.objective.loss_S(output_TC, inputs, pack.cu_seqlens)
         weight_S = image_weights(self.config.loss.reduction, pack.cu_seqlens, pack.slots_S, images, tokens)
-        return (weight_S * loss_S).sum()
+        return (weight_S.to(device) * loss_S).sum()
 
     def _count(self, step: int, tokens_B: np.ndarray) -> None:
         model, totals = self.config.model, self.totals
