@@ -2,6 +2,7 @@
 
     python tools/collect_runs.py runs/sweep -o runs.csv
     python tools/collect_runs.py runs/a runs/b --check
+    python tools/collect_runs.py runs/sweep --ema-share 0.1 --infinity fd --tuned fd -o runs.csv
     python tools/collect_runs.py wandb_export.csv --columns map.yaml -o runs.parquet
 
 --check lists the problems that the table has; the exit code is then 3 if there are any.
@@ -27,6 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
         "runs", nargs="+", type=Path, metavar="RUNS", help="run directories, folders of them, or a table"
     )
     parser.add_argument("--columns", type=Path, help="column map (YAML) that says what the columns of a CSV are")
+    parser.add_argument("--infinity", metavar="METRIC", help="add FID-infinity of this metric, from its sample counts")
+    parser.add_argument("--tuned", metavar="METRIC", help="add this metric at every checkpoint's best guidance")
+    parser.add_argument(
+        "--ema-share", type=float, metavar="F", help="keep the EMA whose length is nearest F of training"
+    )
     parser.add_argument("--check", action="store_true", help="list the table's problems")
     parser.add_argument("-o", "--output", type=Path, help="the table to write, .csv or .parquet")
     return exit_code(lambda: collect_runs(parser.parse_args(arguments)))
@@ -39,7 +45,7 @@ def collect_runs(options: argparse.Namespace) -> int:
 
     if not options.output and not options.check:
         raise UserError("nothing to do: give -o FILE, or --check")
-    table = _table(options.runs, options.columns)
+    table = _derived(_table(options.runs, options.columns), options)
     if options.output:
         write_table(table, options.output)
         sizes = ", ".join(table["size"].dropna().unique())
@@ -49,6 +55,23 @@ def collect_runs(options: argparse.Namespace) -> int:
     found = problems(table)
     print("\n".join([*summary(table), *(f"problem: {problem}" for problem in found)]))
     return PROBLEMS if found else 0
+
+
+def _derived(table: "pd.DataFrame", options: argparse.Namespace) -> "pd.DataFrame":
+    """The table with the rows that were asked for besides the measured ones."""
+    import pandas as pd
+
+    from fitscale.scaling.fid import ema_rule, infinity, tuned_guidance
+    from fitscale.scaling.table import validate
+
+    if options.ema_share is not None:
+        table = ema_rule(table, options.ema_share)
+    parts = [table]
+    if options.infinity:
+        parts.append(infinity(table[table["metric"] == options.infinity]))
+    if options.tuned:
+        parts.append(tuned_guidance(table[table["metric"] == options.tuned]))
+    return validate(pd.concat(parts, ignore_index=True))
 
 
 def _table(runs: list[Path], columns: Path | None) -> "pd.DataFrame":

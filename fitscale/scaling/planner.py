@@ -140,7 +140,7 @@ def plan(models: list[ModelConfig], hours: float, economics: Economics, prior: P
 
 
 def grid(models: list[ModelConfig], hours: float, economics: Economics, gamma: float) -> list[Cell]:
-    """Cells with steps ~ parameters^-gamma that cost at most `hours`; empty if one would end within twice the warm-up."""
+    """Cells with steps ~ parameters^-gamma that cost at most `hours`; empty if a run ends within twice the warm-up."""
     shares = np.array([flops.parameters(model) for model in models], dtype=float) ** -gamma
     low, high = 0.0, 1e12 / shares.max()
     for _ in range(200):

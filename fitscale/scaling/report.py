@@ -20,6 +20,7 @@ from fitscale.scaling.table import data_hash
 from fitscale.scaling.templates import HTML, MARKDOWN
 
 PACKAGES = ("numpy", "scipy", "pandas")
+GUIDANCE = "key_guidance"
 SHOWN = ("validation_loss", "fd", "recognised")  # metrics with a column in the table of sizes, if evaluated
 
 
@@ -122,22 +123,40 @@ def report_content(study: Study) -> dict[str, Any]:
 
 
 def size_table(study: Study) -> tuple[list[str], list[list[str]]]:
-    """Header and one row per size: its longest run's parameters, compute and last value of each metric."""
-    table = study.table
-    metrics = [metric for metric in (*SHOWN, study.question.metric) if (table["metric"] == metric).any()]
-    metrics = list(dict.fromkeys(metrics))
+    """Header and one row per size: its longest run's parameters, compute and last value of each metric.
+
+    A metric that was measured at several guidance scales has a column for each.
+    """
+    table, asked = study.table, study.question.metric
+    others = table[table["metric"].isin([name for name in SHOWN if name != asked])]
+    wanted = pd.concat([others, study.rows if len(study.rows) else table[table["metric"] == asked]])
+    scale = wanted[GUIDANCE].fillna("") if GUIDANCE in table else pd.Series("", index=wanted.index)
+    several = scale.groupby(wanted["metric"]).transform("nunique") > 1
+    labels = wanted["metric"].where(~several, wanted["metric"] + ", guidance " + scale)
+    rank = {metric: index for index, metric in enumerate(dict.fromkeys((*SHOWN, asked)))}
+    metrics = sorted(labels.unique(), key=lambda label: (rank[label.split(",")[0]], label))
     header = ["size", "parameters", "steps", "training FLOPs", "papers' FLOPs", "device-hours", *metrics, "status"]
     order = table.groupby("size")["parameters"].max().sort_values(kind="stable").index
-    return header, [_size_row(table[table["size"] == size], metrics) for size in order]
+    wanted = wanted.assign(label=labels)
+    return header, [
+        _size_row(wanted[wanted["size"] == size], metrics) for size in order if (wanted["size"] == size).any()
+    ]
 
 
 def _size_row(rows: pd.DataFrame, metrics: list[str]) -> list[str]:
     last = rows[rows["train_flops"] == rows["train_flops"].max()]
     first = (last if len(last) else rows).iloc[0]
     values = [
-        " / ".join(number(value) for value in last.loc[last["metric"] == metric, "value"]) or "-" for metric in metrics
+        " / ".join(number(value) for value in last.loc[last["label"] == metric, "value"].drop_duplicates()) or "-"
+        for metric in metrics
     ]
-    cells = [number(first[name]) for name in ("parameters", "step", "train_flops", "paper_flops", "device_hours")]
+    cells = [
+        number(first["parameters"]),
+        number(first["step"]),
+        flops_text(first["train_flops"]),
+        flops_text(first["paper_flops"]),
+        number(first["device_hours"]),
+    ]
     return [str(first["size"]), *cells, *values, "-" if pd.isna(first["status"]) else str(first["status"])]
 
 
@@ -151,6 +170,11 @@ def number(value: Any) -> str:
     return f"{value:.3g}" if abs(value) >= 1e12 else f"{value:.4g}"
 
 
+def flops_text(value: Any) -> str:
+    """Compute always as a power of ten, or a dash."""
+    return "-" if value is None or pd.isna(value) else f"{value:.3g}" if abs(value) >= 1e6 else f"{value:.3e}"
+
+
 def _headline(study: Study, result: LawResult) -> str:
     name, fit = result.fit.law.name, result.fit
     start = f"{name} law, fitted on {fit.points} points of {result.resamples.runs} runs"
@@ -161,7 +185,7 @@ def _headline(study: Study, result: LawResult) -> str:
     where = "inside" if last["inside"] else "OUTSIDE"
     return (
         f"{start}: predicts {study.question.metric} {number(last['predicted'])} for the held-out size {last['size']} "
-        f"at {number(last['train_flops'])} FLOPs; measured {number(last['value'])}: error {last['error']:+.1%}, "
+        f"at {flops_text(last['train_flops'])} FLOPs; measured {number(last['value'])}: error {last['error']:+.1%}, "
         f"{where} the 90 % interval {number(last['low'])} to {number(last['high'])}."
     )
 
@@ -192,7 +216,9 @@ def _isoflop_lines(iso: IsoFlop) -> dict[str, Any]:
     return {
         "text": f"{iso.method}: best size = {iso.coefficient:.3g} C^{iso.exponent:.4f}, 90 % interval of the exponent "
         f"{low:.4f} to {high:.4f}, from {len(iso.optima)} budgets",
-        "optima": [[number(o.budget), number(o.parameters), number(o.metric), f"{o.spread:.1%}"] for o in iso.optima],
+        "optima": [
+            [flops_text(o.budget), number(o.parameters), number(o.metric), f"{o.spread:.1%}"] for o in iso.optima
+        ],
     }
 
 
@@ -201,7 +227,7 @@ def _prediction_rows(result: LawResult) -> list[list[str]]:
         [
             str(row["run"]),
             number(row["step"]),
-            number(row["train_flops"]),
+            flops_text(row["train_flops"]),
             number(row["value"]),
             number(row["predicted"]),
             f"{number(row['low'])} to {number(row['high'])}",

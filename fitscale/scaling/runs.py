@@ -30,6 +30,7 @@ COPIED = (
     "value",
     "standard_error",
     "samples",
+    "nfe",
 )
 
 

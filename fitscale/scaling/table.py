@@ -52,6 +52,7 @@ COLUMNS = {
     "value": Column("float64", "the metric"),
     "standard_error": Column("float64", "of the value, sampling noise only"),
     "samples": Column("Int64", "generated or held-out images behind the value"),
+    "nfe": Column("float64", "network evaluations per generated image"),
     "status": Column("string", "finished, or unfinished if the run has steps left"),
 }
 REQUIRED = ("run", "size", "train_flops", "metric", "value")

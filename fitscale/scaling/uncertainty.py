@@ -82,10 +82,10 @@ def fit_noise(fit: Fit, used: pd.DataFrame) -> Noise:
 
 def new_run_KN(fit: Fit, resamples: Resamples, rows: pd.DataFrame, seed: int) -> Array:
     """Draws of what a new run would measure at every row: the law's uncertainty and a replicate's noise together."""
-    metric_KN = fit.metric(rows, resamples.theta_KP)
+    log_KN = np.log(fit.metric(rows, resamples.theta_KP))
     spread_K = np.sqrt(resamples.run_K + resamples.point_K)
     noise_K = np.random.default_rng([seed, 1]).normal(size=len(spread_K)) * spread_K
-    return metric_KN * np.exp(noise_K)[:, None]
+    return np.exp(np.clip(log_KN + noise_K[:, None], -700.0, 700.0))
 
 
 def floor_profile(fit: Fit, used: pd.DataFrame, level: float = 0.9) -> FloorProfile:

@@ -1,0 +1,85 @@
+"""Frechet distances made comparable: without the bias of few samples, with an EMA of a fixed rule, with tuned guidance.
+
+Every function takes rows of one metric and returns new rows, under a metric or a key of their own, so that they are
+never fitted together with what they come from. The primary curve is guidance 1 with the EMA rule; tuned guidance is
+the least of k values, hence biased low, and its cost is the samples of all k.
+"""
+
+import numpy as np
+import pandas as pd
+
+from fitscale.scaling.refusal import Refusal
+from fitscale.scaling.table import key_columns
+
+LEAST_COUNTS = 3
+SAMPLES, GUIDANCE, WEIGHTS = "key_samples", "key_guidance", "key_weights"
+
+
+def infinity(rows: pd.DataFrame) -> pd.DataFrame:
+    """FID-infinity (Chong and Forsyth 2020): the bias is linear in 1 / samples, so a line is extrapolated to 0.
+
+    One row, metric `<metric>_infinity`, per checkpoint measured at three different sample counts or more; its standard
+    error is the regression's.
+
+    Raises:
+        Refusal: no checkpoint has three sample counts.
+    """
+    identity = _identity(rows, without=(SAMPLES, "key_seed"))
+    groups = [group for _, group in rows.groupby(identity, dropna=False, sort=False)]
+    whole = [group for group in groups if group["samples"].nunique() >= LEAST_COUNTS]
+    if not whole:
+        raise Refusal(
+            "too_few_points", f"no checkpoint is measured at {LEAST_COUNTS} sample counts, as FID-infinity needs"
+        )
+    return pd.concat([_extrapolated(group) for group in whole], ignore_index=True)
+
+
+def tuned_guidance(rows: pd.DataFrame) -> pd.DataFrame:
+    """The best guidance of every checkpoint, metric `<metric>_tuned`; `samples` counts those of all that were tried.
+
+    Raises:
+        Refusal: guidance was never varied.
+    """
+    groups = [group for _, group in rows.groupby(_identity(rows, without=(GUIDANCE,)), dropna=False, sort=False)]
+    tried = [group for group in groups if group[GUIDANCE].nunique() > 1]
+    if not tried:
+        raise Refusal("too_few_points", "no checkpoint is measured at more than one guidance scale")
+    best = [group.loc[[group["value"].idxmin()]].assign(samples=group["samples"].sum()) for group in tried]
+    chosen = pd.concat(best, ignore_index=True)
+    counts = [f"best of {group[GUIDANCE].nunique()}" for group in tried]
+    return chosen.assign(metric=chosen["metric"] + "_tuned", **{GUIDANCE: counts})
+
+
+def ema_rule(rows: pd.DataFrame, share: float) -> pd.DataFrame:
+    """Of every checkpoint the average whose length, 1 / (1 - decay) steps, is nearest to `share` of its training.
+
+    A fixed share is fair across budgets, where a fixed decay favours one of them. The key says `ema <share>`.
+
+    Raises:
+        Refusal: no row has weights named ema_<decay>.
+    """
+    decay = pd.to_numeric(rows["weights"].str.removeprefix("ema_"), errors="coerce")
+    if decay.isna().all():
+        raise Refusal("no_rows", "no row has weights named ema_<decay>")
+    rows = rows[decay.notna()].assign(_miss=np.abs(np.log((1 - decay) * rows["step"].astype(float) * share)))
+    nearest = rows.groupby(_identity(rows, without=(WEIGHTS, "weights")), dropna=False, sort=False)["_miss"].idxmin()
+    return rows.loc[nearest].drop(columns="_miss").assign(**{WEIGHTS: f"ema {share:g} of training"})
+
+
+def _identity(rows: pd.DataFrame, without: tuple[str, ...]) -> list[str]:
+    names = ["run", "step", "metric", "weights", *key_columns(rows)]
+    return [name for name in names if name not in without]
+
+
+def _extrapolated(group: pd.DataFrame) -> pd.DataFrame:
+    """The line through (1 / samples, value), every point weighted by its samples, at 1 / samples = 0."""
+    x_N = 1 / group["samples"].to_numpy(dtype=float)
+    design_N2 = np.stack([np.ones_like(x_N), x_N], axis=1) / np.sqrt(x_N)[:, None]
+    target_N = group["value"].to_numpy(dtype=float) / np.sqrt(x_N)
+    solution, _, _, _ = np.linalg.lstsq(design_N2, target_N, rcond=None)
+    residual_N = target_N - design_N2 @ solution
+    variance = residual_N @ residual_N / (len(x_N) - 2)
+    error = np.sqrt(variance * np.linalg.inv(design_N2.T @ design_N2)[0, 0])
+    row = group.iloc[[int(np.argmin(x_N))]]
+    keys = {SAMPLES: "infinity"} if SAMPLES in group else {}
+    return row.assign(metric=row["metric"] + "_infinity", value=solution[0], standard_error=error, **keys)
