@@ -30,7 +30,7 @@ def peak_flops_per_s(device: torch.device) -> float | None:
 
 
 def rewind_metrics(path: Path, step: int) -> None:
-    """Drop the lines after `step`: the run goes on from there and writes them again. Makes the file if there is none."""
+    """Drop the lines after `step`, which the run will write again; make the file if there is none."""
     rows = [row for row in read_jsonl(path) if row["step"] <= step]
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
