@@ -37,11 +37,49 @@ def test_noise_free_data_give_the_truth(name):
     assert fit.objective < 1e-20 and fit.reached > 0.5
 
 
-@pytest.mark.parametrize("name", TRUTH)
+SURFACES = {
+    "additive": ([3.0, 0.34, 2.0, 0.28, 1.7], lambda n, d: 400 * n**-0.34 + 410 * d**-0.28 + 1.7),
+    "tied": ([3.0, 0.3, 2.0, 1.7], lambda n, d: 400 * n**-0.3 + 700 * d**-0.3 + 1.7),
+    "separable": ([3.0, 0.2, 0.15, 1.7], lambda n, d: 900 * n**-0.2 * d**-0.15 + 1.7),
+}
+
+
+@pytest.mark.parametrize("name", SURFACES)
+def test_noise_free_surfaces_give_the_truth(name):
+    theta, law = SURFACES[name]
+    parameters, images = (
+        values.ravel() for values in np.meshgrid(np.geomspace(1e7, 3e9, 6), np.geomspace(1e8, 1e11, 7))
+    )
+    data = pd.DataFrame({"run": "r", "parameters": parameters, "images": images, "value": law(parameters, images)})
+    fit = fit_law(LAWS[name], data)
+    exponents = LAWS[name].exponents
+    np.testing.assert_allclose(fit.theta_P[exponents], np.array(theta)[exponents], atol=1e-6)
+    assert fit.named()["e"] == pytest.approx(1.7, rel=1e-5)
+    shuffled = data.sample(frac=1, random_state=0).assign(images=lambda rows: rows["images"] * 1e3)
+    assert fit_law(LAWS[name], shuffled).named()["e"] == pytest.approx(1.7, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", SURFACES)
+def test_order_and_units_do_not_matter_to_surfaces(name):
+    _, law = SURFACES[name]
+    rng = np.random.default_rng(0)
+    parameters, images = np.exp(rng.uniform(15, 21, 60)), np.exp(rng.uniform(18, 25, 60))
+    value = law(parameters, images) * np.exp(rng.normal(0, 0.01, 60))
+    data = pd.DataFrame({"run": "r", "parameters": parameters, "images": images, "value": value})
+    fit = fit_law(LAWS[name], data)
+    changed = data.sample(frac=1, random_state=0).assign(
+        images=lambda rows: rows["images"] * 256,
+        parameters=lambda rows: rows["parameters"] / 1e6,
+        value=lambda rows: rows["value"] * 3,
+    )
+    assert fit_law(LAWS[name], changed).objective == pytest.approx(fit.objective, rel=1e-8)
+
+
+@pytest.mark.parametrize("name", LAWS)
 def test_jacobian_is_the_derivative(name):
     law = LAWS[name]
-    theta = np.array([3.0, 0.4, 2.0])[: len(law.parameters)]
-    x = np.linspace(-2, 2, 5)[:, None]
+    theta = np.array({"power": [3.0, 0.4], "offset": [3.0, 0.4, 2.0]}.get(name) or SURFACES[name][0])
+    x = np.random.default_rng(0).normal(size=(5, len(law.inputs)))
     jacobian = law.evaluate(theta[None], x)[1][0]
     numeric = approx_fprime(theta, lambda t: law.evaluate(t[None], x)[0][0], 1e-7)
     np.testing.assert_allclose(jacobian, numeric, atol=1e-5)

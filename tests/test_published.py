@@ -42,6 +42,18 @@ def test_dit_at_equal_steps_correlates_with_compute_as_published(fids):
 
 
 @pytest.mark.parametrize(
+    ("size", "depth", "width"), [("S", 12, 384), ("B", 12, 768), ("L", 24, 1024), ("XL", 28, 1152)]
+)
+def test_the_gflops_of_dit_are_macs_with_attention(fids, size, depth, width):
+    """DiT-X/2 at 256 tokens (Peebles and Xie 2023): attention and MLP of every token, AdaLN of every image."""
+    tokens, patch_numbers = 256, 2 * 2 * 4
+    block = tokens * (4 + 8) * width**2 + 2 * tokens**2 * width + 6 * width**2
+    ends = tokens * width * (patch_numbers + 2 * patch_numbers) + width * (256 + width) + 2 * width**2
+    rows = fids[fids["size"] == f"DiT-{size}/2"]
+    assert len(rows) and (rows["linear_macs"] / (depth * block + ends) - 1).abs().max() < 0.002
+
+
+@pytest.mark.parametrize(
     ("family", "patch", "error"), [("DiT", 2, 0.057), ("DiT", 4, -0.047), ("DiT", 8, 0.042), ("SiT", 2, -0.068)]
 )
 def test_the_largest_size_from_three_smaller_at_equal_steps(fids, family, patch, error, tmp_path):
