@@ -100,11 +100,19 @@ def test_a_tight_fit_needs_no_extra_pack():
     assert [tokens[one].tolist() for one in packing.packs[0]] in ([[6, 6], [4, 4, 4]], [[4, 4, 4], [6, 6]])
 
 
+def loads(tokens: np.ndarray, dp_size: int) -> list[int]:
+    """Tokens of each rank, ascending."""
+    return sorted(sum(int(tokens[one].sum()) for one in rank) for rank in pack(tokens, dp_size).packs)
+
+
 def test_swaps_mend_what_dealing_by_size_leaves():
     """Dealing these to three ranks, dearest first, makes one of 110; 50 + 40, 50 + 40 and 30 + 30 + 30 are even."""
     tokens = np.array([50, 50, 40, 40, 30, 30, 30])
-    loads = [sum(tokens[one].sum() for one in rank) for rank in pack(tokens, 3).packs]
-    assert loads == [90, 90, 90]
+    assert loads(tokens, 3) == [90, 90, 90]
+
+
+def test_a_swap_that_would_not_help_is_not_made():
+    assert loads(np.array([100, 60, 60]), 2) == [100, 120]
 
 
 def test_ranks_without_images_get_empty_packs():

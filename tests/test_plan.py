@@ -77,6 +77,15 @@ def test_seed_and_epoch_change_the_order(index):
     assert (first != stream(plan(index, seed=4), IMAGES)).mean() > 0.9
 
 
+def test_each_epoch_has_its_own_order_inside_a_window_and_each_step_its_own_variants(tmp_path):
+    index = indexed_set(tmp_path, 32, images_per_shard=32)
+    one = plan(index, global_batch_size=32)
+    first, second = one.step(0), one.step(1)
+    assert first.images_B.tolist() != second.images_B.tolist()
+    drawn = [batch.variants_B - index.images["first_variant"][batch.images_B].astype(int) for batch in (first, second)]
+    assert drawn[0].tolist() != drawn[1].tolist()
+
+
 def test_a_window_holds_the_images_of_its_shards_only(tmp_path):
     index = indexed_set(tmp_path, 96, images_per_shard=8)
     one = plan(index, window_shards=3)
