@@ -4,7 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fitscale.scaling.fitting import fit_law
 from fitscale.scaling.isoflop import isoflop, slices_of_runs
+from fitscale.scaling.laws import ADDITIVE
+from fitscale.scaling.optimum import optimal_sizes
 from fitscale.scaling.refusal import Refusal
 
 BUDGETS = np.geomspace(1e18, 1e21, 7)
@@ -91,3 +94,19 @@ def test_runs_that_do_not_overlap_cannot_be_sliced():
     )
     with pytest.raises(Refusal, match="no compute is reached by 4 sizes"):
         slices_of_runs(rows)
+
+
+def test_optimal_sizes_of_a_fitted_surface():
+    rows = pd.DataFrame(
+        [
+            {"run": f"{n}", "parameters": n, "images": d, "train_flops": 6 * n * d, "value": loss(n, 6 * n * d)}
+            for n in np.geomspace(1e8, 3e10, 6)
+            for d in np.geomspace(1e9, 1e12, 6)
+        ]
+    )
+    fit = fit_law(ADDITIVE, rows)
+    optima, refusals = optimal_sizes(fit, rows, fit.theta_P[None], np.array([1e16, 1e20, 1e21]))
+    found = [optimum.parameters for optimum in optima]
+    assert found == [pytest.approx(best(budget), rel=0.01) for budget in (1e20, 1e21)]
+    assert [refusal.code for refusal in refusals] == ["edge_optimum"]
+    assert "the smallest trained size" in refusals[0].message

@@ -10,10 +10,11 @@ import pandas as pd
 import pytest
 
 from fitscale.config.errors import UserError
-from fitscale.scaling.report import fit_record, number, report_content, size_table
+from fitscale.scaling.report import fit_record
 from fitscale.scaling.runs import collect
 from fitscale.scaling.select import select
 from fitscale.scaling.study import Question, study
+from fitscale.scaling.wording import number, report_content, size_table
 from tests.synthetic_runs import write_sweep
 
 PIXEL = bytes.fromhex(

@@ -67,7 +67,7 @@ def _question(options: argparse.Namespace) -> "Question":
 
 
 def _say(answer: "Study") -> None:
-    from fitscale.scaling.report import report_content
+    from fitscale.scaling.wording import report_content
 
     for refusal in answer.refusals:
         print(f"refused ({refusal.code}): {refusal.message}", file=sys.stderr)
