@@ -112,7 +112,7 @@ def test_swaps_mend_what_dealing_by_size_leaves():
 
 
 def test_a_swap_that_would_not_help_is_not_made():
-    assert loads(np.array([100, 60, 60]), 2) == [100, 120]
+    assert loads(np.array([60, 90, 70, 60, 50]), 2) == [160, 170]
 
 
 def test_ranks_without_images_get_empty_packs():
