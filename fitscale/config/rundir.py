@@ -59,6 +59,10 @@ class RunDir:
         return self.path / "throughput.jsonl"
 
     @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
     def evaluations(self) -> Path:
         return self.path / "evaluations.jsonl"
 

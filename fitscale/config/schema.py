@@ -237,6 +237,21 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class HealthConfig:
+    """What a run does when something is wrong."""
+
+    max_bad_steps: int = 10  # steps in a row with a loss or gradient that is not finite, after which the run stops
+    spike_factor: float = 3.0  # a loss above so many times the median of the last 100 steps is reported
+    timeout_min: float = 30.0  # minutes without progress on any rank after which the job ends
+
+    def __post_init__(self) -> None:
+        _at_least("health.max_bad_steps", self.max_bad_steps, 1)
+        _at_least("health.spike_factor", self.spike_factor, 1.0)
+        if not self.timeout_min > 0:
+            raise UserError(f"health.timeout_min: {self.timeout_min} must be above 0")
+
+
+@dataclass(frozen=True)
 class GuidanceConfig:
     """Classifier-free guidance."""
 
@@ -337,6 +352,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

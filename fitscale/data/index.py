@@ -81,12 +81,18 @@ class Index:
         ends = [bisect_left(hashes, limit, start, end) for start, end in pairwise(first)]
         return np.array(ends, dtype=np.int64) - first[:-1]
 
-    def describe(self, image: int) -> str:
-        """An image for a person: its key and shard, looked up in the shard itself."""
+    def key(self, image: int) -> str:
+        """The key of an image, looked up in its shard."""
         row = self.images[image]
-        path = self.folder / self.meta.shards[row["shard"]].name
-        name = member_at(path, int(self.variants[row["first_variant"]]["offset"]))
-        return f"image {name.rsplit('.', 2)[0]!r} in {path}"
+        name = member_at(self._shard_path(row), int(self.variants[row["first_variant"]]["offset"]))
+        return name.rsplit(".", 2)[0]
+
+    def describe(self, image: int) -> str:
+        """An image for a person: its key and shard."""
+        return f"image {self.key(image)!r} in {self._shard_path(self.images[image])}"
+
+    def _shard_path(self, row: np.void) -> Path:
+        return self.folder / self.meta.shards[row["shard"]].name
 
     def refuse_size(self, height: int, width: int, reason: str) -> NoReturn:
         """Raise UserError with `reason` and the first image that has this size, in latent pixels."""

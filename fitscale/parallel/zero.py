@@ -8,6 +8,7 @@ DeepSpeed's ZeRO shards the optimizer: stage 1 its state, stage 2 the gradients 
 """
 
 import logging
+import math
 import os
 from typing import Any
 
@@ -41,13 +42,19 @@ def make_engine(
 
 
 def optimizer_step(engine: Any) -> float:
-    """Clip the gradients, step the optimizer, clear the gradients; returns the global norm before clipping."""
-    if engine.zero_optimization_stage() == 0:  # DeepSpeed clips here, but keeps the norm to itself
-        norm = _gradient_norm(engine.module)
+    """Clip the gradients, step the optimizer, clear the gradients; returns the global norm before clipping.
+
+    A norm that is not finite skips the step, on all ranks alike.
+    """
+    if engine.zero_optimization_stage() > 0:  # these stages skip by themselves
         engine.step()
-        return norm
-    engine.step()
-    return float(engine.get_global_grad_norm())
+        return float(engine.get_global_grad_norm())
+    norm = _gradient_norm(engine.module)
+    if math.isfinite(norm):
+        engine.step()
+    else:
+        engine.module.zero_grad(set_to_none=True)
+    return norm
 
 
 def _gradient_norm(model: torch.nn.Module) -> float:

@@ -93,7 +93,7 @@ class Monitor:
 def _postfix(row: dict[str, Any], speed: dict[str, Any]) -> dict[str, str]:
     mfu = {} if speed["mfu"] is None else {"MFU": f"{speed['mfu']:.1%}"}
     return {
-        "loss": f"{row['loss']:.4f}",
+        "loss": "skipped" if row["loss"] is None else f"{row['loss']:.4f}",
         "img/s": f"{speed['images_per_s']:.0f}",
         "tok/s": f"{speed['tokens_per_s']:.0f}",
         **mfu,

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch.distributed as dist
 
 from fitscale.config.claim import claim
 from fitscale.config.errors import UserError
-from fitscale.config.rundir import Checkpoint, RunDir, write_atomic
+from fitscale.config.rundir import Checkpoint, RunDir, append_jsonl, write_atomic
 from fitscale.config.schema import Config
 from fitscale.data.index import Index, open_index
 from fitscale.data.loader import Pack, StepBatch, check_pack_tokens, make_loader
@@ -37,12 +38,14 @@ from fitscale.parallel.groups import Topology, init_parallel
 from fitscale.parallel.zero import make_engine, optimizer_step
 from fitscale.train import checkpoint as checkpoints
 from fitscale.train import prepare
+from fitscale.train.health import StepHealth, Watchdog
 from fitscale.train.metrics import Monitor, rewind_metrics
 from fitscale.train.optim import AdamWEMA, freeze_untrained, learning_rate
 from fitscale.train.saver import Saver
 
 log = logging.getLogger(__name__)
-TOTALS = ("step", "images", "tokens", "train_flops", "paper_flops", "device_hours")  # since the run's first step
+# Since the run's first step; "optimizer_steps" leaves out those that were skipped.
+TOTALS = ("step", "optimizer_steps", "images", "tokens", "train_flops", "paper_flops", "device_hours")
 
 
 def train(config: Config) -> None:
@@ -57,7 +60,8 @@ def train(config: Config) -> None:
     index = open_index(Path(config.data.shards))
     prepare.check_data(config, index)
     plan = make_plan(config, index)
-    topology = init_parallel(config.parallel, config.run.device)
+    timeout = timedelta(minutes=config.health.timeout_min)
+    topology = init_parallel(config.parallel, config.run.device, timeout)
     config = prepare.resolve(config, topology.device)
     check_pack_tokens(plan, config.batch.pack_tokens, pad_multiple(config))
     run = on_rank_zero(lambda: claim(config))
@@ -82,6 +86,9 @@ def pad_multiple(config: Config) -> int:
     return math.lcm(config.batch.pad_multiple, config.parallel.tensor_parallel_size)
 
 
+PackLoss = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # slots (S,), loss of each (S,), share of the batch's loss
+
+
 class Trainer:
     """One process's part of a run."""
 
@@ -92,6 +99,8 @@ class Trainer:
         self.evaluation_steps = set(config.evaluation.steps(config.run.steps))
         keep_steps = self.evaluation_steps | {config.run.steps}
         self.saver = Saver(run, config.optim.ema_decays, config.checkpoint.keep_last, keep_steps)
+        self.health = StepHealth(config.health)
+        self.watchdog = Watchdog(config.health.timeout_min, topology.rank, run.events)
         self.engine = self._build_engine(self._find_checkpoint())
 
     def _find_checkpoint(self) -> Checkpoint | None:
@@ -126,19 +135,36 @@ class Trainer:
             log.info("%s has all its %d steps", self.run.path, last_step)
             return
         monitor = self._start_monitor(first_step) if dist.get_rank() == 0 else None
-        started, hours_before = time.perf_counter(), self.totals["device_hours"]
-        for batch in self._timed(self._loader(first_step), monitor):
-            row = self._step(batch)
-            spent_h = (time.perf_counter() - started) / 3600
-            self.totals["device_hours"] = hours_before + spent_h * self.topology.world_size
-            if monitor and (row["step"] % self.config.run.log_every == 0 or row["step"] == last_step):
-                monitor.log(row)
-            self._save_if_due(row["step"])
-        saved = self.saver.wait()
+        with self.watchdog:
+            self._take_steps(self._loader(first_step), monitor)
+            self.watchdog.doing("saving the last checkpoint")
+            saved = self.saver.wait()
         if monitor:
             monitor.close()
         if not saved:
             raise UserError(f"{self.run.path}: the last checkpoint could not be saved; make room and start again")
+
+    def _take_steps(self, loader: Iterator[StepBatch], monitor: Monitor | None) -> None:
+        started, hours_before = time.perf_counter(), self.totals["device_hours"]
+        for batch in self._timed(loader, monitor):
+            row = self._step(batch)
+            spent_h = (time.perf_counter() - started) / 3600
+            self.totals["device_hours"] = hours_before + spent_h * self.topology.world_size
+            self._report(row, batch, monitor)
+            self._save_if_due(row["step"])
+            if self.health.bad_in_row:
+                self.saver.wait()
+                self.health.require_progress(row["step"])
+
+    def _report(self, row: dict[str, Any], batch: StepBatch, monitor: Monitor | None) -> None:
+        step, skipped = row["step"], row["loss"] is None or row["grad_norm"] is None
+        if monitor and (skipped or step % self.config.run.log_every == 0 or step == self.config.run.steps):
+            monitor.log(row)
+        median = None if skipped else self.health.spike(row["loss"])
+        if monitor and median is not None:
+            images = [self.plan.index.key(int(image)) for image in batch.batch.images_B]
+            event = {"event": "loss spike", "step": step, "loss": row["loss"], "median": median, "images": images}
+            append_jsonl(self.run.events, {"time_unix_s": time.time(), **event})
 
     def _start_monitor(self, first_step: int) -> Monitor:
         write_atomic(self.run.environment, json.dumps(prepare.environment(self.topology), indent=1))
@@ -165,11 +191,11 @@ class Trainer:
             prefetch_steps=config.data.prefetch_steps,
         )
 
-    @staticmethod
-    def _timed(loader: Iterator[StepBatch], monitor: Monitor | None) -> Iterator[StepBatch]:
+    def _timed(self, loader: Iterator[StepBatch], monitor: Monitor | None) -> Iterator[StepBatch]:
         """The loader's batches; the time spent waiting for each is told to the monitor."""
         while True:
             asked = time.perf_counter()
+            self.watchdog.doing(f"waiting for the data of step {self.totals['step'] + 1}")
             batch = next(loader, None)
             if batch is None:
                 return
@@ -182,20 +208,19 @@ class Trainer:
         rate = learning_rate(self.config.optim, batch.step, self.config.run.steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        tokens_B = batch.batch.rows_B * batch.batch.cols_B
-        loss = torch.zeros((), dtype=torch.float64, device=self.topology.device)
-        for number, pack in enumerate(batch.packs):
-            self.engine.set_gradient_accumulation_boundary(number == len(batch.packs) - 1)
-            share = self._loss(pack, batch.step, len(tokens_B), int(tokens_B.sum()))
-            self.engine.backward(share * self.topology.dp_size)  # the engine averages over the ranks
-            loss += share.detach()
+        tokens_B = batch.batch.tokens_B
+        losses = self._forward_backward(batch, len(tokens_B), int(tokens_B.sum()))
+        self.watchdog.doing(f"the optimizer of step {batch.step + 1}")
         grad_norm = optimizer_step(self.engine)
+        loss = sum((share.double() for _, _, share in losses), torch.zeros((), device=self.topology.device))
         dist.all_reduce(loss, group=self.engine.data_parallel_group)
-        self._count(batch.step + 1, tokens_B)
+        finite = self.health.is_finite(loss.item(), grad_norm)
+        self._count(batch.step + 1, tokens_B, finite)
         return {
             "step": batch.step + 1,
-            "loss": loss.item(),
-            "grad_norm": grad_norm,
+            "loss": loss.item() if math.isfinite(loss.item()) else None,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            **({} if finite else {"skipped": True, "images_at_fault": self._images_at_fault(batch, losses)}),
             "lr": rate,
             **{key: self.totals[key] for key in ("images", "tokens", "train_flops")},
             "padding_share": batch.stats.padding_share,
@@ -203,8 +228,27 @@ class Trainer:
             "packs": len(batch.packs),
         }
 
-    def _loss(self, pack: Pack, step: int, images: int, tokens: int) -> torch.Tensor:
-        """This pack's share of the global batch's loss."""
+    def _forward_backward(self, batch: StepBatch, images: int, tokens: int) -> list[PackLoss]:
+        losses = []
+        for number, pack in enumerate(batch.packs):
+            self.watchdog.doing(f"pack {number + 1} of {len(batch.packs)} of step {batch.step + 1}")
+            self.engine.set_gradient_accumulation_boundary(number == len(batch.packs) - 1)
+            loss_S, share = self._loss(pack, batch.step, images, tokens)
+            self.engine.backward(share * self.topology.dp_size)  # the engine averages over the ranks
+            losses.append((pack.slots_S, loss_S.detach(), share.detach()))
+        return losses
+
+    def _images_at_fault(self, batch: StepBatch, losses: list[PackLoss]) -> list[str]:
+        """Keys of the images whose loss is not finite; of all, if only the gradient is not. A collective."""
+        mine = [slots_S[~loss_S.isfinite().cpu()].tolist() for slots_S, loss_S, _ in losses]
+        everyones: list[list[list[int]]] = [[] for _ in range(self.topology.world_size)]
+        dist.all_gather_object(everyones, mine)
+        slots = sorted({slot for rank in everyones for pack in rank for slot in pack if slot >= 0})
+        images = batch.batch.images_B[slots] if slots else batch.batch.images_B
+        return [self.plan.index.key(int(image)) for image in images]
+
+    def _loss(self, pack: Pack, step: int, images: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of every image of the pack (S,), and the pack's share of the global batch's loss."""
         device = self.topology.device  # sizes and lengths stay on the host, which needs them
         inputs = self.objective.prepare(
             pack.tokens_TC.to(device),
@@ -216,14 +260,15 @@ class Trainer:
         )
         output_TC = self.engine(inputs.x_TC, inputs.t_S, inputs.labels_S, pack.sizes_S2, pack.cu_seqlens)
         loss_S = self.objective.loss_S(output_TC, inputs, pack.cu_seqlens)
-        weight_S = image_weights(self.config.loss.reduction, pack.cu_seqlens, pack.slots_S, images, tokens)
-        return (weight_S.to(device) * loss_S).sum()
+        weight_S = image_weights(self.config.loss.reduction, pack.cu_seqlens, pack.slots_S, images, tokens).to(device)
+        return loss_S, (weight_S * loss_S).sum()
 
-    def _count(self, step: int, tokens_B: np.ndarray) -> None:
+    def _count(self, step: int, tokens_B: np.ndarray, taken: bool) -> None:
         model, totals = self.config.model, self.totals
         sizes, counts = np.unique(tokens_B, return_counts=True)
         step_flops = sum(flops.train_flops(model, int(n)) * int(count) for n, count in zip(sizes, counts, strict=True))
         totals["step"] = step
+        totals["optimizer_steps"] += taken
         totals["images"] += len(tokens_B)
         totals["tokens"] += int(tokens_B.sum())
         totals["train_flops"] += step_flops
@@ -234,4 +279,4 @@ class Trainer:
         last = step == config.run.steps
         if not (last or step in self.evaluation_steps or step % config.checkpoint.every_steps == 0):
             return
-        self.saver.save(self.engine, {**self.totals, "optimizer_steps": step, "model": asdict(config.model)})
+        self.saver.save(self.engine, {**self.totals, "model": asdict(config.model)})

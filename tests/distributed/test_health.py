@@ -1,0 +1,169 @@
+"""When something is wrong: a poisoned image, a rank that hangs, a rank that dies, a full disk."""
+
+import math
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fitscale.config.errors import UserError
+from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.config.schema import Config, HealthConfig
+from fitscale.data.index import build_index
+from fitscale.data.shards import Sample, ShardSetMeta, ShardSetWriter, Variant
+from fitscale.train.health import HUNG, StepHealth
+from tests.distributed.spawn import context, run_ranks
+from tests.test_train import train_here
+from tests.tiny import tiny_config
+
+LATENTS = ("data.latent.kind=vae", "data.latent.factor=8", "data.latent.scaling=0.18215", "data.holdout_fraction=0")
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory) -> Path:
+    """64 latents of one channel; the loss of one of them is beyond float32."""
+    folder = tmp_path_factory.mktemp("poisoned") / "shards"
+    meta = ShardSetMeta("vae", factor=8, scaling=0.18215, channels=1, num_classes=10, recipe={})
+    chance = np.random.default_rng(0)
+    with ShardSetWriter(folder, meta, 32) as writer:
+        for number in range(64):
+            array = chance.standard_normal((1, 4 + number % 3, 5), dtype=np.float32)
+            array[0, 0, 0] = 1e30 if number == 17 else 0.0
+            writer.write(Sample(f"latent-{number:02d}", number % 10, [Variant(array)]))
+    build_index(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_a_step_that_is_not_finite_is_skipped_and_its_image_named(tmp_path, poisoned, ranks, stage):
+    overrides = ("run.steps=4", f"parallel.zero_stage={stage}", "batch.pack_tokens=60", *LATENTS)  # 4 steps: an epoch
+    run_ranks(train_here, ranks, tiny_config(tmp_path, poisoned, *overrides))
+    rows = read_jsonl(RunDir(tmp_path).metrics)
+    (skipped,) = [row for row in rows if row.get("skipped")]
+    assert skipped["loss"] is None and skipped["images_at_fault"] == ["latent-17"]
+    assert all(math.isfinite(row["loss"]) for row in rows if row is not skipped)
+    checkpoint = RunDir(tmp_path).checkpoints()[-1]
+    assert (checkpoint.meta["step"], checkpoint.meta["optimizer_steps"]) == (4, 3)
+    for file in checkpoint.weights("raw").iterdir():
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values())
+
+
+def fail_here(config: Config) -> str:
+    with pytest.raises(UserError) as caught:
+        train_here(config)
+    return str(caught.value)
+
+
+def test_too_many_bad_steps_end_the_run_with_one_message(tmp_path, poisoned):
+    overrides = ("run.steps=9", "batch.global_batch_size=64", "health.max_bad_steps=3", *LATENTS)
+    texts = run_ranks(fail_here, 2, tiny_config(tmp_path, poisoned, *overrides))
+    assert all("3 steps in a row" in text for text in texts)
+    assert [row["loss"] for row in read_jsonl(RunDir(tmp_path).metrics)] == [None] * 3
+
+
+def test_a_spike_is_a_loss_far_above_the_recent_median():
+    health = StepHealth(HealthConfig(spike_factor=3.0))
+    assert [health.spike(1.0) for _ in range(20)] == [None] * 20
+    assert health.spike(2.9) is None
+    assert health.spike(3.1) == 1.0
+
+
+def hang_at_step_3(config: Config) -> None:
+    """Trains, but rank 1 sleeps for ever when it is to read its third step."""
+    import os
+
+    from fitscale.train import trainer
+
+    original = trainer.Trainer._timed
+
+    def timed(self, loader, monitor):
+        for batch in original(self, loader, monitor):
+            if batch.step == 2 and os.environ["RANK"] == "1":
+                time.sleep(3600)
+            yield batch
+
+    trainer.Trainer._timed = timed
+    train_here(config)
+
+
+def start_ranks(function, config: Config, world_size: int) -> list:
+    """Processes of `function(config)` with torchrun's environment, not waited for."""
+    from tests.distributed import spawn
+
+    server, port = context(), spawn._free_port()
+    _, sender = server.Pipe(duplex=False)
+    processes = [
+        server.Process(target=spawn._rank, args=(sender, rank, world_size, port, function, (config,)))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def test_a_rank_that_hangs_ends_the_job_and_is_named(tmp_path, digits_shards):
+    config = tiny_config(tmp_path, digits_shards, "run.steps=50", "health.timeout_min=0.1")
+    start = time.monotonic()
+    processes = start_ranks(hang_at_step_3, config, 2)
+    for process in processes:
+        process.join(60)
+    assert time.monotonic() - start < 45
+    assert processes[1].exitcode == HUNG
+    assert not processes[0].is_alive()
+    events = {row["rank"]: row["event"] for row in read_jsonl(RunDir(tmp_path).events)}
+    assert "waiting for the data of step 3" in events[1]
+    assert "waiting for the data" not in events[0]  # the other rank was at work in the same step, waiting for this one
+
+
+def test_a_rank_that_dies_ends_the_job(tmp_path, digits_shards):
+    processes = start_ranks(train_here, tiny_config(tmp_path, digits_shards, "run.steps=100000"), 2)
+    while len(read_jsonl(RunDir(tmp_path).metrics)) < 3:
+        time.sleep(0.05)
+    processes[1].kill()
+    processes[0].join(30)
+    assert not processes[0].is_alive()
+    (event,) = read_jsonl(RunDir(tmp_path).events)
+    assert event["rank"] == 0 and "failed while" in event["event"]
+
+
+def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path, digits_shards):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        steps = run_ranks(train_on_a_filling_disk, 2, disk, digits_shards)[0]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert steps == {"while full": [2], "at the end": [2, 8]}
+
+
+def train_on_a_filling_disk(disk: Path, shards: Path) -> dict[str, list[int]]:
+    """Fills the disk after the checkpoint of step 2, frees it after that of step 6 could not be written."""
+    import os
+
+    from fitscale.train import trainer
+
+    config = tiny_config(disk / "run", shards, "run.steps=8", "checkpoint.every_steps=2", "checkpoint.keep_last=0")
+    run, ballast, seen = RunDir(disk / "run"), disk / "ballast", {}
+    original = trainer.Trainer._save_if_due
+
+    def save_if_due(self, step: int) -> None:
+        original(self, step)
+        self.saver.wait()
+        torch.distributed.barrier()
+        if os.environ["RANK"] == "0" and step == 2:
+            free = os.statvfs(disk)
+            ballast.write_bytes(bytes(free.f_bavail * free.f_bsize - 65536))
+        if os.environ["RANK"] == "0" and step == 6:
+            seen["while full"] = [checkpoint.step for checkpoint in run.checkpoints()]
+            ballast.unlink()
+        torch.distributed.barrier()
+
+    trainer.Trainer._save_if_due = save_if_due
+    train_here(config)
+    return seen | {"at the end": [checkpoint.step for checkpoint in run.checkpoints()]}
