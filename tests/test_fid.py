@@ -1,8 +1,5 @@
 """FID-infinity, tuned guidance and the rule for averages, on rows of a runs table."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +9,7 @@ from fitscale.scaling.fid import ema_rule, infinity, tuned_guidance
 from fitscale.scaling.refusal import Refusal
 from fitscale.scaling.select import select
 from fitscale.scaling.table import validate
+from tests.programs import run_tool
 
 
 def rows(**columns):
@@ -81,10 +79,10 @@ def test_derived_rows_from_the_shell(tmp_path):
         key_guidance=["1.0"] * 3 + ["1.5"],
     )
     table.to_csv(tmp_path / "runs.csv", index=False)
-    command = [sys.executable, "tools/collect_runs.py", str(tmp_path / "runs.csv"), "--infinity", "fd", "--tuned", "fd"]
-    done = subprocess.run([*command, "-o", str(tmp_path / "out.csv")], capture_output=True, text=True)
+    command = ["collect_runs", str(tmp_path / "runs.csv"), "--infinity", "fd", "--tuned", "fd"]
+    done = run_tool(*command, "-o", tmp_path / "out.csv")
     assert done.returncode == 0, done.stderr
     found = pd.read_csv(tmp_path / "out.csv").set_index("metric")["value"]
     assert found["fd_infinity"] == pytest.approx(4) and found["fd_tuned"] == 2.0 and len(found) == 6
-    failed = subprocess.run([*command, "--ema-share", "0.1", "--check"], capture_output=True, text=True)
+    failed = run_tool(*command, "--ema-share", "0.1", "--check")
     assert failed.returncode == 2 and "ema_<decay>" in failed.stderr

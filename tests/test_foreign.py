@@ -1,8 +1,5 @@
 """Other people's tables: column maps, and the list of problems."""
 
-import subprocess
-import sys
-
 import pandas as pd
 import pytest
 
@@ -11,6 +8,7 @@ from fitscale.scaling.check import correlation, problems
 from fitscale.scaling.foreign import read_foreign
 from fitscale.scaling.runs import collect
 from fitscale.scaling.table import validate
+from tests.programs import run_tool
 from tests.synthetic_runs import write_sweep
 
 WANDB = """Name,_step,eval/fd,eval/loss,params_m,images,gmacs,sampler
@@ -87,9 +85,9 @@ def test_a_sound_sweep_has_no_problems(tmp_path):
 
 def test_check_from_the_shell(tmp_path):
     export, columns = files(tmp_path)
-    command = [sys.executable, "tools/collect_runs.py", str(export), "--columns", str(columns), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = ["collect_runs", str(export), "--columns", str(columns), "--check"]
+    done = run_tool(*command)
     assert done.returncode == 3 and "fd: 2 rows of 2 runs" in done.stdout and "problem: fd: key_sampler" in done.stdout
-    nothing = subprocess.run(command[:-1], capture_output=True, text=True)
+    nothing = run_tool(*command[:-1])
     assert nothing.returncode == 2 and "nothing to do" in nothing.stderr
     assert pd.read_csv(export).shape == (3, 8)

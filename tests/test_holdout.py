@@ -1,14 +1,12 @@
 """Held-out points: nothing unseen reaches a fit, and the better law wins."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pandas as pd
 import pytest
 
 from fitscale.scaling.holdout import folds, hold_out
 from fitscale.scaling.refusal import Refusal
+from tests.programs import run_tool
 
 
 def rows(law, sizes=4, points=8):
@@ -67,16 +65,15 @@ def test_laws_that_cannot_be_fitted_are_named():
 def test_holdout_from_the_shell(tmp_path):
     FLOOR.to_csv(tmp_path / "runs.csv", index=False)
     command = [
-        sys.executable,
-        "tools/holdout.py",
+        "holdout",
         str(tmp_path / "runs.csv"),
         "--by",
         "size",
         "-o",
         str(tmp_path / "e.csv"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_tool(*command)
     assert done.returncode == 0, done.stderr
     assert "ranking" in done.stdout and len(pd.read_csv(tmp_path / "e.csv")) > 4
-    failed = subprocess.run([*command, "--metric", "fid"], capture_output=True, text=True)
+    failed = run_tool(*command, "--metric", "fid")
     assert failed.returncode == 2 and failed.stderr.startswith("error: no row has metric fid")

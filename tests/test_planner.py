@@ -1,7 +1,5 @@
 """Plans: what they cost, and whether the interval they promise is the one that a sweep would give."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from fitscale.scaling.fitting import fit_law
 from fitscale.scaling.laws import OFFSET
 from fitscale.scaling.planner import PEAK_FLOPS, Economics, assumed, grid, measurements, plan
 from fitscale.scaling.refusal import Refusal
+from tests.programs import run_tool
 
 MODELS = [load_config([f"configs/model/{name}.yaml"]).model for name in ("s", "b", "l", "xl")]
 TARGET_MODEL = load_config(["configs/model/xxl.yaml"]).model
@@ -95,8 +94,8 @@ def test_refusals():
 
 def test_plan_sweep_from_the_shell_writes_a_sweep(tmp_path):
     out = tmp_path / "sweep.yaml"
-    command = [sys.executable, "tools/plan_sweep.py", "--gpu-hours", "300", "--sizes", "s,b,l", "-o", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = ["plan_sweep", "--gpu-hours", "300", "--sizes", "s,b,l", "-o", str(out)]
+    done = run_tool(*command)
     assert done.returncode == 0, done.stderr
     assert "hold out l" in done.stdout and "for xxl at 400,000 steps" in done.stdout
     sweep = load_schema(SweepConfig, [str(out)])
@@ -104,5 +103,5 @@ def test_plan_sweep_from_the_shell_writes_a_sweep(tmp_path):
     for arguments in sweep.cells.values():
         config = load_config([*sweep.base, *arguments])
         assert config.evaluation.steps(config.run.steps)[0] == 50_000 and Path(arguments[0]).is_file()
-    failed = subprocess.run([*command, "--target", "huge"], capture_output=True, text=True)
+    failed = run_tool(*command, "--target", "huge")
     assert failed.returncode == 2 and "error: size huge: not one of" in failed.stderr

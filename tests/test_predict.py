@@ -1,8 +1,6 @@
 """Predictions for runs that were never made, against the law that made the data."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from fitscale.scaling.predict import batch_of, describe, predict, target, tokens
 from fitscale.scaling.refusal import Refusal
 from fitscale.scaling.runs import collect
 from fitscale.scaling.study import Question
+from tests.programs import run_tool
 from tests.synthetic_runs import TOKENS, write_sweep
 
 XXL = load_config(["configs/model/xxl.yaml"]).model
@@ -74,10 +73,10 @@ def test_far_predictions_must_be_asked_for(table):
 
 
 def test_predict_from_the_shell(sweep, tmp_path):
-    command = [sys.executable, "tools/predict.py", str(sweep), "--size", "xxl", "--steps", "40", "--points", "all"]
-    refused = subprocess.run(command, capture_output=True, text=True)
+    command = ["predict", str(sweep), "--size", "xxl", "--steps", "40", "--points", "all"]
+    refused = run_tool(*command)
     assert refused.returncode == 2 and "--extrapolate" in refused.stderr
-    done = subprocess.run([*command, "--extrapolate", "-o", str(tmp_path / "p.json")], capture_output=True, text=True)
+    done = run_tool(*command, "--extrapolate", "-o", tmp_path / "p.json")
     assert done.returncode == 0, done.stderr
     assert "the choice of law alone moves fd" in done.stdout
     assert len(json.loads((tmp_path / "p.json").read_text())["predictions"]) == 2

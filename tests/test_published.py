@@ -1,8 +1,6 @@
 """The analysis against published studies, through the tools a user runs. Sources: tests/data/scaling/README.md."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +11,15 @@ from fitscale.scaling.check import correlation
 from fitscale.scaling.foreign import read_foreign
 from fitscale.scaling.holdout import hold_out
 from fitscale.scaling.isoflop import Optimum, fit_exponent, isoflop
+from tests.programs import run_tool
 
 DATA = Path(__file__).parent / "data" / "scaling"
-
-
-def tool(name, *arguments):
-    command = [sys.executable, f"tools/{name}.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
 
 
 def table(name, folder):
     """The runs table of a published CSV, by its column map."""
     path = folder / f"{name}.csv"
-    done = tool("collect_runs", DATA / f"{name}.csv", "--columns", DATA / f"{name}.yaml", "-o", path)
+    done = run_tool("collect_runs", DATA / f"{name}.csv", "--columns", DATA / f"{name}.yaml", "-o", path)
     assert done.returncode == 0, done.stderr
     return path
 
@@ -59,7 +53,7 @@ def test_the_gflops_of_dit_are_macs_with_attention(fids, size, depth, width):
 def test_the_largest_size_from_three_smaller_at_equal_steps(fids, family, patch, error, tmp_path):
     rows = fids[(fids["family"] == family) & (fids["patch"] == patch) & (fids["step"] == 400000)]
     rows.to_csv(tmp_path / "rows.csv", index=False)
-    done = tool(
+    done = run_tool(
         "fit_scaling", tmp_path / "rows.csv", "--law", "power", "--metric", "fid", "--points", "last", "-o", tmp_path
     )
     assert done.returncode == 0, done.stderr
@@ -71,7 +65,7 @@ def test_repa_with_xl_held_out_prints_every_point(tmp_path):
     rows = pd.read_csv(table("published_fid", tmp_path))
     rows = rows[rows["run"].isin(["SiT+REPA SiT-B/2", "SiT+REPA SiT-L/2", "SiT+REPA SiT-XL/2"])]
     rows.to_csv(tmp_path / "repa.csv", index=False)
-    done = tool(
+    done = run_tool(
         "fit_scaling",
         tmp_path / "repa.csv",
         "--metric",
@@ -103,7 +97,7 @@ def test_a_floor_predicts_the_last_checkpoint_better_than_a_pure_power_law(fids)
 
 
 def test_olmo_ladder_is_repeated_and_shown_as_a_miss(tmp_path):
-    done = tool(
+    done = run_tool(
         *(
             "fit_scaling",
             table("olmo_ladder_c4", tmp_path),
@@ -129,7 +123,7 @@ def test_olmo_ladder_is_repeated_and_shown_as_a_miss(tmp_path):
 def test_gadre_over_training_is_repeated(tmp_path):
     rows = pd.read_csv(table("gadre_redpajama", tmp_path))
     rows[rows["status"] != "other"].to_csv(tmp_path / "protocol.csv", index=False)
-    done = tool(
+    done = run_tool(
         *(
             "fit_scaling",
             tmp_path / "protocol.csv",

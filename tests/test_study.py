@@ -15,6 +15,7 @@ from fitscale.scaling.runs import collect
 from fitscale.scaling.select import select
 from fitscale.scaling.study import Question, study
 from fitscale.scaling.wording import number, report_content, size_table
+from tests.programs import run_tool
 from tests.synthetic_runs import write_sweep
 
 PIXEL = bytes.fromhex(
@@ -188,17 +189,16 @@ def test_numbers_for_people(value, text):
     assert number(value) == text
 
 
-def run_tool(*arguments):
-    return subprocess.run(
-        [sys.executable, "tools/fit_scaling.py", *map(str, arguments)], capture_output=True, text=True
-    )
+def from_the_shell(*arguments):
+    command = [sys.executable, "tools/fit_scaling.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_fit_scaling_from_the_shell(sweep, tmp_path):
     sheet = tmp_path / "contact_sheet.png"
     sheet.write_bytes(PIXEL)
     out = tmp_path / "report"
-    done = run_tool(sweep, "--law", "offset", "power", "--image", sheet, "--resamples", "50", "-o", out)
+    done = from_the_shell(sweep, "--law", "offset", "power", "--image", sheet, "--resamples", "50", "-o", out)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in out.iterdir()) == [
         "curves.png",
@@ -220,10 +220,10 @@ def test_fit_scaling_from_the_shell(sweep, tmp_path):
 
 
 def test_exit_codes(sweep, tmp_path):
-    strict = run_tool(sweep, "--strict", "--resamples", "20", "-o", tmp_path / "strict")
+    strict = run_tool("fit_scaling", sweep, "--strict", "--resamples", "20", "-o", tmp_path / "strict")
     assert strict.returncode == 3 and "caution (few_runs)" in strict.stderr
-    refused = run_tool(sweep, "--metric", "fid", "-o", tmp_path / "refused")
+    refused = run_tool("fit_scaling", sweep, "--metric", "fid", "-o", tmp_path / "refused")
     assert refused.returncode == 2 and "refused (no_rows)" in refused.stderr
     assert "Refused (no_rows)" in (tmp_path / "refused" / "report.html").read_text()
-    wrong = run_tool(tmp_path / "nothing", "-o", tmp_path / "wrong")
+    wrong = run_tool("fit_scaling", tmp_path / "nothing", "-o", tmp_path / "wrong")
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and not (tmp_path / "wrong").exists()
