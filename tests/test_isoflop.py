@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from fitscale.scaling.fitting import fit_law
-from fitscale.scaling.isoflop import isoflop, slices_of_runs
+from fitscale.scaling.isoflop import fit_exponent, isoflop, slices_of_runs
 from fitscale.scaling.laws import ADDITIVE
 from fitscale.scaling.optimum import optimal_sizes
 from fitscale.scaling.refusal import Refusal
@@ -110,3 +110,15 @@ def test_optimal_sizes_of_a_fitted_surface():
     assert found == [pytest.approx(best(budget), rel=0.01) for budget in (1e20, 1e21)]
     assert [refusal.code for refusal in refusals] == ["edge_optimum"]
     assert "the smallest trained size" in refusals[0].message
+
+
+def test_the_regression_is_that_of_statsmodels():
+    from statsmodels.api import WLS, add_constant
+
+    optima = isoflop(curves(noise=0.003)).optima
+    budgets, sizes, spreads = (
+        np.array([getattr(optimum, name) for optimum in optima]) for name in ("budget", "parameters", "spread")
+    )
+    theirs = WLS(np.log(sizes), add_constant(np.log(budgets)), weights=spreads**-2).fit().params
+    exponent, constant = fit_exponent(optima)
+    assert (constant, exponent) == (pytest.approx(theirs[0], rel=1e-8), pytest.approx(theirs[1], rel=1e-8))

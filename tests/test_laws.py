@@ -155,3 +155,22 @@ def test_floor_profile_says_when_the_floor_is_not_identified():
     short = rows(TRUTH["offset"](COMPUTE[:5]) * np.exp(np.random.default_rng(3).normal(0, 0.02, 5)), COMPUTE[:5])
     vague = floor_profile(fit_law(OFFSET, short), short)
     assert not vague.identified and vague.low == 0.0
+
+
+def test_the_floors_profile_is_that_of_lmfit():
+    import lmfit
+
+    data = noisy(sigma=0.004, seed=1).assign(run=[f"r{i}" for i in range(12)])  # no correlation: the plain F profile
+    fit = fit_law(OFFSET, data)
+    profile = floor_profile(fit, data)
+    x = OFFSET.centred(data)[0][:, 0]
+    y = np.log(data["value"].to_numpy())
+    values = dict(zip(("ln_a", "b", "e"), fit.theta_P, strict=True))
+
+    def residual(p):
+        return np.log(np.exp(p["ln_a"] - p["b"] * x) + p["e"]) - y
+
+    minimizer = lmfit.Minimizer(residual, lmfit.create_params(**values))
+    intervals = lmfit.conf_interval(minimizer, minimizer.minimize(), p_names=["e"], sigmas=[0.9])["e"]
+    assert profile.low == pytest.approx(intervals[0][1], rel=0.03)
+    assert profile.high == pytest.approx(intervals[-1][1], rel=0.03)
