@@ -23,6 +23,13 @@ def call(*arguments: object) -> None:
     assert code == 0, f"exit code {code}"
 
 
+def exit_code_of(*arguments: object) -> int:
+    """In a spawned process: the program's exit code."""
+    from fitscale.cli import main
+
+    return main([str(argument) for argument in arguments])
+
+
 def error_of(capfd, *arguments: object) -> str:
     """In this process: the error line of a call that must end with exit code 2."""
     from fitscale.cli import main
@@ -103,6 +110,30 @@ def test_sample_writes_images_a_sheet_and_an_npz(run, tmp_path):
     assert settings["rope"]["method"] == "ntk-aware" and settings["sampling"]["guidance"]["power"] == 2
 
 
+def test_a_second_sample_replaces_the_first_whole(run, tmp_path):
+    out = tmp_path / "out"
+    sample = ("sample", run.path, "--height", 7, "--width", 5, "--out", out)
+    run_ranks(call, 1, *sample, "--count", 4)
+    run_ranks(call, 1, *sample, "--count", 2, "--seed", 1)
+    assert sorted(path.name for path in out.glob("0*.png")) == ["000000_class0.png", "000001_class1.png"]
+    assert json.loads((out / "samples.json").read_text())["seed"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing temporary is left
+
+
+def test_rope_of_generated_images_is_part_of_their_key_alone(run):
+    run_ranks(call, 1, "evaluate", run.path, "--step", 30, "--rope", "yarn", "--decouple", "--samples", 8)
+    fd = [row for row in read_jsonl(run.evaluations) if row["metric"] == "fd"][-1]
+    assert (fd["key"]["rope"], fd["key"]["samples"]) == ("yarn decoupled", 8)
+    losses = [row for row in read_jsonl(run.evaluations) if row["metric"] == "validation_loss"]
+    assert all("rope" not in row["key"] and len(row["key"]["data"]) == 16 for row in losses)
+
+
+def test_several_ranks_would_all_write_the_same(run):
+    before = run.evaluations.read_bytes() if run.evaluations.exists() else b""
+    assert run_ranks(exit_code_of, 2, "evaluate", run.path, "--step", 10, "--force") == [2, 2]
+    assert (run.evaluations.read_bytes() if run.evaluations.exists() else b"") == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -121,7 +152,15 @@ def test_a_sample_that_cannot_be_drawn_is_one_message(run, tmp_path, capfd, argu
     assert not out.exists()
 
 
+def test_a_folder_of_something_else_is_left_alone(run, tmp_path, capfd):
+    (tmp_path / "notes.txt").write_text("mine")
+    text = error_of(capfd, "sample", run.path, "--height", 8, "--width", 8, "--out", tmp_path)
+    assert "no folder of samples" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_an_evaluation_that_cannot_be_made_is_one_message(run, tmp_path, capfd):
+    assert "2 or more" in error_of(capfd, "evaluate", run.path, "--samples", 0)
     assert "not a run directory" in error_of(capfd, "evaluate", tmp_path)
     assert "no such file" in error_of(capfd, "evaluate", run.path, "--features", tmp_path / "no.pt", "--samples", 9)
     bad = tmp_path / "stats.npz"

@@ -10,7 +10,8 @@ from PIL import Image
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
 from fitscale.config.schema import ParallelConfig, SamplingConfig
-from fitscale.eval.generate import Request, generate, parse_classes, patches
+from fitscale.eval.folder import SHEET_IMAGES, write_samples
+from fitscale.eval.generate import Generated, Request, generate, parse_classes, patches
 from fitscale.eval.pictures import write_contact_sheet
 from fitscale.model.fit import FiT
 from fitscale.parallel.groups import init_parallel
@@ -24,13 +25,16 @@ def config():
 
 @pytest.fixture(scope="module")
 def model(config):
-    """A tiny network whose zero-initialised parts are filled, so that every input shows in the output."""
+    """A tiny network of random weights, so that every input shows in the output."""
     init_parallel(ParallelConfig(), "cpu")
     torch.manual_seed(0)
     model = FiT(config.model, ParallelConfig())
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            parameter.copy_(
+                torch.randn(parameter.shape) * (0.1 if parameter.dim() == 1 else parameter.shape[1] ** -0.5)
+            )
+        model.final_layer.linear.weight.mul_(0.3)  # so that the images keep to the grey levels between the ends
     return model.requires_grad_(False)
 
 
@@ -42,6 +46,7 @@ def test_an_image_depends_on_its_index_alone(model, config, method):
     sampling = SamplingConfig(method=method, steps=4)
     together = {made.index: made.image for made in generate(model, config, sampling, REQUESTS, seed=3)}
     assert sorted(together) == list(range(9))
+    assert all(len(np.unique(image)) > 5 for image in together.values())
     for request in (REQUESTS[7], REQUESTS[2]):
         (alone,) = generate(model, config, sampling, [request], seed=3)
         assert alone.image.shape == (request.rows, request.cols, 1)
@@ -80,3 +85,27 @@ def test_a_contact_sheet_enlarges_small_images_without_smoothing(tmp_path):
         pixels = np.asarray(sheet.convert("L"))
     assert pixels.shape[0] > 96 and {0, 255} <= set(np.unique(pixels))
     assert json.dumps(sorted(path.name for path in tmp_path.iterdir())) == '["sheet.png"]'  # no temporary left
+
+
+def test_a_large_number_of_samples_streams_to_the_npz_and_shows_the_first(tmp_path):
+    number = SHEET_IMAGES + 30
+    drawn = (Generated(i, np.full((2, 3, 1), i, dtype=np.uint8), 4, 8) for i in range(number))
+    nfe = write_samples(tmp_path / "out", drawn, [i % 10 for i in range(number)], {"seed": 0}, "many")
+    assert nfe == [4] * number
+    with np.load(tmp_path / "out" / "samples.npz") as arrays:
+        assert arrays.files == ["arr_0"]
+        assert np.array_equal(
+            arrays["arr_0"], np.arange(number, dtype=np.uint8)[:, None, None, None] * np.ones((2, 3, 3), np.uint8)
+        )
+    assert len(list((tmp_path / "out").glob("0*.png"))) == number
+    assert json.loads((tmp_path / "out" / "samples.json").read_text())["network_evaluations"] == [8] * number
+
+
+def test_a_failed_sample_leaves_nothing(tmp_path):
+    def drawn():
+        yield Generated(0, np.zeros((2, 3, 1), dtype=np.uint8), 1, 1)
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        write_samples(tmp_path / "out", drawn(), [0, 1], {}, "none")
+    assert list(tmp_path.iterdir()) == []

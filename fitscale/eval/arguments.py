@@ -16,8 +16,6 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         "--classes", default="all", help="labels, dealt out in turn: 0,7,3 or 0-9 or all (default: all)"
     )
     parser.add_argument("--seed", type=int, default=0, help="image i depends on this seed and on i alone (default: 0)")
-    parser.add_argument("--rope", choices=ROPE_METHODS, help="how RoPE is stretched beyond the trained sizes")
-    parser.add_argument("--decouple", action="store_true", help="with --rope: rows and columns by their own lengths")
     parser.add_argument("--out", type=Path, help="folder for the images (default: a new one in RUN/samples)")
     _add_checkpoint(parser)
     _add_sampler(parser)
@@ -48,3 +46,5 @@ def _add_sampler(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="integration steps")
     parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance; 1 = none")
     parser.add_argument("--power", type=float, help="exponent of the power-cosine guidance scale; 0 = constant")
+    parser.add_argument("--rope", choices=ROPE_METHODS, help="how RoPE is stretched beyond the trained sizes")
+    parser.add_argument("--decouple", action="store_true", help="with --rope: rows and columns by their own lengths")

@@ -1,18 +1,14 @@
 """`fitscale sample` and `fitscale evaluate`."""
 
 import argparse
-import json
 from dataclasses import asdict, replace
-from pathlib import Path
-
-from tqdm import tqdm
 
 from fitscale.config.errors import UserError
-from fitscale.config.rundir import write_atomic
-from fitscale.config.schema import Config, RopeConfig
+from fitscale.config.rundir import RunDir
+from fitscale.config.schema import Config, RopeConfig, SamplingConfig
 from fitscale.eval.evaluate import EvaluationOptions, evaluate_run
+from fitscale.eval.folder import check_samples_folder, write_samples
 from fitscale.eval.generate import (
-    Generated,
     Request,
     find_checkpoint,
     generate,
@@ -23,7 +19,6 @@ from fitscale.eval.generate import (
     weights_name,
     with_sampler,
 )
-from fitscale.eval.pictures import write_contact_sheet, write_npz, write_png
 
 
 def run_sample(arguments: argparse.Namespace) -> None:
@@ -39,9 +34,9 @@ def run_sample(arguments: argparse.Namespace) -> None:
     sampling = with_sampler(config.sampling, arguments.method, arguments.steps, arguments.guidance, arguments.power)
     config = replace(config, sampling=sampling)  # checks that the method goes with the model
     rope = _rope(config, arguments)
-    model = load_model(config, checkpoint.weights(weights), arguments.device, rope)
-    drawn = generate(model, config, sampling, requests, arguments.seed)
-    images = list(tqdm(drawn, total=len(requests), desc="samples", unit="image"))
+    size = f"{arguments.height}x{arguments.width}"
+    out = arguments.out or run.samples / _name(arguments, checkpoint.step, weights, sampling)
+    check_samples_folder(out)
     settings = {
         "run": str(run.path),
         "step": checkpoint.step,
@@ -51,14 +46,23 @@ def run_sample(arguments: argparse.Namespace) -> None:
         "seed": arguments.seed,
         "rope": asdict(rope),
         "sampling": asdict(sampling),
-        "nfe": [image.nfe for image in images],
-        "network_evaluations": [image.network_evaluations for image in images],
-        "labels": [request.label for request in requests],
     }
-    size = f"{arguments.height}x{arguments.width}"
-    name = f"step-{checkpoint.step:08d}_{weights}_{size}_cfg{sampling.guidance.scale:g}_seed{arguments.seed}"
-    out = arguments.out or run.samples / (name if arguments.rope is None else f"{name}_{arguments.rope}")
-    _write_samples(out, images, settings, f"{config.run.name} step {checkpoint.step} {weights} {size}")
+    model = load_model(config, checkpoint.weights(weights), arguments.device, rope)
+    drawn = generate(model, config, sampling, requests, arguments.seed)
+    title = f"{config.run.name} step {checkpoint.step} {weights} {size}"
+    nfe = write_samples(out, drawn, [request.label for request in requests], settings, title)
+    sheet = out / "contact_sheet.png"
+    print(f"{len(nfe)} images, {sum(nfe) / len(nfe):g} function evaluations each, in {out}; the first on {sheet}")
+
+
+def _name(arguments: argparse.Namespace, step: int, weights: str, sampling: SamplingConfig) -> str:
+    """Of the folder in RUN/samples: what decides the images, but for their number."""
+    guidance = sampling.guidance
+    parts = [f"step-{step:08d}", weights, f"{arguments.height}x{arguments.width}", f"{sampling.method}{sampling.steps}"]
+    parts += [f"cfg{guidance.scale:g}" + (f"pow{guidance.power:g}" if guidance.power else ""), f"seed{arguments.seed}"]
+    parts += [] if arguments.classes == "all" else [f"classes{arguments.classes}"]
+    parts += [] if arguments.rope is None else [arguments.rope + ("-decoupled" if arguments.decouple else "")]
+    return "_".join(parts)
 
 
 def _rope(config: Config, arguments: argparse.Namespace) -> RopeConfig:
@@ -69,29 +73,19 @@ def _rope(config: Config, arguments: argparse.Namespace) -> RopeConfig:
     return replace(config.model.rope, method=arguments.rope, decouple=arguments.decouple)
 
 
-def _write_samples(out: Path, images: list[Generated], settings: dict, title: str) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    for image, label in zip(images, settings["labels"], strict=True):
-        write_png(out / f"{image.index:06d}_class{label}.png", image.image)
-    arrays = [image.image for image in images]
-    write_npz(out / "samples.npz", arrays)
-    write_contact_sheet(out / "contact_sheet.png", arrays, [str(label) for label in settings["labels"]], title)
-    write_atomic(out / "samples.json", json.dumps(settings, indent=1))
-    nfe = settings["nfe"]
-    mean = sum(nfe) / len(nfe)
-    print(f"{len(images)} images, {mean:g} function evaluations each, in {out}; all on {out / 'contact_sheet.png'}")
-
-
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """Measure the checkpoints that `arguments` name."""
     config, run = open_run(arguments.run)
-    steps = [arguments.step] if arguments.step is not None else _evaluation_steps(config, arguments.run)
+    if arguments.samples is not None and arguments.samples < 2:
+        raise UserError(f"--samples: {arguments.samples} is too small, a Frechet distance needs 2 or more")
+    steps = [arguments.step] if arguments.step is not None else _evaluation_steps(config, run)
     options = EvaluationOptions(
         weights=arguments.weights or config.evaluation.weights,
         samples=arguments.samples or config.evaluation.samples,
         features=arguments.features or config.evaluation.features,
         reference=arguments.reference or config.evaluation.reference,
         sampling=with_sampler(config.sampling, arguments.method, arguments.steps, arguments.guidance, arguments.power),
+        rope=_rope(config, arguments),
         size=_size(arguments),
         seed=arguments.seed,
         device=arguments.device,
@@ -100,7 +94,10 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     for step in steps:
         for row in evaluate_run(run.path, step, options):
             error = "" if row["standard_error"] is None else f" +- {row['standard_error']:.2g}"
-            print(f"step {step:>8}  {row['weights']}  {row['metric']:<16}{row['value']:.5g}{error}", flush=True)
+            nfe = (
+                "" if row["nfe"] is None else f"  ({row['samples']} samples, {row['nfe']:g} function evaluations each)"
+            )
+            print(f"step {step:>8}  {row['weights']}  {row['metric']:<16}{row['value']:.5g}{error}{nfe}", flush=True)
 
 
 def _size(arguments: argparse.Namespace) -> tuple[int, int] | None:
@@ -109,9 +106,8 @@ def _size(arguments: argparse.Namespace) -> tuple[int, int] | None:
     return None if arguments.height is None else (arguments.height, arguments.width)
 
 
-def _evaluation_steps(config: Config, path: Path) -> list[int]:
+def _evaluation_steps(config: Config, run: RunDir) -> list[int]:
     """The run's evaluation steps that have a checkpoint; without any planned, the newest checkpoint."""
-    _, run = open_run(path)
     found = {checkpoint.step for checkpoint in run.checkpoints()}
     planned = [step for step in config.evaluation.steps(config.run.steps) if step in found]
     return planned or [find_checkpoint(run, None).step]

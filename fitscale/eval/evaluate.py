@@ -21,14 +21,14 @@ from tqdm import tqdm
 
 from fitscale.config.errors import UserError
 from fitscale.config.rundir import Checkpoint, RunDir, append_jsonl, read_jsonl
-from fitscale.config.schema import Config, SamplingConfig
+from fitscale.config.schema import Config, RopeConfig, SamplingConfig
 from fitscale.data.index import open_index
 from fitscale.data.loader import Pack, make_loader
 from fitscale.data.plan import BatchPlan
 from fitscale.eval.features import FeatureNet
 from fitscale.eval.frechet import Moments, frechet_distance
 from fitscale.eval.generate import Request, find_checkpoint, generate, load_model, open_run, patches, weights_name
-from fitscale.eval.reference import load_reference
+from fitscale.eval.reference import data_identity, load_reference
 from fitscale.flow.loss import make_objective
 from fitscale.flow.path import VALIDATION, image_noise, lengths_of
 from fitscale.flow.sampler import one_image_per_pack
@@ -47,6 +47,7 @@ class EvaluationOptions:
     features: str | None
     reference: str | None
     sampling: SamplingConfig
+    rope: RopeConfig
     size: tuple[int, int] | None = None
     seed: int = 0
     device: str = "auto"
@@ -56,7 +57,8 @@ class EvaluationOptions:
 def evaluate_run(path: Path, step: int, options: EvaluationOptions) -> list[dict[str, Any]]:
     """Measure the checkpoint of `step` in the run directory `path`; returns the rows added to evaluations.jsonl.
 
-    What is there already, under the same key, is not measured again unless `options.force`.
+    What is there already, under the same key, is not measured again unless `options.force`. `options.rope` is for the
+    generated images; the validation loss is that of the model as it was trained.
 
     Raises:
         UserError: no such checkpoint, weights, network or reference.
@@ -118,6 +120,7 @@ class _Evaluation:
     def _generate(self, net: FeatureNet, classifies: bool) -> tuple[Moments, np.ndarray, float]:
         """Features' moments of all samples, which were recognised, and the mean number of function evaluations."""
         requests = self._requests()
+        self.model.rope = self.options.rope  # after the validation loss, which is the trained model's
         moments, right, nfe = Moments(), [], []
         drawn = generate(self.model, self.config, self.options.sampling, requests, self.options.seed)
         bar = tqdm(drawn, total=len(requests), desc=f"step {self.checkpoint.step} samples", unit="image", mininterval=5)
@@ -145,6 +148,8 @@ class _Evaluation:
         evaluation = self.config.evaluation
         return {
             "weights": self.weights,
+            "data": data_identity(open_index(Path(self.config.data.shards)))[:16],
+            "patch_size": self.config.model.patch_size,
             "held_out_images": evaluation.validation_images,
             "holdout_fraction": self.config.data.holdout_fraction,
             "times": evaluation.validation_times,
@@ -163,7 +168,7 @@ class _Evaluation:
             "guidance_channels": sampling.guidance.channels,
             "guidance_power": sampling.guidance.power,
             "decoder": latent.kind if latent.vae is None else latent.vae,
-            "rope": self.config.model.rope.method,
+            "rope": self.options.rope.method + (" decoupled" if self.options.rope.decouple else ""),
             "resolution": "dataset" if self.options.size is None else "x".join(map(str, self.options.size)),
             "samples": self.options.samples,
             "seed": self.options.seed,

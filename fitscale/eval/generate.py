@@ -94,8 +94,14 @@ def weights_name(config: Config, checkpoint: Checkpoint, name: str) -> str:
 
 
 def load_model(config: Config, weights: Path, device: str, rope: RopeConfig | None = None) -> FiT:
-    """FiT in this process, ready to sample: in bf16 if the run was trained so and there is a GPU, else in fp32."""
+    """FiT in this process, ready to sample: in bf16 if the run was trained so and there is a GPU, else in fp32.
+
+    Raises:
+        UserError: started as one of several ranks, each of which would do, and write, the same.
+    """
     topology = init_parallel(ParallelConfig(), device)
+    if topology.world_size > 1:
+        raise UserError(f"sampling and evaluation run in one process, not under torchrun with {topology.world_size}")
     model = FiT(config.model, ParallelConfig())
     load_weights(model, weights)
     model.rope = rope or config.model.rope

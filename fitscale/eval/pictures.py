@@ -1,4 +1,4 @@
-"""What a person sees of generated images: PNG files, a contact sheet, and the .npz of ADM's evaluator."""
+"""What a person sees of generated images: PNG files and contact sheets."""
 
 import os
 from collections.abc import Sequence
@@ -35,13 +35,6 @@ def write_contact_sheet(path: Path, images: Sequence[np.ndarray], labels: Sequen
         draw.text((x, y), label, fill="black")
         sheet.paste(tile, (x, y + TITLE))
     _save(path, sheet)
-
-
-def write_npz(path: Path, images: Sequence[np.ndarray]) -> None:
-    """`arr_0`, uint8 (N, H, W, 3): what ADM's evaluator reads. All images have one size."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.npz")
-    np.savez(temporary, arr_0=rgb(np.stack(images)))
-    temporary.replace(path)
 
 
 def _enlarged(image: np.ndarray, factor: int) -> Image.Image:

@@ -50,13 +50,18 @@ def load_reference(path: Path, net: FeatureNet, latent: LatentConfig, cache: Pat
         raise UserError(f"evaluation.reference: {path}: no such .npz file, shards or image folder")
     if (path / "index.json").is_file():
         index = open_index(path)
-        identity = _digest([shard.checksum for shard in index.meta.shards])
+        identity = data_identity(index)
         return _cached(identity, net, cache, lambda: _shard_images(index, latent), index.meta.num_variants)
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
         raise UserError(f"evaluation.reference: {path} holds neither shards with an index nor images")
     identity = _digest([f"{file.relative_to(path)} {file.stat().st_size}" for file in files])
     return _cached(identity, net, cache, lambda: map(_read_image, files), len(files))
+
+
+def data_identity(index: Index) -> str:
+    """A hash of a shard set's contents."""
+    return _digest([shard.checksum for shard in index.meta.shards])
 
 
 def _from_npz(path: Path, net: FeatureNet) -> Reference:

@@ -123,8 +123,8 @@ def _dopri5(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, noise: Im
 def _sde(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, noise: ImageNoise) -> Tensor:
     """Euler-Maruyama for dx = (v + g^2/2 score) dt + g dW with g^2 = 2 (1 - t), the "sigma" form of SiT.
 
-    steps - 1 equal steps from 0 to 0.96, then one without noise over the last 0.04 ("Mean"): SiT, arXiv 2401.08740,
-    section 3.3 and appendix; its published code has the factor 2 in g^2.
+    steps - 1 equal steps from 0 to 0.96, then one without noise over the last 0.04 ("Mean"): SiT, arXiv 2401.08740; the
+    factor 2 in g^2 is its published code's.
     """
     if sampling.steps < 2:
         raise UserError(f"sampling.steps: {sampling.steps} is too few for sde, the least is 2")

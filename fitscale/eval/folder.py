@@ -1,0 +1,82 @@
+"""A folder of generated images: one PNG each, a contact sheet of the first, all in an .npz, and how they were made.
+
+Images are written as they come, so that memory does not grow with their number; the folder appears under its name when
+it is whole.
+"""
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from fitscale.config.errors import UserError
+from fitscale.config.rundir import write_atomic
+from fitscale.eval.features import rgb
+from fitscale.eval.generate import Generated
+from fitscale.eval.pictures import write_contact_sheet, write_png
+
+SETTINGS = "samples.json"
+SHEET_IMAGES = 100  # most images on a contact sheet
+
+
+def check_samples_folder(out: Path) -> None:
+    """`out` can be written: it is new, empty, or an earlier folder of samples, which will be replaced.
+
+    Raises:
+        UserError: there is something else.
+    """
+    if out.exists() and not (out.is_dir() and ((out / SETTINGS).is_file() or not any(out.iterdir()))):
+        raise UserError(f"--out: {out} exists and is no folder of samples; choose a new one")
+
+
+def write_samples(
+    out: Path, drawn: Iterable[Generated], labels: list[int], settings: dict[str, Any], title: str
+) -> list[int]:
+    """Write the images `drawn`, all of one size and in the order of `labels`; returns their function evaluations."""
+    out = out.resolve()
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        nfe, passes, shown = _write_images(temporary, drawn, labels)
+        write_contact_sheet(
+            temporary / "contact_sheet.png", shown, [str(label) for label in labels[: len(shown)]], title
+        )
+        record = {**settings, "nfe": nfe, "network_evaluations": passes, "labels": labels}
+        write_atomic(temporary / SETTINGS, json.dumps(record, indent=1))
+        if out.exists():
+            shutil.rmtree(out)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return nfe
+
+
+def _write_images(
+    folder: Path, drawn: Iterable[Generated], labels: list[int]
+) -> tuple[list[int], list[int], list[np.ndarray]]:
+    """PNG files and samples.npz (`arr_0`, uint8 NHWC with 3 channels: what ADM's evaluator reads)."""
+    nfe, passes, shown = [], [], []
+    array_NHWC: np.ndarray | None = None
+    bar = tqdm(drawn, total=len(labels), desc="samples", unit="image")
+    for place, (made, label) in enumerate(zip(bar, labels, strict=True)):
+        if array_NHWC is None:
+            shape = (len(labels), *made.image.shape[:2], 3)
+            array_NHWC = np.lib.format.open_memmap(folder / "arr_0.npy", "w+", np.uint8, shape)
+        array_NHWC[place] = rgb(made.image)
+        write_png(folder / f"{made.index:06d}_class{label}.png", made.image)
+        nfe.append(made.nfe)
+        passes.append(made.network_evaluations)
+        if place < SHEET_IMAGES:
+            shown.append(made.image)
+    del array_NHWC  # flushes
+    with zipfile.ZipFile(folder / "samples.npz", "w") as archive:
+        archive.write(folder / "arr_0.npy", "arr_0.npy")
+    (folder / "arr_0.npy").unlink()
+    return nfe, passes, shown
