@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from fitscale.config.schema import ModelConfig, ParallelConfig
 from fitscale.model.attention import pack_layout, packed_attention
 from fitscale.model.fit import FiT
+from fitscale.model.initial import initial_items
 from fitscale.parallel.groups import init_parallel
 from tests.reference import CONFIGS, load_reference
 
@@ -36,11 +37,10 @@ def small_inputs(sizes, config=SMALL):
 
 def awake(config, parallel=None, seed=0):
     """A FiT whose zero-initialised layers are not zero, so that everything matters."""
-    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     model = FiT(config, parallel or ParallelConfig())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    for parameter, piece in initial_items(model, seed):
+        parameter.data.copy_(piece + 0.1 * torch.randn(piece.shape, generator=generator))
     return model
 
 
@@ -119,8 +119,7 @@ def test_replacing_rope_changes_only_larger_images():
 
 
 def test_initialisation_follows_the_papers():
-    torch.manual_seed(3)
-    model = FiT(replace(SMALL, hidden_size=64, num_classes=1000), ParallelConfig())
+    model = initialised(replace(SMALL, hidden_size=64, num_classes=1000), seed=3)
     adaln_outputs = ("global_adaLN_modulation.1", "blocks.0.adaLN_modulation.2", "final_layer.adaLN_modulation.1")
     for name in (*adaln_outputs, "final_layer.linear"):
         assert not model.get_submodule(name).weight.any(), name
@@ -134,8 +133,15 @@ def test_initialisation_follows_the_papers():
     assert not model(*small_inputs([(2, 2)])).any()
 
 
+def initialised(config, seed):
+    model = FiT(config, ParallelConfig())
+    for parameter, piece in initial_items(model, seed):
+        parameter.data.copy_(piece)
+    return model
+
+
 def test_seed_decides_the_weights():
-    first, same, other = (awake(SMALL, seed=seed).state_dict() for seed in (7, 7, 8))
+    first, same, other = (initialised(SMALL, seed).state_dict() for seed in (7, 7, 8))
     assert all(torch.equal(first[key], same[key]) for key in first)
     assert not torch.equal(first["blocks.0.attn.qkv.weight"], other["blocks.0.attn.qkv.weight"])
     assert not any(key.endswith("_extra_state") for key in first)

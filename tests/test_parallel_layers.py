@@ -11,6 +11,7 @@ import torch
 from fitscale.config.errors import UserError
 from fitscale.config.schema import ParallelConfig
 from fitscale.model.fit import FiT
+from fitscale.model.initial import initial_items
 from fitscale.model.published import load_weights, published_items, save_weights
 from fitscale.parallel import groups
 from fitscale.parallel.layers import enter_sharded, full_tensor, gather_tokens, scatter_tokens
@@ -98,8 +99,10 @@ def seed_differences(reference):
     models = []
     for config in (ONE, LAYOUTS["tp"]):
         groups.init_parallel(config, "cpu")
-        torch.manual_seed(5)
-        models.append(dict(published_items(FiT(reference.config, config))))
+        model = FiT(reference.config, config)
+        for parameter, piece in initial_items(model, seed=5):
+            parameter.data.copy_(piece)
+        models.append(dict(published_items(model)))
     return [key for key, value in models[0].items() if not torch.equal(value, models[1][key])]
 
 

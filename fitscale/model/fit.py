@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from fitscale.config.schema import ModelConfig, ParallelConfig
 from fitscale.model.attention import PackLayout, pack_layout
-from fitscale.model.layers import Block, ClassEmbedder, FinalLayer, TimeEmbedder, TokenEmbedder, ZeroLinear
+from fitscale.model.layers import Block, ClassEmbedder, FinalLayer, TimeEmbedder, TokenEmbedder
 from fitscale.parallel.layers import gather_tokens, scatter_tokens
 
 
 class FiT(nn.Module):
-    """The network. Make it on the CPU, after `init_parallel`: the same seed then gives the same weights on any layout.
+    """The network. Make it after `init_parallel`; its weights come from `initial_items` or `read_items`.
 
     `rope` may be replaced after construction, to generate at sizes beyond those trained on.
     """
@@ -34,7 +34,7 @@ class FiT(nn.Module):
         self.t_embedder = TimeEmbedder(config)
         self.y_embedder = ClassEmbedder(config)
         self.global_adaLN_modulation = (
-            nn.Sequential(nn.SiLU(), ZeroLinear(config.hidden_size, 6 * config.hidden_size))
+            nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size))
             if config.adaln_rank is not None
             else None
         )

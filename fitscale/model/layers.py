@@ -3,7 +3,7 @@
 Conditioning (time + class) is one vector per image; everything derived from it stays per image (S rows) and meets the
 tokens (T rows) only where it scales or shifts them, in `scale_tokens` and `spread`.
 
-Every layer initialises itself in its constructor (`reset_parameters`), from torch's default generator.
+The weights are set afterwards, by `initial.py` or from a file.
 
 Shapes: T tokens of the pack, S images, D hidden size, C numbers in a token.
 """
@@ -21,38 +21,6 @@ from fitscale.parallel.layers import ColumnLinear, RowLinear, enter_sharded
 
 TIME_CHANNELS = 256
 _TIME_MAX_PERIOD = 10000.0
-_EMBEDDING_STD = 0.02
-
-
-class XavierLinear(nn.Linear):
-    """Replicated linear: Xavier-uniform weight, zero bias."""
-
-    def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight)
-        nn.init.zeros_(self.bias)
-
-
-class NormalLinear(nn.Linear):
-    """Replicated linear: normal(0, 0.02) weight, zero bias."""
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=_EMBEDDING_STD)
-        nn.init.zeros_(self.bias)
-
-
-class ZeroLinear(nn.Linear):
-    """Replicated linear that starts at zero, so that a block starts as the identity and the output as zero."""
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-
-class NormalEmbedding(nn.Embedding):
-    """Table of normal(0, 0.02) rows."""
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=_EMBEDDING_STD)
 
 
 class TokenEmbedder(nn.Module):
@@ -60,7 +28,7 @@ class TokenEmbedder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.proj = XavierLinear(config.token_channels, config.hidden_size)
+        self.proj = nn.Linear(config.token_channels, config.hidden_size)
 
     def forward(self, tokens_TC: Tensor) -> Tensor:
         return self.proj(tokens_TC.to(self.proj.weight.dtype))
@@ -72,7 +40,7 @@ class TimeEmbedder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden = config.hidden_size
-        self.mlp = nn.Sequential(NormalLinear(TIME_CHANNELS, hidden), nn.SiLU(), NormalLinear(hidden, hidden))
+        self.mlp = nn.Sequential(nn.Linear(TIME_CHANNELS, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
 
     def forward(self, t_S: Tensor) -> Tensor:
         half = TIME_CHANNELS // 2
@@ -88,7 +56,7 @@ class ClassEmbedder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embedding_table = NormalEmbedding(config.num_classes + 1, config.hidden_size)
+        self.embedding_table = nn.Embedding(config.num_classes + 1, config.hidden_size)
 
     def forward(self, labels_S: Tensor) -> Tensor:
         return self.embedding_table(labels_S)
@@ -122,9 +90,9 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config, sequence_parallel)
         hidden, rank = config.hidden_size, config.adaln_rank
         if rank is None:
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), ZeroLinear(hidden, 6 * hidden))
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 6 * hidden))
         else:
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), XavierLinear(hidden, rank), ZeroLinear(rank, 6 * hidden))
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, rank), nn.Linear(rank, 6 * hidden))
 
     def forward(self, x_TD: Tensor, c_SD: Tensor, shared_S6D: Tensor | None, layout: PackLayout) -> Tensor:
         mods_S6D = self.adaLN_modulation(c_SD)
@@ -144,8 +112,8 @@ class FinalLayer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden = config.hidden_size
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), ZeroLinear(hidden, 2 * hidden))
-        self.linear = ZeroLinear(hidden, config.patch_size**2 * config.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
+        self.linear = nn.Linear(hidden, config.patch_size**2 * config.out_channels)
 
     def forward(self, x_TD: Tensor, c_SD: Tensor, layout: PackLayout) -> Tensor:
         shift, scale = self.adaLN_modulation(c_SD).chunk(2, dim=-1)

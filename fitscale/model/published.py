@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from fitscale.config.errors import UserError
 from fitscale.config.schema import ModelConfig
 from fitscale.model.fit import FiT
-from fitscale.parallel.layers import full_shape, full_tensor, own_piece
+from fitscale.parallel.layers import full_shape, full_tensor, own_piece, set_value
 
 _LISTED_KEYS = 10
 
@@ -29,16 +28,15 @@ def load_weights(model: FiT, path: Path) -> None:
     Raises:
         UserError: see `read_items`; the model is unchanged if keys or shapes differ.
     """
-    with torch.no_grad():
-        for param, piece in read_items(model, path):
-            param.copy_(piece)
+    for param, piece in read_items(model, path):
+        set_value(param, piece)
 
 
 def read_items(model: FiT, path: Path) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """(parameter, this tensor-parallel rank's piece of its tensor in `path`), one at a time, on the CPU.
 
     Args:
-        model: in this rank's layout, before ZeRO-3 has partitioned its parameters.
+        model: in this rank's layout, partitioned by ZeRO-3 or not.
         path: one .safetensors file, or a folder whose files together hold every tensor.
 
     Raises:
@@ -47,7 +45,7 @@ def read_items(model: FiT, path: Path) -> Iterator[tuple[nn.Parameter, Tensor]]:
     with ExitStack() as stack:
         try:
             files = _open_files(path, stack)
-            _check_keys(model, {key: tuple(file.get_slice(key).get_shape()) for key, file in files.items()}, path)
+            check_keys(model, {key: tuple(file.get_slice(key).get_shape()) for key, file in files.items()}, path)
             for name, param in model.named_parameters():
                 yield param, own_piece(param, from_published(name, files[name].get_tensor(name), model.config))
         except (OSError, SafetensorError) as error:
@@ -104,7 +102,8 @@ def _open_files(path: Path, stack: ExitStack) -> dict[str, Any]:
     return {key: file for file in files for key in file.keys()}  # noqa: SIM118 (a safetensors file is no dict)
 
 
-def _check_keys(model: FiT, found: dict[str, tuple[int, ...]], path: Path) -> None:
+def check_keys(model: FiT, found: dict[str, tuple[int, ...]], path: Path) -> None:
+    """Raises UserError if `found`, the names and full shapes of the tensors in `path`, are not the model's."""
     expected = {name: full_shape(param) for name, param in model.named_parameters()}
     problems = [f"{key} is missing" for key in expected if key not in found]
     problems += [f"{key} is not part of the model" for key in found if key not in expected]

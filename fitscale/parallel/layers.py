@@ -27,8 +27,7 @@ from torch import Tensor, nn
 class ColumnLinear(ColumnParallelLinear):
     """Linear whose output features are split over TP: (T or T/tp, in) -> (T, out/tp); gathers the tokens under SP.
 
-    Weights are Xavier-uniform, biases zero, drawn whole from torch's default generator and then cut: the same seed
-    makes the same layer at any TP size.
+    The weight is set by whoever owns the model; megatron-core's own initialisation only marks how it is cut.
     """
 
     def __init__(self, in_features: int, out_features: int, sequence_parallel: bool) -> None:
@@ -36,7 +35,7 @@ class ColumnLinear(ColumnParallelLinear):
             in_features,
             out_features,
             config=_megatron_config(sequence_parallel),
-            init_method=nn.init.xavier_uniform_,
+            init_method=_leave,
             skip_bias_add=True,
         )
         self.register_state_dict_post_hook(_drop_extra_state)
@@ -54,7 +53,7 @@ class RowLinear(RowParallelLinear):
             in_features,
             out_features,
             config=_megatron_config(sequence_parallel),
-            init_method=nn.init.xavier_uniform_,
+            init_method=_leave,
             bias=True,
             input_is_parallel=True,
             skip_bias_add=True,
@@ -131,6 +130,21 @@ def own_piece(param: Tensor, full: Tensor) -> Tensor:
     if not _is_split(param):
         return full
     return full.chunk(tp_size(), dim=param.partition_dim)[tp_rank()]  # type: ignore[attr-defined]
+
+
+def set_value(param: Tensor, piece: Tensor) -> None:
+    """Set a parameter to this rank's piece; under ZeRO-3, to the part of it that this rank keeps. Local."""
+    if hasattr(param, "ds_tensor"):
+        kept = param.ds_tensor
+        start = kept.ds_numel * parallel_state.get_data_parallel_rank()
+        part = piece.flatten()[start : start + kept.ds_numel]
+        kept.data[: len(part)].copy_(part)
+    else:
+        param.data.copy_(piece)
+
+
+def _leave(weight: Tensor) -> None:
+    """An initialisation that does nothing."""
 
 
 def _is_split(param: Tensor) -> bool:

@@ -7,6 +7,7 @@
 DeepSpeed's ZeRO shards the optimizer: stage 1 its state, stage 2 the gradients too, stage 3 the weights as well.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -39,6 +40,19 @@ def make_engine(
         config=_engine_config(parallel, optim, topology),
     )
     return engine
+
+
+def building(parallel: ParallelConfig, optim: OptimConfig, topology: Topology) -> Any:
+    """A context in which to build the model: under ZeRO-3 every layer is partitioned as soon as it is made."""
+    if parallel.zero_stage < 3:
+        return contextlib.nullcontext()
+    deepspeed = _import_deepspeed(topology.device)
+    deepspeed.init_distributed(dist_backend="nccl" if topology.device.type == "cuda" else "gloo")
+    return deepspeed.zero.Init(
+        data_parallel_group=parallel_state.get_data_parallel_group(),
+        mpu=_ModelParallelUnit(),
+        config_dict_or_path=_engine_config(parallel, optim, topology),  # names the precision, too
+    )
 
 
 def optimizer_step(engine: Any) -> float:

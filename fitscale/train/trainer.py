@@ -32,10 +32,12 @@ from fitscale.data.plan import BatchPlan
 from fitscale.flow.loss import image_weights, make_objective
 from fitscale.model import flops
 from fitscale.model.fit import FiT
-from fitscale.model.published import load_weights
+from fitscale.model.initial import initial_items
+from fitscale.model.published import read_items
 from fitscale.parallel.collective import on_rank_zero
 from fitscale.parallel.groups import Topology, init_parallel
-from fitscale.parallel.zero import make_engine, optimizer_step
+from fitscale.parallel.layers import set_value
+from fitscale.parallel.zero import building, make_engine, optimizer_step
 from fitscale.train import checkpoint as checkpoints
 from fitscale.train import prepare
 from fitscale.train.health import StepHealth, Watchdog
@@ -112,11 +114,11 @@ class Trainer:
     def _build_engine(self, found: Checkpoint | None) -> Any:
         """FiT (weights of `found`, of `run.init_weights` or fresh), its optimizer, and DeepSpeed around both."""
         config = self.config
-        torch.manual_seed(config.run.seed)  # the only use of the global generator: the initial weights
-        model = FiT(config.model, config.parallel)
+        with building(config.parallel, config.optim, self.topology):
+            model = FiT(config.model, config.parallel)
         start = found.weights("raw") if found else config.run.init_weights
-        if start:
-            load_weights(model, Path(start))
+        for parameter, piece in read_items(model, Path(start)) if start else initial_items(model, config.run.seed):
+            set_value(parameter, piece)
         freeze_untrained(model.named_parameters(), config.optim.trainable)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = AdamWEMA(trained, config.optim)
