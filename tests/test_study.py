@@ -175,6 +175,16 @@ def test_an_unidentified_floor_is_not_printed(tmp_path):
     assert law["lines"][-1][:2] == ["e", "not identified"]
 
 
+def test_a_floor_above_the_best_measurement_is_a_misfit(table):
+    fd = table[table["metric"] == "fd"].sort_values("train_flops")
+    floored = 30 * (fd["train_flops"] / fd["train_flops"].min()) ** -0.9 + 6
+    bent = fd.assign(value=floored.where(fd["train_flops"] < fd["train_flops"].max(), 4.0))
+    answer = study(bent, Question(laws=("offset",), hold_out=(), points="all", resamples=20))
+    assert answer.results[0].fit.named()["e"] > 4
+    (caution,) = [caution for caution in answer.cautions if caution.code == "misfit"]
+    assert caution.message.endswith("above the best measurement 4: it does not fit")
+
+
 def test_table_of_sizes(table):
     header, rows = size_table(study(table, Question(resamples=10)))
     assert [row[0] for row in rows] == ["xs", "s", "m", "l"]

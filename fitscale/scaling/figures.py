@@ -12,7 +12,6 @@ from fitscale.scaling.study import LawResult, Study
 from fitscale.scaling.uncertainty import new_run_KN
 
 NAMES = {"fd": "Fréchet distance", "fid": "FID", "validation_loss": "Validation loss", "loss": "Loss"}
-MARGIN = 1.25  # room above and below the data
 HELD_OUT = "crimson"
 
 Images = dict[str, bytes]  # png, svg
@@ -48,7 +47,8 @@ def curves(study: Study) -> Images:
         axes.scatter(used["train_flops"], used["value"], zorder=4, label=f"{study.question.points}", **ring)
     for result in study.results[:1]:
         _draw_law(axes, study, result, rows)
-    axes.set_ylim(rows["value"].min() / MARGIN, rows["value"].max() * MARGIN)
+    low, high = _limits(rows["value"])
+    axes.set_ylim(low, high)
     _logarithmic(axes, rows["value"])
     _decorate(
         axes, f"{_name(study)} against training compute", "training compute (FLOPs: 6 x MACs x images)", _name(study)
@@ -181,7 +181,7 @@ def _draw_law(axes: Any, study: Study, result: LawResult, rows: pd.DataFrame) ->
     else:
         _draw_surface(axes, study, result, rows)
     floor = result.fit.named()["e"] if result.floor is not None and result.floor.identified else 0.0
-    if floor > rows["value"].min() / MARGIN:
+    if floor > _limits(rows["value"])[0]:
         axes.axhline(floor, color="gray", linewidth=0.9, linestyle="-.", label=f"floor E = {floor:.3g}", zorder=1)
 
 
@@ -211,6 +211,13 @@ def _draw_surface(axes: Any, study: Study, result: LawResult, rows: pd.DataFrame
             draws = new_run_KN(result.fit, result.resamples, line, study.question.seed)
             low, high = np.quantile(draws, [0.05, 0.95], axis=0)
             axes.fill_between(compute, low, high, color="black", alpha=0.12, linewidth=0, label="90 % for a new run")
+
+
+def _limits(values: pd.Series) -> tuple[float, float]:
+    """A tenth of the data's logarithmic range above and below, a quarter of their value at most."""
+    low, high = float(values.min()), float(values.max())
+    margin = min(max((high / low) ** 0.1, 1.02), 1.25)
+    return low / margin, high * margin
 
 
 def _logarithmic(axes: Any, values: pd.Series) -> None:

@@ -197,7 +197,14 @@ def _cautions(
 
 
 def _floor_caution(result: LawResult) -> list[Caution]:
-    if result.floor is None or result.floor.identified:
+    if result.floor is None:
+        return []
+    floor, best = result.fit.named()["e"], float(result.used["value"].min())
+    if floor > best:
+        name = result.fit.law.name
+        text = f"{name} law: its floor {floor:.4g} lies above the best measurement {best:.4g}: it does not fit"
+        return [Caution("misfit", text)]
+    if result.floor.identified:
         return []
     text = f"{result.fit.law.name} law: the floor E is not identified; at {result.floor.level:.0%} zero fits as well"
     return [Caution("floor", text)]
