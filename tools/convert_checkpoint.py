@@ -1,0 +1,123 @@
+"""Export a run's weights as one .safetensors file in the published names, or import published weights.
+
+    python tools/convert_checkpoint.py runs/xl xl.safetensors --weights ema --dtype bf16
+    python tools/convert_checkpoint.py runs/xl xl.safetensors --step 400000 --weights raw
+    python tools/convert_checkpoint.py published.pt xl.safetensors --config configs/model/xl.yaml
+
+The first argument is a run directory; the same weights give the same bytes, whatever layout saved them. With --config it is
+published weights for that model: a .safetensors file, a folder of them, or a state dict of torch.save; the output is
+what `run.init_weights` takes. One tensor at a time is in memory. Needs no GPU.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fitscale.config.errors import UserError
+from fitscale.config.main import exit_code
+
+if TYPE_CHECKING:
+    from fitscale.config.schema import ModelConfig
+    from fitscale.model.export import StoredTensor
+
+    Source = tuple[dict[str, StoredTensor], dict[str, str]]  # tensors by name, metadata
+
+PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    return exit_code(lambda: convert(options))
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Write `options.out` from a run directory or from published weights."""
+    out: Path = options.out
+    if out.is_dir() or (out.exists() and not options.force):
+        raise UserError(f"{out}: is there already; choose another name, or --force to replace a file")
+    tensors, metadata = published_source(options) if options.config else run_source(options)
+    size = _write_with_progress(out, tensors, options.dtype, metadata)
+    described = ", ".join(f"{key} {value}" for key, value in metadata.items() if key != "model")
+    print(f"{out}: {len(tensors)} tensors, {options.dtype}, {size / 1e6:.1f} MB ({described})")
+
+
+def run_source(options: argparse.Namespace) -> "Source":
+    """One set of weights of a run's checkpoint."""
+    from fitscale.eval.generate import find_checkpoint, open_run, weights_name
+    from fitscale.model.export import list_tensors
+
+    if options.source.is_file():
+        raise UserError(f"{options.source}: a file, no run directory; for published weights give --config MODEL.yaml")
+    config, run = open_run(options.source)
+    checkpoint = find_checkpoint(run, options.step)
+    weights = weights_name(config, checkpoint, options.weights or config.evaluation.weights)
+    metadata = {"model": _as_json(checkpoint.meta["model"]), "step": str(checkpoint.step), "weights": weights}
+    return list_tensors(checkpoint.weights(weights)), metadata | {"source": config.run.name}
+
+
+def published_source(options: argparse.Namespace) -> "Source":
+    """Published weights, if they are those of the model that --config says."""
+    from fitscale.config.load import load_config
+    from fitscale.model.export import list_state_dict, list_tensors
+
+    source: Path = options.source
+    model = load_config(options.config).model
+    pickled = source.suffix in PICKLED
+    for name, value, valid in (("--step", options.step, False), ("--weights", options.weights, pickled)):
+        if value is not None and not valid:
+            raise UserError(f"{name}: {source} has nothing to choose from; it goes with a run directory")
+    tensors = list_state_dict(source, options.weights) if pickled else list_tensors(source)
+    _check_model(model, tensors, source)
+    weights = {"weights": options.weights} if options.weights else {}
+    return tensors, {"model": _as_json(asdict(model)), **weights, "source": source.name}
+
+
+def _check_model(model: "ModelConfig", tensors: "dict[str, StoredTensor]", source: Path) -> None:
+    """Raises UserError if names or shapes are not the model's, which is built without memory for its weights."""
+    import torch
+
+    from fitscale.config.schema import ParallelConfig
+    from fitscale.model.fit import FiT
+    from fitscale.model.published import check_keys
+    from fitscale.parallel.groups import init_parallel
+
+    init_parallel(ParallelConfig(), "cpu")
+    with torch.device("meta"):
+        network = FiT(model, ParallelConfig())
+    check_keys(network, {name: tensor.shape for name, tensor in tensors.items()}, source)
+
+
+def _write_with_progress(out: Path, tensors: "dict[str, StoredTensor]", dtype: str, metadata: dict[str, str]) -> int:
+    """Write the file; returns the bytes of its tensors."""
+    from tqdm import tqdm
+
+    from fitscale.model.export import num_bytes, write_tensors
+
+    total = sum(num_bytes(tensor.shape, dtype) for tensor in tensors.values())
+    with tqdm(total=total, desc=out.name, unit="B", unit_scale=True) as bar:
+        write_tensors(out, tensors, dtype, metadata, bar.update)
+    return total
+
+
+def _as_json(model: dict[str, object]) -> str:
+    return json.dumps(model, sort_keys=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="run directory; with --config, published weights")
+    add("out", type=Path, metavar="OUT", help=".safetensors file to write")
+    add("--step", type=int, help="checkpoint to export (default: the newest)")
+    add("--weights", help="raw, ema (the first average) or ema_<decay> (default: the run's); of a .pt file, the entry")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of all tensors (default: fp32)")
+    add("--config", nargs="+", metavar="CONFIG", help="SOURCE is published weights of the model of these config files")
+    add("--force", action="store_true", help="replace OUT")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
