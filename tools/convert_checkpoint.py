@@ -4,9 +4,9 @@
     python tools/convert_checkpoint.py runs/xl xl.safetensors --step 400000 --weights raw
     python tools/convert_checkpoint.py published.pt xl.safetensors --config configs/model/xl.yaml
 
-The first argument is a run directory; the same weights give the same bytes, whatever layout saved them. With --config it is
-published weights for that model: a .safetensors file, a folder of them, or a state dict of torch.save; the output is
-what `run.init_weights` takes. One tensor at a time is in memory. Needs no GPU.
+The first argument is a run directory; the same weights give the same bytes, whatever layout saved them. With --config
+it is published weights for that model: a .safetensors file, a folder of them, or a state dict of torch.save; the output
+is what `run.init_weights` takes. One tensor at a time is in memory. Needs no GPU.
 """
 
 import argparse
