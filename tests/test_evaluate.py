@@ -59,6 +59,15 @@ def test_the_classifier_recognises_held_out_digits(classifier):
     assert json.loads(classifier.with_suffix(".json").read_text())["accuracy"] > 0.97
 
 
+def test_the_same_classifier_has_the_same_bytes(tmp_path):
+    """Its hash is in the key of every result: a second training must not make results incomparable."""
+    script = "import sys, torch; from tools.train_digits_classifier import *; torch.manual_seed(0); "
+    script += "save(DigitsNet().eval(), Path(sys.argv[1]))"
+    for name in ("one.pt", "two.pt"):
+        subprocess.run([sys.executable, "-c", script, tmp_path / name], check=True, cwd=ROOT)
+    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
+
+
 def test_evaluate_measures_once_and_says_under_what_circumstances(run):
     run_ranks(call, 1, "evaluate", run.path)
     rows = read_jsonl(run.evaluations)

@@ -9,8 +9,8 @@
 
 import argparse
 import json
-import os
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -129,10 +129,13 @@ def distort(images: Tensor) -> Tensor:
 
 
 def save(model: DigitsNet, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    torch.jit.script(model).save(str(temporary))
-    temporary.replace(out)
+    """Write TorchScript whose bytes depend on the model alone, as its hash is part of every result's key.
+
+    Saved to a path it would hold the path's name; not frozen, its constants in the order of Python's string hashes.
+    """
+    buffer = BytesIO()
+    torch.jit.save(torch.jit.freeze(torch.jit.script(model)), buffer)
+    write_atomic(out, buffer.getvalue())
 
 
 if __name__ == "__main__":
