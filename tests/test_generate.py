@@ -14,7 +14,6 @@ from fitscale.eval.folder import SHEET_IMAGES, write_samples
 from fitscale.eval.generate import Generated, Request, generate, parse_classes, patches
 from fitscale.eval.pictures import write_contact_sheet
 from fitscale.model.fit import FiT
-from fitscale.model.initial import initial_items
 from fitscale.parallel.groups import init_parallel
 from tests.tiny import OVERRIDES
 

@@ -207,6 +207,7 @@ class ParallelConfig:
     sequence_parallel: bool = False  # shard the token dimension between the tensor-parallel regions
     zero_stage: int = 1
     precision: str = "auto"  # weights and activations; bf16 keeps fp32 master weights; auto = bf16 on cuda, fp32 on cpu
+    offload_optimizer: bool = False  # keep the optimizer's state and step in host memory
     activation_checkpoint_every: int = 0  # recompute every k-th block in the backward pass; 0 = none
 
     def __post_init__(self) -> None:
@@ -220,6 +221,8 @@ class ParallelConfig:
                 "parallel.zero_stage: stage 0 with precision = bf16 trains wrongly in DeepSpeed (no fp32 master "
                 "weights, a dummy optimizer step at start); use stage 1, 2 or 3, or precision = fp32"
             )
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise UserError("parallel.offload_optimizer: needs parallel.zero_stage of 1, 2 or 3")
         if self.sequence_parallel and self.tensor_parallel_size == 1:
             raise UserError("parallel.sequence_parallel: needs parallel.tensor_parallel_size of 2 or more")
 

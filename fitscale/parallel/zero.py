@@ -184,19 +184,23 @@ def _import_deepspeed(device: torch.device) -> Any:
 
 
 def _engine_config(parallel: ParallelConfig, optim: OptimConfig, topology: Topology) -> dict[str, Any]:
-    bf16 = parallel.precision == "bf16"
+    cuda = topology.device.type == "cuda"
+    zero: dict[str, Any] = {
+        "stage": parallel.zero_stage,
+        "overlap_comm": cuda,
+        "round_robin_gradients": False,  # True breaks the reading of full fp32 parameters
+    }
+    if parallel.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
     return {
         "train_batch_size": topology.dp_size,  # counts micro-batches only; the global batch is the batch plan's
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.grad_clip,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": parallel.zero_stage,
-            "overlap_comm": topology.device.type == "cuda",
-            "round_robin_gradients": False,  # True breaks the reading of full fp32 parameters
-        },
-        "bf16": {"enabled": bf16},
+        "zero_force_ds_cpu_optimizer": False,  # offloaded, too, the optimizer is ours: it carries the averages
+        "zero_optimization": zero,
+        "bf16": {"enabled": parallel.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 10**12,
     }
