@@ -25,6 +25,10 @@ def config():
 
 @pytest.fixture(scope="module")
 def model(config):
+    return random_model(config)
+
+
+def random_model(config):
     """A tiny network of random weights, so that every input shows in the output."""
     init_parallel(ParallelConfig(), "cpu")
     torch.manual_seed(0)
@@ -54,6 +58,16 @@ def test_an_image_depends_on_its_index_alone(model, config, method):
         assert difference.max() <= 1  # rounding at the edge of a grey level
     (other,) = generate(model, config, sampling, [REQUESTS[7]], seed=4)
     assert np.abs(other.image.astype(int) - together[7].astype(int)).max() > 1
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+def test_fit_v1_is_sampled_by_its_own_methods(method):
+    settings = ("model.family=fit", "flow.kind=ddpm", f"sampling.method={method}", "sampling.steps=10")
+    config = load_config([*OVERRIDES, *settings, "sampling.guidance.scale=2"])
+    made = list(generate(random_model(config), config, config.sampling, REQUESTS[:3], seed=0))
+    assert [(image.nfe, image.network_evaluations) for image in made] == [(10, 20)] * 3
+    assert [image.image.shape for image in made] == [(r.rows, r.cols, 1) for r in REQUESTS[:3]]
+    assert all(len(np.unique(image.image)) > 1 for image in made)  # untrained: most pixels end at black or white
 
 
 def test_evaluations_of_the_function_and_of_the_network_are_told_apart(model, config):

@@ -94,6 +94,13 @@ def test_ddpm_samplers_reach_the_data_distribution(method, steps):
     assert stats.kstest((values - values.mean()) / values.std(), "norm").pvalue > 1e-3
 
 
+def test_every_image_and_step_has_a_generator_of_its_own():
+    noise = ImageNoise(3, (4, 9), (1, 1))
+    drawn = [torch.randn(4, generator=g) for step in (0, 1) for g in noise.generators(step)]
+    assert len(torch.cat(drawn).unique()) == 16
+    assert torch.equal(drawn[0], torch.randn(4, generator=noise.generators(0)[0]))
+
+
 def test_ddpm_uses_the_learned_variance():
     def loud(x, t):
         output = ddpm_model(x, t)
