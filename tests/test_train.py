@@ -1,5 +1,7 @@
 """Training on real digits: the loss does not depend on the packs, and a killed run ends as an undisturbed one."""
 
+import gzip
+import json
 import random
 import time
 from collections.abc import Callable
@@ -53,7 +55,7 @@ def test_loss_is_the_same_for_one_pack_many_packs_and_two_ranks(tmp_path, digits
 
 
 def test_learning_reduces_the_loss(tmp_path, digits_shards):
-    run_ranks(train_here, 1, tiny_config(tmp_path / "run", digits_shards, "run.steps=40", "optim.lr=3e-3"))
+    run_ranks(train_here, 1, tiny_config(tmp_path / "run", digits_shards, "run.steps=70", "optim.lr=3e-3"))
     loss = column(tmp_path / "run", "loss")
     assert sum(loss[-8:]) < 0.8 * sum(loss[:8])
 
@@ -136,6 +138,19 @@ def test_post_training_starts_from_weights_and_moves_only_what_is_trainable(tmp_
     averages = weights_of(tmp_path / "post", "ema_0.9")
     assert averages.keys() == before.keys()  # whole, frozen tensors too
     assert averages["blocks.0.mlp.fc2.weight"].equal(before["blocks.0.mlp.fc2.weight"])
+
+
+def test_the_time_of_a_step_is_accounted_for_and_chosen_steps_are_profiled(tmp_path, digits_shards):
+    overrides = ("run.steps=6", "checkpoint.every_steps=3", "profile.first_step=2", "profile.steps=2")
+    run_ranks(train_here, 2, tiny_config(tmp_path, digits_shards, *overrides))
+    for row in read_jsonl(RunDir(tmp_path).throughput)[3:]:
+        parts = sum(row[f"{name}_s"] for name in ("data_wait", "forward", "backward", "optimizer", "save"))
+        assert 0.5 * row["step_s"] < parts < 1.1 * row["step_s"]
+        assert row["time_imbalance"] >= 0 and row["images_per_s"] > 0
+    for rank in (0, 1):
+        with gzip.open(tmp_path / "profile" / f"rank-{rank:05d}.json.gz") as file:
+            names = {event.get("name") for event in json.load(file)["traceEvents"]}
+        assert "aten::scaled_dot_product_attention" in names
 
 
 def test_wandb_offline_mirrors_the_run_in_its_directory(tmp_path, digits_shards):

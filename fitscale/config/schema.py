@@ -255,6 +255,18 @@ class HealthConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """Which steps get a profiler's trace, in profile/ of the run directory."""
+
+    first_step: int = 10  # counted from 1
+    steps: int = 0  # how many; 0 = none
+
+    def __post_init__(self) -> None:
+        _at_least("profile.first_step", self.first_step, 1)
+        _at_least("profile.steps", self.steps, 0)
+
+
+@dataclass(frozen=True)
 class GuidanceConfig:
     """Classifier-free guidance."""
 
@@ -356,6 +368,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

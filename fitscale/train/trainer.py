@@ -44,6 +44,7 @@ from fitscale.train.health import StepHealth, Watchdog
 from fitscale.train.metrics import Monitor, rewind_metrics
 from fitscale.train.optim import AdamWEMA, freeze_untrained, learning_rate
 from fitscale.train.saver import Saver
+from fitscale.train.timing import PhaseTimer, Profiler
 
 log = logging.getLogger(__name__)
 # Since the run's first step; "optimizer_steps" leaves out those that were skipped.
@@ -102,6 +103,7 @@ class Trainer:
         keep_steps = self.evaluation_steps | {config.run.steps}
         self.saver = Saver(run, config.optim.ema_decays, config.checkpoint.keep_last, keep_steps)
         self.health = StepHealth(config.health)
+        self.timer, self.profiler = PhaseTimer(topology.device), Profiler(config.profile, run.path / "profile")
         self.watchdog = Watchdog(config.health.timeout_min, topology.rank, run.events)
         self.engine = self._build_engine(self._find_checkpoint())
 
@@ -136,6 +138,7 @@ class Trainer:
         if first_step >= last_step:
             log.info("%s has all its %d steps", self.run.path, last_step)
             return
+        self.logged_step = first_step
         monitor = self._start_monitor(first_step) if dist.get_rank() == 0 else None
         with self.watchdog:
             self._take_steps(self._loader(first_step), monitor)
@@ -149,7 +152,9 @@ class Trainer:
     def _take_steps(self, loader: Iterator[StepBatch], monitor: Monitor | None) -> None:
         started, hours_before = time.perf_counter(), self.totals["device_hours"]
         for batch in self._timed(loader, monitor):
+            self.profiler.before(batch.step + 1)
             row = self._step(batch)
+            self.profiler.after(row["step"])
             spent_h = (time.perf_counter() - started) / 3600
             self.totals["device_hours"] = hours_before + spent_h * self.topology.world_size
             self._report(row, batch, monitor)
@@ -160,8 +165,11 @@ class Trainer:
 
     def _report(self, row: dict[str, Any], batch: StepBatch, monitor: Monitor | None) -> None:
         step, skipped = row["step"], row["loss"] is None or row["grad_norm"] is None
-        if monitor and (skipped or step % self.config.run.log_every == 0 or step == self.config.run.steps):
-            monitor.log(row)
+        if skipped or step % self.config.run.log_every == 0 or step == self.config.run.steps:
+            phases = self.timer.read(step - self.logged_step)
+            self.logged_step = step
+            if monitor:
+                monitor.log(row, phases)
         median = None if skipped else self.health.spike(row["loss"])
         if monitor and median is not None:
             images = [self.plan.index.key(int(image)) for image in batch.batch.images_B]
@@ -213,7 +221,8 @@ class Trainer:
         tokens_B = batch.batch.tokens_B
         losses = self._forward_backward(batch, len(tokens_B), int(tokens_B.sum()))
         self.watchdog.doing(f"the optimizer of step {batch.step + 1}")
-        grad_norm = optimizer_step(self.engine)
+        with self.timer.phase("optimizer"):
+            grad_norm = optimizer_step(self.engine)
         loss = sum((share.double() for _, _, share in losses), torch.zeros((), device=self.topology.device))
         dist.all_reduce(loss, group=self.engine.data_parallel_group)
         finite = self.health.is_finite(loss.item(), grad_norm)
@@ -235,8 +244,10 @@ class Trainer:
         for number, pack in enumerate(batch.packs):
             self.watchdog.doing(f"pack {number + 1} of {len(batch.packs)} of step {batch.step + 1}")
             self.engine.set_gradient_accumulation_boundary(number == len(batch.packs) - 1)
-            loss_S, share = self._loss(pack, batch.step, images, tokens)
-            self.engine.backward(share * self.topology.dp_size)  # the engine averages over the ranks
+            with self.timer.phase("forward"):
+                loss_S, share = self._loss(pack, batch.step, images, tokens)
+            with self.timer.phase("backward"):
+                self.engine.backward(share * self.topology.dp_size)  # the engine averages over the ranks
             losses.append((pack.slots_S, loss_S.detach(), share.detach()))
         return losses
 
@@ -281,4 +292,6 @@ class Trainer:
         last = step == config.run.steps
         if not (last or step in self.evaluation_steps or step % config.checkpoint.every_steps == 0):
             return
-        self.saver.save(self.engine, {**self.totals, "model": asdict(config.model)})
+        self.watchdog.doing(f"saving step {step}")
+        with self.timer.phase("save"):
+            self.saver.save(self.engine, {**self.totals, "model": asdict(config.model)})
