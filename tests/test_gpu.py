@@ -1,0 +1,64 @@
+"""Training on a GPU: FiTv2-B in bf16 against the CPU in fp32. Needs one CUDA device; the CPU's share takes a minute."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fitscale.config.load import load_config
+from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.data.index import build_index
+from fitscale.data.shards import Sample, ShardSetMeta, ShardSetWriter, Variant
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory) -> Path:
+    """64 smooth latents of 4 channels, 64 to 256 tokens."""
+    folder = tmp_path_factory.mktemp("latents") / "shards"
+    chance = np.random.default_rng(0)
+    meta = ShardSetMeta("vae", factor=8, scaling=0.18215, channels=4, num_classes=1000, recipe={})
+    with ShardSetWriter(folder, meta, 64) as writer:
+        for number in range(64):
+            height, width = 16 + 4 * (number % 5), 16 + 4 * (number % 4)
+            array = np.repeat(np.repeat(chance.standard_normal((4, height // 4, width // 4)), 4, 1), 4, 2)
+            writer.write(Sample(f"latent-{number:02d}", number % 1000, [Variant(array.astype(np.float16))]))
+    build_index(folder)
+    return folder
+
+
+def losses(run_dir: Path, shards: Path, *overrides: str) -> list[float]:
+    from fitscale.parallel.groups import shutdown
+    from fitscale.train.trainer import train
+
+    config = load_config(
+        [
+            *(str(ROOT / "configs" / "model" / "b.yaml"), f"run.dir={run_dir}", f"data.shards={shards}"),
+            *("batch.global_batch_size=8", "batch.pack_tokens=2048", "data.num_workers=0", "optim.lr=1e-4"),
+            *("evaluation.points=0", *overrides),
+        ]
+    )
+    train(config)
+    shutdown()
+    return [row["loss"] for row in read_jsonl(RunDir(run_dir).metrics)]
+
+
+def test_fifty_steps_of_b_on_a_gpu_follow_the_cpu(tmp_path, latents):
+    on_gpu = losses(tmp_path / "gpu", latents, "run.device=cuda", "run.steps=50")
+    on_cpu = losses(tmp_path / "cpu", latents, "run.device=cpu", "run.steps=3")
+    assert len(on_gpu) == 50 and all(np.isfinite(on_gpu))
+    assert on_gpu[:3] == pytest.approx(on_cpu, abs=2e-2)
+    assert np.mean(on_gpu[-10:]) < np.mean(on_gpu[:10])
+
+
+def test_precisions_and_stages_agree_on_a_gpu(tmp_path, latents):
+    fp32 = losses(tmp_path / "fp32", latents, "run.device=cuda", "run.steps=5", "parallel.precision=fp32")
+    for stage in (1, 2, 3):
+        overrides = ("run.device=cuda", "run.steps=5", f"parallel.zero_stage={stage}")
+        assert losses(tmp_path / f"zero{stage}", latents, *overrides) == pytest.approx(fp32, abs=2e-2)
