@@ -1,12 +1,13 @@
 """Training on a GPU: FiTv2-B in bf16 against the CPU in fp32. Needs one CUDA device; the CPU's share takes a minute."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from fitscale.config.load import load_config
 from fitscale.config.rundir import RunDir, read_jsonl
 from fitscale.data.index import build_index
 from fitscale.data.shards import Sample, ShardSetMeta, ShardSetWriter, Variant
@@ -34,18 +35,13 @@ def latents(tmp_path_factory) -> Path:
 
 
 def losses(run_dir: Path, shards: Path, *overrides: str) -> list[float]:
-    from fitscale.parallel.groups import shutdown
-    from fitscale.train.trainer import train
-
-    config = load_config(
-        [
-            *(str(ROOT / "configs" / "model" / "b.yaml"), f"run.dir={run_dir}", f"data.shards={shards}"),
-            *("batch.global_batch_size=8", "batch.pack_tokens=2048", "data.num_workers=0", "optim.lr=1e-4"),
-            *("evaluation.points=0", *overrides),
-        ]
-    )
-    train(config)
-    shutdown()
+    """Loss of every step of `fitscale train` in a process of its own."""
+    arguments = [
+        *(str(ROOT / "configs" / "model" / "b.yaml"), f"run.dir={run_dir}", f"data.shards={shards}"),
+        *("batch.global_batch_size=8", "batch.pack_tokens=2048", "data.num_workers=0", "optim.lr=1e-4"),
+        *("evaluation.points=0", *overrides),
+    ]
+    subprocess.run([sys.executable, "-m", "fitscale", "train", *arguments], check=True, cwd=ROOT)
     return [row["loss"] for row in read_jsonl(RunDir(run_dir).metrics)]
 
 
