@@ -34,7 +34,9 @@ SWEEP = "configs/sweep/digits.yaml"
 OUT = Path("demo")
 SHARDS, CLASSIFIER, TABLE, REPORT = OUT / "shards", OUT / "classifier.pt", OUT / "runs.csv", OUT / "report"
 GUIDANCE = 2.0
-SHEETS = {"trained": (10, 7), "unseen-large": (14, 12), "unseen-wide": (8, 14)}  # height, width in pixels
+# Height and width in pixels; the unseen ones are those of no training image.
+SHEETS = {"trained": (10, 8), "unseen-between": (9, 7), "unseen-larger": (12, 9)}
+STRETCH = {"unseen-larger": " --rope ntk-aware --decouple"}  # beyond the longest side trained on
 COLUMNS = ("size", "parameters", "training FLOPs", "validation loss", "FD", "recognised (guided)")
 PROGRAMS = {"python": [sys.executable], "fitscale": [sys.executable, "-m", "fitscale"]}
 
@@ -123,14 +125,14 @@ def all_steps(runs: dict[str, RunDir], last: dict[str, int], configs: tuple[Path
         Step(
             f"samples of {height} x {width} pixels, {kind}",
             f"fitscale sample {largest.path} --height {height} --width {width} --count 40 --guidance {GUIDANCE:g} "
-            f"--out {sheet(largest, kind).parent}",
+            f"--out {sheet(largest, kind).parent}{STRETCH.get(kind, '')}",
             (sheet(largest, kind),),
         )
         for kind, (height, width) in SHEETS.items()
     ]
     folders = " ".join(str(run.path) for run in runs.values())
-    images = " ".join(str(sheet(largest, kind)) for kind in SHEETS)
-    fit = f"python tools/fit_scaling.py {TABLE} --metric fd --where key_guidance=1.0 --image {images} -o {REPORT}"
+    images = " ".join(f"--image {sheet(largest, kind)}" for kind in SHEETS)
+    fit = f"python tools/fit_scaling.py {TABLE} --metric fd --where key_guidance=1.0 {images} -o {REPORT}"
     return [
         Step("shards of cropped digits", f"python tools/make_shards.py digits {SHARDS}", (SHARDS / "index.json",)),
         Step("classifier", f"python tools/train_digits_classifier.py {CLASSIFIER}", (CLASSIFIER,)),

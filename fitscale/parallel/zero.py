@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -179,6 +180,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
