@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
+from fitscale.config.devices import DEVICES
 from fitscale.config.schema import EvaluationConfig, ModelConfig
 from fitscale.model import flops
 from fitscale.scaling.fitting import Fit, Loss, in_order, refit
@@ -21,7 +22,7 @@ from fitscale.scaling.laws import OFFSET
 from fitscale.scaling.refusal import Refusal
 from fitscale.scaling.solver import Array
 
-PEAK_FLOPS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12, "mi300x": 1307e12}  # dense bf16
+PEAK_FLOPS = {name: device.peak_flops_per_s for name, device in DEVICES.items()}
 GAMMAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 STEP_UNIT = 1000
 

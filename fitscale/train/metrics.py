@@ -14,19 +14,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from fitscale.config.devices import device_reported_as
 from fitscale.config.rundir import RunDir, append_jsonl, read_jsonl, write_atomic
 from fitscale.config.schema import Config
-
-# Dense bf16 peak of one device in FLOP/s (vendors' data sheets), by a part of the name that CUDA reports.
-PEAK_FLOPS_PER_S = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 def peak_flops_per_s(device: torch.device) -> float | None:
     """Peak of one device; None where it is not known (a CPU)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS_PER_S.items() if part in name), None)
+    known = device_reported_as(torch.cuda.get_device_name(device))
+    return known.peak_flops_per_s if known else None
 
 
 def rewind_metrics(path: Path, step: int) -> None:
@@ -50,10 +48,15 @@ class Monitor:
     def waited_for_data(self, seconds: float) -> None:
         self.waited += seconds
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Write one row of metrics: `step` (finished steps) and totals `images`, `tokens`, `train_flops` among them."""
+    def log(self, row: dict[str, Any], phases: dict[str, float]) -> None:
+        """Write one row of metrics and one of speed.
+
+        Args:
+            row: `step` (finished steps) and the totals `images`, `tokens`, `train_flops` among others.
+            phases: what `PhaseTimer.read` gave.
+        """
         append_jsonl(self.run.metrics, row)
-        speed = self._speed(row)
+        speed = {**self._speed(row), **phases}
         append_jsonl(self.run.throughput, speed)
         self.bar.set_postfix(_postfix(row, speed), refresh=False)
         self.bar.update(row["step"] - self.bar.n)
