@@ -1,4 +1,4 @@
-"""The `fitscale` program: config, train, sample, evaluate.
+"""The `fitscale` program: config, train, plan, sample, evaluate.
 
 Only argparse and the arguments are imported before a command is known, so that `--help` answers at once; torch and
 everything above it are imported by the command that needs them.
@@ -7,6 +7,7 @@ everything above it are imported by the command that needs them.
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from fitscale.config.main import exit_code
 from fitscale.eval.arguments import add_evaluate_arguments, add_sample_arguments
@@ -40,11 +41,31 @@ def build_parser() -> argparse.ArgumentParser:
         "configs/demo/digits.yaml configs/demo/s.yaml data.shards=demo/shards run.dir=runs/digits",
     )
     train.add_argument("config", nargs="+", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
+    plan = _add(
+        commands,
+        "plan",
+        _plan,
+        "memory, communication and time of a run before it is started",
+        "configs/model/xxl.yaml configs/recipe/fitv2_256.yaml --gpus 8 --gpu h100",
+    )
+    _add_plan_arguments(plan)
     sample = _add(commands, "sample", _sample, "draw images from a run", "runs/b --height 256 --width 256 --count 16")
     add_sample_arguments(sample)
     evaluate = _add(commands, "evaluate", _evaluate, "measure a run's checkpoints", "runs/b")
     add_evaluate_arguments(evaluate)
     return parser
+
+
+def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("config", nargs="+", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
+    add("--gpus", type=int, help="search the layouts of so many GPUs; parallel.KEY=VALUE stays as given")
+    add("--gpu", default="h100", help="kind of device: h100, h200, a100, b200, mi300x, cpu (default: h100)")
+    add("--mfu", type=float, default=0.4, help="share of the peak reached while computing (default: 0.4)")
+    add("--measured", type=Path, metavar="RUN", help="take that share from the speed of a run directory")
+    add("--gpus-per-node", type=int, default=8, help="default: 8")
+    add("--best", type=int, default=5, help="layouts to list (default: 5)")
+    add("--target-steps", type=int, help="steps to plan for (default: run.steps)")
 
 
 def _add(commands: argparse._SubParsersAction, name: str, command: Command, summary: str, example: str):  # type: ignore[type-arg]
@@ -71,6 +92,12 @@ def _train(arguments: argparse.Namespace) -> None:
     from fitscale.train.trainer import train
 
     train(config)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from fitscale.train.plan_report import run_plan
+
+    run_plan(arguments)
 
 
 def _sample(arguments: argparse.Namespace) -> None:

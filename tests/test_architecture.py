@@ -26,7 +26,10 @@ DOORS = {
     "submitit": ["slurm/", "fitscale/train/job.py"],
     "omegaconf": ["fitscale/config/load.py"],
 }
-WITHOUT_TORCH = ["fitscale/config/", "fitscale/scaling/", "fitscale/model/flops.py", "fitscale/cli.py"]
+WITHOUT_TORCH = [
+    *("fitscale/config/", "fitscale/scaling/", "fitscale/model/flops.py", "fitscale/model/inventory.py"),
+    *("fitscale/train/memory.py", "fitscale/train/traffic.py", "fitscale/train/plan", "fitscale/cli.py"),
+]
 SCRIPTS = ["slurm", "tools"]
 
 

@@ -15,6 +15,7 @@ from fitscale.config.schema import Config
 from fitscale.data.index import Index
 from fitscale.model import flops
 from fitscale.parallel.groups import Topology
+from fitscale.train.memory import state_bytes
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "webdataset")
 
@@ -85,21 +86,10 @@ def start_table(config: Config, topology: Topology, tokens_per_image: float, ima
         "model": f"{model.name} ({model.family}), {flops.parameters(model):,} parameters",
         "images": f"{images:,} for training, {tokens_per_image:.1f} tokens each on average",
         "batch": f"{batch} images, about {tokens_per_image * batch:,.0f} tokens, {step_flops:.3g} FLOP a step",
-        "state": f"{_state_bytes(config, topology) / 2**30:.3f} GiB a rank for weights, gradients, optimizer and EMA",
+        "state": f"{state_bytes(config, topology.dp_size) / 2**30:.3f} GiB a rank (weights, gradients, optimizer, EMA)",
         "layout": f"dp {topology.dp_size} x tp {topology.tp_size}{' + sp' if parallel.sequence_parallel else ''}, "
         f"ZeRO {parallel.zero_stage}, {parallel.precision}, {_device_name(topology.device)}",
         "steps": f"{first_step:,} to {config.run.steps:,}",
         "run": config.run.dir,
     }
     return "\n".join(f"  {name:<8}{value}" for name, value in rows.items())
-
-
-def _state_bytes(config: Config, topology: Topology) -> float:
-    """Bytes of one rank's share: weights, fp32 gradients, and in the optimizer fp32 weights, two moments, averages."""
-    bf16 = config.parallel.precision == "bf16"
-    weights, gradients = (2, 4) if bf16 else (4, 4)
-    optimizer = 4 * ((1 if bf16 else 0) + 2 + len(config.optim.ema_decays))
-    stage, dp = config.parallel.zero_stage, topology.dp_size
-    shards = [dp if stage >= least else 1 for least in (3, 2, 1)]  # the stage from which ZeRO shards each part
-    bytes_each = sum(part / over for part, over in zip((weights, gradients, optimizer), shards, strict=True))
-    return bytes_each * flops.parameters(config.model) / topology.tp_size

@@ -1,0 +1,242 @@
+"""What one rank holds in memory, from the config alone (no torch).
+
+Two moments can be the peak: the backward pass (activations are alive) and the optimizer's step (they are gone, the
+optimizer's temporaries are there). `rank_memory` gives both, part by part.
+
+The state follows what DeepSpeed 0.19 allocates, read in its source and measured in
+tests/distributed/test_plan_memory.py. With P numbers of this tensor-parallel rank and n data-parallel ranks, in bytes:
+
+    stage  precision  weights   gradients                           fp32 weights + moments
+    0      fp32       4P        4P                                  8P (the weights are the fp32 weights)
+    1      fp32       4P        4P, in the step 4P/n                12P/n (a copy is stepped, in fp32 too)
+    1      bf16       2P        6P (bf16, and a whole fp32 sum)     12P/n
+    2      both       4P, 2P    4P/n                                12P/n
+    3      both       4P/n 2P/n 4P/n, in the step a copy more       12P/n
+                      + small tensors whole
+
+and 4P/n for each average of the weights (stage 0: 4P). Frozen parameters have weights alone. An offloaded optimizer
+keeps fp32 weights, moments and averages in host memory, gradients besides; of the gradients, stage 1 has 4P on the
+device in the backward pass, stage 2 in bf16 4P/n.
+"""
+
+from dataclasses import dataclass, fields
+
+from fitscale.config.schema import Config
+from fitscale.model.inventory import Parameter, inventory
+
+# DeepSpeed's defaults (runtime/zero/config.py), in numbers of a tensor.
+BUCKET = 500_000_000  # reduce_bucket_size: allocated whole, however small the model
+SUB_GROUP = 1_000_000_000  # sub_group_size: parameters that ZeRO-3 steps at a time
+PERSISTENT = 100_000  # param_persistence_threshold: ZeRO-3 keeps smaller tensors whole
+REUSE = 1_000_000_000  # max_reuse_distance: ZeRO-3 keeps what it will need again within so many numbers
+PREFETCH = 50_000_000  # prefetch_bucket_size
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes of one rank at one moment, by part."""
+
+    weights: float
+    gradients: float
+    optimizer: float  # fp32 weights and the two moments of Adam
+    averages: float
+    activations: float
+    buffers: float  # communication, gathered weights, temporaries of the optimizer
+
+    @property
+    def state(self) -> float:
+        """Weights, gradients, optimizer and averages."""
+        return self.weights + self.gradients + self.optimizer + self.averages
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """The two moments of which one is the peak, and what an offloaded optimizer keeps in host memory."""
+
+    backward: Moment
+    step: Moment
+    host: float
+
+    @property
+    def peak(self) -> float:
+        return max(self.backward.total, self.step.total)
+
+    @property
+    def state(self) -> float:
+        """Peak of weights, gradients, optimizer and averages together, on the device and the host."""
+        return max(self.backward.state, self.step.state) + self.host
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Numbers that one tensor-parallel rank holds before ZeRO divides them."""
+
+    all: int
+    trained: int
+    persistent: int  # in tensors that ZeRO-3 keeps whole
+    largest: int  # in one tensor
+
+
+def rank_memory(config: Config, dp_size: int, pack_tokens: int, pack_images: int, on_cuda: bool) -> RankMemory:
+    """Memory of one rank of `dp_size` x `config.parallel.tensor_parallel_size`; precision must be resolved.
+
+    Args:
+        pack_tokens: tokens of the largest pack, padding included.
+        pack_images: images in it.
+        on_cuda: DeepSpeed overlaps communication there (two buckets), torch steps all tensors at once, and attention
+            keeps one copy of its output less.
+    """
+    sizes = _sizes(config)
+    backward_weights, step_weights = _weights(config, sizes, dp_size)
+    in_backward, in_step = _gradients(config, sizes, dp_size)
+    optimizer, averages = _optimizer(config, sizes, dp_size)
+    backward_buffers, step_buffers = _buffers(config, sizes, dp_size, on_cuda)
+    activations = activation_bytes(config, pack_tokens, pack_images, on_cuda)
+    host = 0.0
+    if config.parallel.offload_optimizer:
+        host = optimizer + averages + _host_gradients(config, sizes, dp_size)
+        optimizer = averages = 0.0
+    return RankMemory(
+        backward=Moment(backward_weights, in_backward, optimizer, averages, activations, backward_buffers),
+        step=Moment(step_weights, in_step, optimizer, averages, 0.0, step_buffers),
+        host=host,
+    )
+
+
+def state_bytes(config: Config, dp_size: int) -> float:
+    """Peak bytes of one rank's weights, gradients, optimizer and averages."""
+    return rank_memory(config, dp_size, 0, 0, on_cuda=False).state
+
+
+def number_bytes(config: Config) -> int:
+    """Bytes of a weight or an activation."""
+    return 2 if config.parallel.precision == "bf16" else FP32
+
+
+def local_parameters(config: Config) -> int:
+    """Parameters of one tensor-parallel rank."""
+    return _sizes(config).all
+
+
+def trained_parameters(config: Config) -> int:
+    """Parameters of one tensor-parallel rank that are trained."""
+    return _sizes(config).trained
+
+
+def persistent_parameters(config: Config) -> int:
+    """Parameters of one tensor-parallel rank that ZeRO-3 keeps whole."""
+    return _sizes(config).persistent
+
+
+def kept_parameters(config: Config) -> int:
+    """Parameters that ZeRO-3 keeps gathered from the forward pass to the backward pass."""
+    sizes = _sizes(config)
+    return min(sizes.all - sizes.persistent, REUSE // 2)  # the way there and back
+
+
+def recomputed_blocks(config: Config) -> int:
+    """Blocks whose forward pass is run again in the backward pass."""
+    every = config.parallel.activation_checkpoint_every
+    return -(-config.model.depth // every) if every else 0
+
+
+def activation_bytes(config: Config, tokens: int, images: int, on_cuda: bool) -> float:
+    """What autograd keeps of one pack of `tokens` tokens and `images` images, and what the backward pass adds.
+
+    Of every token a block keeps: 8 vectors of the hidden size (two norms' inputs, outputs and modulated outputs, two
+    results before their gates), which sequence parallelism splits; q, k, v as projected, q and k as turned and
+    attention's output (on CPUs twice), 4 vectors of the MLP's width, which tensor parallelism splits; and statistics.
+    """
+    model, parallel = config.model, config.parallel
+    tp, d, each = parallel.tensor_parallel_size, model.hidden_size, number_bytes(config)
+    own = tp if parallel.sequence_parallel else 1
+    inside = (6 if on_cuda else 7) * d + 4 * model.mlp_hidden_size
+    statistics = FP32 * (4 + 5 * model.num_heads / tp)
+    block = tokens * (each * (8 * d / own + inside / tp) + statistics) + images * each * 9 * d
+    recomputed, depth = recomputed_blocks(config), model.depth
+    kept = recomputed * tokens * each * d / own + (depth - recomputed) * block
+    ends_recomputed = recomputed > 0 and (depth - 1) % parallel.activation_checkpoint_every == 0
+    ends = each * tokens * d * (3 + 5)  # the final layer's inputs; gradients on their way
+    positions = tokens * 2 * FP32 * model.head_dim
+    return kept + (block if ends_recomputed else 0.0) + ends + positions
+
+
+def _sizes(config: Config) -> _Sizes:
+    tp = config.parallel.tensor_parallel_size
+    found = inventory(config.model)
+    trained = [one for one in found if _is_trained(one, config.optim.trainable)]
+    small = [one.local(tp) for one in found if one.local(tp) <= PERSISTENT]
+    largest = max(one.local(tp) for one in found)
+    return _Sizes(sum(one.local(tp) for one in found), sum(one.local(tp) for one in trained), sum(small), largest)
+
+
+def _is_trained(parameter: Parameter, trainable: list[str]) -> bool:
+    return not trainable or any(pattern in parameter.name for pattern in trainable)
+
+
+def _weights(config: Config, sizes: _Sizes, dp_size: int) -> tuple[float, float]:
+    """In the backward pass and in the step, for which ZeRO-3 lets go of the small tensors that it keeps whole."""
+    each = number_bytes(config)
+    if config.parallel.zero_stage < 3:
+        return each * sizes.all, each * sizes.all
+    shard = each * sizes.all / dp_size
+    return shard + each * sizes.persistent, shard
+
+
+def _optimizer(config: Config, sizes: _Sizes, dp_size: int) -> tuple[float, float]:
+    """fp32 weights with the two moments, and the averages; wherever they are kept."""
+    own = sizes.trained / (dp_size if config.parallel.zero_stage else 1)
+    return FP32 * (3 if config.parallel.zero_stage else 2) * own, FP32 * len(config.optim.ema_decays) * own
+
+
+def _gradients(config: Config, sizes: _Sizes, dp_size: int) -> tuple[float, float]:
+    """On the device, in the backward pass and in the step."""
+    stage, bf16, whole = config.parallel.zero_stage, config.parallel.precision == "bf16", FP32 * sizes.trained
+    if config.parallel.offload_optimizer:
+        if stage == 1:
+            return whole, 0.0
+        kept = whole / dp_size if stage == 2 and bf16 else 0.0
+        return kept, kept
+    if stage == 0:
+        return whole, whole
+    if stage == 1 and bf16:
+        return 1.5 * whole, 1.5 * whole
+    if stage == 3:
+        copy = FP32 * min(sizes.trained, SUB_GROUP) / dp_size
+        return whole / dp_size, whole / dp_size + copy
+    return (whole if stage == 1 else whole / dp_size), whole / dp_size
+
+
+def _host_gradients(config: Config, sizes: _Sizes, dp_size: int) -> float:
+    """What an offloaded optimizer keeps beside its state: gradients, and the new weights on their way back."""
+    stage, each, own = config.parallel.zero_stage, number_bytes(config), sizes.trained / dp_size
+    if stage == 3:
+        return 2 * FP32 * own
+    sums = FP32 * own if stage == 2 and each == FP32 else 0.0
+    return FP32 * own + sums + each * own + each * sizes.largest
+
+
+def _buffers(config: Config, sizes: _Sizes, dp_size: int, on_cuda: bool) -> tuple[float, float]:
+    """In the backward pass and in the step (in which torch's AdamW has one temporary on CUDA, two on the CPU)."""
+    stage, each, offload = config.parallel.zero_stage, number_bytes(config), config.parallel.offload_optimizer
+    temporaries = 0 if offload else FP32 * (1 if on_cuda else 2)
+    buckets = BUCKET * (2 if on_cuda else 1)
+    flattened = each * min(sizes.trained, BUCKET)
+    if stage == 0:  # on the CPU the step goes from parameter to parameter, and joining the gradients is more
+        return 0.0, FP32 * (sizes.trained if on_cuda else min(sizes.trained, BUCKET))
+    step = temporaries * sizes.trained / dp_size
+    if stage == 1:
+        if each == 2 and not offload:
+            return 0.0, max(step, each * sizes.trained)
+        return FP32 * buckets, step
+    if stage == 2:
+        return each * buckets + flattened, step
+    gathered = each * min(sizes.all - sizes.persistent, kept_parameters(config) + PREFETCH + sizes.largest)
+    step = temporaries * min(sizes.trained, SUB_GROUP) / dp_size
+    return each * BUCKET + flattened + gathered, each * BUCKET + step

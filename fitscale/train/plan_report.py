@@ -1,0 +1,191 @@
+"""`fitscale plan`: the arguments' meaning, and plans as text for a person (no torch).
+
+Without `--gpus` one replica of the config's own layout is planned. With it, the keys of `parallel` that the command
+line does not give are searched: a table of the fastest layouts that fit, what did not fit, and the fastest in detail.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from fitscale.config.devices import device_reported_as, find_device
+from fitscale.config.errors import UserError
+from fitscale.config.load import load_config
+from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.config.schema import Config
+from fitscale.model import flops
+from fitscale.train.memory import Moment, local_parameters
+from fitscale.train.plan import Machine, Plan, layouts, measured_utilisation, plan, typical_images
+
+GIB = 2**30
+_PARTS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "fp32 weights, moments",
+    "averages": "averages (EMA)",
+    "activations": "activations",
+    "buffers": "buffers, temporaries",
+}
+
+
+@dataclass(frozen=True)
+class Utilisation:
+    """Share of the peak reached while computing, and where it comes from."""
+
+    share: float
+    source: str
+
+
+def run_plan(arguments: argparse.Namespace) -> None:
+    """Print the plan that the command line asks for."""
+    config = load_config(arguments.config)
+    if arguments.target_steps is not None:
+        config = replace(config, run=replace(config.run, steps=arguments.target_steps))
+    _check(arguments)
+    gpus = arguments.gpus or config.parallel.tensor_parallel_size
+    machine = Machine(find_device(arguments.gpu), gpus, arguments.gpus_per_node)
+    images = typical_images(config)
+    utilisation = _utilisation(arguments)
+    wanted = layouts(config, machine, _fixed(arguments.config)) if arguments.gpus else [config]
+    plans = [plan(one, machine, images, utilisation.share) for one in wanted]
+    plans.sort(key=lambda one: (one.step_s, one.memory.peak))
+    print("\n".join(_report(plans, arguments.best, utilisation)))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for key in ("gpus", "gpus_per_node", "best", "target_steps"):
+        value = getattr(arguments, key)
+        if value is not None and value < 1:
+            raise UserError(f"--{key.replace('_', '-')}: {value} is too small, the least is 1")
+    if not 0 < arguments.mfu <= 1:
+        raise UserError(f"--mfu: {arguments.mfu} is not a utilisation; valid: above 0, at most 1")
+
+
+def _fixed(arguments: list[str]) -> set[str]:
+    """Keys of `parallel` that the command line gives."""
+    return {one.split("=")[0].removeprefix("parallel.") for one in arguments if one.startswith("parallel.")}
+
+
+def _utilisation(arguments: argparse.Namespace) -> Utilisation:
+    if arguments.measured is None:
+        return Utilisation(arguments.mfu, "given by --mfu")
+    run = RunDir(arguments.measured)
+    rows = [row for row in read_jsonl(run.throughput) if row.get("step_s") is not None][1:]  # the first warms up
+    if not rows or not run.environment.exists():
+        raise UserError(f"--measured: {run.path} holds no throughput.jsonl of two rows and environment.json")
+    there = json.loads(run.environment.read_text())
+    device = device_reported_as(there["device"])
+    if device is None:
+        raise UserError(f"--measured: {run.path} ran on {there['device']!r}, whose peak is not known")
+    config = load_config([str(run.config)])
+    machine = Machine(device, there["world_size"], arguments.gpus_per_node)
+    steps_s = statistics.median(row["step_s"] - row["data_wait_s"] for row in rows)
+    share = measured_utilisation(steps_s, config, machine, typical_images(config))
+    return Utilisation(share, f"measured in {run.path}")
+
+
+def _report(plans: list[Plan], best: int, utilisation: Utilisation) -> Iterator[str]:
+    fitting = [one for one in plans if one.spare_bytes >= 0]
+    if len(plans) == 1:
+        yield from detail(plans[0], utilisation)
+        return
+    machine = plans[0].machine
+    yield f"{len(fitting)} of {len(plans)} layouts fit on {_machine(machine)}; the fastest:"
+    yield from table(fitting[:best])
+    over = sorted((one for one in plans if one.spare_bytes < 0), key=lambda one: -one.spare_bytes)
+    if over:
+        yield f"do not fit in {machine.room_bytes / GIB:.1f} GiB, nearest first:"
+        yield from table(over[:best])
+    if fitting:
+        yield ""
+        yield from detail(fitting[0], utilisation)
+
+
+def table(plans: list[Plan]) -> Iterator[str]:
+    """One line a layout."""
+    yield (
+        f"  {'dp':>4} {'tp':>3} {'sp':>3} {'ZeRO':>4} {'recompute':>9} {'GiB/GPU':>8} {'':<11} {'packs':>5}"
+        f" {'s/step':>8} {'images/s':>9} {'MFU':>6} {'days':>7} {'GPU-hours':>10}"
+    )
+    for one in plans:
+        parallel, steps = one.config.parallel, one.config.run.steps
+        over = f"over by {-one.spare_bytes / GIB:.1f}" if one.spare_bytes < 0 else ""
+        yield (
+            f"  {one.dp_size:>4} {parallel.tensor_parallel_size:>3} {'yes' if parallel.sequence_parallel else 'no':>3}"
+            f" {parallel.zero_stage:>4} {_recompute(one.config):>9} {one.memory.peak / GIB:>8.1f} {over:<11}"
+            f" {one.packing.stats.packs_per_rank:>5} {one.step_s:>8.3f} {one.images_per_s:>9.0f} {one.mfu:>6.1%}"
+            f" {one.days(steps):>7.1f} {one.gpu_hours(steps):>10,.0f}"
+        )
+
+
+def detail(one: Plan, utilisation: Utilisation) -> Iterator[str]:
+    """Everything about one layout."""
+    yield from _lines(_layout(one))
+    yield from _memory(one)
+    yield from _lines(_speed(one, utilisation))
+
+
+def _lines(facts: dict[str, str]) -> Iterator[str]:
+    return (f"{name:<15}{text}" for name, text in facts.items())
+
+
+def _layout(one: Plan) -> dict[str, str]:
+    config, stats, tokens_B = one.config, one.packing.stats, one.images.tokens_B
+    model, parallel = config.model, config.parallel
+    tp = f"tp {parallel.tensor_parallel_size}{' + sp' if parallel.sequence_parallel else ''}"
+    local = f", {local_parameters(config):,} on a rank" if parallel.tensor_parallel_size > 1 else ""
+    return {
+        "model": f"{model.name} ({model.family}), {flops.parameters(model):,} parameters{local}",
+        "layout": f"dp {one.dp_size} x {tp}, ZeRO {parallel.zero_stage}, {parallel.precision}, "
+        f"blocks recomputed: {_recompute(config)}, {_machine(one.machine)}",
+        "step": f"{len(tokens_B)} images, {int(tokens_B.sum()):,} tokens "
+        f"({tokens_B.mean():.1f} each, {one.images.source})",
+        "packs": f"{stats.packs_per_rank} a rank, the longest {one.longest_pack:,} tokens; "
+        f"padding {stats.padding_share:.1%}, dearest rank {stats.imbalance:.1%} above the mean",
+    }
+
+
+def _speed(one: Plan, utilisation: Utilisation) -> dict[str, str]:
+    traffic, steps, images = one.traffic, one.config.run.steps, len(one.images.tokens_B)
+    tokens_per_s = one.images_per_s * one.images.tokens_B.mean()
+    return {
+        "sent per step": f"{traffic.total / 1e9:.2f} GB a GPU: gradients {traffic.gradients / 1e9:.2f}, weights "
+        f"{traffic.weights / 1e9:.2f}, tensor parallel {traffic.tensor_parallel / 1e9:.2f}",
+        "FLOPs": f"{one.train_flops:.4g} a step (true FLOPs, 2 a MAC; attention included, recomputation not)",
+        "time": f"{one.step_s:.3f} s a step: {one.compute_s:.3f} computing at {utilisation.share:.1%} of the peak "
+        f"({utilisation.source}),",
+        "": f"{one.exposed_s:.3f} communication that computing does not hide",
+        "speed": f"{one.images_per_s:,.0f} images/s, {tokens_per_s:,.0f} tokens/s, "
+        f"model FLOP utilisation {one.mfu:.1%}",
+        "target": f"{steps:,} steps, {steps * images:,} images: {one.days(steps):.1f} days, "
+        f"{one.gpu_hours(steps):,.0f} GPU-hours",
+    }
+
+
+def _memory(one: Plan) -> Iterator[str]:
+    moments = one.memory.backward, one.memory.step
+    yield f"{'memory':<15}{'GiB per GPU':<24}{'backward':>10}{'step':>10}"
+    for key, text in _PARTS.items():
+        yield f"{'':<15}{text:<24}" + "".join(f"{_gib(moment, key):>10.2f}" for moment in moments)
+    yield f"{'':<15}{'total':<24}" + "".join(f"{moment.total / GIB:>10.2f}" for moment in moments)
+    room = one.machine.room_bytes / GIB
+    spare = one.spare_bytes / GIB
+    fits = f"fits, {spare:.1f} GiB to spare" if spare >= 0 else f"does not fit, over by {-spare:.1f} GiB"
+    yield f"{'':<15}of {room:.1f}: {fits}"
+    if one.memory.host:
+        yield f"{'':<15}{one.memory.host / GIB:.2f} GiB of host memory a GPU; its optimizer's time is not planned"
+
+
+def _gib(moment: Moment, part: str) -> float:
+    return getattr(moment, part) / GIB
+
+
+def _recompute(config: Config) -> str:
+    every = config.parallel.activation_checkpoint_every
+    return {0: "none", 1: "all"}.get(every, f"1 in {every}")
+
+
+def _machine(machine: Machine) -> str:
+    return f"{machine.gpus} x {machine.device.name}"

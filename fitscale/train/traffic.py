@@ -1,0 +1,82 @@
+"""What one rank sends in one step, and how long that takes (no torch).
+
+With n ranks, an all-reduce sends 2 (n - 1)/n of its tensor, a gather or a scatter (n - 1)/n. As DeepSpeed 0.19 does it
+(P trained numbers of this tensor-parallel rank, m micro-batches a step):
+
+    stage 0     gradients all-reduced once
+    stage 1     gradients all-reduced once, in the weights' type; weights gathered after the step
+    stage 2     gradients all-reduced in every micro-batch (not scattered), behind the backward pass; weights gathered
+    stage 3     weights gathered for the forward and again for the backward pass of every micro-batch, gradients
+                scattered in every micro-batch, behind both passes
+
+Tensor parallelism sums tokens x hidden size: twice in a block's forward pass, three times in its backward pass (three
+linears fan out). Sequence parallelism gathers or scatters instead: five times forward, eight times backward.
+"""
+
+from dataclasses import dataclass
+
+from fitscale.config.devices import Device
+from fitscale.config.schema import Config
+from fitscale.train import memory
+
+LINK_SHARE = 0.8  # of a link's rate that large collectives reach; NCCL's own tests show about so much
+BACKWARD_SHARE = 2 / 3  # of a pass forward and backward
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one rank sends in one step, by kind."""
+
+    gradients: float
+    weights: float
+    tensor_parallel: float
+
+    @property
+    def total(self) -> float:
+        return self.gradients + self.weights + self.tensor_parallel
+
+
+def step_traffic(config: Config, dp_size: int, micro_batches: int, tokens: float) -> Traffic:
+    """Traffic of one rank; `tokens` are those it computes in a step, padding included; precision must be resolved."""
+    stage, each = config.parallel.zero_stage, memory.number_bytes(config)
+    ring = (dp_size - 1) / dp_size
+    trained = each * memory.trained_parameters(config)
+    if stage == 3:
+        persistent = each * memory.persistent_parameters(config)
+        gathered = each * memory.local_parameters(config) - persistent
+        again = gathered - each * memory.kept_parameters(config)
+        weights = ring * (micro_batches * (gathered + again) + persistent)
+        return Traffic(ring * micro_batches * trained, weights, _tensor_parallel(config, tokens))
+    times = micro_batches if stage == 2 else 1
+    weights = ring * trained if stage else 0.0
+    return Traffic(2 * ring * times * trained, weights, _tensor_parallel(config, tokens))
+
+
+def _tensor_parallel(config: Config, tokens: float) -> float:
+    parallel, depth = config.parallel, config.model.depth
+    tp = parallel.tensor_parallel_size
+    forward, backward, ends, factor = (5, 8, 2, 1) if parallel.sequence_parallel else (2, 3, 0, 2)
+    times = depth * (forward + backward) + memory.recomputed_blocks(config) * forward + ends
+    size = tokens * config.model.hidden_size * memory.number_bytes(config)
+    return factor * (tp - 1) / tp * times * size
+
+
+def exposed_seconds(
+    config: Config, traffic: Traffic, dp_size: int, device: Device, gpus_per_node: int, compute_s: float
+) -> float:
+    """Time of a step's communication that no computation hides: an estimate from bandwidths, without latencies.
+
+    Tensor parallelism stays within a node. A data-parallel group that leaves it has the network ports of all its
+    ranks of a node together. What stages 2 and 3 send while they compute counts only where it takes longer.
+    """
+    parallel = config.parallel
+    inside = LINK_SHARE * device.intra_node_bytes_per_s
+    members = max(gpus_per_node // parallel.tensor_parallel_size, 1)
+    leaves_node = dp_size * parallel.tensor_parallel_size > gpus_per_node
+    rate = min(inside, LINK_SHARE * members * device.inter_node_bytes_per_s) if leaves_node else inside
+    gradients_s, weights_s = traffic.gradients / rate, traffic.weights / rate
+    if parallel.zero_stage == 2:
+        gradients_s = max(gradients_s - BACKWARD_SHARE * compute_s, 0.0)
+    elif parallel.zero_stage == 3:
+        gradients_s, weights_s = max(gradients_s + weights_s - compute_s, 0.0), 0.0
+    return gradients_s + weights_s + traffic.tensor_parallel / inside
