@@ -13,6 +13,7 @@ import json
 import mmap
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -124,8 +125,29 @@ def open_index(folder: str | Path) -> Index:
     return _map(folder, meta)
 
 
-def build_index(folder: str | Path) -> Index:
-    """Read every shard (`*.tar`) of `folder` once, check it, and write its index.
+@dataclass(frozen=True)
+class Scanned:
+    """What the index keeps of one shard; `images` and `variants` as `scan_shard` gives them."""
+
+    name: str
+    bytes: int
+    checksum: str
+    images: np.ndarray
+    variants: np.ndarray
+
+
+def scan(path: Path, meta: ShardSetMeta) -> Scanned:
+    """Read a shard from end to end and check it.
+
+    Raises:
+        UserError: it is truncated or corrupt, or a sample does not fit `meta`.
+    """
+    images, variants = scan_shard(path, meta)
+    return Scanned(path.name, path.stat().st_size, checksum(path), images, variants)
+
+
+def build_index(folder: str | Path, scanned: Iterable[Scanned] | None = None) -> Index:
+    """Write the index of `folder`: of its shards (`*.tar`), each read once and checked, or of those `scanned` already.
 
     Raises:
         UserError: no shards; a shard is truncated or corrupt, or a sample does not fit `dataset.json`; a key twice.
@@ -136,7 +158,9 @@ def build_index(folder: str | Path) -> Index:
         raise UserError(f"{folder}: holds no shards (*.tar)")
     with TemporaryDirectory(prefix=".index.", dir=folder) as scratch:
         with open(Path(scratch, "images"), "wb") as image_rows, open(Path(scratch, "variants"), "wb") as variant_rows:
-            shards, sizes = _scan(paths, meta, image_rows, variant_rows)
+            shards, sizes = _append_rows(
+                (scan(path, meta) for path in paths) if scanned is None else scanned, image_rows, variant_rows
+            )
         if not sizes:
             raise UserError(f"{folder}: its shards hold no images")
         (folder / "index.json").unlink(missing_ok=True)
@@ -149,22 +173,21 @@ def build_index(folder: str | Path) -> Index:
     return open_index(folder)
 
 
-def _scan(
-    paths: list[Path], meta: ShardSetMeta, image_rows: BinaryIO, variant_rows: BinaryIO
+def _append_rows(
+    scanned: Iterable[Scanned], image_rows: BinaryIO, variant_rows: BinaryIO
 ) -> tuple[list[Shard], Counter[tuple[int, int]]]:
     """Append the rows of all shards to two files, one shard in memory at a time."""
     shards: list[Shard] = []
     sizes: Counter[tuple[int, int]] = Counter()
     first = 0
-    for number, path in enumerate(paths):
-        images, variants = scan_shard(path, meta)
-        images["shard"] = number
-        images["first_variant"] += sizes.total()
-        image_rows.write(images.tobytes())
-        variant_rows.write(variants.tobytes())
-        shards.append(Shard(path.name, len(images), path.stat().st_size, _checksum(path), first))
-        sizes.update(zip(variants["height"].tolist(), variants["width"].tolist(), strict=True))
-        first += len(images)
+    for number, one in enumerate(scanned):
+        one.images["shard"] = number
+        one.images["first_variant"] += sizes.total()
+        image_rows.write(one.images.tobytes())
+        variant_rows.write(one.variants.tobytes())
+        shards.append(Shard(one.name, len(one.images), one.bytes, one.checksum, first))
+        sizes.update(zip(one.variants["height"].tolist(), one.variants["width"].tolist(), strict=True))
+        first += len(one.images)
     return shards, sizes
 
 
@@ -221,7 +244,7 @@ def _save(raw: Path, path: Path, dtype: np.dtype) -> None:
     raw.with_suffix(".npy").rename(path)
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 

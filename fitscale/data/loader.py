@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fitscale.config.errors import UserError
-from fitscale.data.encode import patchify, to_float
+from fitscale.data.encode import draw_latent, patchify, to_float
 from fitscale.data.packing import PackingStats, padded, split
 from fitscale.data.plan import BatchPlan, GlobalBatch
 from fitscale.data.reader import ShardReader
@@ -156,9 +156,15 @@ class _Steps(Dataset[Any]):
         ends = np.cumsum(lengths)
         for slot, start, end in zip(slots, ends - lengths, ends, strict=True):
             if slot != PADDING_SLOT:
-                stored = self.reader.read(int(batch.images_B[slot]), int(batch.variants_B[slot]))
-                tokens_TC[start:end] = torch.from_numpy(patchify(to_float(stored), patch_size))
+                tokens_TC[start:end] = torch.from_numpy(patchify(self._image(batch, int(slot)), patch_size))
         return tokens_TC
+
+    def _image(self, batch: GlobalBatch, slot: int) -> np.ndarray:
+        """The image of a slot as it is trained on, (channels, height, width) float32."""
+        stored = self.reader.read(int(batch.images_B[slot]), int(batch.variants_B[slot]))
+        if self.plan.index.meta.moments:
+            return draw_latent(stored, self.plan.latent_generator(batch.step, slot))
+        return to_float(stored)
 
 
 def check_pack_tokens(plan: BatchPlan, pack_tokens: int, pad_multiple: int) -> None:

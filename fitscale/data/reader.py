@@ -31,7 +31,7 @@ class ShardReader:
         if zlib.crc32(data) != row["crc32"]:
             what = f"{len(data)} of {row['length']} bytes" if len(data) < row["length"] else "checksum differs"
             raise UserError(f"{self.index.describe(image)} is truncated or corrupt: {what}")
-        shape = (self.index.meta.channels, int(row["height"]), int(row["width"]))
+        shape = (self.index.meta.stored_channels, int(row["height"]), int(row["width"]))
         return np.frombuffer(data, DTYPES[row["dtype"]]).reshape(shape)
 
     def close(self) -> None:
