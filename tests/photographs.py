@@ -47,7 +47,7 @@ def sixteen_bits(image: Image.Image) -> Image.Image:
 def write_photographs(folder: Path, count: int, sizes: int = 300, classes: int = 5, longest: int = 400) -> None:
     """`count` pictures of `sizes` different sizes, in `classes` subfolders."""
     rng = np.random.default_rng(0)
-    shapes = sorted({(int(h), int(w)) for h, w in rng.integers(20, longest, (2 * sizes, 2))})[:sizes]
+    shapes = list(dict.fromkeys((int(h), int(w)) for h, w in rng.integers(20, longest, (2 * sizes, 2))))[:sizes]
     for number in range(count):
         suffix, data = in_some_format(number, photograph(number, *shapes[number % len(shapes)]))
         path = folder / f"class{number % classes}" / f"image{number:05d}.{suffix}"

@@ -14,7 +14,7 @@ from fitscale.config.load import load_config
 from fitscale.config.main import exit_code
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["config", "train", "sample", "evaluate"]
+COMMANDS = ["config", "data", "train", "sample", "evaluate"]
 PROGRAMS = sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "slurm").glob("*.py")])
 
 

@@ -4,7 +4,7 @@
 2. Worker i of n does the chunks c with c mod n = i: decode, preprocess, encode batch by shape, write, scan.
 3. A finished chunk leaves its rows of the index and its rejections under `.parts/`, written after the shard. A worker
    that starts again does the chunks without one; as a chunk's content depends on the chunk alone, so do the shards.
-4. Whoever finds all chunks done joins the parts: `rejected.jsonl`, then the index; before it the folder is no shard set.
+4. Whoever finds all chunks done joins the parts: `rejected.jsonl`, then the index, which makes the folder a shard set.
 
 So the shards are the same bytes for one worker and for a hundred, interrupted or not.
 """
@@ -239,4 +239,7 @@ def _load_rejected(path: Path) -> list[dict[str, str]]:
 def _load_scanned(path: Path) -> Scanned | None:
     with np.load(path) as part:
         place = json.loads(str(part["about"]))["shard"]
-        return None if place is None else Scanned(*place, part["images"], part["variants"])
+        if place is None:
+            return None
+        name, size, digest = place
+        return Scanned(name, size, digest, part["images"], part["variants"])
