@@ -69,7 +69,7 @@ def test_verify_names_every_damaged_shard(tmp_path, capsys):
     arguments = ["data", str(tmp_path), "--out", str(tmp_path / "r")]
     assert main([*arguments, "--verify"]) == 2
     error = capsys.readouterr().err
-    assert "in 2 shards: shard-000000.tar, shard-000002.tar" in error and error.count("\n") == 1
+    assert "wrong checksums in 2 shards: shard-000000.tar, shard-000002.tar" in error and error.count("\n") == 1
 
 
 def test_latents_need_their_vae_for_a_sheet(tmp_path, capsys):

@@ -14,7 +14,7 @@ import mmap
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -25,8 +25,10 @@ import numpy as np
 
 from fitscale.config.errors import UserError
 from fitscale.config.rundir import write_atomic
+from fitscale.config.schema import DataConfig
 from fitscale.data.scan import IMAGE, VARIANT, key_hash, member_at, scan_shard
 from fitscale.data.shards import ShardSetMeta, read_meta
+from fitscale.data.storage import Cache, Storage
 
 VERSION = 1
 
@@ -62,11 +64,14 @@ class IndexMeta(ShardSetMeta):
 class Index:
     """An open index. `images` and `variants` are memory-mapped structured arrays (dtypes IMAGE and VARIANT)."""
 
-    def __init__(self, folder: Path, meta: IndexMeta, images: np.memmap, variants: np.memmap) -> None:
+    def __init__(
+        self, folder: Path, meta: IndexMeta, images: np.memmap, variants: np.memmap, storage: Storage | None = None
+    ) -> None:
         self.folder, self.meta, self.images, self.variants = folder, meta, images, variants
+        self.storage = storage or Storage(str(folder))
 
     def __reduce__(self) -> Any:
-        return open_index, (self.folder,)  # a worker process maps the files itself
+        return open_index, (self.storage.location, self.storage.cache)  # a worker process maps the files itself
 
     @cached_property
     def first_images(self) -> np.ndarray:
@@ -85,15 +90,15 @@ class Index:
     def key(self, image: int) -> str:
         """The key of an image, looked up in its shard."""
         row = self.images[image]
-        name = member_at(self._shard_path(row), int(self.variants[row["first_variant"]]["offset"]))
+        name = member_at(self.storage.local(self._shard_name(row)), int(self.variants[row["first_variant"]]["offset"]))
         return name.rsplit(".", 2)[0]
 
     def describe(self, image: int) -> str:
         """An image for a person: its key and shard."""
-        return f"image {self.key(image)!r} in {self._shard_path(self.images[image])}"
+        return f"image {self.key(image)!r} in {self.storage.name_of(self._shard_name(self.images[image]))}"
 
-    def _shard_path(self, row: np.void) -> Path:
-        return self.folder / self.meta.shards[row["shard"]].name
+    def _shard_name(self, row: np.void) -> str:
+        return self.meta.shards[row["shard"]].name
 
     def refuse_size(self, height: int, width: int, reason: str) -> NoReturn:
         """Raise UserError with `reason` and the first image that has this size, in latent pixels."""
@@ -112,17 +117,31 @@ def is_held_out(key: str, fraction: float) -> bool:
     return key_hash(key) < _hash_limit(fraction)
 
 
-def open_index(folder: str | Path) -> Index:
-    """Open the index of the shard set `folder`, without reading the shards.
+def open_index(location: str | Path, cache: Cache | None = None) -> Index:
+    """Open the index of the shard set at `location`, a folder or an fsspec URL, without reading the shards.
 
     Raises:
         UserError: no index, one of another version, or one that does not go with the shards that are there.
     """
-    folder = Path(folder)
-    meta = _read_index(folder / "index.json")
-    for shard in meta.shards:
-        _check_shard(folder / shard.name, shard)
-    return _map(folder, meta)
+    storage = Storage(str(location), cache or Cache())
+    if not storage.remote:
+        meta = _read_index(storage.folder / "index.json")
+        for shard in meta.shards:
+            _check_shard(storage.folder / shard.name, shard)
+        return _map(storage.folder, meta)
+    try:
+        meta = _read_index(storage.fetch("index.json"))  # the remote one may be newer than the copy
+        contents = hashlib.blake2b("".join(shard.checksum for shard in meta.shards).encode(), digest_size=8)
+        storage = replace(storage, version=contents.hexdigest())
+        paths = [storage.local(name) for name in ("images.npy", "variants.npy")]
+    except FileNotFoundError as error:
+        raise UserError(f"{storage.location}: holds no index (index.json, images.npy, variants.npy)") from error
+    return _map(paths[0].parent, meta, storage)
+
+
+def open_configured(data: DataConfig) -> Index:
+    """The index of a config's shards, with its cache."""
+    return open_index(data.shards, Cache(Path(data.cache_dir), data.cache_gb))
 
 
 @dataclass(frozen=True)
@@ -219,12 +238,13 @@ def _check_shard(path: Path, shard: Shard) -> None:
         raise UserError(f"{path}: the shard has {size} bytes, its index says {shard.bytes}; truncated, or index stale")
 
 
-def _map(folder: Path, meta: IndexMeta) -> Index:
+def _map(folder: Path, meta: IndexMeta, storage: Storage | None = None) -> Index:
     return Index(
         folder,
         meta,
         _map_rows(folder / "images.npy", IMAGE, meta.num_images),
         _map_rows(folder / "variants.npy", VARIANT, meta.num_variants),
+        storage,
     )
 
 

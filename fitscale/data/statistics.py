@@ -78,14 +78,12 @@ def verify(index: Index) -> Iterator[str]:
     """
     wrong = []
     for shard in index.meta.shards:
-        if checksum(index.folder / shard.name) == shard.checksum:
+        if checksum(index.storage.local(shard.name)) == shard.checksum:
             yield shard.name
         else:
             wrong.append(shard.name)
     if wrong:
-        raise UserError(
-            f"{index.folder}: the checksum differs from the index's in {len(wrong)} shards: {', '.join(wrong)}"
-        )
+        raise UserError(f"{index.storage.location}: wrong checksums in {len(wrong)} shards: {', '.join(wrong)}")
 
 
 def _pieces(index: Index) -> Iterator[tuple[np.ndarray, np.ndarray]]:
