@@ -17,6 +17,7 @@ from fitscale.config.main import exit_code
 from fitscale.data.convert import STORES, Converter, Job, is_finished
 from fitscale.data.digits import SCALES, digits_meta, write_digits
 from fitscale.data.index import build_index, open_index
+from fitscale.data.published_layout import import_layout
 from fitscale.data.summary import summary_text, write_summary
 
 
@@ -79,6 +80,20 @@ def _device(options: argparse.Namespace) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
+def make_published(options: argparse.Namespace) -> None:
+    """Shards of a data set in the published FiT layout; OUT appears when they are whole."""
+    out: Path = options.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is not empty; choose another folder, or remove it")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        import_layout(options.source, temporary, options.tokens, options.images_per_shard)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{out}: {_summary(out)}")
+
+
 def make_index(options: argparse.Namespace) -> None:
     """Read the shards of a folder and write their index."""
     build_index(options.shards)
@@ -98,6 +113,18 @@ def _parser() -> argparse.ArgumentParser:
     digits.add_argument("--images-per-shard", type=int, default=256)
     digits.set_defaults(run=make_digits)
     _add_images(verbs)
+    published = verbs.add_parser(
+        "published",
+        help="a data set in the layout of the published FiT code (folders of .safetensors)",
+        epilog="example: python tools/make_shards.py published /data/imagenet_fit data/in1k_256",
+    )
+    published.add_argument(
+        "source", type=Path, metavar="SRC", help="folder with from_16_to_N, greater_than_N_resize ..."
+    )
+    published.add_argument("out", type=Path, metavar="OUT", help="folder to write: new or empty")
+    published.add_argument("--tokens", type=int, default=256, help="N of the folders' names (256)")
+    published.add_argument("--images-per-shard", type=int, default=1000)
+    published.set_defaults(run=make_published)
     index = verbs.add_parser(
         "index",
         help="index (again) the webdataset shards of a folder that has a dataset.json",
