@@ -1,4 +1,4 @@
-"""The `fitscale` program: config, train, plan, sample, evaluate.
+"""The `fitscale` program: config, data, train, plan, sample, evaluate.
 
 Only argparse and the arguments are imported before a command is known, so that `--help` answers at once; torch and
 everything above it are imported by the command that needs them.
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fitscale.config.main import exit_code
-from fitscale.eval.arguments import add_evaluate_arguments, add_sample_arguments
+from fitscale.eval.arguments import add_data_arguments, add_evaluate_arguments, add_sample_arguments
 
 CONFIG_HELP = "YAML files, merged left to right, and dotted key=value overrides, which win over the files"
 
@@ -33,6 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     config = _add(commands, "config", _config, "print a resolved config as YAML", "configs/model/b.yaml optim.lr=2e-4")
     config.add_argument("config", nargs="+", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
+    data = _add(commands, "data", _data, "show what is in a shard set", "data/in1k_256 --verify")
+    add_data_arguments(data)
     train = _add(
         commands,
         "train",
@@ -83,6 +85,12 @@ def _config(arguments: argparse.Namespace) -> None:
     from fitscale.config.load import load_config, to_yaml
 
     sys.stdout.write(to_yaml(load_config(arguments.config)))
+
+
+def _data(arguments: argparse.Namespace) -> None:
+    from fitscale.eval.inspect import run_data
+
+    run_data(arguments)
 
 
 def _train(arguments: argparse.Namespace) -> None:

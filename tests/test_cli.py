@@ -14,7 +14,7 @@ from fitscale.config.load import load_config
 from fitscale.config.main import exit_code
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["config", "train", "plan", "sample", "evaluate"]
+COMMANDS = ["config", "data", "train", "plan", "sample", "evaluate"]
 PROGRAMS = sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "slurm").glob("*.py")])
 
 

@@ -9,10 +9,11 @@ import torch
 
 from fitscale.config.errors import UserError
 from fitscale.data.encode import to_float, unpatchify
-from fitscale.data.index import Index, open_index
+from fitscale.data.index import Index, build_index, open_index
 from fitscale.data.loader import Pack, StepBatch, make_loader
 from fitscale.data.plan import BatchPlan
 from fitscale.data.reader import ShardReader
+from fitscale.data.shards import Sample, ShardSetMeta, ShardSetWriter, Variant
 from tests.shard_sets import LATENTS, PIXELS, indexed_set
 
 STEPS = 12
@@ -76,6 +77,34 @@ def test_packs_hold_the_stored_images(tmp_path, meta, patch_size):
             stored = reader.read(int(batch.images_B[slot]), int(batch.variants_B[slot]))
             image = unpatchify(tokens.numpy(), int(batch.rows_B[slot]), int(batch.cols_B[slot]), patch_size)
             np.testing.assert_array_equal(image, to_float(stored), strict=True)
+
+
+def test_stored_moments_are_drawn_anew_at_every_step_whatever_the_ranks(tmp_path):
+    meta = ShardSetMeta("vae", factor=8, scaling=1.0, channels=2, num_classes=7, moments=True)
+    with ShardSetWriter(tmp_path, meta) as writer:
+        for number in range(8):
+            moments = np.concatenate([np.full((2, 16, 16), number), np.full((2, 16, 16), 0.25)]).astype(np.float16)
+            writer.write(Sample(f"{number}", 0, [Variant(moments)]))
+    settings = {"seed": 1, "global_batch_size": 8, "patch_size": 2, "window_shards": 1, "holdout_fraction": 0.0}
+    plan = BatchPlan(build_index(tmp_path), **settings)
+    common = {"pack_tokens": 128, "pad_multiple": 1, "cost": (1.0, 0.0), "num_workers": 0, "prefetch_steps": 1}
+    runs = [
+        [
+            {slot: tokens for pack in step.packs for slot, tokens in images_of(pack).items()}
+            for step in make_loader(plan, tmp_path, dp_rank=r, dp_size=n, first_step=0, last_step=4, **common)
+        ]
+        for r, n in ((0, 1), (0, 2), (1, 2))
+    ]
+    noise = []
+    for step, whole in enumerate(runs[0]):
+        cut = runs[1][step] | runs[2][step]
+        assert all(torch.equal(whole[slot], cut[slot]) for slot in whole) and len(cut) == 8
+        means = {slot: round(float(tokens.mean())) for slot, tokens in whole.items()}
+        assert sorted(means.values()) == list(range(8))  # an epoch
+        noise += [(tokens - means[slot]) / 0.25 for slot, tokens in whole.items()]
+    values = torch.stack(noise)
+    assert abs(float(values.mean())) < 0.03 and abs(float(values.std()) - 1) < 0.03
+    assert len({tuple(one[0, :3].tolist()) for one in noise}) == 32
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -5,10 +5,12 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
 
 from fitscale.config.errors import UserError
 from fitscale.data.digits import SCALES, digit_variants
+from fitscale.data.encode import patchify
 from fitscale.data.index import open_index
 from fitscale.data.reader import ShardReader
 from fitscale.data.scan import key_hash
@@ -94,7 +96,7 @@ def test_index_verb_makes_the_index_again(main, digits_shards, tmp_path, capsys)
     assert (tmp_path / "variants.npy").read_bytes() == (digits_shards / "variants.npy").read_bytes()
 
 
-@pytest.mark.parametrize("verb", ["digits", "index"])
+@pytest.mark.parametrize("verb", ["digits", "index", "published"])
 def test_help_shows_an_example(main, verb, capsys):
     with pytest.raises(SystemExit) as exit:
         main(verb, "--help")
@@ -105,3 +107,45 @@ def test_help_shows_an_example(main, verb, capsys):
 def test_scales_must_make_sense():
     with pytest.raises(UserError, match="above 0"):
         digit_variants(())
+
+
+def write_published(folder, name, rows, cols, label, seed):
+    """A file of the published layout, and its latents (2, 4, 2 * rows, 2 * cols)."""
+    latents = np.random.default_rng(seed).standard_normal((2, 4, 2 * rows, 2 * cols)).astype(np.float16)
+    feature = np.stack([patchify(one, 2).reshape(rows, cols, 16) for one in latents])
+    folder.mkdir(exist_ok=True)
+    grid = np.zeros((2, rows * cols), np.float16)
+    tensors = {"feature": feature, "grid": grid, "size": np.array([rows, cols], np.int32), "label": np.array(label)}
+    save_file(tensors, folder / f"{name}.safetensors")
+    return latents
+
+
+def test_the_published_layout_becomes_shards(main, tmp_path, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    small = write_published(source / "from_16_to_256", "a", 3, 5, 2, 0)
+    resized = write_published(source / "greater_than_256_resize", "b", 13, 18, 1, 1)
+    cropped = write_published(source / "greater_than_256_crop", "b", 16, 16, 1, 2)
+    assert main("published", source, tmp_path / "out") == 0
+    assert "2 images in 6 variants" in capsys.readouterr().out
+    index = open_index(tmp_path / "out")
+    reader, found = ShardReader(index), {index.key(image): (image, row) for image, row in enumerate(index.images)}
+    for key, label, expected in (("a", 2, [*small]), ("b", 1, [*resized, *cropped])):
+        image, row = found[key]
+        assert (row["label"], row["variants"]) == (label, len(expected))
+        for place, latent in enumerate(expected, int(row["first_variant"])):
+            np.testing.assert_array_equal(reader.read(image, place), latent)
+            assert index.variants["flip"][place] == place % 2
+    assert main("published", source, tmp_path / "out") == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_what_is_not_of_the_published_layout_is_named(main, tmp_path, capsys):
+    folder = tmp_path / "from_16_to_256"
+    assert main("published", tmp_path, tmp_path / "out") == 2
+    assert "holds no .safetensors files in from_16_to_256" in capsys.readouterr().err
+    write_published(folder, "a", 3, 5, 2, 0)
+    (folder / "b.safetensors").write_bytes(b"no")
+    assert main("published", tmp_path, tmp_path / "out") == 2
+    assert "b.safetensors: not a file of the published layout" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """Make shards for training, or index shards that are there.
 
+python tools/make_shards.py images /data/imagenet/train data/in1k_256 --encoder stabilityai/sd-vae-ft-ema
 python tools/make_shards.py digits data/digits
 python tools/make_shards.py index data/digits
 """
@@ -13,8 +14,11 @@ from pathlib import Path
 
 from fitscale.config.errors import UserError
 from fitscale.config.main import exit_code
+from fitscale.data.convert import STORES, Converter, Job, is_finished
 from fitscale.data.digits import SCALES, digits_meta, write_digits
 from fitscale.data.index import build_index, open_index
+from fitscale.data.published_layout import import_layout
+from fitscale.data.summary import summary_text, write_summary
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,6 +35,59 @@ def make_digits(options: argparse.Namespace) -> None:
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         write_digits(temporary, tuple(options.scales), options.images_per_shard)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{out}: {_summary(out)}")
+
+
+def make_images(options: argparse.Namespace) -> None:
+    """This worker's share of the shards of `source`; what is finished is not done again."""
+    source = str(options.source.resolve())
+    job = Job(source, options.side, options.encoder, options.store, options.images_per_shard, options.batch_size)
+    out: Path = options.out
+    worker, workers = _worker(options)
+    if not is_finished(job, out):
+        missing = Converter(job, out, _device(options), options.threads).run(worker, workers)
+        if missing:
+            print(f"{out}: worker {worker} of {workers} is done, {missing} shards are left to others")
+            return
+    if not (out / "summary.json").is_file():
+        write_summary(out)
+    print(f"{out}: finished, {_summary(out)}\n{summary_text(out)}")
+
+
+def _worker(options: argparse.Namespace) -> tuple[int, int]:
+    """(worker, workers): as given, else torchrun's rank, else the place in a Slurm array, else the only one."""
+    if (options.worker is None) != (options.workers is None):
+        raise UserError("--worker and --workers go together")
+    if options.worker is not None:
+        return options.worker, options.workers
+    environment = os.environ
+    if "WORLD_SIZE" in environment:
+        return int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    if "SLURM_ARRAY_TASK_COUNT" in environment:
+        first = int(environment["SLURM_ARRAY_TASK_MIN"])
+        return int(environment["SLURM_ARRAY_TASK_ID"]) - first, int(environment["SLURM_ARRAY_TASK_COUNT"])
+    return 0, 1
+
+
+def _device(options: argparse.Namespace) -> str:
+    if options.encoder == "pixels":
+        return "cpu"
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def make_published(options: argparse.Namespace) -> None:
+    """Shards of a data set in the published FiT layout; OUT appears when they are whole."""
+    out: Path = options.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is not empty; choose another folder, or remove it")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        import_layout(options.source, temporary, options.tokens, options.images_per_shard)
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -55,6 +112,19 @@ def _parser() -> argparse.ArgumentParser:
     digits.add_argument("--scales", type=float, nargs="+", default=SCALES, help="of the 8-pixel scans")
     digits.add_argument("--images-per-shard", type=int, default=256)
     digits.set_defaults(run=make_digits)
+    _add_images(verbs)
+    published = verbs.add_parser(
+        "published",
+        help="a data set in the layout of the published FiT code (folders of .safetensors)",
+        epilog="example: python tools/make_shards.py published /data/imagenet_fit data/in1k_256",
+    )
+    published.add_argument(
+        "source", type=Path, metavar="SRC", help="folder with from_16_to_N, greater_than_N_resize ..."
+    )
+    published.add_argument("out", type=Path, metavar="OUT", help="folder to write: new or empty")
+    published.add_argument("--tokens", type=int, default=256, help="N of the folders' names (256)")
+    published.add_argument("--images-per-shard", type=int, default=1000)
+    published.set_defaults(run=make_published)
     index = verbs.add_parser(
         "index",
         help="index (again) the webdataset shards of a folder that has a dataset.json",
@@ -63,6 +133,32 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("shards", type=Path, metavar="SHARDS", help="folder of *.tar")
     index.set_defaults(run=make_index)
     return parser
+
+
+def _add_images(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    images = verbs.add_parser(
+        "images",
+        help="images of any size, as FiT prepares them, encoded by a VAE or as pixels; goes on where it was stopped",
+        epilog="example: torchrun --nproc-per-node 8 tools/make_shards.py images /data/imagenet/train data/in1k_256 "
+        "--encoder stabilityai/sd-vae-ft-ema",
+    )
+    images.add_argument(
+        "source", type=Path, metavar="SRC", help="folder of images, of tars or of Parquet files; such a file; a list"
+    )
+    images.add_argument("out", type=Path, metavar="OUT", help="folder to write: new, empty, or begun before")
+    images.add_argument("--side", type=int, default=256, help="target side: at most side^2 pixels an image (256)")
+    images.add_argument(
+        "--encoder", required=True, help="pixels, or the local folder or hub name of a diffusers AutoencoderKL"
+    )
+    images.add_argument(
+        "--store", default="moments", choices=STORES, help="of a VAE: mean and deviation (default), or one drawn latent"
+    )
+    images.add_argument("--images-per-shard", type=int, default=1000)
+    images.add_argument("--batch-size", type=int, default=32, help="images of one shape encoded at once (32)")
+    images.add_argument("--worker", type=int, help="this worker's number from 0; default: torchrun's or the array's")
+    images.add_argument("--workers", type=int, help="how many workers share the work")
+    images.add_argument("--threads", type=int, default=4, help="threads that decode and resize (4)")
+    images.set_defaults(run=make_images)
 
 
 def _check_same(out: Path, options: argparse.Namespace) -> None:

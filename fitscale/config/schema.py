@@ -121,14 +121,20 @@ class LatentConfig:
 class DataConfig:
     """Where the shards are and how they are read."""
 
-    shards: str = ""  # folder of webdataset shards with their index
+    shards: str = ""  # folder of webdataset shards with their index, or an fsspec URL of one (s3://, gs://, https://)
     latent: LatentConfig = field(default_factory=LatentConfig)
     holdout_fraction: float = 0.0  # share of images, chosen by the hash of their key, never trained on
     window_shards: int = 16  # shards among whose images the order is random at one time
     num_workers: int = 2  # reader processes per rank; 0 reads in the training process
     prefetch_steps: int = 2  # steps read ahead, per worker
+    on_error: str = "stop"  # at a corrupt sample; skip: it counts for nothing, and events.jsonl names it
+    cache_dir: str = "~/.cache/fitscale"  # local copies of shards that are read from a URL
+    cache_gb: float = 100.0  # most GB of them; those unused for longest go first
 
     def __post_init__(self) -> None:
+        _choice("data.on_error", self.on_error, ("stop", "skip"))
+        if not self.cache_gb > 0:
+            raise UserError(f"data.cache_gb: {self.cache_gb} must be above 0")
         _between("data.holdout_fraction", self.holdout_fraction, 0.0, 1.0)
         _at_least("data.window_shards", self.window_shards, 1)
         _at_least("data.num_workers", self.num_workers, 0)

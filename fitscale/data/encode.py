@@ -2,7 +2,8 @@
 
 A token is a square patch of a (channels, height, width) array; its numbers are ordered `(c p1 p2)`, tokens in raster
 order.
-Pixels are stored as uint8 and trained on as x / 127.5 - 1. Latents are stored as trained on: scaling * (VAE's latent).
+Pixels are stored as uint8 and trained on as x / 127.5 - 1. Latents are stored as trained on: scaling * (VAE's latent);
+or as the moments of the VAE's posterior, scaling * (mean, standard deviation), of which training draws a latent.
 """
 
 from typing import Any, TypeVar
@@ -33,6 +34,37 @@ def to_float(stored: np.ndarray) -> np.ndarray:
     if stored.dtype == np.uint8:
         return stored / np.float32(127.5) - np.float32(1)
     return stored.astype(np.float32)
+
+
+def draw_latent(moments_2CHW: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """A latent (channels, height, width), float32, drawn from stored moments: mean + standard deviation * noise."""
+    mean_CHW, std_CHW = np.split(moments_2CHW.astype(np.float32), 2)
+    return mean_CHW + std_CHW * generator.standard_normal(mean_CHW.shape, dtype=np.float32)
+
+
+class Encoder:
+    """A VAE's posterior of images: the inverse of `Decoder`, for making shards.
+
+    Raises:
+        UserError: no AutoencoderKL at `name`, or its factor does not divide 16.
+    """
+
+    def __init__(self, name: str, device: str | torch.device = "cpu") -> None:
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        self._vae = _load_vae(name).to(device, dtype)
+        config = self._vae.config
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.scaling, self.channels = float(config.scaling_factor), int(config.latent_channels)
+        if 16 % self.factor:
+            raise UserError(f"--encoder {name}: {self.factor} image pixels a latent pixel do not divide 16")
+
+    @torch.no_grad()
+    def __call__(self, images_BHW3: np.ndarray) -> np.ndarray:
+        """scaling * (mean, standard deviation) of uint8 images of one shape: (B, 2 * channels, h, w) float16."""
+        pixels = torch.from_numpy(images_BHW3).movedim(-1, 1).to(self._vae.device).float() / 127.5 - 1
+        posterior = self._vae.encode(pixels.to(self._vae.dtype)).latent_dist
+        moments = self.scaling * torch.cat([posterior.mean.float(), posterior.std.float()], dim=1)
+        return moments.cpu().numpy().astype(np.float16)
 
 
 class Decoder:

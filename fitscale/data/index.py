@@ -13,7 +13,8 @@ import json
 import mmap
 from bisect import bisect_left
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -24,8 +25,10 @@ import numpy as np
 
 from fitscale.config.errors import UserError
 from fitscale.config.rundir import write_atomic
+from fitscale.config.schema import DataConfig
 from fitscale.data.scan import IMAGE, VARIANT, key_hash, member_at, scan_shard
 from fitscale.data.shards import ShardSetMeta, read_meta
+from fitscale.data.storage import Cache, Storage
 
 VERSION = 1
 
@@ -61,11 +64,14 @@ class IndexMeta(ShardSetMeta):
 class Index:
     """An open index. `images` and `variants` are memory-mapped structured arrays (dtypes IMAGE and VARIANT)."""
 
-    def __init__(self, folder: Path, meta: IndexMeta, images: np.memmap, variants: np.memmap) -> None:
+    def __init__(
+        self, folder: Path, meta: IndexMeta, images: np.memmap, variants: np.memmap, storage: Storage | None = None
+    ) -> None:
         self.folder, self.meta, self.images, self.variants = folder, meta, images, variants
+        self.storage = storage or Storage(str(folder))
 
     def __reduce__(self) -> Any:
-        return open_index, (self.folder,)  # a worker process maps the files itself
+        return open_index, (self.storage.location, self.storage.cache)  # a worker process maps the files itself
 
     @cached_property
     def first_images(self) -> np.ndarray:
@@ -84,15 +90,15 @@ class Index:
     def key(self, image: int) -> str:
         """The key of an image, looked up in its shard."""
         row = self.images[image]
-        name = member_at(self._shard_path(row), int(self.variants[row["first_variant"]]["offset"]))
+        name = member_at(self.storage.local(self._shard_name(row)), int(self.variants[row["first_variant"]]["offset"]))
         return name.rsplit(".", 2)[0]
 
     def describe(self, image: int) -> str:
         """An image for a person: its key and shard."""
-        return f"image {self.key(image)!r} in {self._shard_path(self.images[image])}"
+        return f"image {self.key(image)!r} in {self.storage.name_of(self._shard_name(self.images[image]))}"
 
-    def _shard_path(self, row: np.void) -> Path:
-        return self.folder / self.meta.shards[row["shard"]].name
+    def _shard_name(self, row: np.void) -> str:
+        return self.meta.shards[row["shard"]].name
 
     def refuse_size(self, height: int, width: int, reason: str) -> NoReturn:
         """Raise UserError with `reason` and the first image that has this size, in latent pixels."""
@@ -111,21 +117,56 @@ def is_held_out(key: str, fraction: float) -> bool:
     return key_hash(key) < _hash_limit(fraction)
 
 
-def open_index(folder: str | Path) -> Index:
-    """Open the index of the shard set `folder`, without reading the shards.
+def open_index(location: str | Path, cache: Cache | None = None) -> Index:
+    """Open the index of the shard set at `location`, a folder or an fsspec URL, without reading the shards.
 
     Raises:
         UserError: no index, one of another version, or one that does not go with the shards that are there.
     """
-    folder = Path(folder)
-    meta = _read_index(folder / "index.json")
-    for shard in meta.shards:
-        _check_shard(folder / shard.name, shard)
-    return _map(folder, meta)
+    storage = Storage(str(location), cache or Cache())
+    if not storage.remote:
+        meta = _read_index(storage.folder / "index.json")
+        for shard in meta.shards:
+            _check_shard(storage.folder / shard.name, shard)
+        return _map(storage.folder, meta)
+    try:
+        meta = _read_index(storage.fetch("index.json"))  # the remote one may be newer than the copy
+        contents = hashlib.blake2b("".join(shard.checksum for shard in meta.shards).encode(), digest_size=8)
+        storage = replace(storage, version=contents.hexdigest())
+        paths = [storage.local(name) for name in ("images.npy", "variants.npy")]
+    except FileNotFoundError as error:
+        raise UserError(f"{storage.location}: holds no index (index.json, images.npy, variants.npy)") from error
+    return _map(paths[0].parent, meta, storage)
 
 
-def build_index(folder: str | Path) -> Index:
-    """Read every shard (`*.tar`) of `folder` once, check it, and write its index.
+def open_configured(data: DataConfig) -> Index:
+    """The index of a config's shards, with its cache."""
+    return open_index(data.shards, Cache(Path(data.cache_dir), data.cache_gb))
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """What the index keeps of one shard; `images` and `variants` as `scan_shard` gives them."""
+
+    name: str
+    bytes: int
+    checksum: str
+    images: np.ndarray
+    variants: np.ndarray
+
+
+def scan(path: Path, meta: ShardSetMeta) -> Scanned:
+    """Read a shard from end to end and check it.
+
+    Raises:
+        UserError: it is truncated or corrupt, or a sample does not fit `meta`.
+    """
+    images, variants = scan_shard(path, meta)
+    return Scanned(path.name, path.stat().st_size, checksum(path), images, variants)
+
+
+def build_index(folder: str | Path, scanned: Iterable[Scanned] | None = None) -> Index:
+    """Write the index of `folder`: of its shards (`*.tar`), each read once and checked, or of those `scanned` already.
 
     Raises:
         UserError: no shards; a shard is truncated or corrupt, or a sample does not fit `dataset.json`; a key twice.
@@ -136,7 +177,9 @@ def build_index(folder: str | Path) -> Index:
         raise UserError(f"{folder}: holds no shards (*.tar)")
     with TemporaryDirectory(prefix=".index.", dir=folder) as scratch:
         with open(Path(scratch, "images"), "wb") as image_rows, open(Path(scratch, "variants"), "wb") as variant_rows:
-            shards, sizes = _scan(paths, meta, image_rows, variant_rows)
+            shards, sizes = _append_rows(
+                (scan(path, meta) for path in paths) if scanned is None else scanned, image_rows, variant_rows
+            )
         if not sizes:
             raise UserError(f"{folder}: its shards hold no images")
         (folder / "index.json").unlink(missing_ok=True)
@@ -149,22 +192,21 @@ def build_index(folder: str | Path) -> Index:
     return open_index(folder)
 
 
-def _scan(
-    paths: list[Path], meta: ShardSetMeta, image_rows: BinaryIO, variant_rows: BinaryIO
+def _append_rows(
+    scanned: Iterable[Scanned], image_rows: BinaryIO, variant_rows: BinaryIO
 ) -> tuple[list[Shard], Counter[tuple[int, int]]]:
     """Append the rows of all shards to two files, one shard in memory at a time."""
     shards: list[Shard] = []
     sizes: Counter[tuple[int, int]] = Counter()
     first = 0
-    for number, path in enumerate(paths):
-        images, variants = scan_shard(path, meta)
-        images["shard"] = number
-        images["first_variant"] += sizes.total()
-        image_rows.write(images.tobytes())
-        variant_rows.write(variants.tobytes())
-        shards.append(Shard(path.name, len(images), path.stat().st_size, _checksum(path), first))
-        sizes.update(zip(variants["height"].tolist(), variants["width"].tolist(), strict=True))
-        first += len(images)
+    for number, one in enumerate(scanned):
+        one.images["shard"] = number
+        one.images["first_variant"] += sizes.total()
+        image_rows.write(one.images.tobytes())
+        variant_rows.write(one.variants.tobytes())
+        shards.append(Shard(one.name, len(one.images), one.bytes, one.checksum, first))
+        sizes.update(zip(one.variants["height"].tolist(), one.variants["width"].tolist(), strict=True))
+        first += len(one.images)
     return shards, sizes
 
 
@@ -196,12 +238,13 @@ def _check_shard(path: Path, shard: Shard) -> None:
         raise UserError(f"{path}: the shard has {size} bytes, its index says {shard.bytes}; truncated, or index stale")
 
 
-def _map(folder: Path, meta: IndexMeta) -> Index:
+def _map(folder: Path, meta: IndexMeta, storage: Storage | None = None) -> Index:
     return Index(
         folder,
         meta,
         _map_rows(folder / "images.npy", IMAGE, meta.num_images),
         _map_rows(folder / "variants.npy", VARIANT, meta.num_variants),
+        storage,
     )
 
 
@@ -221,7 +264,7 @@ def _save(raw: Path, path: Path, dtype: np.dtype) -> None:
     raw.with_suffix(".npy").rename(path)
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 

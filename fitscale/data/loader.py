@@ -8,7 +8,7 @@ Every step is computed from its number alone, so workers change nothing and resu
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fitscale.config.errors import UserError
-from fitscale.data.encode import patchify, to_float
+from fitscale.data.encode import draw_latent, patchify, to_float
 from fitscale.data.packing import PackingStats, padded, split
 from fitscale.data.plan import BatchPlan, GlobalBatch
-from fitscale.data.reader import ShardReader
+from fitscale.data.reader import CorruptSample, ShardReader
 
 PADDING_SLOT = -1
 
@@ -44,6 +44,7 @@ class StepBatch:
     batch: GlobalBatch
     packs: list[Pack]
     stats: PackingStats
+    skipped: list[str] = field(default_factory=list)  # corrupt images of this rank, left out of its packs' loss
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class _Loaded:
     tokens: torch.Tensor
     slots: list[np.ndarray]  # of every pack, padding included
     sizes: list[np.ndarray]
+    skipped: list[str]
 
 
 def make_loader(
@@ -70,19 +72,22 @@ def make_loader(
     last_step: int,
     num_workers: int,
     prefetch_steps: int,
+    on_error: str = "stop",
 ) -> Iterator[StepBatch]:
     """Iterator over the StepBatch of steps first_step .. last_step - 1 for rank `dp_rank`.
 
     `cost` is (a, b): an image of n tokens costs a * n + b * n^2. `num_workers` processes each read `prefetch_steps`
-    ahead; 0 reads in this process when asked.
+    ahead; 0 reads in this process when asked. With `on_error` "skip" a corrupt image becomes padding (slot -1, zero
+    tokens) where it lies in its pack: it weighs nothing, and the step names it.
 
     Raises:
         UserError: here, if an image is larger than a pack; while iterating, if a shard is missing or corrupt.
     """
-    if Path(folder).resolve() != plan.index.folder.resolve():
-        raise UserError(f"data.shards: {folder} is not the folder of the plan's index, {plan.index.folder}")
+    storage = plan.index.storage
+    if str(folder) != storage.location and (storage.remote or Path(folder).resolve() != storage.folder.resolve()):
+        raise UserError(f"data.shards: {folder} is not the folder of the plan's index, {storage.location}")
     check_pack_tokens(plan, pack_tokens, pad_multiple)
-    steps = _Steps(plan, dp_rank, dp_size, pack_tokens, pad_multiple, cost, range(first_step, last_step))
+    steps = _Steps(plan, dp_rank, dp_size, pack_tokens, pad_multiple, cost, range(first_step, last_step), on_error)
     loaded_steps: DataLoader[Any] = DataLoader(
         steps,
         batch_size=None,
@@ -98,7 +103,7 @@ def _iterate(loaded_steps: DataLoader[Any]) -> Iterator[StepBatch]:
     for loaded in loaded_steps:
         if isinstance(loaded, UserError):
             raise loaded
-        yield StepBatch(loaded.batch.step, loaded.batch, _cut(loaded), loaded.stats)
+        yield StepBatch(loaded.batch.step, loaded.batch, _cut(loaded), loaded.stats, loaded.skipped)
 
 
 @dataclass
@@ -112,6 +117,7 @@ class _Steps(Dataset[Any]):
     pad_multiple: int
     cost: tuple[float, float]
     steps: range
+    on_error: str
 
     def __post_init__(self) -> None:
         self.reader = ShardReader(self.plan.index)
@@ -139,8 +145,11 @@ class _Steps(Dataset[Any]):
         mine = packing.packs[self.dp_rank]
         sizes_B2 = np.stack([batch.rows_B, batch.cols_B], axis=1)
         slots, sizes = zip(*(self._pad(pack, sizes_B2[pack]) for pack in mine), strict=True)
-        tokens = self._read(batch, np.concatenate(slots), np.concatenate(sizes).prod(axis=1))
-        return _Loaded(batch, packing.stats, tokens, list(slots), list(sizes))
+        tokens, corrupt = self._read(batch, np.concatenate(slots), np.concatenate(sizes).prod(axis=1))
+        kept = (
+            [np.where(np.isin(pack, list(corrupt)), PADDING_SLOT, pack) for pack in slots] if corrupt else list(slots)
+        )
+        return _Loaded(batch, packing.stats, tokens, kept, list(sizes), list(corrupt.values()))
 
     def _pad(self, slots: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Slots and sizes of a pack, with its padding image if it needs one."""
@@ -150,15 +159,28 @@ class _Steps(Dataset[Any]):
             return slots, sizes
         return np.append(slots, PADDING_SLOT), np.append(sizes, [[1, padding]], axis=0)
 
-    def _read(self, batch: GlobalBatch, slots: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
+    def _read(self, batch: GlobalBatch, slots: np.ndarray, lengths: np.ndarray) -> tuple[torch.Tensor, dict[int, str]]:
+        """Tokens of all slots end to end, and what is wrong with the slots that had to be left zero."""
         patch_size = self.plan.patch_size
         tokens_TC = torch.zeros(int(lengths.sum()), patch_size**2 * self.plan.index.meta.channels)
-        ends = np.cumsum(lengths)
-        for slot, start, end in zip(slots, ends - lengths, ends, strict=True):
-            if slot != PADDING_SLOT:
-                stored = self.reader.read(int(batch.images_B[slot]), int(batch.variants_B[slot]))
-                tokens_TC[start:end] = torch.from_numpy(patchify(to_float(stored), patch_size))
-        return tokens_TC
+        ends, corrupt = np.cumsum(lengths), {}
+        for slot, start, end in zip(slots.tolist(), ends - lengths, ends, strict=True):
+            if slot == PADDING_SLOT:
+                continue
+            try:
+                tokens_TC[start:end] = torch.from_numpy(patchify(self._image(batch, slot), patch_size))
+            except CorruptSample as error:
+                if self.on_error == "stop":
+                    raise
+                corrupt[slot] = str(error)
+        return tokens_TC, corrupt
+
+    def _image(self, batch: GlobalBatch, slot: int) -> np.ndarray:
+        """The image of a slot as it is trained on, (channels, height, width) float32."""
+        stored = self.reader.read(int(batch.images_B[slot]), int(batch.variants_B[slot]))
+        if self.plan.index.meta.moments:
+            return draw_latent(stored, self.plan.latent_generator(batch.step, slot))
+        return to_float(stored)
 
 
 def check_pack_tokens(plan: BatchPlan, pack_tokens: int, pad_multiple: int) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from fitscale.config.errors import UserError
 from fitscale.data.index import Index
 
-SHARD_ORDER, IMAGE_ORDER, VARIANT_CHOICE = range(3)  # what a draw is for
+SHARD_ORDER, IMAGE_ORDER, VARIANT_CHOICE, LATENT_NOISE = range(4)  # what a draw is for
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,11 @@ class BatchPlan:
             cols_B=sizes["width"].astype(np.int64) // self.patch_size,
             labels_B=rows["label"].astype(np.int64),
         )
+
+    def latent_generator(self, step: int, slot: int) -> np.random.Generator:
+        """The noise with which a stored posterior becomes the latent of (step, slot)."""
+        key, counter = np.array([self.seed, LATENT_NOISE], np.uint64), np.array([0, 0, step, slot], np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
     def _stream(self, start: int, count: int) -> np.ndarray:
         """Images start .. start + count - 1 of the endless stream of epochs."""

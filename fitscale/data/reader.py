@@ -13,6 +13,10 @@ from fitscale.data.shards import DTYPES
 OPEN_SHARDS = 64  # files a reader keeps open
 
 
+class CorruptSample(UserError):
+    """A single image cannot be used; the others of its shard may be fine."""
+
+
 class ShardReader:
     """Reads variants of `index`'s images. Opens files when first read, so it may be made before workers are forked."""
 
@@ -24,14 +28,15 @@ class ShardReader:
         """The stored (channels, height, width) array of row `variant` of `index.variants`, read-only.
 
         Raises:
-            UserError: the bytes are not those that were indexed; names shard and sample.
+            CorruptSample: the bytes are not those that were indexed; names shard and sample.
+            UserError: the shard cannot be read.
         """
         row = self.index.variants[variant]
         data = os.pread(self._file(int(self.index.images[image]["shard"])), int(row["length"]), int(row["offset"]))
         if zlib.crc32(data) != row["crc32"]:
             what = f"{len(data)} of {row['length']} bytes" if len(data) < row["length"] else "checksum differs"
-            raise UserError(f"{self.index.describe(image)} is truncated or corrupt: {what}")
-        shape = (self.index.meta.channels, int(row["height"]), int(row["width"]))
+            raise CorruptSample(f"{self.index.describe(image)} is truncated or corrupt: {what}")
+        shape = (self.index.meta.stored_channels, int(row["height"]), int(row["width"]))
         return np.frombuffer(data, DTYPES[row["dtype"]]).reshape(shape)
 
     def close(self) -> None:
@@ -44,11 +49,12 @@ class ShardReader:
             return self._open[shard]
         if len(self._open) == OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1])
-        path = self.index.folder / self.index.meta.shards[shard].name
+        name = self.index.meta.shards[shard].name
         try:
-            self._open[shard] = os.open(path, os.O_RDONLY)
+            self._open[shard] = os.open(self.index.storage.local(name), os.O_RDONLY)
         except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+            path = self.index.storage.name_of(name)
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
         return self._open[shard]
 
     def __del__(self) -> None:

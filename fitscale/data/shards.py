@@ -11,12 +11,13 @@ are.
 
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -57,6 +58,12 @@ class ShardSetMeta:
     channels: int
     num_classes: int
     recipe: dict[str, Any] = field(default_factory=dict)
+    moments: bool = False  # arrays hold the mean of the VAE's posterior, then its standard deviation; training samples
+
+    @property
+    def stored_channels(self) -> int:
+        """Channels of a stored array: twice `channels` where it holds moments."""
+        return self.channels * (2 if self.moments else 1)
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -115,10 +122,8 @@ class ShardSetWriter:
         return self.out / f".shard-{self.shards:06d}.tar.tmp"
 
     def _open_shard(self) -> None:
-        from webdataset import TarWriter  # imports torch, which readers of an index do not need
-
         self._stream = open(self._temporary, "wb")  # noqa: SIM115 - closed in _close_shard
-        self._tar = TarWriter(self._stream, encoder=False, compress=False, mtime=0, user="fitscale", group="fitscale")
+        self._tar = _tar_writer(self._stream)
 
     def _close_shard(self) -> None:
         self._tar.close()
@@ -126,6 +131,33 @@ class ShardSetWriter:
         self._temporary.rename(self.out / f"shard-{self.shards:06d}.tar")
         self._tar = None
         self.shards += 1
+
+
+def write_shard(path: Path, samples: Iterable[Sample], meta: ShardSetMeta) -> None:
+    """Write one whole shard, replacing what is there; `path` appears when it is complete.
+
+    Raises:
+        UserError: a sample's label, key or array does not fit `meta`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            tar = _tar_writer(stream)
+            for sample in samples:
+                check_sample(sample, meta)
+                tar.write(_encode(sample))
+            tar.close()
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _tar_writer(stream: IO[bytes]) -> Any:
+    from webdataset import TarWriter  # imports torch, which readers of an index do not need
+
+    return TarWriter(stream, encoder=False, compress=False, mtime=0, user="fitscale", group="fitscale")
 
 
 def read_meta(folder: Path) -> ShardSetMeta:
@@ -171,8 +203,9 @@ def _check_variant(name: str, variant: Variant, meta: ShardSetMeta) -> None:
         raise UserError(f"{name}: kind {variant.kind!r} is not one of {', '.join(KINDS)}")
     if array.dtype.name not in meta.dtypes:
         raise UserError(f"{name}: {array.dtype.name} does not go with {meta.kind}, only {' or '.join(meta.dtypes)}")
-    if array.ndim != 3 or array.shape[0] != meta.channels or not 1 <= min(array.shape) <= max(array.shape) < 2**16:
-        raise UserError(f"{name}: shape {array.shape} is not ({meta.channels}, height, width)")
+    channels = meta.stored_channels
+    if array.ndim != 3 or array.shape[0] != channels or not 1 <= min(array.shape) <= max(array.shape) < 2**16:
+        raise UserError(f"{name}: shape {array.shape} is not ({channels}, height, width)")
     if not np.isfinite(array).all():
         raise UserError(f"{name}: holds values that are not finite")
 

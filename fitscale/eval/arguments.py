@@ -48,3 +48,14 @@ def _add_sampler(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--power", type=float, help="exponent of the power-cosine guidance scale; 0 = constant")
     parser.add_argument("--rope", choices=ROPE_METHODS, help="how RoPE is stretched beyond the trained sizes")
     parser.add_argument("--decouple", action="store_true", help="with --rope: rows and columns by their own lengths")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder of shards with their index")
+    parser.add_argument("--patch-size", type=int, default=2, help="latent pixels a side of a token (2)")
+    parser.add_argument("--batch", type=int, default=256, help="images of a global batch (256)")
+    parser.add_argument("--ranks", type=int, default=8, help="ranks that share a global batch (8)")
+    parser.add_argument("--pack-tokens", type=int, default=16384, help="most tokens in a pack (16384)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the pictures go (SHARDS/report)")
+    parser.add_argument("--vae", help="local folder or hub name of the AutoencoderKL, for a contact sheet of latents")
+    parser.add_argument("--verify", action="store_true", help="read every shard and check its checksum")

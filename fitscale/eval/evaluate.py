@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fitscale.config.errors import UserError
 from fitscale.config.rundir import Checkpoint, RunDir, append_jsonl, read_jsonl
 from fitscale.config.schema import Config, RopeConfig, SamplingConfig
-from fitscale.data.index import open_index
+from fitscale.data.index import open_configured
 from fitscale.data.loader import Pack, make_loader
 from fitscale.data.plan import BatchPlan
 from fitscale.eval.features import FeatureNet
@@ -148,7 +148,7 @@ class _Evaluation:
         evaluation = self.config.evaluation
         return {
             "weights": self.weights,
-            "data": data_identity(open_index(Path(self.config.data.shards)))[:16],
+            "data": data_identity(open_configured(self.config.data))[:16],
             "patch_size": self.config.model.patch_size,
             "held_out_images": evaluation.validation_images,
             "holdout_fraction": self.config.data.holdout_fraction,
@@ -229,7 +229,7 @@ def _validation_packs(config: Config) -> Iterator[Pack]:
     plan = _plan(config, "holdout", VALIDATION_SEED, number)
     loader = make_loader(
         plan,
-        Path(config.data.shards),
+        config.data.shards,
         dp_rank=0,
         dp_size=1,
         pack_tokens=config.batch.pack_tokens,
@@ -246,7 +246,7 @@ def _validation_packs(config: Config) -> Iterator[Pack]:
 
 def _plan(config: Config, split: str, seed: int, batch_size: int) -> BatchPlan:
     return BatchPlan(
-        open_index(Path(config.data.shards)),
+        open_configured(config.data),
         seed=seed,
         global_batch_size=batch_size,
         patch_size=config.model.patch_size,

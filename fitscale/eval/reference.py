@@ -107,7 +107,7 @@ def _shard_images(index: Index, latent: LatentConfig) -> Iterator[np.ndarray]:
             if stored.dtype == np.uint8:
                 yield stored.transpose(1, 2, 0).copy()
             else:
-                yield decoder(torch.from_numpy(to_float(stored)))
+                yield decoder(torch.from_numpy(to_float(stored)[: index.meta.channels]))  # of stored moments, the mean
 
 
 def _read_image(file: Path) -> np.ndarray:

@@ -26,7 +26,7 @@ from fitscale.config.claim import claim
 from fitscale.config.errors import UserError
 from fitscale.config.rundir import Checkpoint, RunDir, append_jsonl, write_atomic
 from fitscale.config.schema import Config
-from fitscale.data.index import Index, open_index
+from fitscale.data.index import Index, open_configured
 from fitscale.data.loader import Pack, StepBatch, check_pack_tokens, make_loader
 from fitscale.data.plan import BatchPlan
 from fitscale.flow.loss import image_weights, make_objective
@@ -60,7 +60,7 @@ def train(config: Config) -> None:
     for key, value in (("run.dir", config.run.dir), ("data.shards", config.data.shards)):
         if not value:
             raise UserError(f"{key}: must be given, in a config file or as {key}=PATH")
-    index = open_index(Path(config.data.shards))
+    index = open_configured(config.data)
     prepare.check_data(config, index)
     plan = make_plan(config, index)
     timeout = timedelta(minutes=config.health.timeout_min)
@@ -105,6 +105,7 @@ class Trainer:
         self.health = StepHealth(config.health)
         self.timer, self.profiler = PhaseTimer(topology.device), Profiler(config.profile, run.path / "profile")
         self.watchdog = Watchdog(config.health.timeout_min, topology.rank, run.events)
+        self.skipped_samples = 0
         self.engine = self._build_engine(self._find_checkpoint())
 
     def _find_checkpoint(self) -> Checkpoint | None:
@@ -189,7 +190,7 @@ class Trainer:
         config, topology = self.config, self.topology
         return make_loader(
             self.plan,
-            Path(config.data.shards),
+            config.data.shards,
             dp_rank=topology.dp_rank,
             dp_size=topology.dp_size,
             pack_tokens=config.batch.pack_tokens,
@@ -199,6 +200,7 @@ class Trainer:
             last_step=config.run.steps,
             num_workers=config.data.num_workers,
             prefetch_steps=config.data.prefetch_steps,
+            on_error=config.data.on_error,
         )
 
     def _timed(self, loader: Iterator[StepBatch], monitor: Monitor | None) -> Iterator[StepBatch]:
@@ -211,6 +213,11 @@ class Trainer:
                 return
             if monitor:
                 monitor.waited_for_data(time.perf_counter() - asked)
+            for problem in batch.skipped if self.topology.tp_rank == 0 else ():
+                self.skipped_samples += 1
+                event = {"event": "sample skipped", "step": batch.step + 1, "rank": self.topology.rank}
+                event |= {"problem": problem, "skipped_by_rank": self.skipped_samples}
+                append_jsonl(self.run.events, {"time_unix_s": time.time(), **event})
             yield batch
 
     def _step(self, batch: StepBatch) -> dict[str, Any]:

@@ -1,0 +1,131 @@
+"""Where the files of a shard set are: a local folder, or any fsspec URL behind a bounded local cache.
+
+A remote file is fetched whole, once per machine, when first asked for: the plan reads a window of shards nearly to the
+end before it goes on, so a shard in the cache serves many reads, and the store sees long sequential ones. A fetch that
+fails is tried again, waiting twice as long each time. The cache is shared by the processes of a machine; the files
+unused for longest go when it exceeds its bound (one that is open stays readable until it is closed).
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fitscale.config.errors import UserError
+
+ATTEMPTS = 5
+FIRST_WAIT_S = 0.5
+DEFAULT_CACHE = Path("~/.cache/fitscale")
+DEFAULT_CACHE_GB = 100.0
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Local copies of remote files: the folder, and how many GB (1e9 bytes) of shards it may hold."""
+
+    folder: Path = DEFAULT_CACHE
+    size_gb: float = DEFAULT_CACHE_GB
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The files of one shard set, by name."""
+
+    location: str  # a folder or an fsspec URL
+    cache: Cache = Cache()
+    version: str = ""  # of the contents; each has a cache folder of its own, so that an old copy is never taken for new
+
+    @property
+    def remote(self) -> bool:
+        return "://" in self.location
+
+    @property
+    def folder(self) -> Path:
+        """The folder where local files are, or come to be."""
+        if not self.remote:
+            return Path(self.location)
+        digest = hashlib.blake2b(self.location.rstrip("/").encode(), digest_size=8).hexdigest()
+        return self.cache.folder.expanduser() / digest / self.version
+
+    def name_of(self, name: str) -> str:
+        """A file's path or URL, for messages."""
+        return f"{self.location.rstrip('/')}/{name}" if self.remote else str(self.folder / name)
+
+    def local(self, name: str) -> Path:
+        """A local path of the file, fetched if need be.
+
+        Raises:
+            FileNotFoundError: the remote store has no such file.
+            UserError: it could not be fetched in `ATTEMPTS` attempts.
+        """
+        path = self.folder / name
+        if not self.remote:
+            return path
+        try:
+            os.utime(path)  # its turn to be evicted comes last again
+        except FileNotFoundError:
+            self.fetch(name)
+        return path
+
+    def fetch(self, name: str) -> Path:
+        """Copy a remote file into the cache, whether or not it is there; as `local` otherwise."""
+        url, path = self.name_of(name), self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            retried(lambda: _open(url, lambda fs, remote: fs.get_file(remote, str(temporary))), url)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        evict(self.cache.folder.expanduser(), self.cache.size_gb * 1e9, keep=path)
+        return path
+
+
+def retried(function: Callable[[], Result], what: str) -> Result:
+    """What `function` returns; transient errors are tried again after 0.5, 1, 2 ... seconds.
+
+    Raises:
+        FileNotFoundError: at once; waiting does not help.
+        UserError: all attempts failed.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return function()
+        except FileNotFoundError:
+            raise
+        except (OSError, TimeoutError) as error:
+            if attempt == ATTEMPTS - 1:
+                raise UserError(f"{what}: cannot be read after {ATTEMPTS} attempts: {error}") from error
+            time.sleep(FIRST_WAIT_S * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def evict(folder: Path, limit: float, keep: Path) -> None:
+    """Remove the shards (*.tar) unused for longest until the rest fit `limit` bytes; never `keep`."""
+    entries = []
+    for path in folder.rglob("*.tar"):
+        try:
+            entries.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        except FileNotFoundError:
+            continue  # another process was faster
+    held = sum(size for _, size, _ in entries)
+    for _, size, path in sorted(entries):
+        if held <= limit:
+            return
+        if path != keep:
+            path.unlink(missing_ok=True)
+            held -= size
+
+
+def _open(url: str, action: Callable[[Any, str], Any]) -> Any:
+    import fsspec
+
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{url}: {error}") from error
+    return action(fs, path)

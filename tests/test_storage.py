@@ -1,0 +1,208 @@
+"""Shards behind any fsspec URL: the same bytes, a bounded cache, patience with a bad store, clear words at the end."""
+
+import time
+
+import fsspec
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from fitscale.config.errors import UserError
+from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.data import storage
+from fitscale.data.index import open_index
+from fitscale.data.loader import make_loader
+from fitscale.data.plan import BatchPlan
+from fitscale.data.reader import ShardReader
+from fitscale.data.storage import Cache, retried
+from tests.shard_sets import indexed_set
+from tests.tiny import tiny_config
+
+
+class Unsteady(MemoryFileSystem):
+    """memory:// that fails the first `failures` fetches, and stalls `stall_s` in every `every`-th."""
+
+    protocol = "unsteady"
+    failures, every, stall_s, fetches = 0, 0, 0.0, 0
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.removeprefix("unsteady://").strip("/")
+
+    def get_file(self, rpath, lpath, **kwargs):
+        cls = type(self)
+        cls.fetches += 1
+        if cls.failures:
+            cls.failures -= 1
+            raise OSError("connection reset")
+        if cls.every and cls.fetches % cls.every == 0:
+            time.sleep(cls.stall_s)
+        return super().get_file(rpath, lpath, **kwargs)
+
+
+fsspec.register_implementation("unsteady", Unsteady, clobber=True)
+
+
+@pytest.fixture
+def remote(tmp_path):
+    """A shard set of 6 shards at unsteady://set, and its local original."""
+    folder = tmp_path / "original"
+    folder.mkdir()
+    local = indexed_set(folder, 60)
+    Unsteady.failures = Unsteady.every = Unsteady.fetches = 0
+    Unsteady.store.clear()
+    for path in folder.iterdir():
+        Unsteady().pipe_file(f"/set/{path.name}", path.read_bytes())
+    yield local
+    Unsteady.failures = Unsteady.every = 0
+
+
+def read_all(index) -> list[np.ndarray]:
+    reader = ShardReader(index)
+    return [reader.read(image, int(row["first_variant"])) for image, row in enumerate(index.images)]
+
+
+def load(index, **changes):
+    settings = {"seed": 0, "global_batch_size": 10, "patch_size": 2, "window_shards": 2, "holdout_fraction": 0.0}
+    options = {"dp_rank": 0, "dp_size": 1, "pack_tokens": 512, "pad_multiple": 1, "cost": (1.0, 0.0)}
+    options |= {"first_step": 0, "last_step": 6, "num_workers": 0, "prefetch_steps": 2}
+    return make_loader(BatchPlan(index, **settings), index.storage.location, **options | changes)
+
+
+def test_a_url_reads_as_the_folder_does(remote, tmp_path):
+    index = open_index("unsteady://set", Cache(tmp_path / "cache"))
+    assert index.meta == remote.meta
+    for ours, theirs in zip(read_all(index), read_all(remote), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    fetched = Unsteady.fetches
+    read_all(open_index("unsteady://set", Cache(tmp_path / "cache")))
+    assert Unsteady.fetches == fetched + 1  # index.json alone: the rest is in the cache
+    assert "unsteady://set/shard-00000" in index.describe(0)
+    assert len(list(load(index))) == 6
+
+
+def test_the_cache_is_bounded_and_serves_all_the_same(remote, tmp_path):
+    shard = remote.meta.shards[0].bytes
+    index = open_index("unsteady://set", Cache(tmp_path / "cache", 2.5 * shard / 1e9))
+    for ours, theirs in zip(read_all(index), read_all(remote), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert 1 <= len(list((tmp_path / "cache").rglob("*.tar"))) <= 2
+
+
+def test_new_contents_at_the_same_url_are_never_mixed_with_old(remote, tmp_path):
+    read_all(open_index("unsteady://set", Cache(tmp_path / "cache")))
+    other = tmp_path / "other"
+    other.mkdir()
+    changed = indexed_set(other, 30)
+    for path in other.iterdir():
+        Unsteady().pipe_file(f"/set/{path.name}", path.read_bytes())
+    again = open_index("unsteady://set", Cache(tmp_path / "cache"))
+    for ours, theirs in zip(read_all(again), read_all(changed), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_passing_errors_are_tried_again(remote, tmp_path, monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr(storage.time, "sleep", waits.append)
+    Unsteady.failures = 3
+    assert open_index("unsteady://set", Cache(tmp_path / "cache")).meta == remote.meta
+    assert waits == [0.5, 1.0, 2.0]
+
+
+def test_lasting_errors_end_in_one_message(remote, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    Unsteady.failures = 100
+    with pytest.raises(
+        UserError, match=r"unsteady://set/index.json: cannot be read after 5 attempts: connection reset"
+    ):
+        open_index("unsteady://set", Cache(tmp_path / "cache"))
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+    with pytest.raises(FileNotFoundError):
+        retried((tmp_path / "none").read_bytes, "none")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [("unsteady://nothing", "holds no index"), ("nosuch://x", "nosuch://x/index.json: Protocol not known")],
+)
+def test_wrong_urls(remote, tmp_path, url, message):
+    with pytest.raises(UserError, match=message):
+        open_index(url, Cache(tmp_path / "cache"))
+
+
+def test_a_stalling_store_is_hidden_by_prefetching_and_told_when_it_cannot_be(remote, tmp_path):
+    """Steps of 0.15 s; every third fetch stalls 0.3 s."""
+    waited = {}
+    for workers in (0, 2):
+        Unsteady.every, Unsteady.stall_s = 3, 0.3
+        index = open_index("unsteady://set", Cache(tmp_path / f"cache{workers}"))
+        steps, waits = load(index, num_workers=workers, prefetch_steps=4), []
+        next(steps)
+        while True:
+            time.sleep(0.15)  # the training step
+            asked = time.perf_counter()
+            if next(steps, None) is None:
+                break
+            waits.append(time.perf_counter() - asked)
+        waited[workers] = sum(waits)
+    assert waited[0] > 0.25  # read when asked: the step waits
+    assert waited[2] < 0.5 * waited[0]
+
+
+def corrupt(folder, index, image: int) -> str:
+    variant = index.variants[int(index.images[image]["first_variant"])]
+    path = folder / index.meta.shards[int(index.images[image]["shard"])].name
+    data = bytearray(path.read_bytes())
+    for row in index.variants[int(index.images[image]["first_variant"]) :][: int(index.images[image]["variants"])]:
+        data[int(row["offset"])] ^= 1
+    path.write_bytes(data)
+    assert variant["length"] > 0
+    return index.key(image)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_sample_stops_or_is_skipped_and_named(tmp_path, workers):
+    index = indexed_set(tmp_path, 60)
+    calm = list(load(index))
+    key = corrupt(tmp_path, index, 7)
+    with pytest.raises(UserError, match=f"{key}.*checksum differs"):
+        list(load(index, num_workers=workers))
+    steps = list(load(index, num_workers=workers, on_error="skip"))
+    named = [problem for step in steps for problem in step.skipped]
+    assert len(named) == 1 and key in named[0] and "checksum differs" in named[0]
+    for step, whole in zip(steps, calm, strict=True):
+        for pack, other in zip(step.packs, whole.packs, strict=True):
+            lost = (pack.slots_S != other.slots_S).nonzero().ravel().tolist()
+            assert len(lost) == len(step.skipped) * (1 if len(step.packs) == 1 else len(lost))
+            for place in lost:
+                a, b = pack.cu_seqlens[place : place + 2].tolist()
+                assert pack.slots_S[place] == -1 and not pack.tokens_TC[a:b].any()
+            kept = [n for n in range(len(pack.slots_S)) if n not in lost]
+            assert all(
+                (pack.tokens_TC[a:b] == other.tokens_TC[a:b]).all()
+                for n in kept
+                for a, b in [pack.cu_seqlens[n : n + 2].tolist()]
+            )
+
+
+def train_here(config) -> None:
+    from fitscale.train.trainer import train
+
+    train(config)
+
+
+def test_training_counts_and_names_what_it_skips(tmp_path, digits_shards):
+    import shutil
+
+    from tests.distributed.spawn import run_ranks
+
+    shutil.copytree(digits_shards, tmp_path / "shards")
+    index = open_index(tmp_path / "shards")
+    keys = {corrupt(tmp_path / "shards", index, image) for image in range(200, len(index.images), 40)}
+    options = ("run.steps=8", "data.on_error=skip", "checkpoint.every_steps=100")
+    run_ranks(train_here, 1, tiny_config(tmp_path / "run", tmp_path / "shards", *options))
+    events = [row for row in read_jsonl(RunDir(tmp_path / "run").events) if row["event"] == "sample skipped"]
+    assert events and [row["skipped_by_rank"] for row in events] == list(range(1, len(events) + 1))
+    assert all(any(repr(key) in row["problem"] for key in keys) for row in events)
+    assert all(row["loss"] is not None for row in read_jsonl(RunDir(tmp_path / "run").metrics))
+    assert all(row["data_wait_s"] >= 0 for row in read_jsonl(RunDir(tmp_path / "run").throughput))

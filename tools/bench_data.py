@@ -1,0 +1,170 @@
+"""How fast data are read and planned: loader, index, plan, and a simulated rank among 1,024 over 100 million images.
+
+python tools/bench_data.py
+python tools/bench_data.py --scratch /local/disk --images 20000
+
+Prints a Markdown table. Shards and indexes are made up under --scratch and removed afterwards; the large indexes are
+sparse files.
+"""
+
+import argparse
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from fitscale.config.main import exit_code
+from fitscale.data.index import Index, IndexMeta, Shard, build_index, open_index
+from fitscale.data.packing import split
+from fitscale.data.plan import BatchPlan
+from fitscale.data.scan import IMAGE, VARIANT
+from fitscale.data.shards import Sample, ShardSetMeta, ShardSetWriter, Variant
+
+LATENT = ShardSetMeta("vae", factor=8, scaling=0.18215, channels=4, num_classes=1000)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--images", type=int, default=8192, help="256-token latents in the loader's shards (8192)")
+    parser.add_argument("--passes", type=int, default=25, help="times they are read, for resident memory (25)")
+    parser.add_argument("--index-images", type=int, default=1_000_000)
+    parser.add_argument("--large-images", type=int, default=100_000_000)
+    options = parser.parse_args(arguments)
+    return exit_code(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    print("| what | figure |\n|---|---:|")
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        large_index(Path(scratch, "large"), options.large_images)
+        small_index(Path(scratch, "small"), options.index_images)
+        loader(Path(scratch, "shards"), options.images, options.passes)
+
+
+def report(what: str, figure: str) -> None:
+    print(f"| {what} | {figure} |", flush=True)
+
+
+def made_up_index(folder: Path, images: int, shard_images: int = 10_000) -> None:
+    """An index of sparse files: one 32 x 32 variant for all images, of shards that are empty files."""
+    folder.mkdir()
+    names = [f"shard-{number:06d}.tar" for number in range(images // shard_images)]
+    for name in names:
+        (folder / name).touch()
+    shards = tuple(Shard(name, shard_images, 0, "", number * shard_images) for number, name in enumerate(names))
+    meta = IndexMeta(**asdict(LATENT), shards=shards, sizes=((32, 32, images),))
+    for name, dtype in (("images", IMAGE), ("variants", VARIANT)):
+        rows = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (images,))
+        rows[0] = 0
+        rows.flush()
+    (folder / "index.json").write_text(json.dumps(asdict(meta)))
+
+
+def small_index(folder: Path, images: int) -> None:
+    made_up_index(folder, images)
+    start = time.perf_counter()
+    index = open_index(folder)
+    opened = time.perf_counter() - start
+    report(f"index of {images:,} images: open", f"{1e3 * opened:.1f} ms")
+    report("its plan: a step of 256 images, median", f"{plan_ms(index, 256):.2f} ms")
+
+
+def large_index(folder: Path, images: int) -> None:
+    """One rank of 1,024: plan and split of every step, and its resident memory."""
+    made_up_index(folder, images)
+    before = resident_mb()
+    start = time.perf_counter()
+    index = open_index(folder)
+    report(
+        f"index of {images:,} images in {len(index.meta.shards):,} shards: open", f"{time.perf_counter() - start:.2f} s"
+    )
+    start = time.perf_counter()
+    plan = make_plan(index, 4096)
+    report("its plan: made", f"{1e3 * (time.perf_counter() - start):.0f} ms")
+    first = timed(lambda: plan.step(0))
+    steps = [timed(lambda n=n: plan_and_split(plan, n)) for n in range(1, 41)]
+    report("1,024 ranks x 4 images: first step (makes an epoch and a window)", f"{first:.1f} ms")
+    report("1,024 ranks x 4 images: plan and split of a step, median", f"{np.median(steps):.1f} ms")
+    report("1,024 ranks x 4 images: the slowest of 40 steps (makes a window)", f"{max(steps):.1f} ms")
+    report("memory of the rank for index and plan, resident", f"{resident_mb() - before:.0f} MB")
+
+
+def make_plan(index: Index, batch: int) -> BatchPlan:
+    settings = {"patch_size": 2, "window_shards": 16, "holdout_fraction": 0.0}
+    return BatchPlan(index, seed=0, global_batch_size=batch, **settings)
+
+
+def plan_and_split(plan: BatchPlan, n: int) -> None:
+    plan.step(n)
+    rng = np.random.default_rng(n)
+    tokens = rng.integers(64, 257, plan.global_batch_size)  # the made-up index knows one size; splitting wants many
+    split(tokens, tokens + tokens.astype(np.float64) ** 2 / 2e4, dp_size=1024, pack_tokens=16384, pad_multiple=1)
+
+
+def plan_ms(index: Index, batch: int) -> float:
+    plan = make_plan(index, batch)
+    return float(np.median([timed(lambda n=n: plan.step(n)) for n in range(100)]))
+
+
+def timed(function, clock=time.process_time) -> float:  # type: ignore[no-untyped-def]
+    """Milliseconds of CPU (or of another clock), so that neighbours on the machine do not count."""
+    start = clock()
+    function()
+    return 1e3 * (clock() - start)
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def loader(folder: Path, images: int, passes: int) -> None:
+    """Samples/s of one process from warm and cold files, and memory over many samples."""
+    import torch
+
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    with ShardSetWriter(folder, LATENT) as writer:
+        for number in range(images):
+            writer.write(Sample(f"{number}", 0, [Variant(rng.standard_normal((4, 32, 32)).astype(np.float16))]))
+    plan = make_plan(build_index(folder), 256)
+    steps = images // 256
+    read(plan, folder, 0, steps)  # warms files and allocator
+    start = resident_mb()
+    report(
+        "loader, 256-token latents, warm files: samples/s per core", f"{images / seconds_cpu(plan, folder, steps):,.0f}"
+    )
+    for path in folder.glob("*.tar"):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    cold = timed(lambda: read(plan, folder, 0, steps), time.perf_counter) / 1e3
+    report("cold files (page cache dropped): samples/s", f"{images / cold:,.0f}")
+    read(plan, folder, 0, passes * steps)
+    seen = passes * images
+    report(f"resident memory after {seen:,} samples, against after {images:,}", f"{resident_mb() / start - 1:+.1%}")
+
+
+def seconds_cpu(plan: BatchPlan, folder: Path, steps: int) -> float:
+    start = time.process_time()
+    read(plan, folder, 0, steps)
+    return time.process_time() - start
+
+
+def read(plan: BatchPlan, folder: Path, first: int, last: int) -> None:
+    from fitscale.data.loader import make_loader
+
+    settings = {"dp_rank": 0, "dp_size": 1, "pack_tokens": 16384, "pad_multiple": 1, "cost": (1.0, 1e-4)}
+    for _ in make_loader(plan, folder, first_step=first, last_step=last, num_workers=0, prefetch_steps=1, **settings):
+        pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Packing against simpler schemes: padding, imbalance, time lost and plan time, over ranks and batch sizes.
+
+python tools/bench_packing.py
+python tools/bench_packing.py --ranks 8 64 --images-per-rank 4 16 --json packing.json
+
+Prints Markdown tables. Two distributions of sizes: photographs shaped like ImageNet's through FiT's preprocessing for
+side 256, and a mixed one of 64 to 4,096 tokens. Costs are FiTv2-XL/2's FLOPs; "least
+possible" is the imbalance if the dearest image had a rank to itself. Split times are CPU time.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from fitscale.config.load import load_config
+from fitscale.config.main import exit_code
+from fitscale.data.packing import split
+from fitscale.data.preprocess import MULTIPLE, area_limited
+from fitscale.data.waste import bucketed, cost_function, first_fit, packed, padded_to_longest
+from fitscale.model import flops
+
+CONFIG = Path(__file__).parents[1] / "configs" / "model" / "xl.yaml"
+PACK_TOKENS = 16384
+BATCHES = 5  # figures are means over so many global batches
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 256, 1024])
+    parser.add_argument("--images-per-rank", type=int, nargs="+", default=[4, 16, 64])
+    parser.add_argument("--max-images", type=int, default=16384, help="larger global batches are left out (16384)")
+    parser.add_argument("--json", type=Path, help="write the rows to this file as well")
+    options = parser.parse_args(arguments)
+    return exit_code(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    rows = [
+        row(name, draw, ranks, each * ranks)
+        for name, draw in (("FiT 256", fit_sizes), ("mixed 64-4096", mixed_sizes))
+        for ranks in options.ranks
+        for each in options.images_per_rank
+        if each * ranks <= options.max_images
+    ]
+    print(table(rows))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def fit_sizes(rng: np.random.Generator, count: int) -> np.ndarray:
+    """(count, 2) rows and columns of tokens. Half of the photographs are 500 x 375, either way up; the others have
+    log-normal areas and aspect ratios (medians 400 x 400 pixels and 1.25). Large ones are cropped in half the draws."""
+    area = (400 * 400) * np.exp(rng.normal(0, 0.6, count))
+    ratio = np.exp(rng.normal(0.2, 0.25, count))
+    height, width = np.sqrt(area / ratio), np.sqrt(area * ratio)
+    common = rng.random(count) < 0.5
+    height, width = np.where(common, 375, height), np.where(common, 500, width)
+    upright = rng.random(count) < 0.25
+    height, width = np.where(upright, width, height), np.where(upright, height, width)
+    crop = (np.minimum(height, width) > 256) & (rng.random(count) < 0.5)
+    limited = [area_limited(max(int(h), 32), max(int(w), 32), 256) for h, w in zip(height, width, strict=True)]
+    return np.where(crop[:, None], 16, np.array(limited) // MULTIPLE)
+
+
+def mixed_sizes(rng: np.random.Generator, count: int) -> np.ndarray:
+    """(count, 2) rows and columns of tokens, each 8 to 64, log-uniform."""
+    return np.exp(rng.uniform(np.log(8), np.log(64.99), (count, 2))).astype(np.int64)
+
+
+def row(name: str, draw, ranks: int, images: int) -> dict:  # type: ignore[no-untyped-def, type-arg]
+    cost = cost_function(*flops.cost(load_config([str(CONFIG)]).model))
+    schemes: dict[str, list] = {"packed": [], "longest": [], "bucketed": [], "first-fit": []}  # type: ignore[type-arg]
+    seconds, least = [], []
+    for number in range(BATCHES):
+        sizes = draw(np.random.default_rng(number), images)
+        tokens = sizes.prod(axis=1)
+        start = time.process_time()
+        split(tokens, cost(tokens), dp_size=ranks, pack_tokens=PACK_TOKENS, pad_multiple=1)
+        seconds.append(time.process_time() - start)
+        least.append(max(0.0, float(cost(tokens).max() * ranks / cost(tokens).sum() - 1)))  # the dearest image, alone
+        schemes["packed"].append(packed(tokens, cost, ranks, PACK_TOKENS))
+        schemes["longest"].append(padded_to_longest(tokens, cost, ranks))
+        schemes["bucketed"].append(bucketed(sizes @ [1000, 1], tokens, cost, ranks, PACK_TOKENS))
+        schemes["first-fit"].append(first_fit(tokens, cost, ranks, PACK_TOKENS))
+    figures = {
+        scheme: {key: float(np.mean([getattr(loss, key) for loss in losses])) for key in vars(losses[0])}
+        for scheme, losses in schemes.items()
+    }
+    return {
+        "sizes": name,
+        "ranks": ranks,
+        "images": images,
+        "split_s": float(np.median(seconds)),
+        "least_imbalance": float(np.mean(least)),
+        **figures,
+    }
+
+
+def table(rows: list[dict]) -> str:  # type: ignore[type-arg]
+    """A Markdown table of percentages."""
+    lines = [
+        "| sizes | ranks | images | packed: padding | imbalance | least possible | lost | (a) longest: padding | lost "
+        "| (b) buckets: padding | lost | (c) first-fit: imbalance | lost | split, ms |",
+        "|---|" + "---:|" * 13,
+    ]
+    for one in rows:
+        p, a, b, c = (one[scheme] for scheme in ("packed", "longest", "bucketed", "first-fit"))
+        shares = [
+            p["padding_share"],
+            p["imbalance"],
+            one["least_imbalance"],
+            p["time_lost"],
+            a["padding_share"],
+            a["time_lost"],
+        ]
+        shares += [b["padding_share"], b["time_lost"], c["imbalance"], c["time_lost"]]
+        cells = " | ".join(f"{share:.1%}" for share in shares)
+        lines.append(f"| {one['sizes']} | {one['ranks']} | {one['images']} | {cells} | {1e3 * one['split_s']:.1f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
