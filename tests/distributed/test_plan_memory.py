@@ -9,13 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from fitscale.train.memory import BUCKET, PERSISTENT, PREFETCH, REUSE, SUB_GROUP, activation_bytes, rank_memory
 
 from fitscale.config.load import load_config
 from fitscale.config.schema import Config
-from fitscale.train.memory import BUCKET, PERSISTENT, PREFETCH, REUSE, SUB_GROUP, activation_bytes, rank_memory
 from tests.distributed.spawn import run_ranks
 
-MODEL = ["model.depth=3", "model.hidden_size=256", "model.num_heads=4", "model.num_classes=10", "optim.ema_decays=[0.9]"]
+MODEL = [
+    "model.depth=3",
+    "model.hidden_size=256",
+    "model.num_heads=4",
+    "model.num_classes=10",
+    "optim.ema_decays=[0.9]",
+]
 SIDE, IMAGES = 8, 4
 
 
