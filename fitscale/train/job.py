@@ -34,6 +34,9 @@ class Job:
 
     run_dir: Path
 
+    def __call__(self) -> None:
+        raise NotImplementedError
+
     def checkpoint(self) -> DelayedSubmission:
         return DelayedSubmission(self)
 
@@ -100,13 +103,13 @@ class TrainJob(Job):
 def rendezvous(environment: JobEnvironment) -> dict[str, str]:
     """What torch.distributed reads; the port differs between a job's starts, so that no rank meets an earlier one's."""
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    port = FIRST_PORT + (101 * int(os.environ.get("SLURM_JOB_ID", "0")) + restart) % PORTS
+    port = FIRST_PORT + (101 * int(environment.raw_job_id) + restart) % PORTS
     return {
         "RANK": str(environment.global_rank),
         "LOCAL_RANK": str(environment.local_rank),
         "WORLD_SIZE": str(environment.num_tasks),
         "LOCAL_WORLD_SIZE": str(environment.num_tasks // environment.num_nodes),
-        "MASTER_ADDR": environment.hostnames[0],
+        "MASTER_ADDR": environment.hostnames[0] if environment.num_nodes > 1 else "127.0.0.1",
         "MASTER_PORT": str(port),
     }
 
