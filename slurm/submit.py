@@ -45,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-evaluate", action="store_true", help="train only")
     parser.add_argument("--dry-run", action="store_true", help="print the layout and the batch script, submit nothing")
     parser.add_argument("--follow", action="store_true", help="show the run's log until its training has ended")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,8 +25,8 @@ class Cluster:
     def start(self) -> None:
         """Bring up all that is down: daemons, crashed nodes, drained nodes."""
         out = self.script("start.sh")
-        exports = [line.removeprefix("export ").split("=", 1) for line in out.splitlines() if line.startswith("export ")]
-        self.environment |= dict(exports)
+        exports = [line.removeprefix("export ") for line in out.splitlines() if line.startswith("export ")]
+        self.environment |= dict(line.split("=", 1) for line in exports)
 
     def stop(self, *nodes: str) -> None:
         """Crash these nodes; without any, stop the cluster."""
