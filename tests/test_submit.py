@@ -49,7 +49,7 @@ def test_a_dry_run_shows_layout_and_script_and_writes_nothing(tmp_path, digits_s
             "--tasks-per-node: 16, but a node of profile h100 has 8 GPUs",
         ),
         (
-            (*DEMO, "--tasks-per-node", "3", "parallel.tensor_parallel_size=2"),
+            (*DEMO, "--tasks-per-node", "3", "model.hidden_size=48", "parallel.tensor_parallel_size=2"),
             "parallel.tensor_parallel_size: 2 does not divide the 3 tasks of a node, within which it must stay; "
             "valid: 1, 3",
         ),

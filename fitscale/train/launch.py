@@ -130,7 +130,9 @@ def require_slurm(partition: str | None) -> None:
 
 
 def slurm(*command: str) -> str:
-    """Output of one of Slurm's commands; raises UserError with its last line if it fails."""
+    """Output of one of Slurm's commands; raises UserError with its last line if it fails or is not there."""
+    if shutil.which(command[0]) is None:
+        raise UserError(f"no {command[0]} on PATH: ask from a login node of the cluster")
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         said = (result.stderr or result.stdout).strip().splitlines()[-1:] or ["no message"]
