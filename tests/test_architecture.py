@@ -23,7 +23,7 @@ BELOW = {
 DOORS = {
     "megatron": ["fitscale/parallel/"],
     "deepspeed": ["fitscale/parallel/zero.py", "tools/convert_checkpoint.py"],
-    "submitit": ["slurm/", "fitscale/train/job.py"],
+    "submitit": ["slurm/", "fitscale/train/job.py", "fitscale/train/launch.py"],
     "omegaconf": ["fitscale/config/load.py"],
 }
 WITHOUT_TORCH = [

@@ -4,6 +4,9 @@ config.yaml         the resolved config
 environment.json    versions, git revision, topology
 metrics.jsonl       one line a logged step: what was computed; the same bytes however often the run was interrupted
 throughput.jsonl    one line a logged step: how fast it was
+attempts.jsonl      one line a start and one an orderly end: job, step, reason, steps lost
+attempt.json        the newest attempt: the only one that may write here
+jobs.jsonl          one line a job submitted to a cluster
 evaluations.jsonl   one line per evaluated metric
 checkpoints/step-00001000/{COMPLETE, weights/, optimizer/}
 samples/
@@ -61,6 +64,14 @@ class RunDir:
     @property
     def events(self) -> Path:
         return self.path / "events.jsonl"
+
+    @property
+    def attempts(self) -> Path:
+        return self.path / "attempts.jsonl"
+
+    @property
+    def jobs(self) -> Path:
+        return self.path / "jobs.jsonl"
 
     @property
     def evaluations(self) -> Path:

@@ -1,6 +1,6 @@
 """Checkpoints that are complete or not there, and that fit every layout.
 
-    save:    (saver.py) whole fp32 tensors into .saving-step-N -> fsync -> COMPLETE (names and sizes of all files)
+    save:    (saver.py) whole fp32 tensors into .saving-A-step-N -> fsync -> COMPLETE (names and sizes of all files)
              -> rename to step-N
     resume:  newest folder whose COMPLETE holds; what is not complete is skipped with a warning, never deleted
 

@@ -1,37 +1,140 @@
-"""What a cluster runs for one cell of a sweep: the commands that a person would type, one after the other."""
+"""What a cluster runs: jobs that hold a run directory's path and nothing else.
 
+A job that is started again, be it from its first pickle after the loss of a node, goes on from what the directory
+holds: it does what is left, and nothing twice. What it prints is in `log.txt` of the run directory.
+
+    RunJob        train, then evaluate, in one process, as a person would type it (a cell on this machine)
+    TrainJob      one of the ranks of a Slurm job: train only
+    EvaluateJob   evaluate the checkpoints that are there
+"""
+
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
+from submitit.core.job_environment import JobEnvironment
 from submitit.helpers import DelayedSubmission
 
+from fitscale.config.errors import UserError
+from fitscale.config.load import load_config
+
 LOG = "log.txt"
+FAILED = "failed.txt"  # why the run cannot go on by itself; its presence keeps the job from being queued again
+RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+FIRST_PORT, PORTS = 10000, 20000  # below the ports that Linux hands out by itself
 
 
 @dataclass(frozen=True)
-class RunJob:
-    """Train the run in `run_dir`, which holds its config already, then evaluate it.
-
-    Holds nothing but the path, and both commands go on from what the directory holds: so a job that is started again,
-    be it from its first pickle after the loss of a node, does what is left and nothing twice. What the commands print
-    is in `log.txt` of the run directory.
-    """
+class Job:
+    """A path, and what submitit queues again when the job's time is over: the same."""
 
     run_dir: Path
 
     def __call__(self) -> None:
-        self._run("train", str(self.run_dir / "config.yaml"))
-        self._run("evaluate", str(self.run_dir))
+        raise NotImplementedError
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit queues again when the job's time is over; the command that runs now ends with this process."""
         return DelayedSubmission(self)
 
-    def _run(self, *arguments: str) -> None:
+    def run_command(self, *arguments: str) -> None:
+        """Run `fitscale ARGUMENTS`; raises RuntimeError if it fails."""
         command = [sys.executable, "-m", "fitscale", *arguments]
+        environment = {key: value for key, value in os.environ.items() if key not in RENDEZVOUS}
         with open(self.run_dir / LOG, "ab") as log:
-            code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False).returncode
+            code = subprocess.run(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False
+            ).returncode
         if code:
             raise RuntimeError(f"{' '.join(command)} ended with exit code {code}; its output: {self.run_dir / LOG}")
+
+
+@dataclass(frozen=True)
+class RunJob(Job):
+    """Train the run in `run_dir`, which holds its config already, then evaluate it."""
+
+    def __call__(self) -> None:
+        self.run_command("train", str(self.run_dir / "config.yaml"))
+        self.run_command("evaluate", str(self.run_dir))
+
+
+@dataclass(frozen=True)
+class EvaluateJob(Job):
+    """Evaluate the run in `run_dir` at every evaluation step that has a checkpoint."""
+
+    def __call__(self) -> None:
+        self.run_command("evaluate", str(self.run_dir))
+
+
+@dataclass(frozen=True)
+class TrainJob(Job):
+    """One rank of the run in `run_dir`, in this process, so that every rank hears the cluster's signals itself."""
+
+    def __call__(self) -> None:
+        environment = JobEnvironment()
+        rank = environment.global_rank
+        os.environ.update(rendezvous(environment))
+        if rank == 0:
+            (self.run_dir / FAILED).unlink(missing_ok=True)
+            _log_into(self.run_dir / LOG)
+        self._train(rank)
+
+    def _train(self, rank: int) -> None:
+        from fitscale.train.attempt import TakenOverError
+        from fitscale.train.preempt import Preempted
+        from fitscale.train.trainer import train
+
+        try:
+            train(load_config([str(self.run_dir / "config.yaml")]))
+        except Preempted as stop:
+            if stop.signal == signal.SIGUSR2:
+                os.kill(os.getpid(), signal.SIGUSR2)  # submitit's own handler again: rank 0 queues the job anew
+            raise SystemExit(0 if rank else stop.code) from stop  # a failure here would have srun kill rank 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            if rank == 0 and not isinstance(error, TakenOverError):
+                (self.run_dir / FAILED).write_text(f"{error}\n")
+            raise
+
+
+def rendezvous(environment: JobEnvironment) -> dict[str, str]:
+    """What torch.distributed reads; the port differs between a job's starts, so that no rank meets an earlier one's."""
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    port = FIRST_PORT + (101 * int(environment.raw_job_id) + restart) % PORTS
+    return {
+        "RANK": str(environment.global_rank),
+        "LOCAL_RANK": str(environment.local_rank),
+        "WORLD_SIZE": str(environment.num_tasks),
+        "LOCAL_WORLD_SIZE": str(environment.num_tasks // environment.num_nodes),
+        "MASTER_ADDR": environment.hostnames[0] if environment.num_nodes > 1 else "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def requeue_lines(run_dir: Path) -> list[str]:
+    """Shell lines for the end of a TrainJob's batch script: queue the job again unless that is of no use.
+
+    It is of use when a rank was killed or lost its peers. It is not when the job is done, when the run itself said that
+    it cannot go on, when a newer job owns the run directory, or when Slurm is ending the job (cancelled, or requeued).
+    """
+    failed, owner = quote(str(run_dir / FAILED)), quote(str(run_dir / "attempt.json"))
+    return [
+        "code=$?",
+        f'if [ $code -ne 0 ] && [ ! -e {failed} ] && grep -q "\\"job\\": \\"$SLURM_JOB_ID\\"" {owner} &&',
+        '    [ "$(squeue --noheader --jobs $SLURM_JOB_ID --format %T)" = RUNNING ]; then',
+        "    scontrol requeue $SLURM_JOB_ID",
+        "fi",
+        "exit $code",
+    ]
+
+
+def _log_into(path: Path) -> None:
+    """Send this process's output, and that of what it starts, to the end of `path`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with open(path, "ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)

@@ -72,7 +72,10 @@ def _device_name(device: torch.device) -> str:
 
 
 def _git_revision() -> str | None:
-    result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # a container without git
+        return None
     return result.stdout.strip() or None
 
 

@@ -2,7 +2,8 @@
 
     loop:        gather every tensor whole to the host memory of the rank that will write it   (the loop waits for this)
     each rank:   a thread writes the rank's files, brings them to the disk, and leaves `.done-<rank>`
-    rank 0:      a thread waits for all of these, writes COMPLETE, renames the folder, prunes old checkpoints
+    rank 0:      a thread waits for all of these, writes COMPLETE, renames the folder, prunes old checkpoints, the last
+                 two only while no newer attempt owns the run directory
 
 At most one save is in flight: the next one, and the end of the run, wait for it. A save that fails on any rank is
 reported and leaves the checkpoints before it as they were; training goes on, and the next save is a new try.
@@ -20,9 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fitscale.config.rundir import RunDir
 from fitscale.model.published import published_items, save_weights
 from fitscale.parallel.zero import full_tensor
+from fitscale.train.attempt import Attempt
 from fitscale.train.checkpoint import MOMENTS, complete, fsync, prune_checkpoints, tensor_sets
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,8 @@ VISIBLE_S = 60.0  # how long another node's file may take to show on a shared fi
 class Saver:
     """One rank's part in saving a run's checkpoints."""
 
-    def __init__(self, run: RunDir, ema_decays: list[float], keep_last: int, keep_steps: set[int]) -> None:
-        self.run, self.sets = run, tensor_sets(ema_decays)
+    def __init__(self, attempt: Attempt, ema_decays: list[float], keep_last: int, keep_steps: set[int]) -> None:
+        self.attempt, self.sets = attempt, tensor_sets(ema_decays)
         self.keep_last, self.keep_steps = keep_last, keep_steps
         self.pending: _Save | None = None
 
@@ -42,7 +43,7 @@ class Saver:
         """Begin the checkpoint of step `meta["step"]`; a collective over all ranks."""
         self.wait()
         tensors = {name: dict(_owned_items(engine, key)) for name, key in self.sets.items()}
-        self.pending = _Save(self.run, tensors, meta)
+        self.pending = _Save(self.attempt, tensors, meta)
         if dist.get_rank() == 0:
             shutil.rmtree(self.pending.temporary, ignore_errors=True)  # what a killed save of this step left behind
         dist.barrier()
@@ -54,7 +55,8 @@ class Saver:
             return True
         done = self.pending.finish()
         if done and dist.get_rank() == 0:
-            prune_checkpoints(self.run, self.keep_last, self.keep_steps)
+            with self.attempt.writing():
+                prune_checkpoints(self.attempt.run, self.keep_last, self.keep_steps)
         self.pending = None
         return done
 
@@ -62,12 +64,12 @@ class Saver:
 class _Save(threading.Thread):
     """One rank's thread of one save."""
 
-    def __init__(self, run: RunDir, tensors: dict[str, dict[str, torch.Tensor]], meta: dict[str, Any]) -> None:
+    def __init__(self, attempt: Attempt, tensors: dict[str, dict[str, torch.Tensor]], meta: dict[str, Any]) -> None:
         super().__init__(name="save")
-        self.run_dir, self.tensors, self.meta = run, tensors, meta
+        self.attempt, self.run_dir, self.tensors, self.meta = attempt, attempt.run, tensors, meta
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.folder = run.checkpoint_path(meta["step"])
-        self.temporary = self.folder.with_name(f".saving-{self.folder.name}")
+        self.folder = attempt.run.checkpoint_path(meta["step"])
+        self.temporary = self.folder.with_name(f".saving-{attempt.number}-{self.folder.name}")
         self.error: str | None = None
         self.own_part_over, self.all_parts_over = threading.Event(), threading.Event()
 
@@ -119,9 +121,10 @@ class _Save(threading.Thread):
             marker.unlink()
         fsync(self.run_dir.metrics)  # a resumed run has to find the lines up to this step
         complete(self.temporary, self.meta)
-        if self.folder.exists():  # not complete, or training would have resumed after it
-            self.folder.rename(self.folder.with_name(f"{self.folder.name}.incomplete-{time.time_ns()}"))
-        self.temporary.rename(self.folder)
+        with self.attempt.writing():
+            if self.folder.exists():  # not complete, or training would have resumed after it
+                self.folder.rename(self.folder.with_name(f"{self.folder.name}.incomplete-{time.time_ns()}"))
+            self.temporary.rename(self.folder)
         fsync(self.folder.parent)
 
     def _wait_for(self, markers: list[Path]) -> None:

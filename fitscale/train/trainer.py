@@ -11,6 +11,7 @@ The loss of a step is the mean over the images of the global batch, whatever the
 import json
 import logging
 import math
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -40,9 +41,11 @@ from fitscale.parallel.layers import set_value
 from fitscale.parallel.zero import building, make_engine, optimizer_step
 from fitscale.train import checkpoint as checkpoints
 from fitscale.train import prepare
+from fitscale.train.attempt import begin_attempt
 from fitscale.train.health import StepHealth, Watchdog
 from fitscale.train.metrics import Monitor, rewind_metrics
 from fitscale.train.optim import AdamWEMA, freeze_untrained, learning_rate
+from fitscale.train.preempt import Preempted, Preemption
 from fitscale.train.saver import Saver
 from fitscale.train.timing import PhaseTimer, Profiler
 
@@ -101,12 +104,15 @@ class Trainer:
         self.totals: dict[str, Any] = dict.fromkeys(TOTALS, 0)
         self.evaluation_steps = set(config.evaluation.steps(config.run.steps))
         keep_steps = self.evaluation_steps | {config.run.steps}
-        self.saver = Saver(run, config.optim.ema_decays, config.checkpoint.keep_last, keep_steps)
+        found = self._find_checkpoint()
+        self.attempt = on_rank_zero(lambda: begin_attempt(run, found.step if found else 0))
+        self.preemption = Preemption(topology.device)
+        self.saver = Saver(self.attempt, config.optim.ema_decays, config.checkpoint.keep_last, keep_steps)
         self.health = StepHealth(config.health)
         self.timer, self.profiler = PhaseTimer(topology.device), Profiler(config.profile, run.path / "profile")
         self.watchdog = Watchdog(config.health.timeout_min, topology.rank, run.events)
         self.skipped_samples = 0
-        self.engine = self._build_engine(self._find_checkpoint())
+        self.engine = self._build_engine(found)
 
     def _find_checkpoint(self) -> Checkpoint | None:
         found = on_rank_zero(lambda: checkpoints.newest_checkpoint(self.run))
@@ -138,19 +144,28 @@ class Trainer:
         first_step, last_step = self.totals["step"], self.config.run.steps
         if first_step >= last_step:
             log.info("%s has all its %d steps", self.run.path, last_step)
+            self._end_attempt("finished before")
             return
         self.logged_step = first_step
         monitor = self._start_monitor(first_step) if dist.get_rank() == 0 else None
-        with self.watchdog:
-            self._take_steps(self._loader(first_step), monitor)
+        with self.watchdog, self.preemption:
+            stop = self._take_steps(self._loader(first_step), monitor)
             self.watchdog.doing("saving the last checkpoint")
             saved = self.saver.wait()
         if monitor:
             monitor.close()
+        self._end_attempt(stop.name if stop else "finished" if saved else "not saved")
+        if stop:
+            raise Preempted(stop)
         if not saved:
             raise UserError(f"{self.run.path}: the last checkpoint could not be saved; make room and start again")
 
-    def _take_steps(self, loader: Iterator[StepBatch], monitor: Monitor | None) -> None:
+    def _end_attempt(self, reason: str) -> None:
+        if dist.get_rank() == 0:
+            self.attempt.end(reason, self.totals["step"])
+
+    def _take_steps(self, loader: Iterator[StepBatch], monitor: Monitor | None) -> signal.Signals | None:
+        """All steps, or those until the ranks agree on a signal, which is returned: that step is saved then."""
         started, hours_before = time.perf_counter(), self.totals["device_hours"]
         for batch in self._timed(loader, monitor):
             self.profiler.before(batch.step + 1)
@@ -159,13 +174,19 @@ class Trainer:
             spent_h = (time.perf_counter() - started) / 3600
             self.totals["device_hours"] = hours_before + spent_h * self.topology.world_size
             self._report(row, batch, monitor)
-            self._save_if_due(row["step"])
+            stop = self.preemption.agreed()
+            self._save_if_due(row["step"], at_once=stop is not None)
+            if stop:
+                return stop
             if self.health.bad_in_row:
                 self.saver.wait()
                 self.health.require_progress(row["step"])
+        return None
 
     def _report(self, row: dict[str, Any], batch: StepBatch, monitor: Monitor | None) -> None:
         step, skipped = row["step"], row["loss"] is None or row["grad_norm"] is None
+        if monitor:
+            self.attempt.require_own()
         if skipped or step % self.config.run.log_every == 0 or step == self.config.run.steps:
             phases = self.timer.read(step - self.logged_step)
             self.logged_step = step
@@ -294,10 +315,10 @@ class Trainer:
         totals["train_flops"] += step_flops
         totals["paper_flops"] += 3 * flops.paper_macs(model) * len(tokens_B)
 
-    def _save_if_due(self, step: int) -> None:
+    def _save_if_due(self, step: int, at_once: bool) -> None:
         config = self.config
         last = step == config.run.steps
-        if not (last or step in self.evaluation_steps or step % config.checkpoint.every_steps == 0):
+        if not (at_once or last or step in self.evaluation_steps or step % config.checkpoint.every_steps == 0):
             return
         self.watchdog.doing(f"saving step {step}")
         with self.timer.phase("save"):

@@ -152,8 +152,8 @@ def train_on_a_filling_disk(disk: Path, shards: Path) -> dict[str, list[int]]:
     run, ballast, seen = RunDir(disk / "run"), disk / "ballast", {}
     original = trainer.Trainer._save_if_due
 
-    def save_if_due(self, step: int) -> None:
-        original(self, step)
+    def save_if_due(self, step: int, at_once: bool) -> None:
+        original(self, step, at_once)
         self.saver.wait()
         torch.distributed.barrier()
         if os.environ["RANK"] == "0" and step == 2:

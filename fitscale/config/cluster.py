@@ -1,0 +1,45 @@
+"""A cluster profile, configs/cluster/*.yaml: all that differs from one Slurm cluster to another, and nothing else."""
+
+from dataclasses import dataclass, field
+
+from fitscale.config.errors import UserError
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """How jobs are asked for. What is None is left to the cluster."""
+
+    name: str = "cluster"
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    gpus_per_node: int = 8  # what a node has; 0 = train on its CPUs
+    tasks_per_node: int = 8  # ranks on a node, each with one GPU if there are any
+    max_nodes: int = 1024  # most nodes of one job
+    cpus_per_task: int = 8
+    mem_gb: float | None = None  # per node
+    time_min: int = 1440  # a run that needs longer is queued again at its end
+    signal_before_end_s: int = 120  # USR2 comes so early: a step and a checkpoint have to fit in
+    constraint: str | None = None
+    exclude: str | None = None  # nodes
+    sbatch: dict[str, str] = field(default_factory=dict)  # further options of sbatch, without their dashes
+    srun: list[str] = field(default_factory=list)  # further arguments of srun, such as a container plugin's
+    environment: dict[str, str] = field(default_factory=dict)  # NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, PYTHONPATH ...
+    setup: list[str] = field(default_factory=list)  # shell lines before the job: module load ...
+    python: str | None = None  # command that starts Python, e.g. in a container; None = the one that submits
+
+    def __post_init__(self) -> None:
+        for key, least in (("gpus_per_node", 0), ("tasks_per_node", 1), ("max_nodes", 1), ("cpus_per_task", 1)):
+            if getattr(self, key) < least:
+                raise UserError(f"{key}: {getattr(self, key)} is too small, the least is {least}")
+        if self.time_min < 1:
+            raise UserError(
+                f"time_min: {self.time_min} is too small, the least is 1 (Slurm's limits are whole minutes)"
+            )
+        if not 1 <= self.signal_before_end_s < 60 * self.time_min:
+            raise UserError(
+                f"signal_before_end_s: {self.signal_before_end_s} must be at least 1 and below time_min = "
+                f"{self.time_min} min"
+            )
+        if self.gpus_per_node and self.tasks_per_node > self.gpus_per_node:
+            raise UserError(f"tasks_per_node: {self.tasks_per_node} is more than gpus_per_node = {self.gpus_per_node}")

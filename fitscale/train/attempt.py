@@ -1,0 +1,122 @@
+"""One start of a run: its number, its hold on the run directory, and its lines in attempts.jsonl.
+
+    start:   lock -> attempt.json names this attempt -> unlock; what earlier ones were saving is deleted
+    write:   lock -> attempt.json still names this attempt? -> write -> unlock
+    end:     a line with the reason; an attempt that was killed leaves none
+
+The lock is held for moments only, so a dead node never leaves one behind. What keeps an earlier attempt from writing
+(a process that Slurm lost sight of, a job submitted twice) is the name in attempt.json: the newest start owns the run.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fitscale.config.errors import UserError
+from fitscale.config.rundir import RunDir, append_jsonl, read_jsonl, write_atomic
+
+IDLE_ATTEMPTS = 5  # starts of one Slurm job at the same step, after which it is not started again
+
+
+class TakenOverError(UserError):
+    """A newer attempt owns the run directory: this one must stop, and must not be queued again."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """This start of the run in `run`; the same on every rank, though only rank 0 writes with it."""
+
+    run: RunDir
+    number: int
+    token: str
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the run directory while something is written there.
+
+        Raises:
+            TakenOverError: a newer attempt has started.
+        """
+        with _locked(self.run):
+            self.require_own()
+            yield
+
+    def require_own(self) -> None:
+        """Raises TakenOverError if a newer attempt has started."""
+        owner = _owner(self.run)
+        if owner.get("token") != self.token:
+            raise TakenOverError(
+                f"{self.run.path}: attempt {owner.get('attempt')} (job {owner.get('job')} on {owner.get('host')}) has "
+                f"taken over; this is attempt {self.number}, which may not write there any more"
+            )
+
+    def end(self, reason: str, step: int) -> None:
+        """Note why this attempt ended and after which step."""
+        row = {"attempt": self.number, "event": "end", "time_unix_s": time.time(), "step": step, "reason": reason}
+        with self.writing(), contextlib.suppress(OSError):  # a full disk: why training ends is said elsewhere
+            append_jsonl(self.run.attempts, row)
+
+
+def begin_attempt(run: RunDir, step: int) -> Attempt:
+    """Take over the run directory, of which `step` steps are saved; to be called on rank 0.
+
+    Raises:
+        UserError: this Slurm job has started so often at this very step that another try is of no use.
+    """
+    with _locked(run):
+        rows = read_jsonl(run.attempts)
+        attempt = Attempt(run, 1 + max((row["attempt"] for row in rows), default=0), uuid.uuid4().hex)
+        job = os.environ.get("SLURM_JOB_ID")
+        _require_progress(run, rows, job, step)
+        row = {"attempt": attempt.number, "job": job, "host": socket.gethostname()}
+        write_atomic(run.path / "attempt.json", json.dumps({**row, "token": attempt.token}))
+        append_jsonl(run.attempts, {**row, **_start_row(run, rows, step)})
+        for leftover in (run.path / "checkpoints").glob(".saving-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return attempt
+
+
+def _start_row(run: RunDir, rows: list[dict[str, Any]], step: int) -> dict[str, Any]:
+    metrics = read_jsonl(run.metrics)
+    previous = rows[-1] if rows else None
+    return {
+        "event": "start",
+        "time_unix_s": time.time(),
+        "step": step,
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "nodes": os.environ.get("SLURM_JOB_NODELIST"),
+        "previous_ended": None if previous is None else previous.get("reason", "killed"),
+        "lost_steps": max(0, metrics[-1]["step"] - step) if metrics else 0,
+    }
+
+
+def _require_progress(run: RunDir, rows: list[dict[str, Any]], job: str | None, step: int) -> None:
+    starts = [row for row in rows if row["event"] == "start"][-IDLE_ATTEMPTS:]
+    idle = [row for row in starts if job is not None and row["job"] == job and row["step"] == step]
+    if len(idle) == IDLE_ATTEMPTS:
+        raise UserError(
+            f"{run.path}: job {job} made no progress in {IDLE_ATTEMPTS} attempts, all from step {step}; it is not "
+            f"started again. Why each ended: {run.attempts} and log.txt beside it; then submit the run anew"
+        )
+
+
+def _owner(run: RunDir) -> dict[str, Any]:
+    path = run.path / "attempt.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+@contextlib.contextmanager
+def _locked(run: RunDir) -> Iterator[None]:
+    """An exclusive lock between processes and, on a file system with locks, between nodes."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    with open(run.path / ".lock", "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)  # POSIX: the kind that network file systems know
+        yield

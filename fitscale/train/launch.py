@@ -1,0 +1,188 @@
+"""From a run directory to a Slurm job: the layout that is asked for, the batch script, the submission, the queue.
+
+Everything that decides how a job is asked for comes from the cluster's profile; everything that it computes is in the
+run directory already.
+"""
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from shlex import quote
+from time import time
+from typing import Any
+
+from submitit import SlurmExecutor
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from fitscale.config.cluster import ClusterConfig
+from fitscale.config.errors import UserError
+from fitscale.config.rundir import RunDir, append_jsonl, read_jsonl
+from fitscale.config.schema import Config
+from fitscale.train.job import EvaluateJob, Job, TrainJob, requeue_lines
+
+# submitit counts timeouts against a budget; here attempts without progress are what ends a job (train/attempt.py).
+ANY_NUMBER = 10**6
+LIVE = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "STOPPED"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The processes of one job."""
+
+    nodes: int
+    tasks_per_node: int
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.tasks_per_node
+
+
+def make_layout(profile: ClusterConfig, config: Config, nodes: int, tasks_per_node: int | None) -> Layout:
+    """The layout, if the cluster has it and the config fits it.
+
+    Raises:
+        UserError: more nodes or GPUs than the profile has; ranks that tensor parallelism cannot divide, or not within a
+            node; more ranks than images in a batch.
+    """
+    layout = Layout(nodes, tasks_per_node or profile.tasks_per_node)
+    if not 1 <= nodes <= profile.max_nodes:
+        raise UserError(f"--nodes: {nodes}, but profile {profile.name} has 1 to {profile.max_nodes} (max_nodes)")
+    if layout.tasks_per_node < 1 or (profile.gpus_per_node and layout.tasks_per_node > profile.gpus_per_node):
+        raise UserError(
+            f"--tasks-per-node: {layout.tasks_per_node}, but a node of profile {profile.name} has "
+            f"{profile.gpus_per_node} GPUs (gpus_per_node), one for each task"
+        )
+    tp = config.parallel.tensor_parallel_size
+    if layout.tasks_per_node % tp:
+        valid = ", ".join(str(n) for n in range(1, layout.tasks_per_node + 1) if layout.tasks_per_node % n == 0)
+        raise UserError(
+            f"parallel.tensor_parallel_size: {tp} does not divide the {layout.tasks_per_node} tasks of a node, within "
+            f"which it must stay; valid: {valid}"
+        )
+    dp, batch = layout.world_size // tp, config.batch.global_batch_size
+    if dp > batch:
+        raise UserError(
+            f"--nodes: {nodes} x {layout.tasks_per_node} tasks are {dp} data-parallel ranks for {batch} images"
+        )
+    return layout
+
+
+def describe(layout: Layout, config: Config) -> str:
+    """The layout, for a person."""
+    parallel = config.parallel
+    dp = layout.world_size // parallel.tensor_parallel_size
+    return (
+        f"{layout.nodes} nodes x {layout.tasks_per_node} tasks = {layout.world_size} ranks: dp {dp} x tp "
+        f"{parallel.tensor_parallel_size}{' + sp' if parallel.sequence_parallel else ''}, ZeRO {parallel.zero_stage}; "
+        f"{config.batch.global_batch_size / dp:.4g} images a rank and step"
+    )
+
+
+class _AnywhereExecutor(SlurmExecutor):
+    """Writes batch scripts also where there is no Slurm."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 1
+
+
+def make_executor(
+    profile: ClusterConfig, run: RunDir, layout: Layout, name: str, *, train: bool, after: str | None = None
+) -> SlurmExecutor:
+    """submitit's executor for a job of `run`; `after`: the id of a job that has to succeed first."""
+    executor = _AnywhereExecutor(run.path.resolve() / "submitit" / "%j", ANY_NUMBER, python=profile.python)
+    wanted = {key: getattr(profile, key) for key in ("partition", "account", "qos", "constraint", "exclude")}
+    if profile.mem_gb is not None:
+        wanted["mem"] = f"{round(1024 * profile.mem_gb)}M"
+    if profile.gpus_per_node:
+        wanted["gpus_per_node"] = layout.tasks_per_node
+    executor.update_parameters(
+        job_name=name,
+        nodes=layout.nodes,
+        ntasks_per_node=layout.tasks_per_node,
+        cpus_per_task=profile.cpus_per_task,
+        time=profile.time_min,
+        signal_delay_s=profile.signal_before_end_s,
+        stderr_to_stdout=True,
+        setup=[*(f"export {key}={quote(value)}" for key, value in profile.environment.items()), *profile.setup],
+        teardown=requeue_lines(run.path.resolve()) if train else None,
+        srun_args=["--kill-on-bad-exit=1", *profile.srun],
+        additional_parameters={"requeue": True, **profile.sbatch}
+        | ({"dependency": f"afterok:{after}"} if after else {}),
+        **{key: value for key, value in wanted.items() if value is not None},
+    )
+    return executor
+
+
+def batch_script(executor: SlurmExecutor) -> str:
+    """What would be given to sbatch."""
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def require_slurm(partition: str | None) -> None:
+    """Raises UserError if there is no Slurm here, or it has no such partition."""
+    if shutil.which("sbatch") is None:
+        raise UserError("no sbatch on PATH: submit from a login node of the cluster, or run here with --cluster local")
+    found = slurm("sinfo", "--noheader", "--format", "%R").split()
+    if partition is not None and partition not in found:
+        raise UserError(f"partition: {partition!r} is unknown to this cluster; it has: {', '.join(sorted(set(found)))}")
+
+
+def slurm(*command: str) -> str:
+    """Output of one of Slurm's commands; raises UserError with its last line if it fails or is not there."""
+    if shutil.which(command[0]) is None:
+        raise UserError(f"no {command[0]} on PATH: ask from a login node of the cluster")
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        said = (result.stderr or result.stdout).strip().splitlines()[-1:] or ["no message"]
+        raise UserError(f"{command[0]}: {said[0]}")
+    return result.stdout
+
+
+def submit(executor: SlurmExecutor, job: Job) -> str:
+    """Hand `job` to Slurm and note it in the run directory; returns its id.
+
+    Raises:
+        UserError: sbatch refuses it, or there is no room to write.
+    """
+    try:
+        job_id = executor.submit(job).job_id
+        append_jsonl(RunDir(job.run_dir).jobs, {"job": job_id, "kind": type(job).__name__, "time_unix_s": time()})
+    except (FailedJobError, FailedSubmissionError) as error:
+        reasons = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
+        raise UserError(f"sbatch refused the job: {reasons[-1].strip()}") from error
+    except OSError as error:
+        raise UserError(f"{job.run_dir}: cannot be written ({os.strerror(error.errno or 0)})") from error
+    return job_id
+
+
+def submit_run(profile: ClusterConfig, run: RunDir, layout: Layout, name: str, *, evaluate: bool) -> list[str]:
+    """Submit the training of `run`, and its evaluation for when that has ended; returns the jobs' ids."""
+    path = run.path.resolve()
+    trained = submit(make_executor(profile, run, layout, name, train=True), TrainJob(path))
+    if not evaluate:
+        return [trained]
+    executor = make_executor(profile, run, Layout(1, 1), f"{name}-evaluate", train=False, after=trained)
+    return [trained, submit(executor, EvaluateJob(path))]
+
+
+def job_states(ids: list[str]) -> dict[str, str]:
+    """State of each job in the queue or in accounting; a job that neither knows is left out.
+
+    The queue goes first: accounting keeps NODE_FAIL or PREEMPTED for a while after the job was queued again.
+    """
+    if not ids:
+        return {}
+    states = {}
+    if shutil.which("sacct"):
+        lines = slurm("sacct", "--noheader", "--parsable2", "-X", "-o", "JobID,State", "-j", ",".join(ids)).splitlines()
+        states = {job: state.split()[0] for job, state in (line.split("|")[:2] for line in lines)}
+    queued = slurm("squeue", "--noheader", "--states", "all", "--format", "%A %T").splitlines()
+    return states | {job: state for job, state in map(str.split, queued) if job in ids}
+
+
+def live_jobs(run: RunDir) -> dict[str, str]:
+    """Jobs of `run` that Slurm has not finished with, and their states."""
+    rows: list[dict[str, Any]] = read_jsonl(run.jobs)
+    return {job: state for job, state in job_states([row["job"] for row in rows]).items() if state in LIVE}

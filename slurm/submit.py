@@ -1,0 +1,150 @@
+"""Submit one run to a Slurm cluster.
+
+1. Resolve the config with the loader of `fitscale train`; check it, the data, the layout and the cluster.
+2. Write the run directory's config.
+3. Submit a job that holds only that path, and one that evaluates when it has ended.
+
+The job goes on by itself after time limits, preemption and lost nodes. Submitting again is safe: a run that has a job
+already is not given a second one, and a finished run is left alone.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from submitit import LocalExecutor
+
+from fitscale.config.claim import check_claim, claim
+from fitscale.config.cluster import ClusterConfig
+from fitscale.config.errors import UserError
+from fitscale.config.load import load_config, load_schema
+from fitscale.config.main import exit_code
+from fitscale.config.rundir import RunDir
+from fitscale.config.schema import Config
+from fitscale.data.index import open_index
+from fitscale.scaling.progress import progress
+from fitscale.train import launch
+from fitscale.train.job import FAILED, LOG, TrainJob
+
+POLL_S = 2.0
+NO_TIMEOUT_MIN = 60 * 24 * 365
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train one run on a Slurm cluster, until it is finished, whatever happens on the way.",
+        epilog="example: python slurm/submit.py configs/model/b.yaml configs/recipe/fitv2_256.yaml "
+        "data.shards=/data/latents run.dir=runs/b --cluster configs/cluster/h100.yaml --nodes 4",
+    )
+    parser.add_argument("config", nargs="+", metavar="CONFIG|KEY=VALUE", help="config YAML files and dotted overrides")
+    parser.add_argument("--cluster", required=True, metavar="PROFILE", help="cluster profile (YAML), or `local`")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes of the job (default: 1)")
+    parser.add_argument("--tasks-per-node", type=int, help="ranks on a node, one GPU each (default: the profile's)")
+    parser.add_argument("--no-evaluate", action="store_true", help="train only")
+    parser.add_argument("--dry-run", action="store_true", help="print the layout and the batch script, submit nothing")
+    parser.add_argument("--follow", action="store_true", help="show the run's log until its training has ended")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program with `argv`; returns 1 if a run that was followed has failed."""
+    arguments = parse(argv)
+    local = arguments.cluster == "local"
+    config = load_config(arguments.config)
+    profile = ClusterConfig("local", gpus_per_node=0, tasks_per_node=1) if local else read_profile(arguments.cluster)
+    layout = launch.make_layout(profile, config, arguments.nodes, arguments.tasks_per_node)
+    open_index(Path(config.data.shards))
+    run = check_claim(config)
+    print(launch.describe(layout, config))
+    if arguments.dry_run:
+        executor = launch.make_executor(profile, run, layout, config.run.name, train=True)
+        print("" if local else launch.batch_script(executor))
+        return 0
+    if not local:
+        launch.require_slurm(profile.partition)
+    if progress(config, run).finished:
+        print(f"{run.path}: finished before")
+        return 0
+    if local:
+        return run_here(config, layout)
+    submit(arguments, profile, config, layout)
+    return follow(run) if arguments.follow else 0
+
+
+def read_profile(path: str) -> ClusterConfig:
+    """The cluster profile at `path`; a mistake in it is named with the file."""
+    try:
+        return load_schema(ClusterConfig, [path])
+    except UserError as error:
+        raise UserError(str(error) if path in str(error) else f"{path}: {error}") from error
+
+
+def write_run(config: Config) -> RunDir:
+    """Write the run directory's config."""
+    try:
+        return claim(config)
+    except OSError as error:
+        raise UserError(f"run.dir: {config.run.dir} cannot be written ({os.strerror(error.errno or 0)})") from error
+
+
+def submit(arguments: argparse.Namespace, profile: ClusterConfig, config: Config, layout: launch.Layout) -> None:
+    live = launch.live_jobs(check_claim(config))
+    if live:
+        jobs = ", ".join(f"{job} ({state})" for job, state in live.items())
+        raise UserError(f"run.dir: {config.run.dir} has a job already: {jobs}; scancel it first to submit another")
+    run = write_run(config)
+    evaluate = bool(config.evaluation.points) and not arguments.no_evaluate
+    jobs = launch.submit_run(profile, run, layout, config.run.name, evaluate=evaluate)
+    for kind, job in zip(("train", "evaluate"), jobs, strict=False):
+        print(f"{kind}: job {job}")
+    print(f"log: {run.path / LOG}", flush=True)
+
+
+def run_here(config: Config, layout: launch.Layout) -> int:
+    """The same job as processes of this machine; waits for them, and stops them when it is stopped."""
+    run = write_run(config)
+    executor = LocalExecutor(run.path.resolve() / "submitit" / "%j")
+    executor.update_parameters(timeout_min=NO_TIMEOUT_MIN, tasks_per_node=layout.tasks_per_node)
+    job = executor.submit(TrainJob(run.path.resolve()))
+    print(f"log: {run.path / LOG}", flush=True)
+    try:
+        while not job.done():
+            time.sleep(POLL_S)
+    finally:
+        job.cancel()
+    return verdict(run)
+
+
+def follow(run: RunDir) -> int:
+    """Print what is added to the log until none of the run's jobs is left, or training is over."""
+    seen = 0
+    while True:
+        over = not launch.live_jobs(run) or (run.path / FAILED).exists()
+        log = run.path / LOG
+        if log.exists():
+            with open(log, "rb") as file:
+                file.seek(seen)
+                sys.stdout.write(file.read().decode(errors="replace"))
+                seen = file.tell()
+            sys.stdout.flush()
+        if over:
+            return verdict(run)
+        time.sleep(POLL_S)
+
+
+def verdict(run: RunDir) -> int:
+    """Say how training ended; 0 if it is complete."""
+    state = progress(load_config([str(run.config)]), run)
+    if state.trained:
+        print(f"\n{run.path}: {state}")
+        return 0
+    failed = run.path / FAILED
+    reason = failed.read_text().strip() if failed.exists() else f"it stopped; see {run.path / LOG}"
+    print(f"error: {run.path}: not finished at {state}: {reason}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,124 @@
+"""Signals, attempts and who may write: ranks that are told to stop save together, and an older attempt is kept out."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fitscale.config.errors import UserError
+from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.config.schema import Config
+from fitscale.train.attempt import IDLE_ATTEMPTS, TakenOverError, begin_attempt
+from tests.distributed.spawn import context, run_ranks
+from tests.distributed.test_health import start_ranks
+from tests.distributed.test_layouts import tensors
+from tests.test_train import train_here
+from tests.tiny import tiny_config
+
+STEPS = 60
+OVERRIDES = (f"run.steps={STEPS}", "checkpoint.every_steps=1000")
+
+
+def train_and_exit(config: Config) -> None:
+    """`train_here`, in a process that leaves with training's own exit code, told apart from a crash's by a file."""
+    from fitscale.train.preempt import Preempted
+
+    try:
+        train_here(config)
+    except Preempted as stop:
+        Path(config.run.dir, f"exit-{os.environ['RANK']}").write_text(str(stop.code))
+
+
+def wait_for_steps(run: RunDir, steps: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(read_jsonl(run.metrics)) < steps:
+        assert time.monotonic() < deadline, "the run does not move"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_signal_to_one_rank_makes_all_save_and_no_step_is_lost(tmp_path, digits_shards, signum):
+    calm = tiny_config(tmp_path / "calm", digits_shards, *OVERRIDES)
+    run_ranks(train_here, 2, calm)
+    config = tiny_config(tmp_path / "stopped", digits_shards, *OVERRIDES)
+    run = RunDir(tmp_path / "stopped")
+    processes = start_ranks(train_and_exit, config, 2)
+    wait_for_steps(run, 3)
+    os.kill(processes[1].pid, signum)  # rank 0 hears nothing
+    for process in processes:
+        process.join(60)
+    assert [(run.path / f"exit-{rank}").read_text() for rank in (0, 1)] == [str(128 + signum)] * 2
+    steps = read_jsonl(run.metrics)[-1]["step"]
+    assert 3 <= steps < STEPS and run.checkpoints()[-1].step == steps
+
+    run_ranks(train_here, 2, config)
+    first, end, second, last = read_jsonl(run.attempts)
+    assert (first["event"], end["reason"], end["step"]) == ("start", signum.name, steps)
+    assert (second["step"], second["previous_ended"], second["lost_steps"]) == (steps, signum.name, 0)
+    assert (last["reason"], last["step"]) == ("finished", STEPS)
+    assert run.metrics.read_bytes() == RunDir(tmp_path / "calm").metrics.read_bytes()
+    ours, theirs = (tensors(tmp_path / name, STEPS, "weights/raw") for name in ("stopped", "calm"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_stale_attempt_can_write_nothing_more(tmp_path, digits_shards):
+    config = tiny_config(tmp_path, digits_shards, "run.steps=100000", "checkpoint.every_steps=2")
+    run = RunDir(tmp_path)
+    (stale,) = start_ranks(train_here, config, 1)
+    wait_for_steps(run, 5)
+    os.kill(stale.pid, signal.SIGSTOP)  # a node that Slurm gave up, with its processes still there
+    newer = begin_attempt(run, run.checkpoints()[-1].step)
+    before = snapshot(run)
+    os.kill(stale.pid, signal.SIGCONT)
+    stale.join(60)
+    assert not stale.is_alive()
+    assert snapshot(run) == before
+    newer.end("finished", 0)  # the newer one may
+
+
+def snapshot(run: RunDir) -> dict[str, int]:
+    """Names and sizes of all that a later start reads."""
+    files = [*run.path.glob("checkpoints/step-*/**/*"), run.metrics, run.attempts, run.path / "attempt.json"]
+    return {str(path): path.stat().st_size for path in files if path.is_file()}
+
+
+def test_the_newest_attempt_owns_the_directory(tmp_path):
+    first = begin_attempt(RunDir(tmp_path), 0)
+    with first.writing():
+        pass
+    second = begin_attempt(RunDir(tmp_path), 0)
+    with pytest.raises(TakenOverError, match=r"attempt 2 .* has taken over; this is attempt 1"), first.writing():
+        raise AssertionError("it was let in")
+    with second.writing():
+        pass
+
+
+def hold(path: Path, ready: object) -> None:
+    with begin_attempt(RunDir(path), 0).writing():
+        ready.set()  # type: ignore[attr-defined]
+        time.sleep(1)
+        (path / "written").touch()
+
+
+def test_a_new_attempt_waits_for_a_write_under_way(tmp_path):
+    ready = context().Manager().Event()
+    process = context().Process(target=hold, args=(tmp_path, ready))
+    process.start()
+    assert ready.wait(30)
+    begin_attempt(RunDir(tmp_path), 0)
+    assert (tmp_path / "written").exists()
+    process.join()
+
+
+def test_a_job_that_makes_no_progress_stops_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for _ in range(IDLE_ATTEMPTS):
+        begin_attempt(RunDir(tmp_path), 10)
+    with pytest.raises(UserError, match="job 7 made no progress in 5 attempts, all from step 10"):
+        begin_attempt(RunDir(tmp_path), 10)
+    begin_attempt(RunDir(tmp_path), 11)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")  # submitted anew
+    begin_attempt(RunDir(tmp_path), 10)

@@ -1,0 +1,63 @@
+"""slurm/status.py: what it reads from run directories, and what it refuses to guess."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from fitscale.config.claim import claim
+from fitscale.config.load import load_config
+from fitscale.config.rundir import RunDir, append_jsonl
+from fitscale.train.attempt import begin_attempt
+from tests.tiny import OVERRIDES
+
+ROOT = Path(__file__).parents[1]
+
+
+def show(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "slurm/status.py", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PATH": "/nowhere"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def new_run(path: Path) -> RunDir:
+    return claim(load_config([*OVERRIDES, f"run.dir={path}", "run.steps=10"]))
+
+
+def test_a_sweep_is_one_row_a_run_and_missing_numbers_stay_missing(tmp_path):
+    new_run(tmp_path / "a")
+    stopped = new_run(tmp_path / "b")
+    begin_attempt(stopped, 0)
+    append_jsonl(stopped.metrics, {"step": 4, "loss": 0.5})
+    append_jsonl(stopped.throughput, {"step": 4, "step_s": 600.0, "images_per_s": 3.0, "mfu": None})
+    begin_attempt(stopped, 2)
+    failed = new_run(tmp_path / "c")
+    (failed.path / "failed.txt").write_text("data.shards: gone\n")
+
+    result = show(tmp_path, "--json")
+    assert result.returncode == 1, result.stderr  # a run has failed
+    a, b, c = (json.loads(line) for line in result.stdout.splitlines())
+    assert (a["state"], a["attempts"], a["step"], a["loss"], a["left_h"], a["fd"]) == ("NEW", 0, 0, None, None, None)
+    assert (b["state"], b["attempts"], b["step"], b["loss"], b["left_h"], b["mfu"]) == ("STOPPED", 2, 4, 0.5, 1.0, None)
+    assert (c["state"], c["error"]) == ("FAILED", ["data.shards: gone"])
+    table = show(tmp_path).stdout.splitlines()
+    assert [line.split()[1] for line in table[:4]] == ["state", "NEW", "STOPPED", "FAILED"]
+    assert table[4].endswith("c: data.shards: gone")
+
+
+def test_without_slurm_a_submitted_run_is_not_guessed_at(tmp_path):
+    run = new_run(tmp_path)
+    append_jsonl(run.jobs, {"job": "1", "kind": "TrainJob", "time_unix_s": 0.0})
+    result = show(tmp_path)
+    assert result.returncode == 2 and result.stderr.startswith("error: no squeue on PATH"), result.stderr
+
+
+def test_a_folder_that_is_neither_is_said(tmp_path):
+    result = show(tmp_path)
+    assert result.returncode == 2 and "neither a run directory" in result.stderr

@@ -1,0 +1,95 @@
+"""slurm/submit.py where there is no Slurm: what it shows, what it refuses, and the same job on this machine."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fitscale.config.claim import claim
+from fitscale.config.load import load_config
+from fitscale.config.rundir import RunDir, read_jsonl
+from tests.tiny import OVERRIDES
+
+ROOT = Path(__file__).parents[1]
+DEMO = ("--cluster", "configs/cluster/demo.yaml")
+
+
+def submit(run: Path, shards: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    where = (f"run.dir={run}", f"data.shards={shards}")
+    return subprocess.run(
+        [sys.executable, "slurm/submit.py", *OVERRIDES, *where, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/nowhere"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_dry_run_shows_layout_and_script_and_writes_nothing(tmp_path, digits_shards):
+    result = submit(tmp_path / "run", digits_shards, *DEMO, "--nodes", "2", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "2 nodes x 2 tasks = 4 ranks: dp 4 x tp 1, ZeRO 1; 4 images a rank and step" in result.stdout
+    for line in ("--nodes=2", "--ntasks-per-node=2", "--signal=USR2@30", "--partition=main", "--requeue"):
+        assert f"#SBATCH {line}\n" in result.stdout
+    assert "export GLOO_SOCKET_IFNAME=lo\n" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((*DEMO,), "no sbatch on PATH"),
+        ((*DEMO, "--nodes", "3"), "--nodes: 3, but profile demo has 1 to 2"),
+        (
+            ("--cluster", "configs/cluster/h100.yaml", "--tasks-per-node", "16"),
+            "--tasks-per-node: 16, but a node of profile h100 has 8 GPUs",
+        ),
+        (
+            (*DEMO, "--tasks-per-node", "3", "model.hidden_size=48", "parallel.tensor_parallel_size=2"),
+            "parallel.tensor_parallel_size: 2 does not divide the 3 tasks of a node, within which it must stay; "
+            "valid: 1, 3",
+        ),
+        ((*DEMO, "--nodes", "2", "batch.global_batch_size=3"), "--nodes: 2 x 2 tasks are 4 data-parallel ranks for 3"),
+        (("--cluster", "nowhere.yaml"), "nowhere.yaml: no such config file"),
+        ((*DEMO, "data.shards=nowhere"), "nowhere/index.json: no such index"),
+    ],
+)
+def test_a_mistake_is_one_message_and_nothing_is_written(tmp_path, digits_shards, arguments, message):
+    result = submit(tmp_path / "run", digits_shards, *arguments)
+    assert result.returncode == 2 and result.stderr.startswith(f"error: {message}"), result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_of_another_config_is_refused(tmp_path, digits_shards):
+    claim(load_config([*OVERRIDES, f"run.dir={tmp_path / 'run'}"]))
+    result = submit(tmp_path / "run", digits_shards, *DEMO, "optim.lr=0.5")
+    assert result.returncode == 2 and "optim.lr: 0.001 there, 0.5 here" in result.stderr
+
+
+def test_a_full_disk_is_said(tmp_path, digits_shards):
+    (tmp_path / "disk").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4k,nr_inodes=8", "tmpfs", tmp_path / "disk"]
+    if subprocess.run(mount, check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        (tmp_path / "disk" / "ballast").write_bytes(bytes(4096))
+        result = submit(tmp_path / "disk" / "run", digits_shards, "--cluster", "local")
+    finally:
+        subprocess.run(["umount", tmp_path / "disk"], check=True)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr == f"error: run.dir: {tmp_path}/disk/run cannot be written (No space left on device)\n"
+
+
+def test_local_runs_the_same_job_on_this_machine(tmp_path, digits_shards):
+    run = RunDir(tmp_path / "run")
+    result = submit(run.path, digits_shards, "--cluster", "local", "--tasks-per-node", "2", "run.steps=3")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert run.checkpoints()[-1].step == 3
+    assert [row.get("reason") for row in read_jsonl(run.attempts)] == [None, "finished"]
+    again = submit(run.path, digits_shards, "--cluster", "local", "--tasks-per-node", "2", "run.steps=3")
+    assert again.returncode == 0 and "finished before" in again.stdout
