@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from fitscale.train.memory import BUCKET, PERSISTENT, PREFETCH, REUSE, SUB_GROUP, activation_bytes, rank_memory
 
 from fitscale.config.load import load_config
 from fitscale.config.schema import Config
+from fitscale.train.memory import BUCKET, PERSISTENT, PREFETCH, REUSE, SUB_GROUP, activation_bytes, rank_memory
 from tests.distributed.spawn import run_ranks
 
 MODEL = [
