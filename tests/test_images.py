@@ -152,6 +152,24 @@ def test_workers_make_the_same_shards(folder, pixels, tmp_path, workers):
     assert contents(out) == contents(pixels)
 
 
+def test_workers_that_start_at_once_do_not_disturb_each_other(folder, pixels, tmp_path):
+    out = tmp_path / "shards"
+    command = [sys.executable, ROOT / "tools" / "make_shards.py", "images", folder, out, "--encoder", "pixels"]
+    command += ["--images-per-shard", "25"]
+    started = [
+        subprocess.Popen(
+            command,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate()[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], errors
+    assert contents(out) == contents(pixels)
+
+
 def test_killed_five_times_and_continued_nothing_is_lost_or_double(folder, pixels, tmp_path):
     out, chance = tmp_path / "shards", random.Random(1)
     command = [sys.executable, ROOT / "tools" / "make_shards.py", "images", folder, out, "--encoder", "pixels"]

@@ -63,7 +63,7 @@ def is_finished(job: Job, out: Path) -> bool:
     """
     record = out / "job.json"
     if not record.is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(_foreign(path) for path in out.iterdir())):
             raise UserError(f"{out}: is not empty and holds no shards begun by this tool; choose another folder")
         return False
     held, wanted = json.loads(record.read_text()), asdict(job)
@@ -71,6 +71,11 @@ def is_finished(job: Job, out: Path) -> bool:
     if differing:
         raise UserError(f"{out}: was begun with other options ({'; '.join(differing)}); choose another folder")
     return (out / "index.json").is_file()
+
+
+def _foreign(path: Path) -> bool:
+    """Whether a worker that is just starting on the same folder cannot have put this there."""
+    return path.name != "job.json" and not path.name.startswith(".")
 
 
 class Converter:
