@@ -15,7 +15,7 @@ from tests.slurm_cluster import Cluster, last_step, starts, wait_until
 from tests.test_train import train_here
 from tests.tiny import OVERRIDES, tiny_config
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(470)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 PROFILE = "configs/cluster/demo.yaml"
 EVERY = 5
 LONG = ("run.steps=100000", f"checkpoint.every_steps={EVERY}", "health.timeout_min=1", "model.depth=1")
