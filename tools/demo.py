@@ -15,6 +15,7 @@ Every step is a command that a person could type. A step is skipped if it succee
 
 import argparse
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -68,7 +69,9 @@ class Step:
             UserError: it failed.
         """
         program, *arguments = shlex.split(self.command)
-        result = subprocess.run([*PROGRAMS[program], *arguments], check=False)
+        # Networks this small gain nothing from a second thread, and lose much on a machine that has other work.
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        result = subprocess.run([*PROGRAMS[program], *arguments], env=environment, check=False)
         if result.returncode:
             raise UserError(f"demo: {self.title}: `{self.command}` ended with exit code {result.returncode}")
         write_atomic(self.stamp, self.command)
