@@ -5,6 +5,7 @@ checkpoint of step 1: whole tensors in the published names, so that layouts comp
 weights none of which is zero: from the usual start most gradients of the first step are zero.
 """
 
+import hashlib
 import shutil
 import tempfile
 from functools import cache
@@ -109,6 +110,29 @@ def test_fp32_layout_equals_one_process(tmp_path, digits_shards, one_process, la
         assert gradient.any(), name
         worst = (ours[name] - gradient).abs().max().item() / gradient.abs().max().item()
         assert worst < 1e-4, f"gradient of {name} is off by {worst:.1e} of its largest entry"
+
+
+def train_and_hash_replicated(config: Config) -> dict[str, str]:
+    """Trains; digests of the parameters that tensor parallelism keeps whole on every rank."""
+    from fitscale.parallel.zero import full_tensor
+    from fitscale.train import trainer
+
+    built = []
+    original = trainer.Trainer.run_to_end
+    trainer.Trainer.run_to_end = lambda self: (original(self), built.append(self.engine))[0]
+    train_here(config)
+    named = built[0].module.named_parameters()
+    values = {name: full_tensor(built[0], p) for name, p in named if not getattr(p, "tensor_model_parallel", False)}
+    return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in values.items()}
+
+
+@pytest.mark.parametrize(("layout", "stage"), [((1, 2, False), 0), ((1, 4, True), 1), ((2, 2, True), 3)])
+def test_replicated_parameters_stay_identical_to_the_bit(tmp_path, digits_shards, layout, stage):
+    dp, tp, sp = layout
+    config = awake_config(tmp_path / "run", digits_shards, tp, sp, stage)
+    first, *others = run_ranks(train_and_hash_replicated, dp * tp, config)
+    assert len(first) > 10
+    assert all(other == first for other in others)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
