@@ -12,7 +12,6 @@ import argparse
 import os
 import sys
 import time
-from pathlib import Path
 
 from submitit import LocalExecutor
 
@@ -23,10 +22,10 @@ from fitscale.config.load import load_config, load_schema
 from fitscale.config.main import exit_code
 from fitscale.config.rundir import RunDir
 from fitscale.config.schema import Config
-from fitscale.data.index import open_index
 from fitscale.scaling.progress import progress
 from fitscale.train import launch
 from fitscale.train.job import FAILED, LOG, TrainJob
+from fitscale.train.trainer import make_plan
 
 POLL_S = 2.0
 NO_TIMEOUT_MIN = 60 * 24 * 365
@@ -55,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(arguments.config)
     profile = ClusterConfig("local", gpus_per_node=0, tasks_per_node=1) if local else read_profile(arguments.cluster)
     layout = launch.make_layout(profile, config, arguments.nodes, arguments.tasks_per_node)
-    open_index(Path(config.data.shards))
+    make_plan(config)  # what is wrong with the data is said here, not in the job
     run = check_claim(config)
     print(launch.describe(layout, config))
     if arguments.dry_run:

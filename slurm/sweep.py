@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
 from submitit import LocalExecutor, LocalJob
@@ -25,7 +24,7 @@ from fitscale.config.main import exit_code
 from fitscale.config.rundir import write_atomic
 from fitscale.config.schema import Config
 from fitscale.config.sweep import SweepConfig
-from fitscale.data.index import open_index
+from fitscale.data import sizes
 from fitscale.scaling.ladder import Cell, TokenShares, cells, manifest, table
 from fitscale.scaling.progress import progress
 from fitscale.train.job import LOG, RunJob
@@ -68,18 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def token_shares(config: Config) -> TokenShares:
     """How many tokens the images have that `config` trains on, from the index of its shards."""
-    return _token_shares(config.data.shards, config.model.patch_size)
-
-
-@cache
-def _token_shares(shards: str, patch_size: int) -> TokenShares:
-    sizes = open_index(shards).meta.sizes
-    images = sum(count for _, _, count in sizes)
-    shares: dict[int, float] = {}
-    for height, width, count in sizes:
-        tokens = (height // patch_size) * (width // patch_size)
-        shares[tokens] = shares.get(tokens, 0.0) + count / images
-    return shares
+    return sizes.token_shares(config.data, config.model.patch_size)
 
 
 def prepare(sweep: SweepConfig, ladder: list[Cell]) -> None:

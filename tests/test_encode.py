@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fitscale.config.errors import UserError
-from fitscale.config.schema import LatentConfig
+from fitscale.config.schema_data import LatentConfig
 from fitscale.data.encode import Decoder, patchify, to_float, unpatchify
 
 PIXELS = LatentConfig(kind="pixels", factor=1, scaling=1.0)

@@ -18,7 +18,7 @@ import pytest
 from pyarrow import parquet
 from sklearn.datasets import load_sample_images
 
-from fitscale.config.schema import LatentConfig
+from fitscale.config.schema_data import LatentConfig
 from fitscale.data.encode import Decoder, Encoder
 from fitscale.data.index import build_index, open_index
 from fitscale.data.preprocess import Rejected, pictures, with_flips

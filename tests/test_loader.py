@@ -11,7 +11,7 @@ from fitscale.config.errors import UserError
 from fitscale.data.encode import to_float, unpatchify
 from fitscale.data.index import Index, build_index, open_index
 from fitscale.data.loader import Pack, StepBatch, make_loader
-from fitscale.data.plan import BatchPlan
+from fitscale.data.plan import BatchPlan, single_plan
 from fitscale.data.reader import ShardReader
 from fitscale.data.shards import Sample, ShardSetMeta, ShardSetWriter, Variant
 from tests.shard_sets import LATENTS, PIXELS, indexed_set
@@ -26,13 +26,13 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
 
 def plan(index: Index, patch_size: int = 2) -> BatchPlan:
     settings = {"window_shards": 2, "holdout_fraction": 0.1}
-    return BatchPlan(index, seed=5, global_batch_size=16, patch_size=patch_size, **settings)
+    return single_plan(index, seed=5, global_batch_size=16, patch_size=patch_size, **settings)
 
 
 def load(index: Index, patch_size: int = 2, **changes: object) -> Iterator[StepBatch]:
     settings = {"dp_rank": 0, "dp_size": 1, "pack_tokens": 128, "pad_multiple": 1, "cost": (1.0, 1e-3)}
     settings |= {"first_step": 0, "last_step": STEPS, "num_workers": 0, "prefetch_steps": 2}
-    return make_loader(plan(index, patch_size), index.folder, **{**settings, **changes})
+    return make_loader(plan(index, patch_size), **{**settings, **changes})
 
 
 def images_of(pack: Pack) -> dict[int, torch.Tensor]:
@@ -86,12 +86,12 @@ def test_stored_moments_are_drawn_anew_at_every_step_whatever_the_ranks(tmp_path
             moments = np.concatenate([np.full((2, 16, 16), number), np.full((2, 16, 16), 0.25)]).astype(np.float16)
             writer.write(Sample(f"{number}", 0, [Variant(moments)]))
     settings = {"seed": 1, "global_batch_size": 8, "patch_size": 2, "window_shards": 1, "holdout_fraction": 0.0}
-    plan = BatchPlan(build_index(tmp_path), **settings)
+    plan = single_plan(build_index(tmp_path), **settings)
     common = {"pack_tokens": 128, "pad_multiple": 1, "cost": (1.0, 0.0), "num_workers": 0, "prefetch_steps": 1}
     runs = [
         [
             {slot: tokens for pack in step.packs for slot, tokens in images_of(pack).items()}
-            for step in make_loader(plan, tmp_path, dp_rank=r, dp_size=n, first_step=0, last_step=4, **common)
+            for step in make_loader(plan, dp_rank=r, dp_size=n, first_step=0, last_step=4, **common)
         ]
         for r, n in ((0, 1), (0, 2), (1, 2))
     ]
@@ -154,13 +154,6 @@ def test_an_image_larger_than_a_pack_is_refused_by_name_before_reading(index):
     with pytest.raises(UserError, match=r"36 tokens, more than batch.pack_tokens = 39 \(padded to 8\)"):
         load(index, pack_tokens=39, pad_multiple=8)
     load(index, pack_tokens=40, pad_multiple=8)
-
-
-def test_another_folder_than_the_plans_is_refused(index, tmp_path):
-    settings = {"dp_rank": 0, "dp_size": 1, "pack_tokens": 128, "pad_multiple": 1, "cost": (1.0, 0.0)}
-    steps = {"first_step": 0, "last_step": 1, "num_workers": 0, "prefetch_steps": 1}
-    with pytest.raises(UserError, match=r"data.shards: .* is not the folder"):
-        make_loader(plan(index), tmp_path, **settings, **steps)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fitscale.config.errors import UserError
 from fitscale.data.index import Index, IndexMeta, Shard, is_held_out, open_index
-from fitscale.data.plan import BatchPlan, GlobalBatch
+from fitscale.data.plan import BatchPlan, GlobalBatch, single_plan
 from fitscale.data.scan import IMAGE, VARIANT, key_hash
 from fitscale.data.shards import KINDS
 from tests.shard_sets import indexed_set
@@ -26,7 +26,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
 
 def plan(index: Index, **changes: object) -> BatchPlan:
     settings = {"seed": 3, "global_batch_size": 16, "patch_size": 2, "window_shards": 3, "holdout_fraction": 0.0}
-    return BatchPlan(index, **{**settings, **changes})
+    return single_plan(index, **{**settings, **changes})
 
 
 def stream(plan: BatchPlan, images: int) -> np.ndarray:

@@ -22,7 +22,7 @@ import numpy as np
 from fitscale.config.main import exit_code
 from fitscale.data.index import Index, IndexMeta, Shard, build_index, open_index
 from fitscale.data.packing import split
-from fitscale.data.plan import BatchPlan
+from fitscale.data.plan import BatchPlan, single_plan
 from fitscale.data.scan import IMAGE, VARIANT
 from fitscale.data.shards import Sample, ShardSetMeta, ShardSetWriter, Variant
 
@@ -98,7 +98,7 @@ def large_index(folder: Path, images: int) -> None:
 
 def make_plan(index: Index, batch: int) -> BatchPlan:
     settings = {"patch_size": 2, "window_shards": 16, "holdout_fraction": 0.0}
-    return BatchPlan(index, seed=0, global_batch_size=batch, **settings)
+    return single_plan(index, seed=0, global_batch_size=batch, **settings)
 
 
 def plan_and_split(plan: BatchPlan, n: int) -> None:
@@ -162,7 +162,7 @@ def read(plan: BatchPlan, folder: Path, first: int, last: int) -> None:
     from fitscale.data.loader import make_loader
 
     settings = {"dp_rank": 0, "dp_size": 1, "pack_tokens": 16384, "pad_multiple": 1, "cost": (1.0, 1e-4)}
-    for _ in make_loader(plan, folder, first_step=first, last_step=last, num_workers=0, prefetch_steps=1, **settings):
+    for _ in make_loader(plan, first_step=first, last_step=last, num_workers=0, prefetch_steps=1, **settings):
         pass
 
 

@@ -56,7 +56,12 @@ def _check_same(run: RunDir, config: Config) -> None:
 def differing_keys(old: Config, new: Config) -> list[str]:
     """`key: old there, new here` for every leaf in which two configs differ."""
     left, right = dict(_leaves(asdict(old))), dict(_leaves(asdict(new)))
-    return [f"{key}: {left[key]} there, {right[key]} here" for key in left if left[key] != right[key]]
+    keys = [*left, *(key for key in right if key not in left)]  # a mixture's names are keys too
+    return [
+        f"{key}: {left.get(key, 'absent')} there, {right.get(key, 'absent')} here"
+        for key in keys
+        if key not in left or key not in right or left[key] != right[key]
+    ]
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -71,4 +76,5 @@ def _may_change(difference: str, config: Config) -> bool:
     key = difference.split(":")[0]
     if key == "run.steps" and config.optim.schedule == "cosine":
         return False  # the schedule of the steps already taken depends on it
-    return key in _MAY_CHANGE_KEYS or key.split(".")[0] in _MAY_CHANGE
+    moved = key.startswith("data.mixture.") and key.endswith(".shards")
+    return moved or key in _MAY_CHANGE_KEYS or key.split(".")[0] in _MAY_CHANGE

@@ -7,26 +7,13 @@ raises `UserError` with the key's full path and the values that would be valid.
 from dataclasses import dataclass, field
 from math import gcd
 
+from fitscale.config.checks import at_least, between, choice
 from fitscale.config.errors import UserError
+from fitscale.config.schema_data import DataConfig
 
 ROPE_METHODS = ("normal", "linear", "ntk-aware", "ntk-aware-pro1", "ntk-aware-pro2", "ntk-by-parts", "yarn")
 ODE_SAMPLERS = ("euler", "heun", "dopri5", "sde")
 DDPM_SAMPLERS = ("ddpm", "ddim")
-
-
-def _choice(key: str, value: str, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise UserError(f"{key}: {value!r} is not one of {', '.join(valid)}")
-
-
-def _at_least(key: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise UserError(f"{key}: {value} is too small, the least is {least}")
-
-
-def _between(key: str, value: float, low: float, high: float) -> None:
-    if not low <= value < high:
-        raise UserError(f"{key}: {value} is outside [{low}, {high})")
 
 
 @dataclass(frozen=True)
@@ -39,9 +26,9 @@ class RopeConfig:
     original_length: int = 16  # patches per axis that the model was trained on
 
     def __post_init__(self) -> None:
-        _choice("model.rope.method", self.method, ROPE_METHODS)
-        _at_least("model.rope.theta", self.theta, 1.0)
-        _at_least("model.rope.original_length", self.original_length, 1)
+        choice("model.rope.method", self.method, ROPE_METHODS)
+        at_least("model.rope.theta", self.theta, 1.0)
+        at_least("model.rope.original_length", self.original_length, 1)
 
 
 @dataclass(frozen=True)
@@ -59,9 +46,9 @@ class ModelConfig:
     rope: RopeConfig = field(default_factory=RopeConfig)
 
     def __post_init__(self) -> None:
-        _choice("model.family", self.family, ("fitv2", "fit"))
+        choice("model.family", self.family, ("fitv2", "fit"))
         for key in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "num_classes"):
-            _at_least(f"model.{key}", getattr(self, key), 1)
+            at_least(f"model.{key}", getattr(self, key), 1)
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"model.hidden_size: {self.hidden_size} is not a multiple of model.num_heads = {self.num_heads}"
@@ -102,46 +89,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class LatentConfig:
-    """How stored tokens-to-be relate to images: plain pixels in [-1, 1], or a VAE's latents."""
-
-    kind: str = "vae"
-    vae: str | None = None  # local folder or hub name of a diffusers AutoencoderKL; needed to decode
-    factor: int = 8  # image pixels per latent pixel, along one side
-    scaling: float = 0.18215  # latent = scaling * (VAE's latent)
-
-    def __post_init__(self) -> None:
-        _choice("data.latent.kind", self.kind, ("pixels", "vae"))
-        _at_least("data.latent.factor", self.factor, 1)
-        if self.kind == "pixels" and (self.factor != 1 or self.scaling != 1.0 or self.vae is not None):
-            raise UserError("data.latent: kind = pixels goes with factor = 1, scaling = 1.0 and no vae")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the shards are and how they are read."""
-
-    shards: str = ""  # folder of webdataset shards with their index, or an fsspec URL of one (s3://, gs://, https://)
-    latent: LatentConfig = field(default_factory=LatentConfig)
-    holdout_fraction: float = 0.0  # share of images, chosen by the hash of their key, never trained on
-    window_shards: int = 16  # shards among whose images the order is random at one time
-    num_workers: int = 2  # reader processes per rank; 0 reads in the training process
-    prefetch_steps: int = 2  # steps read ahead, per worker
-    on_error: str = "stop"  # at a corrupt sample; skip: it counts for nothing, and events.jsonl names it
-    cache_dir: str = "~/.cache/fitscale"  # local copies of shards that are read from a URL
-    cache_gb: float = 100.0  # most GB of them; those unused for longest go first
-
-    def __post_init__(self) -> None:
-        _choice("data.on_error", self.on_error, ("stop", "skip"))
-        if not self.cache_gb > 0:
-            raise UserError(f"data.cache_gb: {self.cache_gb} must be above 0")
-        _between("data.holdout_fraction", self.holdout_fraction, 0.0, 1.0)
-        _at_least("data.window_shards", self.window_shards, 1)
-        _at_least("data.num_workers", self.num_workers, 0)
-        _at_least("data.prefetch_steps", self.prefetch_steps, 1)
-
-
-@dataclass(frozen=True)
 class BatchConfig:
     """The global batch (part of the science) and how it is cut into packs (never part of the science)."""
 
@@ -151,7 +98,7 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         for key in ("global_batch_size", "pack_tokens", "pad_multiple"):
-            _at_least(f"batch.{key}", getattr(self, key), 1)
+            at_least(f"batch.{key}", getattr(self, key), 1)
 
 
 @dataclass(frozen=True)
@@ -163,9 +110,9 @@ class FlowConfig:
     label_drop: float = 0.1  # share of labels replaced by "no class" in training
 
     def __post_init__(self) -> None:
-        _choice("flow.kind", self.kind, ("rectified", "ddpm"))
-        _choice("flow.time_distribution", self.time_distribution, ("logit_normal", "uniform"))
-        _between("flow.label_drop", self.label_drop, 0.0, 1.0)
+        choice("flow.kind", self.kind, ("rectified", "ddpm"))
+        choice("flow.time_distribution", self.time_distribution, ("logit_normal", "uniform"))
+        between("flow.label_drop", self.label_drop, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -175,7 +122,7 @@ class LossConfig:
     reduction: str = "image"
 
     def __post_init__(self) -> None:
-        _choice("loss.reduction", self.reduction, ("image", "token"))
+        choice("loss.reduction", self.reduction, ("image", "token"))
 
 
 @dataclass(frozen=True)
@@ -193,16 +140,16 @@ class OptimConfig:
     trainable: list[str] = field(default_factory=list)  # only parameters whose name contains one of these; [] = all
 
     def __post_init__(self) -> None:
-        _choice("optim.schedule", self.schedule, ("constant", "cosine"))
-        _at_least("optim.warmup_steps", self.warmup_steps, 0)
+        choice("optim.schedule", self.schedule, ("constant", "cosine"))
+        at_least("optim.warmup_steps", self.warmup_steps, 0)
         for key in ("lr", "eps", "weight_decay"):
-            _at_least(f"optim.{key}", getattr(self, key), 0.0)
+            at_least(f"optim.{key}", getattr(self, key), 0.0)
         if not self.grad_clip > 0:
             raise UserError(f"optim.grad_clip: {self.grad_clip} must be above 0")
         for beta in self.betas:
-            _between("optim.betas", beta, 0.0, 1.0)
+            between("optim.betas", beta, 0.0, 1.0)
         for decay in self.ema_decays:
-            _between("optim.ema_decays", decay, 0.0, 1.0)
+            between("optim.ema_decays", decay, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -217,9 +164,9 @@ class ParallelConfig:
     activation_checkpoint_every: int = 0  # recompute every k-th block in the backward pass; 0 = none
 
     def __post_init__(self) -> None:
-        _at_least("parallel.tensor_parallel_size", self.tensor_parallel_size, 1)
-        _at_least("parallel.activation_checkpoint_every", self.activation_checkpoint_every, 0)
-        _choice("parallel.precision", self.precision, ("auto", "fp32", "bf16"))
+        at_least("parallel.tensor_parallel_size", self.tensor_parallel_size, 1)
+        at_least("parallel.activation_checkpoint_every", self.activation_checkpoint_every, 0)
+        choice("parallel.precision", self.precision, ("auto", "fp32", "bf16"))
         if self.zero_stage not in (0, 1, 2, 3):
             raise UserError(f"parallel.zero_stage: {self.zero_stage} is not one of 0, 1, 2, 3")
         if self.zero_stage == 0 and self.precision == "bf16":
@@ -241,8 +188,8 @@ class CheckpointConfig:
     keep_last: int = 2  # newest checkpoints kept for resuming; 0 keeps all
 
     def __post_init__(self) -> None:
-        _at_least("checkpoint.every_steps", self.every_steps, 1)
-        _at_least("checkpoint.keep_last", self.keep_last, 0)
+        at_least("checkpoint.every_steps", self.every_steps, 1)
+        at_least("checkpoint.keep_last", self.keep_last, 0)
 
 
 @dataclass(frozen=True)
@@ -254,8 +201,8 @@ class HealthConfig:
     timeout_min: float = 30.0  # minutes without progress on any rank after which the job ends
 
     def __post_init__(self) -> None:
-        _at_least("health.max_bad_steps", self.max_bad_steps, 1)
-        _at_least("health.spike_factor", self.spike_factor, 1.0)
+        at_least("health.max_bad_steps", self.max_bad_steps, 1)
+        at_least("health.spike_factor", self.spike_factor, 1.0)
         if not self.timeout_min > 0:
             raise UserError(f"health.timeout_min: {self.timeout_min} must be above 0")
 
@@ -268,8 +215,8 @@ class ProfileConfig:
     steps: int = 0  # how many; 0 = none
 
     def __post_init__(self) -> None:
-        _at_least("profile.first_step", self.first_step, 1)
-        _at_least("profile.steps", self.steps, 0)
+        at_least("profile.first_step", self.first_step, 1)
+        at_least("profile.steps", self.steps, 0)
 
 
 @dataclass(frozen=True)
@@ -281,8 +228,8 @@ class GuidanceConfig:
     power: float = 0.0  # exponent p of the power-cosine scale; 0 = constant scale
 
     def __post_init__(self) -> None:
-        _at_least("sampling.guidance.channels", self.channels, 1)
-        _at_least("sampling.guidance.power", self.power, 0.0)
+        at_least("sampling.guidance.channels", self.channels, 1)
+        at_least("sampling.guidance.power", self.power, 0.0)
 
 
 @dataclass(frozen=True)
@@ -296,8 +243,8 @@ class SamplingConfig:
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
 
     def __post_init__(self) -> None:
-        _choice("sampling.method", self.method, ODE_SAMPLERS + DDPM_SAMPLERS)
-        _at_least("sampling.steps", self.steps, 1)
+        choice("sampling.method", self.method, ODE_SAMPLERS + DDPM_SAMPLERS)
+        at_least("sampling.steps", self.steps, 1)
 
 
 @dataclass(frozen=True)
@@ -315,9 +262,9 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         for key in ("points", "validation_images"):
-            _at_least(f"evaluation.{key}", getattr(self, key), 0)
+            at_least(f"evaluation.{key}", getattr(self, key), 0)
         for key in ("first_step", "samples", "validation_times"):
-            _at_least(f"evaluation.{key}", getattr(self, key), 1)
+            at_least(f"evaluation.{key}", getattr(self, key), 1)
 
     def steps(self, last_step: int) -> list[int]:
         """Evaluation steps of a run of `last_step` steps, ascending; the last is `last_step` itself."""
@@ -338,7 +285,7 @@ class WandbConfig:
     entity: str | None = None
 
     def __post_init__(self) -> None:
-        _choice("wandb.mode", self.mode, ("off", "offline", "online"))
+        choice("wandb.mode", self.mode, ("off", "offline", "online"))
 
 
 @dataclass(frozen=True)
@@ -354,10 +301,10 @@ class RunConfig:
     log_every: int = 1  # steps between lines of metrics.jsonl
 
     def __post_init__(self) -> None:
-        _choice("run.device", self.device, ("auto", "cpu", "cuda"))
-        _at_least("run.seed", self.seed, 0)
-        _at_least("run.steps", self.steps, 1)
-        _at_least("run.log_every", self.log_every, 1)
+        choice("run.device", self.device, ("auto", "cpu", "cuda"))
+        at_least("run.seed", self.seed, 0)
+        at_least("run.steps", self.steps, 1)
+        at_least("run.log_every", self.log_every, 1)
 
 
 @dataclass(frozen=True)

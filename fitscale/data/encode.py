@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 
 from fitscale.config.errors import UserError
-from fitscale.config.schema import LatentConfig
+from fitscale.config.schema_data import LatentConfig
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 

@@ -25,7 +25,6 @@ import numpy as np
 
 from fitscale.config.errors import UserError
 from fitscale.config.rundir import write_atomic
-from fitscale.config.schema import DataConfig
 from fitscale.data.scan import IMAGE, VARIANT, key_hash, member_at, scan_shard
 from fitscale.data.shards import ShardSetMeta, read_meta
 from fitscale.data.storage import Cache, Storage
@@ -137,11 +136,6 @@ def open_index(location: str | Path, cache: Cache | None = None) -> Index:
     except FileNotFoundError as error:
         raise UserError(f"{storage.location}: holds no index (index.json, images.npy, variants.npy)") from error
     return _map(paths[0].parent, meta, storage)
-
-
-def open_configured(data: DataConfig) -> Index:
-    """The index of a config's shards, with its cache."""
-    return open_index(data.shards, Cache(Path(data.cache_dir), data.cache_gb))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ Every step is computed from its number alone, so workers change nothing and resu
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,7 +60,6 @@ class _Loaded:
 
 def make_loader(
     plan: BatchPlan,
-    folder: str | Path,
     *,
     dp_rank: int,
     dp_size: int,
@@ -83,9 +81,6 @@ def make_loader(
     Raises:
         UserError: here, if an image is larger than a pack; while iterating, if a shard is missing or corrupt.
     """
-    storage = plan.index.storage
-    if str(folder) != storage.location and (storage.remote or Path(folder).resolve() != storage.folder.resolve()):
-        raise UserError(f"data.shards: {folder} is not the folder of the plan's index, {storage.location}")
     check_pack_tokens(plan, pack_tokens, pad_multiple)
     steps = _Steps(plan, dp_rank, dp_size, pack_tokens, pad_multiple, cost, range(first_step, last_step), on_error)
     loaded_steps: DataLoader[Any] = DataLoader(
@@ -120,7 +115,7 @@ class _Steps(Dataset[Any]):
     on_error: str
 
     def __post_init__(self) -> None:
-        self.reader = ShardReader(self.plan.index)
+        self.readers = [ShardReader(stream.index) for stream in self.plan.streams]
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -162,7 +157,7 @@ class _Steps(Dataset[Any]):
     def _read(self, batch: GlobalBatch, slots: np.ndarray, lengths: np.ndarray) -> tuple[torch.Tensor, dict[int, str]]:
         """Tokens of all slots end to end, and what is wrong with the slots that had to be left zero."""
         patch_size = self.plan.patch_size
-        tokens_TC = torch.zeros(int(lengths.sum()), patch_size**2 * self.plan.index.meta.channels)
+        tokens_TC = torch.zeros(int(lengths.sum()), patch_size**2 * self.plan.streams[0].index.meta.channels)
         ends, corrupt = np.cumsum(lengths), {}
         for slot, start, end in zip(slots.tolist(), ends - lengths, ends, strict=True):
             if slot == PADDING_SLOT:
@@ -177,18 +172,21 @@ class _Steps(Dataset[Any]):
 
     def _image(self, batch: GlobalBatch, slot: int) -> np.ndarray:
         """The image of a slot as it is trained on, (channels, height, width) float32."""
-        stored = self.reader.read(int(batch.images_B[slot]), int(batch.variants_B[slot]))
-        if self.plan.index.meta.moments:
+        source = int(batch.sources_B[slot])
+        stored = self.readers[source].read(int(batch.images_B[slot]), int(batch.variants_B[slot]))
+        if self.plan.streams[source].index.meta.moments:
             return draw_latent(stored, self.plan.latent_generator(batch.step, slot))
         return to_float(stored)
 
 
 def check_pack_tokens(plan: BatchPlan, pack_tokens: int, pad_multiple: int) -> None:
     area = plan.patch_size**2
-    height, width, _ = max(plan.index.meta.sizes, key=lambda size: size[0] * size[1])
-    if padded(height * width // area, pad_multiple) > pack_tokens:
-        reason = f"{height * width // area} tokens, more than batch.pack_tokens = {pack_tokens}"
-        plan.index.refuse_size(height, width, reason + (f" (padded to {pad_multiple})" if pad_multiple > 1 else ""))
+    for stream in plan.streams:
+        height, width, _ = max(stream.sizes, key=lambda size: size[0] * size[1])
+        if padded(height * width // area, pad_multiple) > pack_tokens:
+            reason = f"{height * width // area} tokens, more than batch.pack_tokens = {pack_tokens}"
+            reason += f" (padded to {pad_multiple})" if pad_multiple > 1 else ""
+            stream.index.refuse_size(height, width, reason)
 
 
 def _unchanged(loaded: Any) -> Any:

@@ -7,7 +7,7 @@ import numpy as np
 
 from fitscale.config.errors import UserError
 from fitscale.data.index import Index, checksum
-from fitscale.data.plan import BatchPlan
+from fitscale.data.plan import single_plan
 from fitscale.data.waste import Loss, bucketed, cost_function, packed, padded_to_longest
 
 PIECE = 1 << 20  # images looked at together
@@ -59,7 +59,7 @@ def wasted(index: Index, patch_size: int, batch: int, dp_size: int, pack_tokens:
     The cost of n tokens is n + n^2 / 20,000: about FiTv2-XL/2's ratio of linear to attention FLOPs.
     """
     settings = {"patch_size": patch_size, "window_shards": 16, "holdout_fraction": 0.0}
-    plan, cost = BatchPlan(index, seed=0, global_batch_size=batch, **settings), cost_function(1.0, 1 / 20000)  # type: ignore[arg-type]
+    plan, cost = single_plan(index, seed=0, global_batch_size=batch, **settings), cost_function(1.0, 1 / 20000)
     found: dict[str, list[Loss]] = {"packs": [], "padded to the longest": [], "batches of one shape": []}
     for n in range(STEPS):
         step = plan.step(n)

@@ -22,9 +22,8 @@ from tqdm import tqdm
 from fitscale.config.errors import UserError
 from fitscale.config.rundir import Checkpoint, RunDir, append_jsonl, read_jsonl
 from fitscale.config.schema import Config, RopeConfig, SamplingConfig
-from fitscale.data.index import open_configured
 from fitscale.data.loader import Pack, make_loader
-from fitscale.data.plan import BatchPlan
+from fitscale.data.plan import BatchPlan, open_plan
 from fitscale.eval.features import FeatureNet
 from fitscale.eval.frechet import Moments, frechet_distance
 from fitscale.eval.generate import Request, find_checkpoint, generate, load_model, open_run, patches, weights_name
@@ -145,10 +144,10 @@ class _Evaluation:
         return [Request(i, label, rows[i], cols[i]) for i, label in enumerate(batch.labels_B.tolist())]
 
     def _validation_key(self) -> dict[str, Any]:
-        evaluation = self.config.evaluation
+        evaluation, plan = self.config.evaluation, _plan(self.config, "holdout", VALIDATION_SEED, 1)
         return {
             "weights": self.weights,
-            "data": data_identity(open_configured(self.config.data))[:16],
+            "data": data_identity(*(stream.index for stream in plan.streams))[:16],
             "patch_size": self.config.model.patch_size,
             "held_out_images": evaluation.validation_images,
             "holdout_fraction": self.config.data.holdout_fraction,
@@ -229,7 +228,6 @@ def _validation_packs(config: Config) -> Iterator[Pack]:
     plan = _plan(config, "holdout", VALIDATION_SEED, number)
     loader = make_loader(
         plan,
-        config.data.shards,
         dp_rank=0,
         dp_size=1,
         pack_tokens=config.batch.pack_tokens,
@@ -245,15 +243,8 @@ def _validation_packs(config: Config) -> Iterator[Pack]:
 
 
 def _plan(config: Config, split: str, seed: int, batch_size: int) -> BatchPlan:
-    return BatchPlan(
-        open_configured(config.data),
-        seed=seed,
-        global_batch_size=batch_size,
-        patch_size=config.model.patch_size,
-        window_shards=config.data.window_shards,
-        holdout_fraction=config.data.holdout_fraction,
-        split=split,
-    )
+    patch_size = config.model.patch_size
+    return open_plan(config.data, seed=seed, global_batch_size=batch_size, patch_size=patch_size, split=split)
 
 
 def _mean_error(values: np.ndarray) -> float | None:

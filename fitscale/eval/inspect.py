@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fitscale.config.errors import UserError
-from fitscale.config.schema import LatentConfig
+from fitscale.config.schema_data import LatentConfig
 from fitscale.data.encode import Decoder, to_float
 from fitscale.data.index import Index, open_index
 from fitscale.data.reader import ShardReader

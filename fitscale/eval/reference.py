@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from fitscale.config.errors import UserError
-from fitscale.config.schema import LatentConfig
+from fitscale.config.schema_data import LatentConfig
 from fitscale.data.encode import Decoder, to_float
 from fitscale.data.index import Index, open_index
 from fitscale.data.reader import ShardReader
@@ -59,9 +59,9 @@ def load_reference(path: Path, net: FeatureNet, latent: LatentConfig, cache: Pat
     return _cached(identity, net, cache, lambda: map(_read_image, files), len(files))
 
 
-def data_identity(index: Index) -> str:
-    """A hash of a shard set's contents."""
-    return _digest([shard.checksum for shard in index.meta.shards])
+def data_identity(*indices: Index) -> str:
+    """A hash of the contents of one or more shard sets."""
+    return _digest([shard.checksum for index in indices for shard in index.meta.shards])
 
 
 def _from_npz(path: Path, net: FeatureNet) -> Reference:

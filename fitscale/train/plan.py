@@ -19,8 +19,8 @@ import numpy as np
 from fitscale.config.devices import Device
 from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
-from fitscale.data.index import open_index
 from fitscale.data.packing import Packing, padded, split
+from fitscale.data.sizes import token_shares
 from fitscale.model import flops
 from fitscale.train.memory import RankMemory, rank_memory, recomputed_blocks
 from fitscale.train.traffic import Traffic, exposed_seconds, step_traffic
@@ -96,17 +96,17 @@ class Plan:
 
 
 def typical_images(config: Config) -> Images:
-    """A global batch whose sizes are spread as in the shards of `config.data.shards`, or of 256-token images."""
-    batch, patch = config.batch.global_batch_size, config.model.patch_size
-    if not config.data.shards or not Path(config.data.shards).exists():
-        absent = f"no shards at {config.data.shards}" if config.data.shards else "no data.shards"
-        return Images(np.full(batch, ASSUMED_TOKENS), f"assumed: {absent}")
-    sizes = open_index(config.data.shards).meta.sizes
-    tokens = np.array([(height // patch) * (width // patch) for height, width, _ in sizes])
-    order = np.argsort(tokens, kind="stable")
-    ends = np.cumsum(np.array([count for _, _, count in sizes])[order])
+    """A global batch whose sizes are spread as in the config's shards, or of 256-token images where there are none."""
+    batch, places = config.batch.global_batch_size, [source.shards for source in config.data.sources.values()]
+    absent = [place for place in places if "://" not in place and not Path(place).exists()]
+    if absent or not places:
+        why = f"no shards at {', '.join(absent)}" if absent else "no data.shards"
+        return Images(np.full(batch, ASSUMED_TOKENS), f"assumed: {why}")
+    shares = token_shares(config.data, config.model.patch_size)
+    ends = np.cumsum(list(shares.values()))
     middles_B = (np.arange(batch) + 0.5) / batch * ends[-1]  # one image from every B-th part of the distribution
-    return Images(tokens[order][np.searchsorted(ends, middles_B, side="right")], f"sizes in {config.data.shards}")
+    tokens_B = np.array(list(shares))[np.searchsorted(ends, middles_B, side="right")]
+    return Images(tokens_B, f"sizes in {', '.join(places)}")
 
 
 def plan(config: Config, machine: Machine, images: Images, utilisation: float) -> Plan:

@@ -28,13 +28,18 @@ def resolve(config: Config, device: torch.device) -> Config:
     return replace(config, parallel=replace(config.parallel, precision=precision))
 
 
-def check_data(config: Config, index: Index) -> None:
-    """The shards fit the model: channels, classes and the kind of latents.
+def check_data(config: Config, indices: list[Index]) -> None:
+    """Every shard set fits the model: channels, classes and the kind of latents.
 
     Raises:
         UserError: names the key and both values.
     """
-    meta, model = index.meta, config.model
+    for index in indices:
+        _check_data(config, index)
+
+
+def _check_data(config: Config, index: Index) -> None:
+    meta, model, shards = index.meta, config.model, index.storage.location
     pairs = (
         ("model.in_channels", model.in_channels, meta.channels),
         ("data.latent.kind", config.data.latent.kind, meta.kind),
@@ -43,10 +48,10 @@ def check_data(config: Config, index: Index) -> None:
     )
     for key, wanted, stored in pairs:
         if wanted != stored:
-            raise UserError(f"{key}: the config says {wanted}, the shards in {config.data.shards} have {stored}")
+            raise UserError(f"{key}: the config says {wanted}, the shards in {shards} have {stored}")
     if meta.num_classes > model.num_classes:
         raise UserError(
-            f"model.num_classes: {model.num_classes}, but the shards in {config.data.shards} have labels of "
+            f"model.num_classes: {model.num_classes}, but the shards in {shards} have labels of "
             f"{meta.num_classes} classes"
         )
 
@@ -79,7 +84,7 @@ def _git_revision() -> str | None:
     return result.stdout.strip() or None
 
 
-def start_table(config: Config, topology: Topology, tokens_per_image: float, images: int, first_step: int) -> str:
+def start_table(config: Config, topology: Topology, tokens_per_image: float, images: str, first_step: int) -> str:
     """What is about to run, for a person: one `name  value` line each."""
     model, batch = config.model, config.batch.global_batch_size
     mean_tokens = round(tokens_per_image)
@@ -87,7 +92,7 @@ def start_table(config: Config, topology: Topology, tokens_per_image: float, ima
     parallel = config.parallel
     rows = {
         "model": f"{model.name} ({model.family}), {flops.parameters(model):,} parameters",
-        "images": f"{images:,} for training, {tokens_per_image:.1f} tokens each on average",
+        "images": f"{images} for training, {tokens_per_image:.1f} tokens each on average",
         "batch": f"{batch} images, about {tokens_per_image * batch:,.0f} tokens, {step_flops:.3g} FLOP a step",
         "state": f"{state_bytes(config, topology.dp_size) / 2**30:.3f} GiB a rank (weights, gradients, optimizer, EMA)",
         "layout": f"dp {topology.dp_size} x tp {topology.tp_size}{' + sp' if parallel.sequence_parallel else ''}, "

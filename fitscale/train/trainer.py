@@ -27,9 +27,8 @@ from fitscale.config.claim import claim
 from fitscale.config.errors import UserError
 from fitscale.config.rundir import Checkpoint, RunDir, append_jsonl, write_atomic
 from fitscale.config.schema import Config
-from fitscale.data.index import Index, open_configured
 from fitscale.data.loader import Pack, StepBatch, check_pack_tokens, make_loader
-from fitscale.data.plan import BatchPlan
+from fitscale.data.plan import BatchPlan, open_plan
 from fitscale.flow.loss import image_weights, make_objective
 from fitscale.model import flops
 from fitscale.model.fit import FiT
@@ -60,12 +59,11 @@ def train(config: Config) -> None:
     Raises:
         UserError: the config, the data or the run directory cannot be right; nothing has been written then.
     """
-    for key, value in (("run.dir", config.run.dir), ("data.shards", config.data.shards)):
+    for key, value in (("run.dir", config.run.dir), ("data.shards", config.data.sources)):
         if not value:
             raise UserError(f"{key}: must be given, in a config file or as {key}=PATH")
-    index = open_configured(config.data)
-    prepare.check_data(config, index)
-    plan = make_plan(config, index)
+    plan = make_plan(config)
+    prepare.check_data(config, [stream.index for stream in plan.streams])
     timeout = timedelta(minutes=config.health.timeout_min)
     topology = init_parallel(config.parallel, config.run.device, timeout)
     config = prepare.resolve(config, topology.device)
@@ -74,17 +72,10 @@ def train(config: Config) -> None:
     Trainer(config, run, plan, topology).run_to_end()
 
 
-def make_plan(config: Config, index: Index) -> BatchPlan:
+def make_plan(config: Config) -> BatchPlan:
     """The batch plan of the training images."""
-    return BatchPlan(
-        index,
-        seed=config.run.seed,
-        global_batch_size=config.batch.global_batch_size,
-        patch_size=config.model.patch_size,
-        window_shards=config.data.window_shards,
-        holdout_fraction=config.data.holdout_fraction,
-        split="train",
-    )
+    batch, patch_size = config.batch.global_batch_size, config.model.patch_size
+    return open_plan(config.data, seed=config.run.seed, global_batch_size=batch, patch_size=patch_size)
 
 
 def pad_multiple(config: Config) -> int:
@@ -194,7 +185,7 @@ class Trainer:
                 monitor.log(row, phases)
         median = None if skipped else self.health.spike(row["loss"])
         if monitor and median is not None:
-            images = [self.plan.index.key(int(image)) for image in batch.batch.images_B]
+            images = [self.plan.key(batch.batch, slot) for slot in range(len(batch.batch.images_B))]
             event = {"event": "loss spike", "step": step, "loss": row["loss"], "median": median, "images": images}
             append_jsonl(self.run.events, {"time_unix_s": time.time(), **event})
 
@@ -202,16 +193,24 @@ class Trainer:
         write_atomic(self.run.environment, json.dumps(prepare.environment(self.topology), indent=1))
         batch = self.plan.step(first_step)
         tokens = float(np.mean(batch.rows_B * batch.cols_B))
-        print(prepare.start_table(self.config, self.topology, tokens, self.plan.num_images, first_step), flush=True)
+        print(prepare.start_table(self.config, self.topology, tokens, self._images_used(), first_step), flush=True)
         monitor = Monitor(self.config, self.run, first_step, self.topology.world_size, self.topology.device)
         monitor.start_counting(self.totals)
         return monitor
+
+    def _images_used(self) -> str:
+        """How many images there are to train on, by shard set."""
+        names, streams = self.config.data.sources, self.plan.streams
+        if len(streams) == 1:
+            return f"{self.plan.num_images:,}"
+        shares = [float(weight / sum(self.plan.weights)) for weight in self.plan.weights]
+        parts = zip(names, streams, shares, strict=True)
+        return ", ".join(f"{stream.num_images:,} of {name} ({share:.1%})" for name, stream, share in parts)
 
     def _loader(self, first_step: int) -> Iterator[StepBatch]:
         config, topology = self.config, self.topology
         return make_loader(
             self.plan,
-            config.data.shards,
             dp_rank=topology.dp_rank,
             dp_size=topology.dp_size,
             pack_tokens=config.batch.pack_tokens,
@@ -285,8 +284,7 @@ class Trainer:
         everyones: list[list[list[int]]] = [[] for _ in range(self.topology.world_size)]
         dist.all_gather_object(everyones, mine)
         slots = sorted({slot for rank in everyones for pack in rank for slot in pack if slot >= 0})
-        images = batch.batch.images_B[slots] if slots else batch.batch.images_B
-        return [self.plan.index.key(int(image)) for image in images]
+        return [self.plan.key(batch.batch, slot) for slot in slots or range(len(batch.batch.images_B))]
 
     def _loss(self, pack: Pack, step: int, images: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of every image of the pack (S,), and the pack's share of the global batch's loss."""

@@ -22,7 +22,6 @@ LAYOUTS = [
 
 def save_again(config: Config, to: Path) -> None:
     """Load the newest checkpoint of `config.run.dir`, in this layout, and save it to the run directory `to`."""
-    from fitscale.data.index import open_index
     from fitscale.parallel.collective import on_rank_zero
     from fitscale.parallel.groups import init_parallel
     from fitscale.train.attempt import begin_attempt
@@ -30,7 +29,7 @@ def save_again(config: Config, to: Path) -> None:
     from fitscale.train.trainer import Trainer, make_plan
 
     run, topology = RunDir(Path(config.run.dir)), init_parallel(config.parallel, config.run.device)
-    trainer = Trainer(config, run, make_plan(config, open_index(Path(config.data.shards))), topology)
+    trainer = Trainer(config, run, make_plan(config), topology)
     trainer.saver.attempt = on_rank_zero(lambda: begin_attempt(RunDir(to), 0))
     trainer.saver.save(trainer.engine, newest_checkpoint(run).meta)
     assert trainer.saver.wait()

@@ -1,0 +1,88 @@
+"""The data section of a config: shard sets, and how they are read."""
+
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+
+from fitscale.config.checks import at_least, between, choice
+from fitscale.config.errors import UserError
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """How stored tokens-to-be relate to images: plain pixels in [-1, 1], or a VAE's latents."""
+
+    kind: str = "vae"
+    vae: str | None = None  # local folder or hub name of a diffusers AutoencoderKL; needed to decode
+    factor: int = 8  # image pixels per latent pixel, along one side
+    scaling: float = 0.18215  # latent = scaling * (VAE's latent)
+
+    def __post_init__(self) -> None:
+        choice("data.latent.kind", self.kind, ("pixels", "vae"))
+        at_least("data.latent.factor", self.factor, 1)
+        if self.kind == "pixels" and (self.factor != 1 or self.scaling != 1.0 or self.vae is not None):
+            raise UserError("data.latent: kind = pixels goes with factor = 1, scaling = 1.0 and no vae")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One shard set of a mixture, and which of its images to use."""
+
+    shards: str = ""  # as data.shards
+    weight: float = 1.0  # images of a batch come from the shard sets in proportion to their weights
+    min_tokens: int = 0  # variants of fewer tokens than this, or of more than max_tokens, are not used;
+    max_tokens: int | None = None  # an image without any other is left out
+
+    def uses(self, tokens: Any) -> Any:
+        """Whether a variant of `tokens` tokens is used; of an array, of each."""
+        return (tokens >= self.min_tokens) & (tokens <= (inf if self.max_tokens is None else self.max_tokens))
+
+    @property
+    def limited(self) -> bool:
+        return self.min_tokens > 0 or self.max_tokens is not None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the shards are and how they are read."""
+
+    shards: str = ""  # folder of webdataset shards with their index, or an fsspec URL of one (s3://, gs://, https://)
+    mixture: dict[str, SourceConfig] = field(default_factory=dict)  # several shard sets by name, instead of `shards`
+    latent: LatentConfig = field(default_factory=LatentConfig)
+    holdout_fraction: float = 0.0  # share of images, chosen by the hash of their key, never trained on
+    window_shards: int = 16  # shards among whose images the order is random at one time
+    num_workers: int = 2  # reader processes per rank; 0 reads in the training process
+    prefetch_steps: int = 2  # steps read ahead, per worker
+    on_error: str = "stop"  # at a corrupt sample; skip: it counts for nothing, and events.jsonl names it
+    cache_dir: str = "~/.cache/fitscale"  # local copies of shards that are read from a URL
+    cache_gb: float = 100.0  # most GB of them; those unused for longest go first
+
+    @property
+    def sources(self) -> dict[str, SourceConfig]:
+        """The shard sets by name, in the order of their names; empty if there are none yet."""
+        if self.mixture:
+            return dict(sorted(self.mixture.items()))
+        return {"data": SourceConfig(self.shards)} if self.shards else {}
+
+    def __post_init__(self) -> None:
+        if self.shards and self.mixture:
+            raise UserError("data.shards and data.mixture: only one of the two may be given")
+        for name, source in self.mixture.items():
+            _check_source(f"data.mixture.{name}", source)
+        choice("data.on_error", self.on_error, ("stop", "skip"))
+        if not self.cache_gb > 0:
+            raise UserError(f"data.cache_gb: {self.cache_gb} must be above 0")
+        between("data.holdout_fraction", self.holdout_fraction, 0.0, 1.0)
+        at_least("data.window_shards", self.window_shards, 1)
+        at_least("data.num_workers", self.num_workers, 0)
+        at_least("data.prefetch_steps", self.prefetch_steps, 1)
+
+
+def _check_source(key: str, source: SourceConfig) -> None:
+    if not source.shards:
+        raise UserError(f"{key}.shards: must be given")
+    if not 0 < source.weight < inf:
+        raise UserError(f"{key}.weight: {source.weight} must be above 0")
+    at_least(f"{key}.min_tokens", source.min_tokens, 0)
+    if source.max_tokens is not None:
+        at_least(f"{key}.max_tokens", source.max_tokens, max(source.min_tokens, 1))

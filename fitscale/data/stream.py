@@ -1,0 +1,168 @@
+"""The endless stream of one shard set's images: epoch after epoch, as a pure function of (index, seed).
+
+1. An epoch visits the shards in an order drawn from (seed, epoch), `window_shards` of them at a time.
+2. Inside such a window the images are permuted, by a draw from (seed, epoch, window).
+
+Memory grows with the number of shards plus a window. Raw words of Philox, a counter-based generator whose output numpy
+keeps stable, make every draw.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, NoReturn
+
+import numpy as np
+
+from fitscale.config.errors import UserError
+from fitscale.config.schema_data import SourceConfig
+from fitscale.data.index import Index
+
+SHARD_ORDER, IMAGE_ORDER, VARIANT_CHOICE, LATENT_NOISE = range(4)  # what a draw is for
+PURPOSES = 256  # draws of source k of a mixture are for purpose + k * PURPOSES
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    shards: np.ndarray  # in their order
+    window_ends: np.ndarray  # position in the epoch where each window ends
+
+
+class ImageStream:
+    """One split of a shard set; every image that has a variant `limits` uses exactly once per epoch.
+
+    Raises:
+        UserError: no image is left; a height or width is no multiple of `patch_size`.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        *,
+        seed: int,
+        patch_size: int,
+        window_shards: int,
+        holdout_fraction: float,
+        split: str = "train",
+        limits: SourceConfig | None = None,
+        number: int = 0,
+    ) -> None:
+        self.index, self.limits, self.patch_size = index, limits, patch_size
+        self._settings = {
+            "seed": seed,
+            "patch_size": patch_size,
+            "window_shards": window_shards,
+            "holdout_fraction": holdout_fraction,
+            "split": split,
+            "limits": limits,
+            "number": number,
+        }
+        self._seed, self._number, self._window_shards = seed, number, window_shards
+        first, held_out = index.first_images, index.held_out(holdout_fraction)
+        self._starts = first[:-1] + (held_out if split == "train" else 0)
+        self._stored = np.diff(first) - held_out if split == "train" else held_out  # per shard, within limits or not
+        if not self._stored.any():
+            raise UserError(
+                f"data.holdout_fraction: {holdout_fraction} leaves no image for split {split} of the "
+                f"{index.meta.num_images} images in {index.folder}"
+            )
+        self._counts = self._stored if limits is None else self._count_allowed()
+        self.num_images = int(self._counts.sum())
+        if self.num_images == 0:
+            self._refuse_limits(split)
+        self.sizes = [size for size in index.meta.sizes if self._within(size[0] * size[1])]
+        for height, width, _ in self.sizes:
+            if height % patch_size or width % patch_size:
+                index.refuse_size(height, width, f"both must be multiples of model.patch_size = {patch_size}")
+        # A step reaches into two epochs or windows, unless they are tiny, and the next step goes on where it ends.
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self._window = lru_cache(maxsize=2)(self._make_window)
+
+    def __reduce__(self) -> Any:
+        """For worker processes that are not forked: the arguments, without the caches."""
+        return partial(ImageStream, self.index, **self._settings), ()  # type: ignore[arg-type]
+
+    def images(self, start: int, count: int) -> np.ndarray:
+        """Rows of `index.images`: start .. start + count - 1 of the stream; int64 (count,)."""
+        parts = [np.zeros(0, dtype=np.int64)]
+        while count > 0:
+            epoch, position = divmod(start, self.num_images)
+            window = int(np.searchsorted(self._epoch(epoch).window_ends, position, side="right"))
+            images = self._window(epoch, window)
+            begin = len(images) - int(self._epoch(epoch).window_ends[window]) + position
+            parts.append(images[begin : begin + count])
+            start, count = start + len(parts[-1]), count - len(parts[-1])
+        return np.concatenate(parts)
+
+    def variants(self, images_B: np.ndarray, draws_B: np.ndarray) -> np.ndarray:
+        """A variant of each image, rows of `index.variants`; `draws_B` are uniform uint64 below 2^32."""
+        rows = self.index.images[images_B]
+        first, counts = rows["first_variant"].astype(np.int64), rows["variants"].astype(np.int64)
+        if self.limits is None:
+            return first + _share(draws_B, counts)
+        starts = np.cumsum(counts) - counts
+        candidates = np.repeat(first - starts, counts) + np.arange(counts.sum())
+        allowed = self._allowed(candidates)
+        kept = np.add.reduceat(allowed.astype(np.int64), starts) if len(starts) else starts
+        return candidates[allowed][np.cumsum(kept) - kept + _share(draws_B, kept)]
+
+    def _within(self, area: Any) -> Any:
+        """Whether `area` latent pixels, a number or an array, are within the limits."""
+        return self.limits is None or self.limits.uses(area // self.patch_size**2)
+
+    def _allowed(self, variants: Any) -> np.ndarray:
+        rows = self.index.variants[variants]
+        return self._within(rows["height"].astype(np.int64) * rows["width"])  # type: ignore[no-any-return]
+
+    def _rows_of(self, shard: int) -> np.ndarray:
+        """The rows of a shard's images that are in this stream, ascending."""
+        start, end = int(self._starts[shard]), int(self._starts[shard] + self._stored[shard])
+        rows = np.arange(start, end)
+        if self.limits is None or start == end:
+            return rows
+        first = self.index.images["first_variant"][start:end].astype(np.int64)
+        last = int(first[-1] + self.index.images[end - 1]["variants"])
+        allowed = self._allowed(slice(int(first[0]), last))
+        return rows[np.logical_or.reduceat(allowed, first - first[0])]
+
+    def _count_allowed(self) -> np.ndarray:
+        """Images of each shard that have a variant within the limits; one pass over the index."""
+        counts = np.zeros_like(self._stored)
+        for shard in range(len(counts)):
+            counts[shard] = len(self._rows_of(shard))
+            self.index.release()
+        return counts
+
+    def _refuse_limits(self, split: str) -> NoReturn:
+        assert self.limits is not None
+        wanted = f"{self.limits.min_tokens} to {self.limits.max_tokens or 'any number of'} tokens"
+        held = [height * width // self.patch_size**2 for height, width, _ in self.index.meta.sizes]
+        raise UserError(
+            f"data.mixture: no image for split {split} of {self.index.storage.location} has {wanted}; its images have "
+            f"{min(held)} to {max(held)}"
+        )
+
+    def _random(self, purpose: int, a: int, b: int, count: int) -> np.ndarray:
+        return random_words(self._seed, purpose + self._number * PURPOSES, a, b, count)
+
+    def _make_epoch(self, epoch: int) -> _Epoch:
+        shards = np.argsort(self._random(SHARD_ORDER, epoch, 0, len(self._counts)), kind="stable")
+        ends = np.cumsum(self._counts[shards])
+        last = np.minimum(np.arange(0, len(shards), self._window_shards) + self._window_shards, len(shards)) - 1
+        return _Epoch(shards, ends[last])
+
+    def _make_window(self, epoch: int, window: int) -> np.ndarray:
+        self.index.release()  # the rows of the window before this one
+        members = self._epoch(epoch).shards[window * self._window_shards : (window + 1) * self._window_shards]
+        images = np.concatenate([self._rows_of(int(shard)) for shard in members])
+        return images[np.argsort(self._random(IMAGE_ORDER, epoch, window, len(images)), kind="stable")]
+
+
+def random_words(seed: int, purpose: int, a: int, b: int, count: int) -> np.ndarray:
+    """`count` random uint64, a pure function of the other arguments (each below 2^64)."""
+    counter = np.array([0, 0, a, b], dtype=np.uint64)
+    return np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64), counter=counter).random_raw(count)
+
+
+def _share(draws_B: np.ndarray, counts_B: np.ndarray) -> np.ndarray:
+    """A number below each count, from uniform draws below 2^32."""
+    return (draws_B * counts_B.astype(np.uint64) >> np.uint64(32)).astype(np.int64)
