@@ -20,7 +20,7 @@ from fitscale.config.main import exit_code
 from fitscale.config.rundir import RunDir, read_jsonl
 from fitscale.scaling.progress import progress
 from fitscale.train import launch
-from fitscale.train.job import FAILED
+from fitscale.train.job import FAILED, LOG
 
 COLUMNS = ("run", "state", "job", "attempts", "step", "loss", "fd", "images_per_s", "mfu", "left_h", "nodes")
 EVERY_S = 5.0
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.cancel:
         return cancel(runs)
     while True:
-        rows = [status(run) for run in runs]
+        rows = statuses(runs)
         if arguments.json:
             print("\n".join(json.dumps(row) for row in rows), flush=True)
         else:
@@ -70,18 +70,26 @@ def find_runs(path: Path) -> list[RunDir]:
     return runs
 
 
-def status(run: RunDir) -> dict[str, Any]:
-    """What there is to know of a run; a number that is not known is None."""
+def statuses(runs: list[RunDir]) -> list[dict[str, Any]]:
+    """`status` of every run, in their order."""
+    submitted = [run for run in runs if run.jobs.exists()]
+    live = dict(zip(submitted, launch.live_jobs(submitted), strict=True)) if submitted else {}
+    return [status(run, live.get(run, [])) for run in runs]
+
+
+def status(run: RunDir, live: list[launch.LiveJob]) -> dict[str, Any]:
+    """What there is to know of a run with these live jobs; a number that is not known is None."""
     config = load_config([str(run.config)])
-    state, live = progress(config, run), launch.live_jobs(run) if run.jobs.exists() else {}
+    state, job = progress(config, run), leading(live)
     speed = (read_jsonl(run.throughput) or [{}])[-1]
     starts = [row for row in read_jsonl(run.attempts) if row["event"] == "start"]
     distances = [row["value"] for row in read_jsonl(run.evaluations) if row["metric"] == "fd"]
     step_s, failed = speed.get("step_s"), run.path / FAILED
+    word = one_word(state.finished, job, failed.exists(), run)
     return {
         "run": str(run.path),
-        "state": overall(state.finished, live, failed.exists(), bool(starts)),
-        "job": next(iter(live), None),
+        "state": word,
+        "job": job.id if job else None,
         "attempts": len(starts),
         "step": state.step,
         "steps": state.steps,
@@ -91,19 +99,31 @@ def status(run: RunDir) -> dict[str, Any]:
         "mfu": speed.get("mfu"),
         "left_h": None if step_s is None else (state.steps - state.step) * step_s / 3600,
         "nodes": starts[-1]["nodes"] if starts else None,
-        "error": failed.read_text().strip().splitlines()[-ERROR_LINES:] if failed.exists() else None,
+        "error": last_lines(failed if failed.exists() else run.path / LOG) if word in ("FAILED", "STOPPED") else None,
     }
 
 
-def overall(finished: bool, live: dict[str, str], failed: bool, started: bool) -> str:
-    """One word: the run directory says what is finished or failed, Slurm what is still going to happen."""
+def leading(live: list[launch.LiveJob]) -> launch.LiveJob | None:
+    """The job that says most of its run: one that runs before one that waits, training before evaluations."""
+    order = {"train": 0, "evaluate": 1}
+    return min(live, key=lambda job: (job.state != "RUNNING", order[job.kind]), default=None)
+
+
+def one_word(finished: bool, job: launch.LiveJob | None, failed: bool, run: RunDir) -> str:
+    """The run directory says what is finished or failed, Slurm what is still going to happen."""
     if finished:
         return "FINISHED"
-    if live:  # training comes first; an evaluation that waits for it says less
-        return next(iter(live.values()))
+    if job:
+        return job.state if job.kind == "train" else f"EVALUATION {job.state}"
     if failed:
         return "FAILED"
-    return "STOPPED" if started else "NEW"
+    return "STOPPED" if run.jobs.exists() or run.attempts.exists() else "NEW"
+
+
+def last_lines(path: Path) -> list[str]:
+    """The last lines of a log that hold anything; of a line that was rewritten in place, what stood last."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return [line.rsplit("\r", 1)[-1] for line in lines if line.strip()][-ERROR_LINES:]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -124,7 +144,8 @@ def text(row: dict[str, Any], column: str) -> str:
 
 def cancel(runs: list[RunDir]) -> int:
     """Cancel every job of `runs` that is left, and name it."""
-    jobs = [job for run in runs if run.jobs.exists() for job in launch.live_jobs(run)]
+    submitted = [run for run in runs if run.jobs.exists()]
+    jobs = [job.id for live in (launch.live_jobs(submitted) if submitted else []) for job in live]
     if jobs:
         launch.slurm("scancel", *jobs)
     print(f"cancelled: {', '.join(jobs) or 'nothing, no job is left'}")

@@ -2,14 +2,13 @@
 
 1. Resolve the config with the loader of `fitscale train`; check it, the data, the layout and the cluster.
 2. Write the run directory's config.
-3. Submit a job that holds only that path, and one that evaluates when it has ended.
+3. Submit jobs that hold only that path: training, up to each step that is to be evaluated, and the evaluations.
 
-The job goes on by itself after time limits, preemption and lost nodes. Submitting again is safe: a run that has a job
-already is not given a second one, and a finished run is left alone.
+The jobs go on by themselves after time limits, preemption and lost nodes. Submitting again is safe: only what is
+missing is submitted.
 """
 
 import argparse
-import os
 import sys
 import time
 
@@ -22,13 +21,18 @@ from fitscale.config.load import load_config, load_schema
 from fitscale.config.main import exit_code
 from fitscale.config.rundir import RunDir
 from fitscale.config.schema import Config
-from fitscale.scaling.progress import progress
+from fitscale.scaling.progress import pending_evaluations, progress
 from fitscale.train import launch
+from fitscale.train.allocate import machine_of
+from fitscale.train.chain import missing_links, require_same_config, submit_links
 from fitscale.train.job import FAILED, LOG, TrainJob
+from fitscale.train.plan import plan, typical_images
+from fitscale.train.plan_report import Utilisation, detail
 from fitscale.train.trainer import make_plan
 
 POLL_S = 2.0
 NO_TIMEOUT_MIN = 60 * 24 * 365
+THIS_MACHINE = ClusterConfig("local", device="cpu", gpus_per_node=0, tasks_per_node=1)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -42,7 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=1, help="nodes of the job (default: 1)")
     parser.add_argument("--tasks-per-node", type=int, help="ranks on a node, one GPU each (default: the profile's)")
     parser.add_argument("--no-evaluate", action="store_true", help="train only")
-    parser.add_argument("--dry-run", action="store_true", help="print the layout and the batch script, submit nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print layout, batch script and plan; submit nothing")
     parser.add_argument("--follow", action="store_true", help="show the run's log until its training has ended")
     return parser.parse_intermixed_args(argv)
 
@@ -52,14 +56,17 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     local = arguments.cluster == "local"
     config = load_config(arguments.config)
-    profile = ClusterConfig("local", gpus_per_node=0, tasks_per_node=1) if local else read_profile(arguments.cluster)
+    profile = (
+        ClusterConfig("local", device="cpu", gpus_per_node=0, tasks_per_node=1)
+        if local
+        else read_profile(arguments.cluster)
+    )
     layout = launch.make_layout(profile, config, arguments.nodes, arguments.tasks_per_node)
     make_plan(config)  # what is wrong with the data is said here, not in the job
     run = check_claim(config)
     print(launch.describe(layout, config))
     if arguments.dry_run:
-        executor = launch.make_executor(profile, run, layout, config.run.name, train=True)
-        print("" if local else launch.batch_script(executor))
+        print(script_and_plan(profile, config, run, layout) if not local else "")
         return 0
     if not local:
         launch.require_slurm(profile.partition)
@@ -80,33 +87,33 @@ def read_profile(path: str) -> ClusterConfig:
         raise UserError(str(error) if path in str(error) else f"{path}: {error}") from error
 
 
-def write_run(config: Config) -> RunDir:
-    """Write the run directory's config."""
-    try:
-        return claim(config)
-    except OSError as error:
-        raise UserError(f"run.dir: {config.run.dir} cannot be written ({os.strerror(error.errno or 0)})") from error
+def script_and_plan(profile: ClusterConfig, config: Config, run: RunDir, layout: launch.Layout) -> str:
+    """The batch script of the training, and what `fitscale plan` says of it."""
+    executor = launch.make_executor(profile, run, layout, config.run.name, train=True)
+    planned = plan(config, machine_of(profile, layout), typical_images(config), profile.utilisation)
+    source = Utilisation(profile.utilisation, f"of profile {profile.name}")
+    return "\n".join(["", launch.batch_script(executor), *detail(planned, source)])
 
 
 def submit(arguments: argparse.Namespace, profile: ClusterConfig, config: Config, layout: launch.Layout) -> None:
-    live = launch.live_jobs(check_claim(config))
-    if live:
-        jobs = ", ".join(f"{job} ({state})" for job, state in live.items())
-        raise UserError(f"run.dir: {config.run.dir} has a job already: {jobs}; scancel it first to submit another")
-    run = write_run(config)
-    evaluate = bool(config.evaluation.points) and not arguments.no_evaluate
-    jobs = launch.submit_run(profile, run, layout, config.run.name, evaluate=evaluate)
-    for kind, job in zip(("train", "evaluate"), jobs, strict=False):
-        print(f"{kind}: job {job}")
+    run = check_claim(config)
+    (live,) = launch.live_jobs([run])
+    require_same_config(config, run, live)
+    links = missing_links(config, run, live, [] if arguments.no_evaluate else pending_evaluations(config, run))
+    claim(config)
+    for job in live:
+        print(f"{job.kind} {job.step}: job {job.id} ({job.state}), submitted before")
+    for link, job_id in submit_links(profile, run, layout, config.run.name, links).items():
+        print(f"{link.kind} {link.step}: job {job_id}")
     print(f"log: {run.path / LOG}", flush=True)
 
 
 def run_here(config: Config, layout: launch.Layout) -> int:
     """The same job as processes of this machine; waits for them, and stops them when it is stopped."""
-    run = write_run(config)
+    run = claim(config)
     executor = LocalExecutor(run.path.resolve() / "submitit" / "%j")
     executor.update_parameters(timeout_min=NO_TIMEOUT_MIN, tasks_per_node=layout.tasks_per_node)
-    job = executor.submit(TrainJob(run.path.resolve()))
+    job = executor.submit(TrainJob(run.path.resolve(), config.run.steps))
     print(f"log: {run.path / LOG}", flush=True)
     try:
         while not job.done():
@@ -120,7 +127,7 @@ def follow(run: RunDir) -> int:
     """Print what is added to the log until none of the run's jobs is left, or training is over."""
     seen = 0
     while True:
-        over = not launch.live_jobs(run) or (run.path / FAILED).exists()
+        over = not any(job.kind == "train" for job in launch.live_jobs([run])[0]) or (run.path / FAILED).exists()
         log = run.path / LOG
         if log.exists():
             with open(log, "rb") as file:

@@ -2,8 +2,8 @@
 
 1. Resolve every cell's config and print what each will cost; a mistake in any ends here, with nothing written.
 2. Write each run directory's config, and manifest.json into the sweep directory.
-3. Run the cells that are not finished, a few at a time; a cell that was interrupted goes on where it was.
-4. Show how far each one is; at the end, what failed and why.
+3. On this machine: run the cells that are not finished, a few at a time; show how far each one is and, at the end, what
+   failed and why. On a Slurm cluster: submit what is missing of every cell, and leave the rest to Slurm.
 
 Everything about a cell is read from its run directory, so stopping and starting again is always safe.
 """
@@ -14,11 +14,15 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from submitit import LocalExecutor, LocalJob
 
 from fitscale.config.claim import check_claim, claim
+from fitscale.config.cluster import ClusterConfig
+from fitscale.config.errors import UserError
 from fitscale.config.load import load_schema
 from fitscale.config.main import exit_code
 from fitscale.config.rundir import write_atomic
@@ -26,7 +30,10 @@ from fitscale.config.schema import Config
 from fitscale.config.sweep import SweepConfig
 from fitscale.data import sizes
 from fitscale.scaling.ladder import Cell, TokenShares, cells, manifest, table
-from fitscale.scaling.progress import progress
+from fitscale.scaling.progress import pending_evaluations, progress
+from fitscale.train import launch
+from fitscale.train.allocate import Allocation, allocate
+from fitscale.train.chain import missing_links, require_same_config, submit_links
 from fitscale.train.job import LOG, RunJob
 
 POLL_S = 1.0
@@ -38,19 +45,29 @@ ERROR_LINES = 12
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train and evaluate every cell of a sweep; finished cells are skipped, interrupted ones go on.",
-        epilog="example: python slurm/sweep.py configs/sweep/digits.yaml --dry-run",
+        epilog="example: python slurm/sweep.py configs/sweep/digits.yaml --cluster configs/cluster/h100.yaml --dry-run",
     )
     parser.add_argument("sweep", nargs="+", metavar="SWEEP|KEY=VALUE", help="sweep YAML files and dotted overrides")
     parser.add_argument("--dry-run", action="store_true", help="print the cells and their cost, run nothing")
-    parser.add_argument("--cluster", choices=["local"], default="local", help="where the cells run (default: local)")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--cluster",
+        default="local",
+        metavar="PROFILE",
+        help="cluster profile (YAML); default: local, this machine",
+    )
+    parser.add_argument("--max-gpu-hours", type=float, metavar="H", help="on a cluster: refuse a sweep that costs more")
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program with `argv`; returns 0 if every cell is finished, 1 if one failed."""
+    """Run the program with `argv`; returns 1 if a cell failed on this machine."""
     arguments = parse(argv)
     sweep = load_schema(SweepConfig, arguments.sweep)
     ladder = cells(sweep)
+    if arguments.cluster != "local":
+        return on_cluster(arguments, sweep, ladder)
+    if arguments.max_gpu_hours is not None:
+        raise UserError("--max-gpu-hours: goes with --cluster PROFILE")
     print(table(ladder, token_shares), flush=True)
     if arguments.dry_run:
         return 0
@@ -70,14 +87,78 @@ def token_shares(config: Config) -> TokenShares:
     return sizes.token_shares(config.data, config.model.patch_size)
 
 
-def prepare(sweep: SweepConfig, ladder: list[Cell]) -> None:
+def prepare(sweep: SweepConfig, ladder: list[Cell], submitted: dict[str, dict[str, Any]] | None = None) -> None:
     """Write the run directories' configs and the manifest, once it is sure that all can be written."""
     for cell in ladder:
         check_claim(cell.config)
     for cell in ladder:
         claim(cell.config)
-    content = json.dumps(manifest(sweep, ladder, token_shares), indent=1)
+    content = json.dumps(manifest(sweep, ladder, token_shares, submitted), indent=1)
     write_atomic(Path(sweep.dir) / "manifest.json", content + "\n")
+
+
+def on_cluster(arguments: argparse.Namespace, sweep: SweepConfig, ladder: list[Cell]) -> int:
+    """Give every cell its nodes, and submit what is missing; returns 0."""
+    profile = load_schema(ClusterConfig, [arguments.cluster])
+    given = {cell.name: allocate_cell(sweep, cell, profile) for cell in ladder}
+    ladder = [replace(cell, config=given[cell.name].config) for cell in ladder]
+    gpu_hours = sum(one.train_gpu_hours + one.evaluate_gpu_hours for one in given.values())
+    print(table(ladder, token_shares, {name: cost_columns(one) for name, one in given.items()}))
+    print(
+        f"{gpu_hours:,.3g} GPU-hours together, planned at {profile.utilisation:.0%} of a {profile.device}'s peak "
+        f"(profile {profile.name})",
+        flush=True,
+    )
+    if arguments.max_gpu_hours is not None and gpu_hours > arguments.max_gpu_hours:
+        raise UserError(
+            f"--max-gpu-hours: {arguments.max_gpu_hours:g}, but the sweep costs {gpu_hours:,.3g}; see above"
+        )
+    if not arguments.dry_run:
+        launch.require_slurm(profile.partition)
+        submit_missing(sweep, ladder, profile, given)
+    return 0
+
+
+def allocate_cell(sweep: SweepConfig, cell: Cell, profile: ClusterConfig) -> Allocation:
+    try:
+        return allocate(cell.config, profile, sweep.layout_of(cell.name), sweep.max_days)
+    except UserError as error:
+        raise UserError(f"cell {cell.name}: {error}") from error
+
+
+def cost_columns(one: Allocation) -> dict[str, str]:
+    """What a cell is given, and what that costs."""
+    parallel = one.config.parallel
+    return {
+        "nodes x tasks": f"{one.layout.nodes} x {one.layout.tasks_per_node}",
+        "layout": f"dp {one.plan.dp_size} tp {parallel.tensor_parallel_size} ZeRO {parallel.zero_stage}",
+        "days": f"{one.plan.days(one.config.run.steps):.3g}",
+        "GPU-hours to train": f"{one.train_gpu_hours:,.3g}",
+        "to evaluate": f"{one.evaluate_gpu_hours:,.3g}",
+    }
+
+
+def submit_missing(
+    sweep: SweepConfig, ladder: list[Cell], profile: ClusterConfig, given: dict[str, Allocation]
+) -> None:
+    """Submit what no cell's directory holds and no live job will do, and say so, cell by cell."""
+    live = dict(zip((cell.name for cell in ladder), launch.live_jobs([cell.run for cell in ladder]), strict=True))
+    for cell in ladder:
+        require_same_config(cell.config, cell.run, live[cell.name])
+    asked = {
+        name: {"nodes": one.layout.nodes, "tasks_per_node": one.layout.tasks_per_node, "gpu_hours": one.train_gpu_hours}
+        for name, one in given.items()
+    }
+    prepare(sweep, ladder, asked)
+    count = 0
+    for cell in ladder:
+        links = missing_links(cell.config, cell.run, live[cell.name], pending_evaluations(cell.config, cell.run))
+        ids = submit_links(profile, cell.run, given[cell.name].layout, cell.config.run.name, links)
+        count += len(ids)
+        done = [f"{link.kind} {link.step}: job {job}" for link, job in ids.items()]
+        done += [f"{job.kind} {job.step}: job {job.id} ({job.state}), submitted before" for job in live[cell.name]]
+        print(f"{cell.name}: {'; '.join(done) or 'finished before'}", flush=True)
+    print(f"{count} jobs submitted; how they do: python slurm/status.py {sweep.dir} --watch", flush=True)
 
 
 def report_failure(cell: Cell) -> None:

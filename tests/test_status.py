@@ -53,7 +53,7 @@ def test_a_sweep_is_one_row_a_run_and_missing_numbers_stay_missing(tmp_path):
 
 def test_without_slurm_a_submitted_run_is_not_guessed_at(tmp_path):
     run = new_run(tmp_path)
-    append_jsonl(run.jobs, {"job": "1", "kind": "TrainJob", "time_unix_s": 0.0})
+    append_jsonl(run.jobs, {"job": "1", "kind": "train", "step": 10, "time_unix_s": 0.0})
     result = show(tmp_path)
     assert result.returncode == 2 and result.stderr.startswith("error: no squeue on PATH"), result.stderr
 

@@ -90,6 +90,6 @@ def test_local_runs_the_same_job_on_this_machine(tmp_path, digits_shards):
     result = submit(run.path, digits_shards, "--cluster", "local", "--tasks-per-node", "2", "run.steps=3")
     assert result.returncode == 0, result.stdout + result.stderr
     assert run.checkpoints()[-1].step == 3
-    assert [row.get("reason") for row in read_jsonl(run.attempts)] == [None, "finished"]
+    assert [row.get("reason") for row in read_jsonl(run.attempts)] == [None, "reached step 3"]
     again = submit(run.path, digits_shards, "--cluster", "local", "--tasks-per-node", "2", "run.steps=3")
     assert again.returncode == 0 and "finished before" in again.stdout

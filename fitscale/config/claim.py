@@ -1,5 +1,6 @@
 """A run directory belongs to one config: the first start writes it there, every later one has to agree with it."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,9 +21,16 @@ _MAY_CHANGE_KEYS = {
 
 
 def claim(config: Config) -> RunDir:
-    """Make `config.run.dir` the directory of this run: write the resolved config there, after `check_claim`."""
+    """Make `config.run.dir` the directory of this run: write the resolved config there, after `check_claim`.
+
+    Raises:
+        UserError: as `check_claim`; or the directory cannot be written.
+    """
     run = check_claim(config)
-    write_atomic(run.config, to_yaml(config))
+    try:
+        write_atomic(run.config, to_yaml(config))
+    except OSError as error:
+        raise UserError(f"run.dir: {run.path} cannot be written ({os.strerror(error.errno or 0)})") from error
     return run
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from fitscale.config.devices import find_device
 from fitscale.config.errors import UserError
 
 
@@ -13,6 +14,8 @@ class ClusterConfig:
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
+    device: str = "h100"  # what trains, as `fitscale plan` knows it; cpu = a core for each task
+    utilisation: float = 0.4  # share of the peak reached while computing, for plans; measure it with a first run
     gpus_per_node: int = 8  # what a node has; 0 = train on its CPUs
     tasks_per_node: int = 8  # ranks on a node, each with one GPU if there are any
     max_nodes: int = 1024  # most nodes of one job
@@ -29,6 +32,11 @@ class ClusterConfig:
     python: str | None = None  # command that starts Python, e.g. in a container; None = the one that submits
 
     def __post_init__(self) -> None:
+        find_device(self.device)
+        if (self.device == "cpu") != (self.gpus_per_node == 0):
+            raise UserError(f"device: {self.device} does not go with gpus_per_node = {self.gpus_per_node}")
+        if not 0 < self.utilisation <= 1:
+            raise UserError(f"utilisation: {self.utilisation} is not a share; valid: above 0, at most 1")
         for key, least in (("gpus_per_node", 0), ("tasks_per_node", 1), ("max_nodes", 1), ("cpus_per_task", 1)):
             if getattr(self, key) < least:
                 raise UserError(f"{key}: {getattr(self, key)} is too small, the least is {least}")

@@ -40,7 +40,7 @@ def cells(sweep: SweepConfig) -> list[Cell]:
     Raises:
         UserError: a cell's config cannot be right; the text starts with the cell's name.
     """
-    return [_cell(sweep, name, own) for name, own in sweep.cells.items()]
+    return [_cell(sweep, name, own) for name, own in sweep.all_cells.items()]
 
 
 def _cell(sweep: SweepConfig, name: str, own: list[str]) -> Cell:
@@ -58,11 +58,14 @@ def train_flops(config: Config, tokens: Tokens) -> float:
     return per_image * config.batch.global_batch_size * config.run.steps
 
 
-def table(ladder: list[Cell], tokens: Tokens) -> str:
-    """What every cell will cost, as aligned text."""
+def table(ladder: list[Cell], tokens: Tokens, cost: Mapping[str, Mapping[str, str]] | None = None) -> str:
+    """What every cell will cost, as aligned text; `cost`: further columns, by cell."""
     header = ("cell", "parameters", "steps", "images", "tokens/image", "training FLOPs", "evaluated at steps")
-    rows = [header, *(_row(cell.name, cell.config, tokens) for cell in ladder)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    further = list(cost[ladder[0].name]) if cost else []
+    rows = [(*header, *further)]
+    for cell in ladder:
+        rows.append((*_row(cell.name, cell.config, tokens), *(cost[cell.name].values() if cost else ())))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
     total = sum(train_flops(cell.config, tokens) for cell in ladder)
     return "\n".join([*lines, f"{len(ladder)} cells, {total:.3g} training FLOPs together"])
@@ -81,8 +84,13 @@ def _row(name: str, config: Config, tokens: Tokens) -> tuple[str, ...]:
     )
 
 
-def manifest(sweep: SweepConfig, ladder: list[Cell], tokens: Tokens) -> dict[str, Any]:
-    """What manifest.json holds: the sweep as written, and every cell's run directory, arguments and cost."""
+def manifest(
+    sweep: SweepConfig, ladder: list[Cell], tokens: Tokens, submitted: Mapping[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """What manifest.json holds: the sweep as written, and every cell's run directory, arguments and cost.
+
+    `submitted`: what a cluster was asked for, by cell.
+    """
     return {
         "sweep": asdict(sweep),
         "cells": [
@@ -93,6 +101,7 @@ def manifest(sweep: SweepConfig, ladder: list[Cell], tokens: Tokens) -> dict[str
                 "parameters": flops.parameters(cell.config.model),
                 "steps": cell.config.run.steps,
                 "train_flops": train_flops(cell.config, tokens),
+                **(submitted[cell.name] if submitted else {}),
             }
             for cell in ladder
         ],

@@ -29,7 +29,7 @@ class Progress:
 def progress(config: Config, run: RunDir) -> Progress:
     """The progress of the run with `config` in `run`."""
     rows = read_jsonl(run.metrics)
-    steps = config.evaluation.steps(config.run.steps)
+    steps = evaluation_steps(config, run)
     checkpoints = run.checkpoints()
     return Progress(
         step=rows[-1]["step"] if rows else 0,
@@ -41,13 +41,18 @@ def progress(config: Config, run: RunDir) -> Progress:
     )
 
 
+def evaluation_steps(config: Config, run: RunDir) -> list[int]:
+    """The steps to evaluate: of a run that was made longer, not those that training passed without a checkpoint."""
+    saved = {checkpoint.step for checkpoint in run.checkpoints()}
+    newest = max(saved, default=0)
+    return [step for step in config.evaluation.steps(config.run.steps) if step > newest or step in saved]
+
+
 def pending_evaluations(config: Config, run: RunDir) -> list[int]:
     """The evaluation steps at which a metric is missing that the config asks for."""
     found = {(row["step"], row["metric"]) for row in read_jsonl(run.evaluations)}
     wanted = wanted_metrics(config)
-    return [
-        step for step in config.evaluation.steps(config.run.steps) if any((step, name) not in found for name in wanted)
-    ]
+    return [step for step in evaluation_steps(config, run) if any((step, name) not in found for name in wanted)]
 
 
 def wanted_metrics(config: Config) -> list[str]:

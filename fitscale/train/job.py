@@ -4,8 +4,8 @@ A job that is started again, be it from its first pickle after the loss of a nod
 holds: it does what is left, and nothing twice. What it prints is in `log.txt` of the run directory.
 
     RunJob        train, then evaluate, in one process, as a person would type it (a cell on this machine)
-    TrainJob      one of the ranks of a Slurm job: train only
-    EvaluateJob   evaluate the checkpoints that are there
+    TrainJob      one of the ranks of a Slurm job: train up to a step
+    EvaluateJob   evaluate the checkpoint of a step
 """
 
 import os
@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 from submitit.core.job_environment import JobEnvironment
 from submitit.helpers import DelayedSubmission
@@ -36,6 +37,11 @@ class Job:
 
     def __call__(self) -> None:
         raise NotImplementedError
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What jobs.jsonl says of it: kind, and step."""
+        return {"kind": "run"}
 
     def checkpoint(self) -> DelayedSubmission:
         return DelayedSubmission(self)
@@ -63,15 +69,27 @@ class RunJob(Job):
 
 @dataclass(frozen=True)
 class EvaluateJob(Job):
-    """Evaluate the run in `run_dir` at every evaluation step that has a checkpoint."""
+    """Evaluate the run in `run_dir` at `step`."""
+
+    step: int
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"kind": "evaluate", "step": self.step}
 
     def __call__(self) -> None:
-        self.run_command("evaluate", str(self.run_dir))
+        self.run_command("evaluate", str(self.run_dir), "--step", str(self.step))
 
 
 @dataclass(frozen=True)
 class TrainJob(Job):
     """One rank of the run in `run_dir`, in this process, so that every rank hears the cluster's signals itself."""
+
+    until: int  # step
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"kind": "train", "step": self.until}
 
     def __call__(self) -> None:
         environment = JobEnvironment()
@@ -88,7 +106,7 @@ class TrainJob(Job):
         from fitscale.train.trainer import train
 
         try:
-            train(load_config([str(self.run_dir / "config.yaml")]))
+            train(load_config([str(self.run_dir / "config.yaml")]), self.until)
         except Preempted as stop:
             if stop.signal == signal.SIGUSR2:
                 os.kill(os.getpid(), signal.SIGUSR2)  # submitit's own handler again: rank 0 queues the job anew

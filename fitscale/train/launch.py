@@ -19,7 +19,7 @@ from fitscale.config.cluster import ClusterConfig
 from fitscale.config.errors import UserError
 from fitscale.config.rundir import RunDir, append_jsonl, read_jsonl
 from fitscale.config.schema import Config
-from fitscale.train.job import EvaluateJob, Job, TrainJob, requeue_lines
+from fitscale.train.job import Job, requeue_lines
 
 # submitit counts timeouts against a budget; here attempts without progress are what ends a job (train/attempt.py).
 ANY_NUMBER = 10**6
@@ -109,7 +109,7 @@ def make_executor(
         teardown=requeue_lines(run.path.resolve()) if train else None,
         srun_args=["--kill-on-bad-exit=1", *profile.srun],
         additional_parameters={"requeue": True, **profile.sbatch}
-        | ({"dependency": f"afterok:{after}"} if after else {}),
+        | ({"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"} if after else {}),
         **{key: value for key, value in wanted.items() if value is not None},
     )
     return executor
@@ -148,23 +148,13 @@ def submit(executor: SlurmExecutor, job: Job) -> str:
     """
     try:
         job_id = executor.submit(job).job_id
-        append_jsonl(RunDir(job.run_dir).jobs, {"job": job_id, "kind": type(job).__name__, "time_unix_s": time()})
+        append_jsonl(RunDir(job.run_dir).jobs, {"job": job_id, **job.about, "time_unix_s": time()})
     except (FailedJobError, FailedSubmissionError) as error:
         reasons = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
         raise UserError(f"sbatch refused the job: {reasons[-1].strip()}") from error
     except OSError as error:
         raise UserError(f"{job.run_dir}: cannot be written ({os.strerror(error.errno or 0)})") from error
     return job_id
-
-
-def submit_run(profile: ClusterConfig, run: RunDir, layout: Layout, name: str, *, evaluate: bool) -> list[str]:
-    """Submit the training of `run`, and its evaluation for when that has ended; returns the jobs' ids."""
-    path = run.path.resolve()
-    trained = submit(make_executor(profile, run, layout, name, train=True), TrainJob(path))
-    if not evaluate:
-        return [trained]
-    executor = make_executor(profile, run, Layout(1, 1), f"{name}-evaluate", train=False, after=trained)
-    return [trained, submit(executor, EvaluateJob(path))]
 
 
 def job_states(ids: list[str]) -> dict[str, str]:
@@ -182,7 +172,25 @@ def job_states(ids: list[str]) -> dict[str, str]:
     return states | {job: state for job, state in map(str.split, queued) if job in ids}
 
 
-def live_jobs(run: RunDir) -> dict[str, str]:
-    """Jobs of `run` that Slurm has not finished with, and their states."""
-    rows: list[dict[str, Any]] = read_jsonl(run.jobs)
-    return {job: state for job, state in job_states([row["job"] for row in rows]).items() if state in LIVE}
+@dataclass(frozen=True)
+class LiveJob:
+    """A job that Slurm has not finished with: what it does (train or evaluate, up to or at `step`) and its state."""
+
+    id: str
+    kind: str
+    step: int
+    state: str
+
+
+def live_jobs(runs: list[RunDir]) -> list[list[LiveJob]]:
+    """The live jobs of each run, in the order of their submission; Slurm is asked once for all."""
+    rows: list[list[dict[str, Any]]] = [read_jsonl(run.jobs) for run in runs]
+    states = job_states([row["job"] for of_run in rows for row in of_run])
+    return [
+        [
+            LiveJob(row["job"], row["kind"], row["step"], states[row["job"]])
+            for row in of_run
+            if states.get(row["job"]) in LIVE
+        ]
+        for of_run in rows
+    ]

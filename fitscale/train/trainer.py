@@ -53,8 +53,10 @@ log = logging.getLogger(__name__)
 TOTALS = ("step", "optimizer_steps", "images", "tokens", "train_flops", "paper_flops", "device_hours")
 
 
-def train(config: Config) -> None:
-    """Train until `run.steps`, going on from whatever the run directory holds.
+def train(config: Config, until: int | None = None) -> None:
+    """Train until `run.steps`, or until step `until` if that comes first, going on from what the run directory holds.
+
+    Stopping at `until` changes nothing but when the rest is computed: schedules go by `run.steps`.
 
     Raises:
         UserError: the config, the data or the run directory cannot be right; nothing has been written then.
@@ -69,7 +71,7 @@ def train(config: Config) -> None:
     config = prepare.resolve(config, topology.device)
     check_pack_tokens(plan, config.batch.pack_tokens, pad_multiple(config))
     run = on_rank_zero(lambda: claim(config))
-    Trainer(config, run, plan, topology).run_to_end()
+    Trainer(config, run, plan, topology, until).run_to_end()
 
 
 def make_plan(config: Config) -> BatchPlan:
@@ -89,8 +91,11 @@ PackLoss = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # slots (S,), loss o
 class Trainer:
     """One process's part of a run."""
 
-    def __init__(self, config: Config, run: RunDir, plan: BatchPlan, topology: Topology) -> None:
+    def __init__(
+        self, config: Config, run: RunDir, plan: BatchPlan, topology: Topology, until: int | None = None
+    ) -> None:
         self.config, self.run, self.plan, self.topology = config, run, plan, topology
+        self.last_step = min(config.run.steps, until or config.run.steps)
         self.objective = make_objective(config.flow, config.model.num_classes)
         self.totals: dict[str, Any] = dict.fromkeys(TOTALS, 0)
         self.evaluation_steps = set(config.evaluation.steps(config.run.steps))
@@ -132,9 +137,9 @@ class Trainer:
 
     def run_to_end(self) -> None:
         """Take the steps that are left."""
-        first_step, last_step = self.totals["step"], self.config.run.steps
-        if first_step >= last_step:
-            log.info("%s has all its %d steps", self.run.path, last_step)
+        first_step = self.totals["step"]
+        if first_step >= self.last_step:
+            log.info("%s has all its steps up to %d", self.run.path, self.last_step)
             self._end_attempt("finished before")
             return
         self.logged_step = first_step
@@ -145,7 +150,7 @@ class Trainer:
             saved = self.saver.wait()
         if monitor:
             monitor.close()
-        self._end_attempt(stop.name if stop else "finished" if saved else "not saved")
+        self._end_attempt(stop.name if stop else f"reached step {self.last_step}" if saved else "not saved")
         if stop:
             raise Preempted(stop)
         if not saved:
@@ -217,7 +222,7 @@ class Trainer:
             pad_multiple=pad_multiple(config),
             cost=flops.cost(config.model),
             first_step=first_step,
-            last_step=config.run.steps,
+            last_step=self.last_step,
             num_workers=config.data.num_workers,
             prefetch_steps=config.data.prefetch_steps,
             on_error=config.data.on_error,
@@ -315,7 +320,7 @@ class Trainer:
 
     def _save_if_due(self, step: int, at_once: bool) -> None:
         config = self.config
-        last = step == config.run.steps
+        last = step == self.last_step
         if not (at_once or last or step in self.evaluation_steps or step % config.checkpoint.every_steps == 0):
             return
         self.watchdog.doing(f"saving step {step}")

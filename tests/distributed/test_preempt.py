@@ -58,7 +58,7 @@ def test_a_signal_to_one_rank_makes_all_save_and_no_step_is_lost(tmp_path, digit
     first, end, second, last = read_jsonl(run.attempts)
     assert (first["event"], end["reason"], end["step"]) == ("start", signum.name, steps)
     assert (second["step"], second["previous_ended"], second["lost_steps"]) == (steps, signum.name, 0)
-    assert (last["reason"], last["step"]) == ("finished", STEPS)
+    assert (last["reason"], last["step"]) == (f"reached step {STEPS}", STEPS)
     assert run.metrics.read_bytes() == RunDir(tmp_path / "calm").metrics.read_bytes()
     ours, theirs = (tensors(tmp_path / name, STEPS, "weights/raw") for name in ("stopped", "calm"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
