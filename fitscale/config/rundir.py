@@ -12,6 +12,7 @@ checkpoints/step-00001000/{COMPLETE, weights/, optimizer/}
 samples/
 """
 
+import fcntl
 import json
 import os
 import re
@@ -126,11 +127,13 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Add one line to a .jsonl file; what an earlier crash left of a line is dropped first."""
+    """Add one line to a .jsonl file, alone among all who do; what an earlier crash left of a line is dropped first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)  # until it is closed
+        file.seek(0, os.SEEK_END)
         if file.tell() and _last_byte(file) != b"\n":
-            file.truncate(_after_last_newline(path))
+            file.truncate(_after_last_newline(file))
         file.write(json.dumps(row).encode() + b"\n")
 
 
@@ -139,5 +142,6 @@ def _last_byte(file: Any) -> bytes:
     return file.read(1)
 
 
-def _after_last_newline(path: Path) -> int:
-    return path.read_bytes().rfind(b"\n") + 1
+def _after_last_newline(file: Any) -> int:
+    file.seek(0)
+    return file.read().rfind(b"\n") + 1

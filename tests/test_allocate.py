@@ -1,0 +1,68 @@
+"""What a run is given of a cluster: as it is told, or the fewest nodes that the plan says will do."""
+
+import pytest
+
+from fitscale.config.cluster import ClusterConfig
+from fitscale.config.errors import UserError
+from fitscale.config.load import load_config
+from fitscale.config.sweep import LayoutConfig
+from fitscale.model import flops
+from fitscale.train.allocate import allocate, machine_of
+from fitscale.train.plan import plan, typical_images
+
+H100 = ClusterConfig("h100", max_nodes=16)
+
+
+def recipe(size: str, *overrides: str):
+    return load_config([f"configs/model/{size}.yaml", "configs/recipe/fitv2_256.yaml", *overrides])
+
+
+def test_a_given_layout_is_taken_as_it_is():
+    config = recipe("b", "parallel.zero_stage=2")
+    found = allocate(config, H100, LayoutConfig(nodes=2, tasks_per_node=4), None)
+    assert (found.layout.nodes, found.layout.tasks_per_node, found.config) == (2, 4, config)
+
+
+def test_the_fewest_nodes_that_keep_the_time_and_the_fastest_layout_on_them():
+    config = recipe("xl")
+    roomy = allocate(config, H100, None, None)
+    assert roomy.layout.nodes == 1 and roomy.plan.spare_bytes >= 0
+    days = roomy.plan.days(config.run.steps)
+    tight = allocate(config, H100, None, days / 3)
+    assert tight.layout.nodes == 4 and tight.plan.days(config.run.steps) <= days / 3
+    machine, images = machine_of(H100, roomy.layout), typical_images(config)
+    assert roomy.plan.step_s <= plan(config, machine, images, 0.4).step_s
+    assert roomy.config.parallel.precision == config.parallel.precision
+
+
+def test_a_time_that_no_number_of_nodes_keeps_is_refused():
+    with pytest.raises(UserError, match=r"max_days: 0.001, but 16 nodes of profile h100 take"):
+        allocate(recipe("xxl"), H100, None, 0.001)
+
+
+def test_a_layout_that_does_not_fit_the_memory_is_refused():
+    too_long = recipe("xxl", "batch.pack_tokens=131072", "batch.global_batch_size=4096")
+    with pytest.raises(UserError, match=r"the given layout needs \d+\.\d GiB of a h100's 77.1; more tasks"):
+        allocate(too_long, H100, LayoutConfig(), None)
+
+
+def test_on_cpus_a_cell_gets_one_node_and_its_own_layout():
+    found = allocate(recipe("b"), ClusterConfig("c", device="cpu", gpus_per_node=0, tasks_per_node=2), None, None)
+    assert (found.layout.nodes, found.layout.tasks_per_node) == (1, 2)
+
+
+def test_evaluations_cost_their_function_evaluations():
+    sampled = ("evaluation.features=f.pt", "evaluation.reference=x", "evaluation.points=3", "evaluation.samples=1000")
+    config = recipe("b", *sampled, "sampling.method=euler", "sampling.steps=50", "sampling.guidance.scale=1.5")
+    found = allocate(config, H100, LayoutConfig(), None)
+    forward = flops.train_flops(config.model, 256) / 3
+    per_hour = 989e12 * 0.4 * 3600
+    points = len(config.evaluation.steps(config.run.steps))
+    assert found.evaluate_gpu_hours == pytest.approx(points * 1000 * 50 * 2 * forward / per_hour, rel=0.02)
+
+
+def test_a_profile_whose_device_does_not_go_with_its_gpus_is_refused():
+    with pytest.raises(UserError, match=r"device: h100 does not go with gpus_per_node = 0"):
+        ClusterConfig(gpus_per_node=0)
+    with pytest.raises(UserError, match=r"'h1000' is not a known device"):
+        ClusterConfig(device="h1000")

@@ -1,0 +1,106 @@
+"""What is missing of a run: training and evaluation jobs in their order, and nothing that is there or under way."""
+
+from pathlib import Path
+
+import pytest
+
+from fitscale.config.claim import claim
+from fitscale.config.errors import UserError
+from fitscale.config.load import load_config
+from fitscale.config.rundir import RunDir, append_jsonl, write_atomic
+from fitscale.scaling.progress import pending_evaluations, progress
+from fitscale.train.chain import Link, missing_links, require_same_config
+from fitscale.train.launch import LiveJob
+from tests.tiny import OVERRIDES
+
+STEPS = ("run.steps=80", "evaluation.points=3", "evaluation.first_step=20", "evaluation.validation_images=4")
+
+
+def configured(folder: Path, *overrides: str):
+    return load_config([*OVERRIDES, *STEPS, f"run.dir={folder / 'run'}", *overrides])
+
+
+def missing(config, *live: LiveJob) -> list[Link]:
+    run = RunDir(Path(config.run.dir))
+    return missing_links(config, run, list(live), pending_evaluations(config, run))
+
+
+def shape(links: list[Link]) -> list[tuple[str, int, object]]:
+    """Links with the step of what they wait for, or the id of that job."""
+    return [(one.kind, one.step, one.after.step if isinstance(one.after, Link) else one.after) for one in links]
+
+
+def save(config, *steps: int) -> None:
+    for step in steps:
+        write_atomic(
+            Path(config.run.dir) / f"checkpoints/step-{step:08d}/COMPLETE", f'{{"step": {step}, "files": {{}}}}'
+        )
+
+
+def evaluate(config, *steps: int) -> None:
+    for step in steps:
+        append_jsonl(
+            RunDir(Path(config.run.dir)).evaluations, {"step": step, "metric": "validation_loss", "value": 1.0}
+        )
+
+
+def test_a_new_run_is_a_chain_of_training_with_an_evaluation_at_every_stop(tmp_path):
+    links = missing(configured(tmp_path))
+    assert shape(links) == [
+        ("train", 20, None),
+        ("evaluate", 20, 20),
+        ("train", 40, 20),
+        ("evaluate", 40, 40),
+        ("train", 80, 40),
+        ("evaluate", 80, 80),
+    ]
+    assert all(link.after is None or link.after.kind == "train" for link in links)
+
+
+def test_without_evaluations_it_is_one_job(tmp_path):
+    assert shape(missing(configured(tmp_path, "evaluation.points=0"))) == [("train", 80, None)]
+
+
+def test_what_is_saved_or_evaluated_is_left_out(tmp_path):
+    config = configured(tmp_path)
+    save(config, 20, 40)
+    evaluate(config, 20)
+    assert shape(missing(config)) == [("evaluate", 40, None), ("train", 80, None), ("evaluate", 80, 80)]
+    save(config, 80)
+    evaluate(config, 40, 80)
+    assert missing(config) == [] and progress(config, RunDir(tmp_path / "run")).finished
+
+
+def test_what_live_jobs_will_do_is_left_out_and_waited_for(tmp_path):
+    config = configured(tmp_path)
+    save(config, 20)
+    going_on = LiveJob("7", "train", 40, "RUNNING"), LiveJob("8", "evaluate", 20, "PENDING")
+    assert shape(missing(config, *going_on)) == [("evaluate", 40, "7"), ("train", 80, "7"), ("evaluate", 80, 80)]
+
+
+def test_a_job_that_saved_its_last_step_but_lives_is_still_waited_for(tmp_path):
+    config = configured(tmp_path)
+    save(config, 20)
+    links = missing(config, LiveJob("7", "train", 20, "COMPLETING"))
+    assert shape(links)[:2] == [("evaluate", 20, "7"), ("train", 40, "7")]
+
+
+def test_a_run_made_longer_goes_on_and_forgets_steps_that_it_passed(tmp_path):
+    config = configured(tmp_path)
+    save(config, 20, 40, 80)
+    evaluate(config, 20, 40, 80)
+    longer = configured(tmp_path, "run.steps=200")  # to be evaluated at 20, 63, 200; of 63 there is no checkpoint
+    assert shape(missing(longer)) == [("train", 200, None), ("evaluate", 200, 200)]
+    save(longer, 200)
+    evaluate(longer, 200)
+    assert progress(longer, RunDir(tmp_path / "run")).finished
+
+
+def test_the_config_stays_while_jobs_are_live(tmp_path):
+    config = configured(tmp_path)
+    run, live = claim(config), [LiveJob("7", "train", 20, "PENDING")]
+    require_same_config(config, run, live)
+    other = configured(tmp_path, "parallel.zero_stage=2")
+    require_same_config(other, run, [])
+    with pytest.raises(UserError, match=r"has jobs, 7 \(PENDING\), of another config: parallel.zero_stage: 1 there, 2"):
+        require_same_config(other, run, live)
