@@ -1,13 +1,16 @@
-# make demo | test | lint | format. Each makes .venv first if it is missing or older than what it was made from.
+# make demo | slurm-demo | test | lint | format. Each makes .venv first if it is missing or older than what it was made from.
 PYTHON311 ?= python3.11
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format
+.PHONY: demo slurm-demo test lint format
 
 demo: $(INSTALLED)
 	$(PYTHON) tools/demo.py
+
+slurm-demo: $(INSTALLED)
+	$(PYTHON) slurm/demo.py
 
 test: $(INSTALLED)
 	$(PYTHON) -m pytest -n 2 --dist loadfile

@@ -89,7 +89,7 @@ def read_profile(path: str) -> ClusterConfig:
 
 def script_and_plan(profile: ClusterConfig, config: Config, run: RunDir, layout: launch.Layout) -> str:
     """The batch script of the training, and what `fitscale plan` says of it."""
-    executor = launch.make_executor(profile, run, layout, config.run.name, train=True)
+    executor = launch.make_executor(profile, run, layout, config.run.name)
     planned = plan(config, machine_of(profile, layout), typical_images(config), profile.utilisation)
     source = Utilisation(profile.utilisation, f"of profile {profile.name}")
     return "\n".join(["", launch.batch_script(executor), *detail(planned, source)])

@@ -39,6 +39,22 @@ def test_a_cell_is_the_base_then_its_own_arguments(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_axes_make_every_combination_and_layouts_go_by_cell_or_value(tmp_path):
+    text = """
+dir: {dir}
+base: [model.num_heads=2]
+axes:
+  size: {small: [model.hidden_size=32], large: [model.hidden_size=64]}
+  rate: {low: [optim.lr=1e-4], high: [optim.lr=1e-3, run.seed=7]}
+layouts: {large: {nodes: 2}, large-low: {nodes: 4, tasks_per_node: 1}}
+"""
+    sweep = load(tmp_path, text)
+    ladder = cells(sweep)
+    assert [cell.name for cell in ladder] == ["small-low", "small-high", "large-low", "large-high"]
+    assert (ladder[3].config.model.hidden_size, ladder[3].config.optim.lr, ladder[3].config.run.seed) == (64, 1e-3, 7)
+    assert [getattr(sweep.layout_of(cell.name), "nodes", None) for cell in ladder] == [None, None, 4, 2]
+
+
 def test_cost_counts_every_image_with_its_own_tokens(tmp_path):
     small = cells(load(tmp_path))[0].config
     by_hand = sum(6 * (flops.linear_macs(small.model, n) + flops.attention_macs(small.model, n)) for n in (16, 64))
@@ -63,6 +79,10 @@ def test_table_and_manifest_hold_every_cell(tmp_path):
         (TEXT.replace("cells:", "cels:"), ["cels", "Did you mean", "cells"]),
         (TEXT.replace("dir: {dir}\n", ""), ["dir: must be given"]),
         ("dir: out\n", ["cells: must name at least one cell"]),
+        ("dir: out\naxes: {size: {}}\n", ["cells: must name at least one cell"]),
+        (TEXT + "axes: {seed: {a: [run.seed=0]}}\n", ["cells and axes: only one"]),
+        (TEXT + "layouts: {lrage: {nodes: 2}}\n", ["layouts.lrage: no such cell", "large, small"]),
+        (TEXT + "max_days: 0\n", ["max_days: 0.0 must be above 0"]),
         (TEXT.replace("small:", "../small:"), ["'../small' cannot be a directory's name"]),
         (TEXT + "local: {parallel_cells: 0}\n", ["local.parallel_cells"]),
         (TEXT + "local: {parallel_cells: 2, gpus: [0]}\n", ["local.gpus"]),

@@ -36,6 +36,11 @@ def test_a_dry_run_shows_layout_and_script_and_writes_nothing(tmp_path, digits_s
     for line in ("--nodes=2", "--ntasks-per-node=2", "--signal=USR2@30", "--partition=main", "--requeue"):
         assert f"#SBATCH {line}\n" in result.stdout
     assert "export GLOO_SOCKET_IFNAME=lo\n" in result.stdout
+    assert (
+        "tiny (fitv2), 47,333 parameters" in result.stdout
+        and "4 x cpu" in result.stdout
+        and "GPU-hours" in result.stdout
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -77,6 +77,20 @@ def test_cells_run_to_their_end_a_failed_one_is_shown_and_finished_ones_are_skip
     assert "good: finished before" in again.stdout
 
 
+def test_on_a_cluster_a_dry_run_shows_nodes_and_cost_and_too_dear_a_sweep_is_refused(tmp_path, digits_shards):
+    path = sweep_yaml(tmp_path, digits_shards, small=[], large=["model.depth=3"])
+    cluster = ("--cluster", "configs/cluster/demo.yaml")
+    result = sweep(path, *cluster, "layouts.large.nodes=2", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    _, small, large, *_, total = result.stdout.splitlines()
+    assert "1 x 2" in small and "2 x 2" in large and "GPU-hours together, planned at 20% of a cpu's peak" in total
+    dear = sweep(path, *cluster, "--max-gpu-hours", "1e-9")
+    assert dear.returncode == 2 and dear.stderr.startswith("error: --max-gpu-hours: 1e-09, but the sweep costs")
+    wide = sweep(path, *cluster, "layouts.large.nodes=3")
+    assert wide.returncode == 2 and wide.stderr.startswith("error: cell large: --nodes: 3, but profile demo has 1 to 2")
+    assert sweep(path, "--max-gpu-hours", "1").stderr.startswith("error: --max-gpu-hours: goes with --cluster")
+
+
 def test_a_dry_run_writes_nothing(tmp_path, digits_shards):
     result = sweep(sweep_yaml(tmp_path, digits_shards, small=[]), "--dry-run")
     assert result.returncode == 0 and "training FLOPs" in result.stdout

@@ -76,8 +76,7 @@ def submit_links(profile: ClusterConfig, run: RunDir, layout: Layout, name: str,
     for link in links:
         after = ids[link.after] if isinstance(link.after, Link) else link.after
         train = link.kind == "train"
-        executor = make_executor(
-            profile, run, layout if train else Layout(1, 1), f"{name}-{link.kind}-{link.step}", train=train, after=after
-        )
+        job_name = f"{name}-{link.kind}-{link.step}"
+        executor = make_executor(profile, run, layout if train else Layout(1, 1), job_name, after)
         ids[link] = submit(executor, TrainJob(path, link.step) if train else EvaluateJob(path, link.step))
     return ids

@@ -26,6 +26,7 @@ from fitscale.config.load import load_config
 LOG = "log.txt"
 FAILED = "failed.txt"  # why the run cannot go on by itself; its presence keeps the job from being queued again
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SIGNALLED_STARTS = 20  # starts of a job that may end by a signal before training begins
 FIRST_PORT, PORTS = 10000, 20000  # below the ports that Linux hands out by itself
 
 
@@ -133,15 +134,23 @@ def rendezvous(environment: JobEnvironment) -> dict[str, str]:
 
 
 def requeue_lines(run_dir: Path) -> list[str]:
-    """Shell lines for the end of a TrainJob's batch script: queue the job again unless that is of no use.
+    """Shell lines for the end of a job's batch script: queue the job again unless that is of no use.
 
-    It is of use when a rank was killed or lost its peers. It is not when the job is done, when the run itself said that
-    it cannot go on, when a newer job owns the run directory, or when Slurm is ending the job (cancelled, or requeued).
+    - Training that has begun (a line of attempts.jsonl names this start) goes on after whatever ended it, a killed rank
+      or lost peers, but not if the run said itself that it cannot go on, or a newer start owns the run directory.
+    - What ended before that, and an evaluation, goes on if a signal ended it: USR2 kills a Python without a handler.
+    - Nothing goes on that Slurm itself is ending (cancelled, or requeued).
     """
     failed, owner = quote(str(run_dir / FAILED)), quote(str(run_dir / "attempt.json"))
+    attempts = quote(str(run_dir / "attempts.jsonl"))
     return [
         "code=$?",
-        f'if [ $code -ne 0 ] && [ ! -e {failed} ] && grep -q "\\"job\\": \\"$SLURM_JOB_ID\\"" {owner} &&',
+        "restart=${SLURM_RESTART_COUNT:-0}",
+        "again=",
+        f'if grep -qs "\\"job\\": \\"$SLURM_JOB_ID\\".*\\"restart\\": $restart," {attempts}; then',
+        f'    if [ ! -e {failed} ] && grep -q "\\"job\\": \\"$SLURM_JOB_ID\\"" {owner}; then again=1; fi',
+        f"elif [ $code -gt 128 ] && [ $restart -lt {SIGNALLED_STARTS} ]; then again=1; fi",
+        'if [ $code -ne 0 ] && [ -n "$again" ] &&',
         '    [ "$(squeue --noheader --jobs $SLURM_JOB_ID --format %T)" = RUNNING ]; then',
         "    scontrol requeue $SLURM_JOB_ID",
         "fi",

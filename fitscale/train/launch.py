@@ -88,7 +88,7 @@ class _AnywhereExecutor(SlurmExecutor):
 
 
 def make_executor(
-    profile: ClusterConfig, run: RunDir, layout: Layout, name: str, *, train: bool, after: str | None = None
+    profile: ClusterConfig, run: RunDir, layout: Layout, name: str, after: str | None = None
 ) -> SlurmExecutor:
     """submitit's executor for a job of `run`; `after`: the id of a job that has to succeed first."""
     executor = _AnywhereExecutor(run.path.resolve() / "submitit" / "%j", ANY_NUMBER, python=profile.python)
@@ -106,7 +106,7 @@ def make_executor(
         signal_delay_s=profile.signal_before_end_s,
         stderr_to_stdout=True,
         setup=[*(f"export {key}={quote(value)}" for key, value in profile.environment.items()), *profile.setup],
-        teardown=requeue_lines(run.path.resolve()) if train else None,
+        teardown=requeue_lines(run.path.resolve()),
         srun_args=["--kill-on-bad-exit=1", *profile.srun],
         additional_parameters={"requeue": True, **profile.sbatch}
         | ({"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"} if after else {}),

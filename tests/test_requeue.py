@@ -1,0 +1,79 @@
+"""The end of a batch script: which ends of a job queue it again (Slurm's two commands stand in, for every case)."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fitscale.train.job import FAILED, SIGNALLED_STARTS, requeue_lines
+
+JOB = "70"
+KILLED, REFUSED = 137, 2  # exit codes: of a signal, of a mistake
+
+
+def requeued(folder: Path, code: int, state: str = "RUNNING", restart: int = 0) -> bool:
+    """Whether a job's script, ended so, asks Slurm to queue it again."""
+    for name, text in (("squeue", f"echo {state}"), ("scontrol", f"touch {folder}/requeued")):
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    script = "\n".join(["set -u", f"(exit {code})", *requeue_lines(folder)])
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": JOB, "SLURM_RESTART_COUNT": str(restart)}
+    result = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (code, "")
+    return (folder / "requeued").exists()
+
+
+def begin(folder: Path, job: str, restart: int, attempt: int = 1) -> None:
+    """What a start of training leaves in the run directory."""
+    row = {
+        "attempt": attempt,
+        "job": job,
+        "host": "node1",
+        "event": "start",
+        "step": 0,
+        "restart": restart,
+        "nodes": "n",
+    }
+    with open(folder / "attempts.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    (folder / "attempt.json").write_text(json.dumps({"attempt": attempt, "job": job, "host": "node1"}))
+
+
+@pytest.mark.parametrize("code", [KILLED, REFUSED, 1])
+def test_training_that_has_begun_goes_on_after_any_failure(tmp_path, code):
+    begin(tmp_path, JOB, 3)
+    assert requeued(tmp_path, code, restart=3)
+
+
+def test_what_is_done_or_ended_by_slurm_does_not(tmp_path):
+    begin(tmp_path, JOB, 0)
+    assert not requeued(tmp_path, 0)
+    assert not requeued(tmp_path, KILLED, state="COMPLETING")
+
+
+def test_a_run_that_says_that_it_cannot_go_on_does_not(tmp_path):
+    begin(tmp_path, JOB, 0)
+    (tmp_path / FAILED).write_text("why")
+    assert not requeued(tmp_path, KILLED)
+
+
+def test_a_run_that_a_newer_start_owns_does_not(tmp_path):
+    begin(tmp_path, JOB, 0)
+    begin(tmp_path, "71", 0, attempt=2)
+    assert not requeued(tmp_path, KILLED)
+
+
+def test_what_a_signal_ended_before_it_began_goes_on_but_not_for_ever(tmp_path):
+    begin(tmp_path, "69", 0)  # the job of the chain before it
+    assert requeued(tmp_path, 140, restart=1)
+    (tmp_path / "requeued").unlink()
+    assert not requeued(tmp_path, REFUSED)
+    assert not requeued(tmp_path, KILLED, restart=SIGNALLED_STARTS)
+
+
+def test_an_earlier_start_of_the_job_is_not_taken_for_this_one(tmp_path):
+    begin(tmp_path, JOB, 0)
+    assert not requeued(tmp_path, REFUSED, restart=1)
+    assert requeued(tmp_path, 140, restart=1)
