@@ -2,13 +2,17 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from fitscale.config.claim import claim
+from fitscale.config.load import load_config
 from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.config.schema import Config
 from tests.distributed.spawn import run_ranks
 from tests.distributed.test_layouts import tensors
 from tests.slurm.cluster import Cluster, last_step, saved_step, starts, wait_until, write_profile
@@ -40,7 +44,7 @@ class Disturbed:
     job: str
 
     def time_limit(self) -> None:
-        """Lower the limit to the next half minute or so: Slurm looks every 30 s, and warns `signal_before_end_s` ahead."""
+        """Bring the limit so near that the next look of Slurm, every 30 s, finds it time for the warning."""
         minutes, seconds = self._elapsed()
         self._limit(minutes + (2 if seconds > 30 else 1))
         self._queued()
@@ -79,9 +83,9 @@ class Disturbed:
         self._queued()
 
     def crashed_node(self) -> None:
+        """It stays down; the job, which needs two, waits for it."""
         self.cluster.stop("node2")
         self._queued()
-        self.cluster.start()
 
     def _queued(self) -> None:
         wait_until(lambda: self.cluster.state(self.job) == "PENDING", "the job to wait in the queue")
@@ -92,8 +96,8 @@ class Disturbed:
 
 
 ENDS = {
-    Disturbed.time_limit: ("SIGUSR2",),
     Disturbed.loss_of_the_controller: ("SIGUSR2",),
+    Disturbed.time_limit: ("SIGUSR2",),  # soon after the new controller's start, which looks first after 30 s
     Disturbed.drain: ("SIGTERM", "killed"),  # killed by Slurm's KillWait, if step and save take longer
     Disturbed.killed_task: ("killed",),
     Disturbed.crashed_node: ("killed",),
@@ -101,18 +105,20 @@ ENDS = {
 
 
 def test_no_disturbance_changes_what_is_trained(slurm_cluster, tmp_path, digits_shards):
-    run = RunDir(tmp_path / "disturbed")
+    run, background = RunDir(tmp_path / "disturbed"), ThreadPoolExecutor()
     profile = write_profile(tmp_path / "profile.yaml", tasks_per_node=1, signal_before_end_s=60)
     job = slurm_cluster.submit(run, digits_shards, profile, *LONG, "--nodes", "2")
     for number, (disturb, ends) in enumerate(ENDS.items(), 1):
         wait_for_start(run, number)
         disturb(Disturbed(slurm_cluster, run, job))
+        if disturb is Disturbed.crashed_node:
+            calm = background.submit(run_ranks, train_here, 2, last_steps(run, tmp_path / "calm"))
+            slurm_cluster.start()
         check_loss(run, number, ends)
-    wait_for_start(run, len(ENDS) + 1)
-    slurm_cluster.run("scancel", job)
-    wait_until(lambda: slurm_cluster.state(job) == "CANCELLED", "the cancelled job's end")
+    wait_until(lambda: slurm_cluster.state(job) == "COMPLETED", "the job's end")
+    calm.result()
     print(*read_jsonl(run.attempts), sep="\n")
-    compare_with_calm(tmp_path, digits_shards, run)
+    require_same(run, RunDir(tmp_path / "calm"))
 
 
 def wait_for_start(run: RunDir, number: int) -> None:
@@ -135,11 +141,17 @@ def check_loss(run: RunDir, number: int, ends: tuple[str, ...]) -> None:
     assert row["lost_steps"] <= most, row
 
 
-def compare_with_calm(folder: Path, shards: Path, run: RunDir) -> None:
-    """A run without any disturbance, of as many steps as `run` has saved: the same metrics and the same weights."""
-    steps = saved_step(run)
-    run_ranks(train_here, 2, tiny_config(folder / "calm", shards, *LONG, f"run.steps={steps}"))
-    assert run.metrics.read_bytes() == (folder / "calm/metrics.jsonl").read_bytes()
+def last_steps(run: RunDir, calm: Path) -> Config:
+    """Give the run only a few more steps than it has saved; returns the config of an undisturbed run of as many."""
+    config = load_config([str(run.config), f"run.steps={saved_step(run) + 2 * EVERY}"])
+    claim(config)
+    return load_config([str(run.config), f"run.dir={calm}"])
+
+
+def require_same(run: RunDir, calm: RunDir) -> None:
+    """Both runs are finished, with the same metrics and the same weights."""
+    assert read_jsonl(run.attempts)[-1]["reason"] == read_jsonl(calm.attempts)[-1]["reason"] == "finished"
+    assert run.metrics.read_bytes() == calm.metrics.read_bytes()
     for name in ("raw", "ema_0.9"):
-        ours, theirs = (tensors(folder / part, steps, f"weights/{name}") for part in (run.path.name, "calm"))
+        ours, theirs = (tensors(part.path, saved_step(calm), f"weights/{name}") for part in (run, calm))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
