@@ -19,6 +19,7 @@
 #   KILL_WAIT=5 GRACE=10                  s from SIGTERM to SIGKILL; s a preempted job gets before that
 #   REQUEUE_DELAY=8 SLURMD_TIMEOUT=9      s a requeued job waits; silence after which a node is DOWN
 #   NODE_PREFIX=node BASE_PORT=16817      ports used: BASE_PORT .. BASE_PORT+1+NODES, on 127.0.0.1
+#   FIRST_JOB=1   id of the first job; of use if several such clusters run at a time
 set -Eeuo pipefail
 umask 022
 PATH=$PATH:/usr/sbin:/sbin
@@ -37,8 +38,8 @@ export SLURM_CONF=$DIR/etc/slurm.conf
 # shellcheck disable=SC1091
 [[ ! -f $DIR/etc/settings ]] || . "$DIR/etc/settings"
 : "${NODES:=2}" "${CPUS:=8}" "${GPUS:=8}" "${MEM_MB:=1000000}" "${ACCT:=dbd}" "${PREEMPT:=partition_prio}"
-: "${KILL_WAIT:=5}" "${GRACE:=10}" "${REQUEUE_DELAY:=8}" "${SLURMD_TIMEOUT:=9}" "${NODE_PREFIX:=node}" "${BASE_PORT:=16817}"
-SETTINGS=(NODES CPUS GPUS MEM_MB ACCT PREEMPT KILL_WAIT GRACE REQUEUE_DELAY SLURMD_TIMEOUT NODE_PREFIX BASE_PORT)
+: "${KILL_WAIT:=5}" "${GRACE:=10}" "${REQUEUE_DELAY:=8}" "${SLURMD_TIMEOUT:=9}" "${NODE_PREFIX:=node}" "${BASE_PORT:=16817}" "${FIRST_JOB:=1}"
+SETTINGS=(NODES CPUS GPUS MEM_MB ACCT PREEMPT KILL_WAIT GRACE REQUEUE_DELAY SLURMD_TIMEOUT NODE_PREFIX BASE_PORT FIRST_JOB)
 [[ $(id -u) = 0 ]] || die "must run as root"
 [[ $ACCT = dbd || $ACCT = squeue && $PREEMPT != qos ]] || die "bad ACCT=$ACCT (PREEMPT=$PREEMPT)"
 ((${#DIR} <= 80)) || die "DIR is too long for unix sockets: $DIR"
@@ -175,6 +176,7 @@ BatchStartTimeout=10
 InactiveLimit=0
 CompleteWait=0
 OverTimeLimit=0
+FirstJobId=$FIRST_JOB
 # How long squeue/scontrol still know a finished job.
 MinJobAge=86400
 # Refuse at once what no node can ever run, instead of leaving it pending.
