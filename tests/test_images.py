@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -30,6 +31,21 @@ from tests.photographs import broken_files, encoded, photograph, write_photograp
 from tests.programs import run_tool
 
 IMAGES = 120
+PIXELS = ("--encoder", "pixels", "--images-per-shard", "12")
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def command(folder: Path, out: Path, launch: list[str] | None = None) -> list[str]:
+    """The program in a process of its own, or of torchrun's."""
+    return [
+        sys.executable,
+        *(launch or []),
+        str(ROOT / "tools/make_shards.py"),
+        "images",
+        str(folder),
+        str(out),
+        *PIXELS,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +90,7 @@ def vae(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pixels(folder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("pixels") / "shards"
-    done = run_tool("make_shards", "images", folder, out, "--encoder", "pixels", "--images-per-shard", 25)
+    done = run_tool("make_shards", "images", folder, out, *PIXELS)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -141,59 +157,54 @@ def test_the_index_equals_one_built_from_the_shards(pixels, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [2, 4])
-def test_workers_make_the_same_shards(folder, pixels, tmp_path, workers):
+def test_workers_make_the_same_shards(folder, pixels, tmp_path, monkeypatch, workers):
+    """Two are told their numbers; four are a Slurm array of the ids 5, 7, 9 and 11."""
     out = tmp_path / "shards"
     for worker in reversed(range(workers)):
         assert not (out / "index.json").exists()
-        options = ("--encoder", "pixels", "--images-per-shard", 25, "--worker", worker, "--workers", workers)
-        done = run_tool("make_shards", "images", folder, out, *options)
+        told = ("--worker", worker, "--workers", workers) if workers == 2 else ()
+        for name, value in {"ID": 5 + 2 * worker, "COUNT": 4, "MIN": 5, "MAX": 11, "STEP": 2}.items():
+            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+        done = run_tool("make_shards", "images", folder, out, *PIXELS, *told)
         assert done.returncode == 0, done.stderr
+        assert f"worker {worker} of {workers} (" in done.stdout
         assert ("left to others" in done.stdout) == (worker > 0)
     assert contents(out) == contents(pixels)
 
 
-def test_workers_that_start_at_once_do_not_disturb_each_other(folder, pixels, tmp_path):
+def test_torchruns_two_workers_make_the_same_shards(folder, pixels, tmp_path):
     out = tmp_path / "shards"
-    command = [sys.executable, ROOT / "tools" / "make_shards.py", "images", folder, out, "--encoder", "pixels"]
-    command += ["--images-per-shard", "25"]
-    started = [
-        subprocess.Popen(
-            command,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "RANK": str(rank), "WORLD_SIZE": "2"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate()[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], errors
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(command(folder, out, launch), env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(f"worker {rank} of 2 (torchrun, rank {rank})" in done.stdout for rank in (0, 1))
     assert contents(out) == contents(pixels)
 
 
 def test_killed_five_times_and_continued_nothing_is_lost_or_double(folder, pixels, tmp_path):
     out, chance = tmp_path / "shards", random.Random(1)
-    command = [sys.executable, ROOT / "tools" / "make_shards.py", "images", folder, out, "--encoder", "pixels"]
-    command += ["--images-per-shard", "25", "--threads", "1"]
-    killed = 0
-    while killed < 5:
-        done_before = len(list(out.glob(".parts/*.npz")))
-        process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
-        while (
-            process.poll() is None and not any(out.glob(".shard*")) and done_before == len(list(out.glob(".parts/*")))
-        ):
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.01))
+    for kill in range(5):
+        process = subprocess.Popen(
+            [*command(folder, out), "--threads", "1"],
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while process.poll() is None and not any(out.glob(f".shard-*.{process.pid}.tmp")):
+            time.sleep(0.0005)  # until it writes a shard
+        time.sleep(chance.uniform(0, 0.1))
         process.kill()
-        assert process.wait() != 0, "finished before it was killed five times"
-        killed += 1
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
-    assert {name: value for name, value in contents(out).items() if not name.endswith(".tmp")} == contents(pixels)
+        assert process.wait() == -signal.SIGKILL, f"ended by itself before kill {kill + 1}"
+        assert not (out / "index.json").exists()
+    assert any(out.glob(".shard-*.tmp")), "no kill hit a shard that was being written"
+    subprocess.run(command(folder, out), check=True, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    assert contents(out) == contents(pixels)
 
 
 def test_running_again_does_nothing_and_at_once(folder, pixels):
     before = {path: path.stat().st_mtime_ns for path in pixels.iterdir()}
     start = time.perf_counter()
-    done = run_tool("make_shards", "images", folder, pixels, "--encoder", "pixels", "--images-per-shard", 25)
+    done = run_tool("make_shards", "images", folder, pixels, *PIXELS)
     assert time.perf_counter() - start < 5
     assert done.returncode == 0 and "finished, 122 images" in done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in pixels.iterdir()}

@@ -1,5 +1,7 @@
 """A mixture: shares kept to the image, every source a stream of its own, limits on the sizes that are used."""
 
+import contextlib
+import io
 import pickle
 from fractions import Fraction
 
@@ -112,12 +114,19 @@ def config_of(folder, *overrides: str):
     return load_config([*OVERRIDES, *sources, *latent, *model, *limits, *overrides])
 
 
-def test_a_mixture_trains_and_names_its_images(tmp_path, capfd):
+def train_and_tell(config) -> str:
+    """Train; what is printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        train_here(config)
+    return said.getvalue()
+
+
+def test_a_mixture_trains_and_names_its_images(tmp_path):
     config = config_of(tmp_path, "run.steps=3", "run.log_every=1")
-    run_ranks(train_here, 2, config)
+    said, _ = run_ranks(train_and_tell, 2, config)
     rows = read_jsonl(RunDir(tmp_path / "run").metrics)
     assert [row["images"] for row in rows] == [config.batch.global_batch_size * n for n in (1, 2, 3)]
-    assert "29 of a (25.0%), 46 of b (75.0%) for training" in capfd.readouterr().out
+    assert "29 of a (25.0%), 46 of b (75.0%) for training" in said
 
 
 def test_the_loader_reads_every_image_from_its_own_shards(tmp_path):

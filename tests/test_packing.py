@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fitscale.config.errors import UserError
-from fitscale.data.packing import Packing, padded, split
+from fitscale.data.packing import Packing, deal, padded, split
 
 LINEAR, QUADRATIC = 1.0, 1 / (12 * 768)  # as FiTv2-B: attention is a small share at these lengths
 
@@ -91,6 +91,19 @@ def test_micro_batches_are_as_few_as_the_fullest_rank_allows(seed, kind, dp_size
     packing = pack(tokens, dp_size)
     fullest = max(sum(int(tokens[one].sum()) for one in rank) for rank in packing.packs)
     assert packing.stats.packs_per_rank <= -(-fullest // 4096) + 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(cost=st.lists(st.integers(1, 9) | st.floats(0.1, 1000), min_size=1, max_size=200), dp_size=st.integers(1, 50))
+def test_dealing_gives_every_image_to_the_rank_with_the_least(cost, dp_size):
+    """In whole lines at once, and yet as one image at a time; of equal ranks the first."""
+    cost_B, loads, ranks = np.array(sorted(cost, reverse=True), dtype=float), [0.0] * dp_size, []
+    for one in cost_B.tolist():
+        ranks.append(min(range(dp_size), key=lambda rank: (loads[rank], rank)))
+        loads[ranks[-1]] += one
+    rank_B, loads_R = deal(cost_B, dp_size)
+    assert rank_B.tolist() == ranks
+    np.testing.assert_allclose(loads_R, loads, rtol=1e-12)
 
 
 def test_a_tight_fit_needs_no_extra_pack():

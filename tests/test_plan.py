@@ -14,6 +14,7 @@ from fitscale.data.index import Index, IndexMeta, Shard, is_held_out, open_index
 from fitscale.data.plan import BatchPlan, GlobalBatch, single_plan
 from fitscale.data.scan import IMAGE, VARIANT, key_hash
 from fitscale.data.shards import KINDS
+from fitscale.data.stream import random_words, stable_order
 from tests.shard_sets import indexed_set
 
 IMAGES = 97
@@ -150,3 +151,9 @@ def test_memory_is_shards_and_windows_not_images(tmp_path):
 
 def test_opened_again_the_plan_is_the_same(index):
     assert_same(plan(open_index(index.folder)).step(9), plan(index).step(9))
+
+
+@pytest.mark.parametrize("kept", [0, 2**64 - 2**60, 2**36 - 2**30, 3])
+def test_order_is_numpys_stable_one_whatever_bits_are_equal(kept):
+    words = random_words(1, 2, 3, 4, 5000) & np.uint64(kept) if kept else random_words(1, 2, 3, 4, 100_000)
+    np.testing.assert_array_equal(stable_order(words), np.argsort(words, kind="stable"))

@@ -1,6 +1,7 @@
 """Shards behind any fsspec URL: the same bytes, a bounded cache, patience with a bad store, clear words at the end."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import numpy as np
@@ -121,6 +122,27 @@ def test_lasting_errors_end_in_one_message(remote, tmp_path, monkeypatch):
         retried((tmp_path / "none").read_bytes, "none")
 
 
+def test_processes_that_need_the_same_file_fetch_it_once(remote, tmp_path):
+    index = open_index("unsteady://set", Cache(tmp_path / "cache"))
+    before, Unsteady.every, Unsteady.stall_s = Unsteady.fetches, 1, 0.2
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(index.storage.local, [remote.meta.shards[0].name] * 4))
+    assert Unsteady.fetches == before + 1
+    assert {path.read_bytes() for path in paths} == {(remote.folder / remote.meta.shards[0].name).read_bytes()}
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_the_next_window_is_fetched_while_one_is_read(remote, tmp_path, room):
+    """Windows of 2 shards; the cache holds the one that is read and the next, or lacks the room."""
+    cache = Cache(tmp_path / "cache", 1.0 if room else 3 * remote.meta.shards[0].bytes / 1e9)
+    index = open_index("unsteady://set", cache)
+    next(load(index))
+    wanted, deadline = 4 if room else 2, time.monotonic() + (10 if room else 0.5)
+    while len(held := list((tmp_path / "cache").rglob("*.tar"))) != 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(held) == wanted
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [("unsteady://nothing", "holds no index"), ("nosuch://x", "nosuch://x/index.json: Protocol not known")],
@@ -130,13 +152,18 @@ def test_wrong_urls(remote, tmp_path, url, message):
         open_index(url, Cache(tmp_path / "cache"))
 
 
-def test_a_stalling_store_is_hidden_by_prefetching_and_told_when_it_cannot_be(remote, tmp_path):
-    """Steps of 0.15 s; every third fetch stalls 0.3 s."""
-    waited = {}
+def test_reads_that_stall_are_hidden_by_readers_that_work_ahead(remote, monkeypatch):
+    """Steps of 0.15 s; every 20th read of a process, two steps' worth, stalls 0.3 s."""
+    read, reads, waited = ShardReader.read, iter(range(10**6)), {}
+
+    def stalling_read(self, image, variant):
+        if next(reads) % 20 == 19:
+            time.sleep(0.3)
+        return read(self, image, variant)
+
+    monkeypatch.setattr(ShardReader, "read", stalling_read)
     for workers in (0, 2):
-        Unsteady.every, Unsteady.stall_s = 3, 0.3
-        index = open_index("unsteady://set", Cache(tmp_path / f"cache{workers}"))
-        steps, waits = load(index, num_workers=workers, prefetch_steps=4), []
+        steps, waits = load(remote, num_workers=workers, prefetch_steps=4), []
         next(steps)
         while True:
             time.sleep(0.15)  # the training step

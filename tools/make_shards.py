@@ -19,6 +19,7 @@ from fitscale.data.digits import SCALES, digits_meta, write_digits
 from fitscale.data.index import build_index, open_index
 from fitscale.data.published_layout import import_layout
 from fitscale.data.summary import summary_text, write_summary
+from fitscale.data.workers import Place, find_place
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,38 +47,36 @@ def make_images(options: argparse.Namespace) -> None:
     source = str(options.source.resolve())
     job = Job(source, options.side, options.encoder, options.store, options.images_per_shard, options.batch_size)
     out: Path = options.out
-    worker, workers = _worker(options)
+    place = _place(options)
     if not is_finished(job, out):
-        missing = Converter(job, out, _device(options), options.threads).run(worker, workers)
+        print(f"{out}: {place}", flush=True)
+        missing = Converter(job, out, _device(options), options.threads).run(place.worker, place.workers)
         if missing:
-            print(f"{out}: worker {worker} of {workers} is done, {missing} shards are left to others")
+            print(f"{out}: worker {place.worker} of {place.workers} is done, {missing} shards are left to others")
             return
     if not (out / "summary.json").is_file():
         write_summary(out)
     print(f"{out}: finished, {_summary(out)}\n{summary_text(out)}")
 
 
-def _worker(options: argparse.Namespace) -> tuple[int, int]:
-    """(worker, workers): as given, else torchrun's rank, else the place in a Slurm array, else the only one."""
+def _place(options: argparse.Namespace) -> Place:
     if (options.worker is None) != (options.workers is None):
         raise UserError("--worker and --workers go together")
     if options.worker is not None:
-        return options.worker, options.workers
-    environment = os.environ
-    if "WORLD_SIZE" in environment:
-        return int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    if "SLURM_ARRAY_TASK_COUNT" in environment:
-        first = int(environment["SLURM_ARRAY_TASK_MIN"])
-        return int(environment["SLURM_ARRAY_TASK_ID"]) - first, int(environment["SLURM_ARRAY_TASK_COUNT"])
-    return 0, 1
+        return Place(options.worker, options.workers, "--worker")
+    return find_place(os.environ)
 
 
 def _device(options: argparse.Namespace) -> str:
+    """The device of this process among those of its node: torchrun's, or srun's where it shows more than one."""
     if options.encoder == "pixels":
         return "cpu"
     import torch
 
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    return f"cuda:{local % torch.cuda.device_count()}"
 
 
 def make_published(options: argparse.Namespace) -> None:
@@ -155,7 +154,9 @@ def _add_images(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     )
     images.add_argument("--images-per-shard", type=int, default=1000)
     images.add_argument("--batch-size", type=int, default=32, help="images of one shape encoded at once (32)")
-    images.add_argument("--worker", type=int, help="this worker's number from 0; default: torchrun's or the array's")
+    images.add_argument(
+        "--worker", type=int, help="this worker's number from 0; default: torchrun's, srun's or the Slurm array's"
+    )
     images.add_argument("--workers", type=int, help="how many workers share the work")
     images.add_argument("--threads", type=int, default=4, help="threads that decode and resize (4)")
     images.set_defaults(run=make_images)

@@ -202,6 +202,8 @@ class Converter:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if (self.out / "index.json").is_file():
                 return
+            for left in (*self.out.glob(".shard-*.tmp"), *self.out.glob(".index.*")):  # by workers that were killed
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             rejected = [row for part in parts for row in _load_rejected(part)]
             write_atomic(self.out / "rejected.jsonl", "".join(json.dumps(row) + "\n" for row in rejected))
             if len(rejected) == len(self.source.items):

@@ -105,6 +105,17 @@ class Index:
         image = int(np.searchsorted(self.images["first_variant"], np.argmax(match), side="right")) - 1
         raise UserError(f"{self.describe(image)} is {height} x {width} latent pixels: {reason}")
 
+    def read_ahead(self, start: int, end: int) -> None:
+        """Read the rows of images start .. end - 1 and of their variants in one go.
+
+        Rows that are mapped and touched at random come from the disk page by page; after this they are in memory.
+        """
+        if start == end:
+            return
+        _read_rows(self.images, start, end)
+        first, last = self.images[start], self.images[end - 1]
+        _read_rows(self.variants, int(first["first_variant"]), int(last["first_variant"]) + int(last["variants"]))
+
     def release(self) -> None:
         """Give back the memory of rows touched so far; they are mapped again when next used."""
         for rows in (self.images, self.variants):
@@ -250,6 +261,12 @@ def _map_rows(path: Path, dtype: np.dtype, rows: int) -> np.memmap:
     if mapped.dtype != dtype or mapped.shape != (rows,):
         raise UserError(f"{path}: does not go with index.json beside it, build the index again")
     return mapped
+
+
+def _read_rows(rows: np.memmap, start: int, end: int) -> None:
+    with open(rows.filename, "rb", buffering=0) as file:  # type: ignore[arg-type]
+        file.seek(rows.offset + start * rows.itemsize)
+        file.read((end - start) * rows.itemsize)
 
 
 def _save(raw: Path, path: Path, dtype: np.dtype) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fitscale.config.errors import UserError
+from fitscale.data.ahead import ShardsAhead
 from fitscale.data.encode import draw_latent, patchify, to_float
 from fitscale.data.packing import PackingStats, padded, split
 from fitscale.data.plan import BatchPlan, GlobalBatch
@@ -116,6 +117,7 @@ class _Steps(Dataset[Any]):
 
     def __post_init__(self) -> None:
         self.readers = [ShardReader(stream.index) for stream in self.plan.streams]
+        self.ahead = [ShardsAhead(stream) for stream in self.plan.streams]
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -128,6 +130,8 @@ class _Steps(Dataset[Any]):
 
     def _load(self, step: int) -> _Loaded:
         batch = self.plan.step(step)
+        for ahead, place in zip(self.ahead, self.plan.next_places(step), strict=True):
+            ahead.fetch_after(place)
         tokens_B = batch.tokens_B
         a, b = self.cost
         packing = split(

@@ -2,9 +2,10 @@
 
 1. Images are dealt to the data-parallel ranks by cost, dearest first, each to the rank with the least so far (LPT);
    swaps between the dearest and the cheapest rank then even out what is left. Cost is FLOPs: the ranks finish together.
-2. A rank's images must go through in micro-batches of at most `pack_tokens`. Best-fit decreasing says how few will do;
-   the rank that needs most decides for all, because every rank must run the same number.
-3. Inside a rank the micro-batches are evened out by cost as well, where the limit allows it.
+2. A rank's images must go through in micro-batches of at most `pack_tokens`. The rank that needs most decides for all,
+   because every rank must run the same number.
+3. Inside a rank the micro-batches are evened out by cost as well (LPT); where the limit does not allow that, they are
+   filled by best-fit decreasing.
 
 Nothing here is random, and the result decides only speed and memory: the images and what is learned from them stay
 the same.
@@ -13,6 +14,7 @@ the same.
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from heapq import heapreplace
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -58,31 +60,57 @@ def split(tokens_B: np.ndarray, cost_B: np.ndarray, *, dp_size: int, pack_tokens
         raise UserError(
             f"batch.pack_tokens: the image in slot {slot} has {tokens_B[slot]} tokens, the limit is {limit}"
         )
-    tokens, cost = tokens_B.tolist(), cost_B.tolist()
-    ranks = _balance_ranks(cost_B, cost, dp_size)
-    fewest = [_fit(slots, tokens, limit) for slots in ranks]
-    count = max(1, max(len(packs) for packs in fewest))
-    packs = [
-        _spread(slots, tokens, cost, limit, count) or dense + [[]] * (count - len(dense))
-        for slots, dense in zip(ranks, fewest, strict=True)
-    ]
-    arrays = [[np.array(sorted(pack), dtype=np.int64) for pack in rank] for rank in packs]
-    return Packing(arrays, _stats(arrays, tokens_B, cost_B, pad_multiple))
+    ranks = _balance_ranks(cost_B, dp_size)
+    tokens_R = np.bincount(_owners(ranks, len(tokens_B)), tokens_B, minlength=dp_size)
+    count = max(1, -(-int(tokens_R.max()) // limit))
+    packs = [[slots] for slots in ranks] if count == 1 else _cut(ranks, tokens_B, cost_B, limit, count)
+    count = len(packs[0])
+    pack_B = _owners([pack for rank in packs for pack in rank], len(tokens_B))
+    by_pack = np.argsort(pack_B, kind="stable")
+    ends = np.cumsum(np.bincount(pack_B, minlength=dp_size * count)).tolist()
+    arrays = [by_pack[start:end] for start, end in pairwise([0, *ends])]
+    stats = _stats(pack_B, tokens_B, cost_B, pad_multiple, dp_size, count)
+    return Packing([arrays[rank * count : (rank + 1) * count] for rank in range(dp_size)], stats)
 
 
-def _balance_ranks(cost_B: np.ndarray, cost: list[float], dp_size: int) -> list[list[int]]:
+def _balance_ranks(cost_B: np.ndarray, dp_size: int) -> list[list[int]]:
     """Slots of each rank (LPT, then swaps)."""
-    ranks: list[list[int]] = [[] for _ in range(dp_size)]
-    heap = [(0.0, rank) for rank in range(dp_size)]
-    for slot in np.argsort(-cost_B, kind="stable").tolist():
-        load, rank = heap[0]
-        ranks[rank].append(slot)
-        heapreplace(heap, (load + cost[slot], rank))
-    loads = np.zeros(dp_size)
-    for load, rank in heap:
-        loads[rank] = load
+    dearest_first = np.argsort(-cost_B, kind="stable")
+    rank_B, loads = deal(cost_B[dearest_first], dp_size)
+    slots = dearest_first[np.argsort(rank_B, kind="stable")].tolist()
+    ends = np.cumsum(np.bincount(rank_B, minlength=dp_size)).tolist()
+    ranks = [slots[start:end] for start, end in pairwise([0, *ends])]
     _even_out(ranks, cost_B, loads)
     return ranks
+
+
+def deal(cost_B: np.ndarray, dp_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rank of each image by LPT, of costs in descending order, and every rank's load.
+
+    The ranks stand in line, least load first, and each takes the next image: as long as the next in line has less than
+    any rank that was just served has now. Then they line up anew.
+    """
+    rank_B, loads, start = np.zeros(len(cost_B), dtype=np.int64), np.zeros(dp_size), 0
+    if dp_size == 1:
+        return rank_B, cost_B.sum(keepdims=True)
+    while start < len(cost_B):
+        cost = cost_B[start : start + dp_size]
+        line = np.argsort(loads, kind="stable")[: len(cost)]
+        before = loads[line]
+        after = before + cost
+        overtaken = np.flatnonzero(before[1:] >= np.minimum.accumulate(after)[:-1])
+        served = int(overtaken[0]) + 1 if len(overtaken) else len(cost)
+        loads[line[:served]] = after[:served]
+        rank_B[start : start + served] = line[:served]
+        start += served
+    return rank_B, loads
+
+
+def _owners(groups: list[list[int]], images: int) -> np.ndarray:
+    """The group of every slot (B,)."""
+    owners = np.zeros(images, dtype=np.int64)
+    owners[list(chain.from_iterable(groups))] = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    return owners
 
 
 def _even_out(ranks: list[list[int]], cost_B: np.ndarray, loads: np.ndarray) -> None:
@@ -119,6 +147,18 @@ def _best_swap(dear: np.ndarray, cheap: np.ndarray, wanted: float) -> tuple[int,
     return best[1], None if best[2] == 0 else int(order[best[2] - 1])
 
 
+def _cut(
+    ranks: list[list[int]], tokens_B: np.ndarray, cost_B: np.ndarray, limit: int, count: int
+) -> list[list[list[int]]]:
+    """Packs of each rank: equally many, `count` if that will do."""
+    tokens, cost = tokens_B.tolist(), cost_B.tolist()
+    packs = [_spread(slots, tokens, cost, limit, count) or _fit(slots, tokens, limit) for slots in ranks]
+    needed = max(map(len, packs))
+    if needed > count:
+        return _cut(ranks, tokens_B, cost_B, limit, needed)
+    return [pack + [[]] * (count - len(pack)) for pack in packs]
+
+
 def _fit(slots: list[int], tokens: list[int], limit: int) -> list[list[int]]:
     """Packs of at most `limit` tokens by best-fit decreasing: few, but the last may be nearly empty."""
     packs: list[list[int]] = []
@@ -150,11 +190,14 @@ def _spread(slots: list[int], tokens: list[int], cost: list[float], limit: int, 
     return packs
 
 
-def _stats(packs: list[list[np.ndarray]], tokens_B: np.ndarray, cost_B: np.ndarray, pad_multiple: int) -> PackingStats:
-    computed = sum(padded(int(tokens_B[pack].sum()), pad_multiple) for rank in packs for pack in rank)
-    loads = np.array([sum(cost_B[pack].sum() for pack in rank) for rank in packs])
+def _stats(
+    pack_B: np.ndarray, tokens_B: np.ndarray, cost_B: np.ndarray, pad_multiple: int, dp_size: int, count: int
+) -> PackingStats:
+    tokens = np.bincount(pack_B, tokens_B, minlength=dp_size * count).astype(np.int64)
+    computed = sum(padded(one, pad_multiple) for one in tokens.tolist())
+    loads = np.bincount(pack_B // count, cost_B, minlength=dp_size)
     return PackingStats(
         padding_share=1 - int(tokens_B.sum()) / computed,
         imbalance=float(loads.max() / loads.mean() - 1) if loads.any() else 0.0,
-        packs_per_rank=len(packs[0]),
+        packs_per_rank=count,
     )

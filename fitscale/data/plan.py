@@ -56,7 +56,7 @@ class BatchPlan:
 
     def step(self, n: int) -> GlobalBatch:
         """The global batch of optimizer step `n`, counted from 0."""
-        before, after = (places(self.weights, (n + k) * self.global_batch_size) for k in (0, 1))
+        before, after = self.next_places(n - 1), self.next_places(n)
         draws_B = random_words(self.seed, VARIANT_CHOICE, n, 0, self.global_batch_size) >> np.uint64(32)
         parts, slot = [], 0
         for source, (start, end) in enumerate(zip(before, after, strict=True)):
@@ -64,6 +64,10 @@ class BatchPlan:
             parts.append(_draw(self.streams[source], source, start, draws_B[slot : slot + count]))
             slot += count
         return GlobalBatch(n, *(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+    def next_places(self, n: int) -> list[int]:
+        """The place in each stream where the step after step `n` begins."""
+        return places(self.weights, (n + 1) * self.global_batch_size)
 
     def key(self, batch: GlobalBatch, slot: int) -> str:
         """The key of the image in a slot, looked up in its shard."""

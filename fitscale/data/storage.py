@@ -2,14 +2,19 @@
 
 A remote file is fetched whole, once per machine, when first asked for: the plan reads a window of shards nearly to the
 end before it goes on, so a shard in the cache serves many reads, and the store sees long sequential ones. A fetch that
-fails is tried again, waiting twice as long each time. The cache is shared by the processes of a machine; the files
-unused for longest go when it exceeds its bound (one that is open stays readable until it is closed).
+fails is tried again, waiting twice as long each time. The cache is shared by the processes of a machine, of which one
+fetches a file while the others that need it wait; the files unused for longest go when it exceeds its bound (one that
+is open stays readable until it is closed).
 """
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +23,7 @@ from fitscale.config.errors import UserError
 
 ATTEMPTS = 5
 FIRST_WAIT_S = 0.5
+LOCKS = 1024  # lock files in a cache; paths that share one are fetched one after the other
 DEFAULT_CACHE = Path("~/.cache/fitscale")
 DEFAULT_CACHE_GB = 100.0
 Result = TypeVar("Result")
@@ -68,7 +74,9 @@ class Storage:
         try:
             os.utime(path)  # its turn to be evicted comes last again
         except FileNotFoundError:
-            self.fetch(name)
+            with _lock(self.cache.folder.expanduser(), path):
+                if not path.is_file():  # another process may have been faster
+                    self.fetch(name)
         return path
 
     def fetch(self, name: str) -> Path:
@@ -102,6 +110,17 @@ def retried(function: Callable[[], Result], what: str) -> Result:
                 raise UserError(f"{what}: cannot be read after {ATTEMPTS} attempts: {error}") from error
             time.sleep(FIRST_WAIT_S * 2**attempt)
     raise AssertionError("unreachable")
+
+
+@contextmanager
+def _lock(cache: Path, path: Path) -> Iterator[None]:
+    """Hold the machine's lock for fetching `path`; where the file system knows no locks, go without."""
+    folder = cache / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{zlib.crc32(str(path).encode()) % LOCKS:04d}", "w") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def evict(folder: Path, limit: float, keep: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from fitscale.config.errors import UserError
 from fitscale.config.schema_data import SourceConfig
-from fitscale.data.index import Index
+from fitscale.data.index import Index, Shard
 
 SHARD_ORDER, IMAGE_ORDER, VARIANT_CHOICE, LATENT_NOISE = range(4)  # what a draw is for
 PURPOSES = 256  # draws of source k of a mixture are for purpose + k * PURPOSES
@@ -93,6 +93,15 @@ class ImageStream:
             start, count = start + len(parts[-1]), count - len(parts[-1])
         return np.concatenate(parts)
 
+    def shards_ahead(self, place: int) -> list[Shard]:
+        """The shards of the window after the one that image `place` of the stream is in, of this epoch or the next."""
+        epoch, position = divmod(place, self.num_images)
+        ends = self._epoch(epoch).window_ends
+        window = int(np.searchsorted(ends, position, side="right")) + 1
+        if window == len(ends):
+            epoch, window = epoch + 1, 0
+        return [self.index.meta.shards[shard] for shard in self._members(epoch, window).tolist()]
+
     def variants(self, images_B: np.ndarray, draws_B: np.ndarray) -> np.ndarray:
         """A variant of each image, rows of `index.variants`; `draws_B` are uniform uint64 below 2^32."""
         rows = self.index.images[images_B]
@@ -145,22 +154,39 @@ class ImageStream:
         return random_words(self._seed, purpose + self._number * PURPOSES, a, b, count)
 
     def _make_epoch(self, epoch: int) -> _Epoch:
-        shards = np.argsort(self._random(SHARD_ORDER, epoch, 0, len(self._counts)), kind="stable")
+        shards = stable_order(self._random(SHARD_ORDER, epoch, 0, len(self._counts)))
         ends = np.cumsum(self._counts[shards])
         last = np.minimum(np.arange(0, len(shards), self._window_shards) + self._window_shards, len(shards)) - 1
         return _Epoch(shards, ends[last])
 
+    def _members(self, epoch: int, window: int) -> np.ndarray:
+        """The numbers of a window's shards."""
+        return self._epoch(epoch).shards[window * self._window_shards : (window + 1) * self._window_shards]
+
     def _make_window(self, epoch: int, window: int) -> np.ndarray:
         self.index.release()  # the rows of the window before this one
-        members = self._epoch(epoch).shards[window * self._window_shards : (window + 1) * self._window_shards]
+        members = self._members(epoch, window)
+        for shard in members:
+            self.index.read_ahead(int(self._starts[shard]), int(self._starts[shard] + self._stored[shard]))
         images = np.concatenate([self._rows_of(int(shard)) for shard in members])
-        return images[np.argsort(self._random(IMAGE_ORDER, epoch, window, len(images)), kind="stable")]
+        return images[stable_order(self._random(IMAGE_ORDER, epoch, window, len(images)))]
 
 
 def random_words(seed: int, purpose: int, a: int, b: int, count: int) -> np.ndarray:
     """`count` random uint64, a pure function of the other arguments (each below 2^64)."""
     counter = np.array([0, 0, a, b], dtype=np.uint64)
     return np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64), counter=counter).random_raw(count)
+
+
+def stable_order(words: np.ndarray) -> np.ndarray:
+    """np.argsort(words, kind="stable") of random uint64, three times as fast.
+
+    numpy sorts 16-bit keys by radix. Two such sorts leave next to nothing out of order, which its sort of longer keys
+    is quick to find.
+    """
+    order = np.argsort((words >> np.uint64(32)).astype(np.uint16), kind="stable")
+    order = order[np.argsort((words >> np.uint64(48)).astype(np.uint16)[order], kind="stable")]
+    return order[np.argsort(words[order], kind="stable")]  # type: ignore[no-any-return]
 
 
 def _share(draws_B: np.ndarray, counts_B: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ uninterrupted one; every measured time goes to throughput.jsonl.
 """
 
 import json
+import sys
 import time
 import uuid
 from dataclasses import asdict
@@ -17,6 +18,9 @@ from tqdm import tqdm
 from fitscale.config.devices import device_reported_as
 from fitscale.config.rundir import RunDir, append_jsonl, read_jsonl, write_atomic
 from fitscale.config.schema import Config
+
+WAITING_SHARE = 0.1  # of the time: more is worth a word,
+WAITING_LONGEST_S = 1.0  # and so is a single wait of more than this
 
 
 def peak_flops_per_s(device: torch.device) -> float | None:
@@ -42,11 +46,9 @@ class Monitor:
         self.attempt = 1 + max((row["attempt"] for row in read_jsonl(run.throughput)), default=0)
         self.bar = tqdm(total=config.run.steps, initial=first_step, desc=config.run.name, unit="step", mininterval=1.0)
         self.wandb = _start_wandb(config, run)
-        self.since, self.waited = time.perf_counter(), 0.0
+        self.since = time.perf_counter()
         self.logged: dict[str, float] = {"step": first_step}
-
-    def waited_for_data(self, seconds: float) -> None:
-        self.waited += seconds
+        self.waiting_for_data = False
 
     def log(self, row: dict[str, Any], phases: dict[str, float]) -> None:
         """Write one row of metrics and one of speed.
@@ -56,10 +58,15 @@ class Monitor:
             phases: what `PhaseTimer.read` gave.
         """
         append_jsonl(self.run.metrics, row)
+        first_step = self.logged["step"] + 1
         speed = {**self._speed(row), **phases}
+        speed["waiting_for_data"] = is_waiting(speed)
         append_jsonl(self.run.throughput, speed)
         self.bar.set_postfix(_postfix(row, speed), refresh=False)
         self.bar.update(row["step"] - self.bar.n)
+        if speed["waiting_for_data"] and not self.waiting_for_data:
+            self.bar.write(f"steps {first_step} to {row['step']}: {_waiting(speed)}", file=sys.stderr)
+        self.waiting_for_data = speed["waiting_for_data"]
         if self.wandb is not None:
             self.wandb.log({**row, **speed}, step=row["step"])
 
@@ -68,14 +75,12 @@ class Monitor:
         seconds = now - self.since
         per_s = {key: (row[key] - self.logged.get(key, 0)) / seconds for key in ("images", "tokens", "train_flops")}
         steps = row["step"] - self.logged["step"]
-        waited, self.waited = self.waited, 0.0
         self.since, self.logged = now, {key: row[key] for key in ("step", "images", "tokens", "train_flops")}
         return {
             "step": row["step"],
             "attempt": self.attempt,
             "time_unix_s": time.time(),
             "step_s": seconds / steps,
-            "data_wait_s": waited / steps,
             "images_per_s": per_s["images"],
             "tokens_per_s": per_s["tokens"],
             "flops_per_s": per_s["train_flops"],
@@ -93,9 +98,25 @@ class Monitor:
             self.wandb.finish()
 
 
+def is_waiting(speed: dict[str, Any]) -> bool:
+    """Whether a row of throughput.jsonl shows that training waited for data, and not only for a moment."""
+    return bool(
+        speed["data_wait_s"] > WAITING_SHARE * speed["step_s"] or speed["data_wait_longest_s"] > WAITING_LONGEST_S
+    )
+
+
+def _waiting(speed: dict[str, Any]) -> str:
+    return (
+        f"waiting for data took {speed['data_wait_s'] / speed['step_s']:.0%} of the time, at the longest "
+        f"{speed['data_wait_longest_s']:.1f} s (rank {speed['data_wait_rank']}); throughput.jsonl tells when it goes on"
+    )
+
+
 def _postfix(row: dict[str, Any], speed: dict[str, Any]) -> dict[str, str]:
     mfu = {} if speed["mfu"] is None else {"MFU": f"{speed['mfu']:.1%}"}
+    waiting = {"waiting for data": f"{speed['data_wait_s'] / speed['step_s']:.0%}"} if speed["waiting_for_data"] else {}
     return {
+        **waiting,
         "loss": "skipped" if row["loss"] is None else f"{row['loss']:.4f}",
         "img/s": f"{speed['images_per_s']:.0f}",
         "tok/s": f"{speed['tokens_per_s']:.0f}",

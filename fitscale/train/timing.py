@@ -2,7 +2,8 @@
 
 Phases: `forward`; `backward`, in which ZeRO 1-3 also sum gradients; `optimizer`, in which they also gather weights;
 `save`, what the loop waits for a checkpoint. On CUDA they are measured between events on the stream, so nothing waits
-for the device but the reading of the sums.
+for the device but the reading of the sums. Waiting for data is measured on the host, and told of the rank that waited
+longest: the others wait for that one.
 """
 
 import time
@@ -28,6 +29,11 @@ class PhaseTimer:
         self.cuda = device.type == "cuda"
         self.device = device
         self.spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+        self.waits = [0.0]
+
+    def waited(self, seconds: float) -> None:
+        """Count a wait for the loader."""
+        self.waits.append(seconds)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -37,20 +43,24 @@ class PhaseTimer:
         self.spans[name].append((start, self._now()))
 
     def read(self, steps: int) -> dict[str, float]:
-        """Seconds a step in each phase, and how much longer the slowest rank computes than the mean; begin anew.
+        """Seconds a step in each phase; waits for data, and how much longer the slowest rank computes than the mean.
 
-        A collective over all ranks.
+        Begins anew. A collective over all ranks.
         """
         if self.cuda:
             torch.cuda.synchronize(self.device)
         seconds = {name: sum(map(self._span_s, self.spans[name])) for name in PHASES}
+        mine = [sum(seconds[name] for name in COMPUTE), sum(self.waits), max(self.waits)]
         self.spans.clear()
-        mine = torch.tensor([sum(seconds[name] for name in COMPUTE)], dtype=torch.float64, device=self.device)
-        everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyones, mine)
-        computing = torch.cat(everyones)
-        imbalance = (computing.max() / computing.mean() - 1).item() if computing.any() else 0.0
-        return {**{f"{name}_s": value / steps for name, value in seconds.items()}, "time_imbalance": imbalance}
+        self.waits = [0.0]
+        computing, waited, longest = _gathered(mine, self.device)
+        return {
+            **{f"{name}_s": value / steps for name, value in seconds.items()},
+            "time_imbalance": (computing.max() / computing.mean() - 1).item() if computing.any() else 0.0,
+            "data_wait_s": waited.max().item() / steps,
+            "data_wait_longest_s": longest.max().item(),
+            "data_wait_rank": int(waited.argmax()),
+        }
 
     def _now(self) -> Any:
         if not self.cuda:
@@ -62,6 +72,14 @@ class PhaseTimer:
     def _span_s(self, span: tuple[Any, Any]) -> float:
         start, end = span
         return start.elapsed_time(end) / 1000 if self.cuda else end - start
+
+
+def _gathered(values: list[float], device: torch.device) -> torch.Tensor:
+    """Every rank's values: (values, ranks) float64."""
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyones, mine)
+    return torch.stack(everyones, dim=1)
 
 
 class Profiler:

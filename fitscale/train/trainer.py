@@ -199,9 +199,7 @@ class Trainer:
         batch = self.plan.step(first_step)
         tokens = float(np.mean(batch.rows_B * batch.cols_B))
         print(prepare.start_table(self.config, self.topology, tokens, self._images_used(), first_step), flush=True)
-        monitor = Monitor(self.config, self.run, first_step, self.topology.world_size, self.topology.device)
-        monitor.start_counting(self.totals)
-        return monitor
+        return Monitor(self.config, self.run, first_step, self.topology.world_size, self.topology.device)
 
     def _images_used(self) -> str:
         """How many images there are to train on, by shard set."""
@@ -229,15 +227,18 @@ class Trainer:
         )
 
     def _timed(self, loader: Iterator[StepBatch], monitor: Monitor | None) -> Iterator[StepBatch]:
-        """The loader's batches; the time spent waiting for each is told to the monitor."""
+        """The loader's batches. Waits are timed from the second on; until the first there is the readers' start."""
+        first_step = self.totals["step"]
         while True:
             asked = time.perf_counter()
             self.watchdog.doing(f"waiting for the data of step {self.totals['step'] + 1}")
             batch = next(loader, None)
             if batch is None:
                 return
-            if monitor:
-                monitor.waited_for_data(time.perf_counter() - asked)
+            if batch.step > first_step:
+                self.timer.waited(time.perf_counter() - asked)
+            elif monitor:
+                monitor.start_counting(self.totals)
             for problem in batch.skipped if self.topology.tp_rank == 0 else ():
                 self.skipped_samples += 1
                 event = {"event": "sample skipped", "step": batch.step + 1, "rank": self.topology.rank}

@@ -34,7 +34,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     pipes, processes = [], []
     for rank in range(world_size):
         receiver, sender = server.Pipe(duplex=False)
-        process = server.Process(target=_rank, args=(sender, rank, world_size, port, function, args), daemon=True)
+        process = server.Process(target=_rank, args=(sender, rank, world_size, port, function, args))
         process.start()
         sender.close()
         pipes.append(receiver)
