@@ -6,7 +6,7 @@ import pytest
 from scipy.optimize import approx_fprime, least_squares
 
 from fitscale.scaling.fitting import Loss, _refuse_no_fit, fit_law
-from fitscale.scaling.laws import LAWS, OFFSET, POWER
+from fitscale.scaling.laws import LAWS, NO_FLOOR, OFFSET, POWER
 from fitscale.scaling.points import chosen
 from fitscale.scaling.refusal import Refusal
 from fitscale.scaling.uncertainty import floor_profile
@@ -174,3 +174,16 @@ def test_the_floors_profile_is_that_of_lmfit():
     intervals = lmfit.conf_interval(minimizer, minimizer.minimize(), p_names=["e"], sigmas=[0.9])["e"]
     assert profile.low == pytest.approx(intervals[0][1], rel=0.03)
     assert profile.high == pytest.approx(intervals[-1][1], rel=0.03)
+
+
+@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("amplitude", [-2000.0, 2000.0])
+def test_terms_too_small_or_too_large_for_a_float_are_added(name, amplitude):
+    law = LAWS[name]
+    theta = np.zeros(len(law.parameters))  # exponents and floor 0: the metric is the terms' amplitude
+    theta[[term.amplitude for term in law.terms]] = amplitude
+    with np.errstate(all="raise", under="ignore"):
+        value, jacobian = law.evaluate(theta[None], np.ones((3, len(law.inputs))))
+    terms = amplitude + np.log(len(law.terms))
+    np.testing.assert_allclose(value, max(terms, np.log(NO_FLOOR)) if law.floor else terms)
+    assert np.isfinite(jacobian).all()

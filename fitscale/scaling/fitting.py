@@ -44,10 +44,13 @@ class Fit:
 
     def metric(self, rows: pd.DataFrame, theta_KP: Array | None = None) -> Array:
         """The metric at the inputs in `rows`: (N,), or (K, N) for other parameter sets."""
+        return exp(self.log_metric(rows, theta_KP))
+
+    def log_metric(self, rows: pd.DataFrame, theta_KP: Array | None = None) -> Array:
+        """ln(metric), shaped like `metric`."""
         x_NF, _ = self.law.centred(rows, self.centre_F)
-        if theta_KP is not None:
-            return np.exp(self.law.evaluate(theta_KP, x_NF)[0])
-        return np.exp(self.law.evaluate(self.theta_P[None], x_NF)[0][0])
+        log_KN, _ = self.law.evaluate(self.theta_P[None] if theta_KP is None else theta_KP, x_NF)
+        return log_KN[0] if theta_KP is None else log_KN
 
     def named(self, theta_P: Array | None = None) -> dict[str, float]:
         """Parameters by name, with `ln_a` replaced by `a`: the term's value at the reference inputs."""
@@ -60,6 +63,11 @@ class Fit:
     def reference(self) -> dict[str, float]:
         """The inputs at which x = 0."""
         return dict(zip(self.law.inputs, np.exp(self.centre_F).tolist(), strict=True))
+
+
+def exp(log: Array) -> Array:
+    """e^log, held within what a float holds."""
+    return np.exp(np.clip(log, -700.0, 700.0))
 
 
 def fit_law(law: Law, rows: pd.DataFrame, loss: Loss = Loss(), spare: int = 1) -> Fit:
