@@ -130,6 +130,17 @@ def test_refusals_of_fits():
     assert caught.value.code == "at_bound"
 
 
+def test_two_sizes_leave_a_law_of_size_and_data_a_valley():
+    parameters, images = (values.ravel() for values in np.meshgrid([1e8, 1e9], np.geomspace(1e8, 1e11, 7)))
+    noise = np.exp(np.random.default_rng(0).normal(0, 0.01, len(images)))
+    value = SURFACES["additive"][1](parameters, images) * noise
+    data = pd.DataFrame({"run": "r", "parameters": parameters, "images": images, "value": value})
+    with pytest.raises(Refusal, match="2 of parameters, 7 of images.*4 of 5 parameters apart") as caught:
+        fit_law(LAWS["additive"], data)
+    assert caught.value.code == "not_identified"
+    assert fit_law(LAWS["separable"], data).named()["alpha"] > 0
+
+
 def test_a_fit_that_is_its_start_or_is_hardly_reached_is_refused():
     theta = np.array([3.0, 0.4, 2.0])
     for start, reached, code in ((theta, 1.0, "at_start"), (theta * 1.1, 0.04, "unstable_fit")):
