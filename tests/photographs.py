@@ -55,6 +55,23 @@ def write_photographs(folder: Path, count: int, sizes: int = 300, classes: int =
         path.write_bytes(data)
 
 
+def tiny_vae(path: Path) -> None:
+    """Save a randomly initialised AutoencoderKL of the usual shape (factor 8, 4 channels), tiny, in a folder."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        latent_channels=4,
+    )
+    model.save_pretrained(path)
+
+
 def broken_files() -> dict[str, bytes]:
     """Name -> contents, twenty kinds of file that are no usable image."""
     whole = photograph(1, 64, 64)

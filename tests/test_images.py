@@ -27,7 +27,7 @@ from fitscale.data.reader import ShardReader
 from fitscale.data.scan import key_hash
 from fitscale.data.shards import KINDS
 from tests.conftest import ROOT
-from tests.photographs import broken_files, encoded, photograph, write_photographs
+from tests.photographs import broken_files, encoded, photograph, tiny_vae, write_photographs
 from tests.programs import run_tool
 
 IMAGES = 120
@@ -69,21 +69,8 @@ def photograph_of(image: np.ndarray):
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory) -> Path:
-    """A randomly initialised AutoencoderKL of the usual shape (factor 8, 4 channels), tiny."""
-    import torch
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    model = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(4, 4, 4, 4),
-        layers_per_block=1,
-        norm_num_groups=2,
-        latent_channels=4,
-    )
     path = tmp_path_factory.mktemp("vae") / "vae"
-    model.save_pretrained(path)
+    tiny_vae(path)
     return path
 
 

@@ -6,7 +6,7 @@ import pytest
 from scipy.optimize import approx_fprime, least_squares
 
 from fitscale.scaling.fitting import Loss, _refuse_no_fit, fit_law
-from fitscale.scaling.laws import LAWS, OFFSET, POWER
+from fitscale.scaling.laws import LAWS, NO_FLOOR, OFFSET, POWER
 from fitscale.scaling.points import chosen
 from fitscale.scaling.refusal import Refusal
 from fitscale.scaling.uncertainty import floor_profile
@@ -130,6 +130,17 @@ def test_refusals_of_fits():
     assert caught.value.code == "at_bound"
 
 
+def test_two_sizes_leave_a_law_of_size_and_data_a_valley():
+    parameters, images = (values.ravel() for values in np.meshgrid([1e8, 1e9], np.geomspace(1e8, 1e11, 7)))
+    noise = np.exp(np.random.default_rng(0).normal(0, 0.01, len(images)))
+    value = SURFACES["additive"][1](parameters, images) * noise
+    data = pd.DataFrame({"run": "r", "parameters": parameters, "images": images, "value": value})
+    with pytest.raises(Refusal, match="2 of parameters, 7 of images.*4 of 5 parameters apart") as caught:
+        fit_law(LAWS["additive"], data)
+    assert caught.value.code == "not_identified"
+    assert fit_law(LAWS["separable"], data).named()["alpha"] > 0
+
+
 def test_a_fit_that_is_its_start_or_is_hardly_reached_is_refused():
     theta = np.array([3.0, 0.4, 2.0])
     for start, reached, code in ((theta, 1.0, "at_start"), (theta * 1.1, 0.04, "unstable_fit")):
@@ -174,3 +185,16 @@ def test_the_floors_profile_is_that_of_lmfit():
     intervals = lmfit.conf_interval(minimizer, minimizer.minimize(), p_names=["e"], sigmas=[0.9])["e"]
     assert profile.low == pytest.approx(intervals[0][1], rel=0.03)
     assert profile.high == pytest.approx(intervals[-1][1], rel=0.03)
+
+
+@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("amplitude", [-2000.0, 2000.0])
+def test_terms_too_small_or_too_large_for_a_float_are_added(name, amplitude):
+    law = LAWS[name]
+    theta = np.zeros(len(law.parameters))  # exponents and floor 0: the metric is the terms' amplitude
+    theta[[term.amplitude for term in law.terms]] = amplitude
+    with np.errstate(all="raise", under="ignore"):
+        value, jacobian = law.evaluate(theta[None], np.ones((3, len(law.inputs))))
+    terms = amplitude + np.log(len(law.terms))
+    np.testing.assert_allclose(value, max(terms, np.log(NO_FLOOR)) if law.floor else terms)
+    assert np.isfinite(jacobian).all()

@@ -10,16 +10,26 @@ from pathlib import Path
 
 import pytest
 
+from fitscale.config.rundir import RunDir, read_jsonl
+from tests.distributed.spawn import run_ranks
+from tests.photographs import tiny_vae, write_photographs
+from tests.programs import run_tool
+
 ROOT = Path(__file__).parents[1]
+IMAGENET = "ImageNet to first training step"
 ELSEWHERE = ("torchrun",)  # asks for eight devices; a test of its own runs it on two ranks
 
 
-def commands() -> list[str]:
-    """The indented command lines of the README's step by step, in their order."""
-    text = (ROOT / "README.md").read_text().split("## Step by step")[1].split("\n## ")[0]
-    joined = text.replace("\\\n", " ")
-    lines = [line.strip() for line in joined.splitlines() if line.startswith("    ")]
-    return [line for line in lines if re.match(r"(python|fitscale|torchrun) ", line)]
+def indented(section: str) -> list[str]:
+    """The indented lines of a section of the README, a continued one as one line."""
+    text = (ROOT / "README.md").read_text().split(f"## {section}\n")[1].split("\n## ")[0]
+    joined = re.sub(r"\\\n +", "", text)
+    return [line[4:] for line in joined.splitlines() if line.startswith("    ")]
+
+
+def commands(section: str = "Step by step") -> list[str]:
+    """The command lines among them, in their order."""
+    return [line for line in indented(section) if re.match(r"(python|fitscale|torchrun|sbatch) ", line)]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +67,43 @@ def test_the_commands_of_the_readme_run_in_their_order(workplace):
         refused = "fit_scaling" in command and result.returncode == 2 and "refused" in result.stderr
         assert result.returncode == 0 or refused, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
     assert (workplace / "demo" / "report" / "report.html").is_file()
+
+
+def run_here(arguments: list[str]) -> int:
+    """`fitscale ARGUMENTS` in this process."""
+    from fitscale.cli import main
+
+    return main(arguments)
+
+
+def test_imagenet_to_the_first_step_as_written(tmp_path, monkeypatch):
+    """The section's commands on a few photographs, with a tiny VAE, a tiny model and one process instead of eight."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    write_photographs(tmp_path / "data" / "imagenet" / "train", 40, sizes=20, longest=500)
+    tiny_vae(tmp_path / "vae")
+    mixture = "\n".join(line for line in indented(IMAGENET) if line not in commands(IMAGENET))
+    (tmp_path / "mixture.yaml").write_text(mixture.replace("/data/", "data/"))
+    small = ["model.depth=2", "model.hidden_size=32", "model.num_heads=2", "run.steps=2", "run.device=cpu"]
+    small += ["batch.global_batch_size=8", "data.num_workers=0"]
+    done = []
+    for line in commands(IMAGENET):
+        line = line.replace("stabilityai/sd-vae-ft-ema", "vae").replace("/data/", "data/")
+        words = shlex.split(line)
+        words = shlex.split(words[-1]) if words[0] == "sbatch" else words
+        words = words[3:] if words[0] == "torchrun" else words[1:]
+        words = words[2:] if words[0] == "-m" else words
+        if words[0] == "tools/make_shards.py":
+            assert run_tool("make_shards", *words[1:]).returncode == 0, line
+        elif words[0] == "train":
+            assert run_ranks(run_here, 1, [*words, *small]) == [0], line
+        else:
+            assert run_here(words) == 0, line
+        done.append(words[0])
+    assert done == ["tools/make_shards.py"] * 2 + ["data", "train", "tools/make_shards.py", "train"]
+    assert (tmp_path / "data" / "in1k_256" / "report" / "contact_sheet.png").is_file()
+    for name in ("xl", "xl_mixed"):
+        assert [row["step"] for row in read_jsonl(RunDir(tmp_path / "runs" / name).metrics)] == [1, 2]
 
 
 def test_torchrun_with_two_ranks_trains_as_one_process(workplace):

@@ -26,6 +26,7 @@ from fitscale.data.plan import BatchPlan, single_plan
 from fitscale.data.scan import IMAGE, VARIANT
 from fitscale.data.shards import Sample, ShardSetMeta, ShardSetWriter, Variant
 
+RANKS, STEPS = 1024, 80  # 80 steps of 4 images a rank go through two windows
 LATENT = ShardSetMeta("vae", factor=8, scaling=0.18215, channels=4, num_classes=1000)
 
 
@@ -85,15 +86,15 @@ def large_index(folder: Path, images: int) -> None:
     report(
         f"index of {images:,} images in {len(index.meta.shards):,} shards: open", f"{time.perf_counter() - start:.2f} s"
     )
-    start = time.perf_counter()
-    plan = make_plan(index, 4096)
-    report("its plan: made", f"{1e3 * (time.perf_counter() - start):.0f} ms")
-    first = timed(lambda: plan.step(0))
-    steps = [timed(lambda n=n: plan_and_split(plan, n)) for n in range(1, 41)]
-    report("1,024 ranks x 4 images: first step (makes an epoch and a window)", f"{first:.1f} ms")
-    report("1,024 ranks x 4 images: plan and split of a step, median", f"{np.median(steps):.1f} ms")
-    report("1,024 ranks x 4 images: the slowest of 40 steps (makes a window)", f"{max(steps):.1f} ms")
-    report("memory of the rank for index and plan, resident", f"{resident_mb() - before:.0f} MB")
+    for per_rank in (4, 16):
+        what = f"{RANKS:,} ranks x {per_rank} images"
+        plan = make_plan(index, RANKS * per_rank)
+        first = timed(lambda plan=plan: plan_and_split(plan, 0))
+        steps = [timed(lambda plan=plan, n=n: plan_and_split(plan, n)) for n in range(1, STEPS + 1)]
+        report(f"{what}: plan and split of the first step (makes an epoch and a window)", f"{first:.1f} ms")
+        report(f"{what}: of a step, median of {STEPS}", f"{np.median(steps):.1f} ms")
+        report(f"{what}: the slowest of them (makes a window)", f"{max(steps):.1f} ms")
+    report("memory of the rank for index and plans, resident", f"{resident_mb() - before:.0f} MB")
 
 
 def make_plan(index: Index, batch: int) -> BatchPlan:
@@ -105,7 +106,7 @@ def plan_and_split(plan: BatchPlan, n: int) -> None:
     plan.step(n)
     rng = np.random.default_rng(n)
     tokens = rng.integers(64, 257, plan.global_batch_size)  # the made-up index knows one size; splitting wants many
-    split(tokens, tokens + tokens.astype(np.float64) ** 2 / 2e4, dp_size=1024, pack_tokens=16384, pad_multiple=1)
+    split(tokens, tokens + tokens.astype(np.float64) ** 2 / 2e4, dp_size=RANKS, pack_tokens=16384, pad_multiple=1)
 
 
 def plan_ms(index: Index, batch: int) -> float:

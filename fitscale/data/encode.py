@@ -51,7 +51,7 @@ class Encoder:
 
     def __init__(self, name: str, device: str | torch.device = "cpu") -> None:
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        self._vae = _load_vae(name).to(device, dtype)
+        self._vae = _load_vae(name, dtype).to(device)
         config = self._vae.config
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.scaling, self.channels = float(config.scaling_factor), int(config.latent_channels)
@@ -93,13 +93,13 @@ def _to_uint8(images: torch.Tensor) -> np.ndarray:
     return levels.movedim(-3, -1).cpu().numpy()
 
 
-def _load_vae(name: str | None) -> Any:
+def _load_vae(name: str | None, dtype: torch.dtype = torch.float32) -> Any:
     if name is None:
         raise UserError("data.latent.vae: needed to decode latents: a local folder or a hub name of an AutoencoderKL")
     from diffusers import AutoencoderKL
 
     try:
-        return AutoencoderKL.from_pretrained(name).eval().requires_grad_(False)
+        return AutoencoderKL.from_pretrained(name, torch_dtype=dtype).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"data.latent.vae: no AutoencoderKL at {name!r}, neither a local folder nor a reachable hub name: "

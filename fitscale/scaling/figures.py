@@ -1,6 +1,5 @@
-"""Figures of a study. matplotlib is imported when one is drawn, without a display."""
+"""Figures of a study: curves, residuals, held-out points, isoFLOP curves. plotting.py says how they look."""
 
-import io
 from typing import Any
 
 import numpy as np
@@ -8,13 +7,22 @@ import pandas as pd
 
 from fitscale.scaling.isoflop import IsoFlop
 from fitscale.scaling.laws import COMPUTE
+from fitscale.scaling.plotting import (
+    COMPUTE_LABEL,
+    Images,
+    decorate,
+    limits,
+    logarithmic,
+    new_figure,
+    readable,
+    rendered,
+)
 from fitscale.scaling.study import LawResult, Study
 from fitscale.scaling.uncertainty import new_run_KN
 
-NAMES = {"fd": "Fréchet distance", "fid": "FID", "validation_loss": "Validation loss", "loss": "Loss"}
-HELD_OUT = "crimson"
-
-Images = dict[str, bytes]  # png, svg
+HELD_OUT = ("crimson", "darkorange", "deeppink", "saddlebrown")
+MOST_NAMED = 12  # held-out points; more names would hide them
+FITTED = {"frontier": "fitted: frontier", "last": "fitted: last of a run", "all": "fitted"}
 
 
 def figures(study: Study) -> dict[str, Images]:
@@ -37,62 +45,60 @@ def drawable(study: Study) -> bool:
 
 def curves(study: Study) -> Images:
     """Metric against training FLOPs per size, frontier, best law and band, held-out points."""
-    figure, axes = _new_figure()
+    figure = new_figure()
+    axes = figure.add_subplot()
     rows = study.rows if len(study.rows) else _raw_rows(study)
-    for run, points in rows.sort_values("train_flops").groupby("run", sort=False):
-        _draw_run(axes, study, rows, str(run), points)
+    logarithmic(axes.xaxis, *limits(rows["train_flops"]), scientific=True)
+    logarithmic(axes.yaxis, *limits(rows["value"]))
+    draw_runs(axes, study, rows)
     used = rows[rows["used"]]
     ring = {"s": 95, "facecolors": "none", "edgecolors": "black", "linewidths": 0.9}
     if len(used):
-        axes.scatter(used["train_flops"], used["value"], zorder=4, label=f"{study.question.points}", **ring)
+        axes.scatter(used["train_flops"], used["value"], zorder=4, label=FITTED[study.question.points], **ring)
     for result in study.results[:1]:
         _draw_law(axes, study, result, rows)
-    low, high = _limits(rows["value"])
-    axes.set_ylim(low, high)
-    _logarithmic(axes, rows["value"])
-    _decorate(
-        axes, f"{_name(study)} against training compute", "training compute (FLOPs: 6 x MACs x images)", _name(study)
-    )
-    return _rendered(figure)
+    axes.set_ylim(*limits(rows["value"]))
+    decorate(axes, f"{_name(study)} against training compute", COMPUTE_LABEL, _name(study))
+    return rendered(figure)
 
 
 def residuals(study: Study) -> Images:
     """Measured / law - 1 of the best law's fitted points against compute, per size."""
-    figure, axes = _new_figure(height=3.6)
+    figure = new_figure(height=3.6)
+    axes = figure.add_subplot()
     result = study.results[0]
     for size, points in _by_size(study, result.used):
         points = points.sort_values("train_flops")
         share = 100 * (points["value"].to_numpy() / result.fit.metric(points) - 1)
         axes.plot(points["train_flops"], share, "o-", color=_color(study, study.rows, size), linewidth=0.8, label=size)
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xscale("log")
-    law = result.fit.law.name
-    _decorate(
-        axes, f"Residuals of the {law} law", "training compute (FLOPs: 6 x MACs x images)", "measured / law - 1 (%)"
-    )
-    return _rendered(figure)
+    logarithmic(axes.xaxis, *limits(result.used["train_flops"]), scientific=True)
+    title = f"Residuals of the {result.fit.law.name} law at the points it is fitted to"
+    decorate(axes, title, COMPUTE_LABEL, "measured / law - 1 (%)")
+    return rendered(figure)
 
 
 def predictions(study: Study) -> Images:
     """Predicted against measured for every held-out point that a law speaks of, with 90 % intervals."""
-    figure, axes = _new_figure(width=6.8, height=5.0)
-    every = pd.concat([result.predictions for result in study.results])
-    ends = np.array([every["value"].min() / 1.1, every["value"].max() * 1.1])
-    axes.plot(ends, ends, color="black", linewidth=0.8, label="exact")
-    for index, result in enumerate(study.results):
-        compute_law = result.fit.law.inputs == COMPUTE  # it makes no claim about points above the frontier
-        points = result.predictions[result.predictions["chosen"]] if compute_law else result.predictions
+    figure = new_figure(width=7.2)
+    axes = figure.add_subplot()
+    drawn = [(result, _claimed(result)) for result in study.results]
+    every = pd.concat([points for _, points in drawn])
+    logarithmic(axes.xaxis, *limits(every["value"]))
+    logarithmic(axes.yaxis, *limits(pd.concat([every[name] for name in ("value", "predicted", "low", "high")])))
+    axes.plot(limits(every["value"]), limits(every["value"]), color="black", linewidth=0.8, label="exact")
+    for index, (result, points) in enumerate(drawn):
         errors = [points["predicted"] - points["low"], points["high"] - points["predicted"]]
         style = {"fmt": "os^Dv"[index % 5], "color": f"C{index}", "markersize": 5, "linewidth": 0.9, "capsize": 2}
-        axes.errorbar(
-            points["value"], points["predicted"], yerr=np.abs(errors), label=f"{result.fit.law.name} law", **style
-        )
-    for scale in (axes.set_xscale, axes.set_yscale):
-        scale("log")
-    _ticks(axes.xaxis, every["value"])
-    _ticks(axes.yaxis, pd.concat([every[name] for name in ("value", "predicted", "low", "high")]))
-    _decorate(axes, "Held-out points", f"measured {_name(study)}", f"predicted {_name(study)}")
-    return _rendered(figure)
+        label = f"{result.fit.law.name} law, 90 %"
+        axes.errorbar(points["value"], points["predicted"], yerr=np.abs(errors), label=label, **style)
+    first = drawn[0][1]
+    for _, point in (first if len(first) <= MOST_NAMED else first.iloc[:0]).iterrows():
+        place = {"xytext": (6, -3), "textcoords": "offset points", "fontsize": 8, "color": "0.3"}
+        axes.annotate(_place_in_training(point), (point["value"], point["predicted"]), **place)
+    title = f"Held-out size {', '.join(study.held_out)}: predicted against measured"
+    decorate(axes, title, f"measured {_name(study)}", f"predicted {_name(study)}")
+    return rendered(figure)
 
 
 def isoflop_curves(study: Study, iso: IsoFlop) -> Images:
@@ -101,35 +107,42 @@ def isoflop_curves(study: Study, iso: IsoFlop) -> Images:
 
     from fitscale.scaling.isoflop import slices_of_runs
 
-    figure, axes = _new_figure()
+    figure = new_figure()
+    axes = figure.add_subplot()
     slices = slices_of_runs(study.rows)
+    logarithmic(axes.xaxis, *limits(slices["parameters"]), scientific=True)
+    logarithmic(axes.yaxis, *limits(slices["value"]))
     for index, optimum in enumerate(iso.optima):
         rows = slices[np.isclose(slices["budget"], optimum.budget)].sort_values("parameters")
         color = colormaps["plasma"](0.85 * index / max(len(iso.optima) - 1, 1))
-        axes.plot(
-            rows["parameters"], rows["value"], "o-", color=color, linewidth=1.1, label=f"{optimum.budget:.2g} FLOPs"
-        )
-    axes.plot(
-        [o.parameters for o in iso.optima], [o.metric for o in iso.optima], "k*--", markersize=11, label="optimum"
-    )
-    _logarithmic(axes, slices["value"])
+        label = f"{optimum.budget:.2g} FLOPs"
+        axes.plot(rows["parameters"], rows["value"], "o-", color=color, linewidth=1.1, label=label)
+    best = [(optimum.parameters, optimum.metric) for optimum in iso.optima]
+    axes.plot(*zip(*best, strict=True), "k*--", markersize=11, label="optimum")
     low, high = iso.interval_90
-    title = f"Best size grows as C^{iso.exponent:.3f} ({low:.3f} to {high:.3f})"
-    _decorate(axes, title, "parameters", _name(study))
-    return _rendered(figure)
+    title = f"Best size grows as C^{iso.exponent:.3f} (90 %: {low:.3f} to {high:.3f})"
+    decorate(axes, title, "parameters", _name(study))
+    return rendered(figure)
+
+
+def draw_runs(axes: Any, study: Study, rows: pd.DataFrame) -> None:
+    """The curve of every run in the colour of its size; held-out sizes dotted, with open marks."""
+    for run, points in rows.sort_values("train_flops").groupby("run", sort=False):
+        _draw_run(axes, study, rows, str(run), points)
+
+
+def _claimed(result: LawResult) -> pd.DataFrame:
+    """The held-out points that the law speaks of: a law of compute makes no claim about points above the frontier."""
+    counted = result.predictions["chosen"] | (result.fit.law.inputs != COMPUTE)
+    return result.predictions[counted]
+
+
+def _place_in_training(point: pd.Series) -> str:
+    return str(point["size"]) if pd.isna(point["step"]) else f"{point['size']}, {point['step']:,} steps"
 
 
 def _name(study: Study) -> str:
-    return NAMES.get(study.question.metric, study.question.metric)
-
-
-def _new_figure(width: float = 8.5, height: float = 5.2) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return readable(study.question.metric)
 
 
 def _raw_rows(study: Study) -> pd.DataFrame:
@@ -150,10 +163,10 @@ def _sizes(rows: pd.DataFrame) -> list[str]:
 def _color(study: Study, rows: pd.DataFrame, size: str) -> Any:
     from matplotlib import colormaps
 
+    if size in study.held_out:
+        return HELD_OUT[study.held_out.index(size) % len(HELD_OUT)]
     sizes = _sizes(rows)
-    return (
-        HELD_OUT if size in study.held_out else colormaps["viridis"](0.85 * sizes.index(size) / max(len(sizes) - 1, 1))
-    )
+    return colormaps["viridis"](0.85 * sizes.index(size) / max(len(sizes) - 1, 1))
 
 
 def _draw_run(axes: Any, study: Study, rows: pd.DataFrame, run: str, points: pd.DataFrame) -> None:
@@ -181,21 +194,27 @@ def _draw_law(axes: Any, study: Study, result: LawResult, rows: pd.DataFrame) ->
     else:
         _draw_surface(axes, study, result, rows)
     floor = result.fit.named()["e"] if result.floor is not None and result.floor.identified else 0.0
-    if floor > _limits(rows["value"])[0]:
+    if floor > limits(rows["value"])[0]:
         axes.axhline(floor, color="gray", linewidth=0.9, linestyle="-.", label=f"floor E = {floor:.3g}", zorder=1)
 
 
 def _draw_compute_law(axes: Any, study: Study, result: LawResult, rows: pd.DataFrame) -> None:
     least, most = result.used["train_flops"].min(), result.used["train_flops"].max()
-    grid = np.geomspace(least / 1.3, rows["train_flops"].max() * 1.3, 200)
+    grid = np.union1d(np.geomspace(least / 1.3, rows["train_flops"].max() * 1.3, 40), [most])
     line = pd.DataFrame({"train_flops": grid})
     metric = result.fit.metric(line)
-    inside = grid <= most
     style = {"color": "black", "linewidth": 1.3, "zorder": 2}
-    axes.plot(grid[inside], metric[inside], label=f"{result.fit.law.name} law", **style)
-    axes.plot(grid[~inside], metric[~inside], linestyle="--", label="its prediction", **style)
-    low, high = np.quantile(new_run_KN(result.fit, result.resamples, line, study.question.seed), [0.05, 0.95], axis=0)
-    axes.fill_between(grid, low, high, color="black", alpha=0.12, linewidth=0, label="90 % for a new run", zorder=1)
+    name = f"{result.fit.law.name} law"
+    axes.plot(grid[grid <= most], metric[grid <= most], label=name, **style)
+    axes.plot(grid[grid >= most], metric[grid >= most], linestyle="--", label=f"{name}, extrapolated", **style)
+    _draw_band(axes, study, result, grid, line)
+
+
+def _draw_band(axes: Any, study: Study, result: LawResult, compute: Any, line: pd.DataFrame) -> None:
+    draws = new_run_KN(result.fit, result.resamples, line, study.question.seed)
+    low, high = np.quantile(draws, [0.05, 0.95], axis=0)
+    style = {"color": "black", "alpha": 0.12, "linewidth": 0, "zorder": 1}
+    axes.fill_between(compute, low, high, label="90 % for a new run", **style)
 
 
 def _draw_surface(axes: Any, study: Study, result: LawResult, rows: pd.DataFrame) -> None:
@@ -208,51 +227,4 @@ def _draw_surface(axes: Any, study: Study, result: LawResult, rows: pd.DataFrame
         label = f"{result.fit.law.name} law" if index == 0 else None
         axes.plot(compute, result.fit.metric(line), "k--", linewidth=1.0, zorder=2, label=label)
         if size in study.held_out:
-            draws = new_run_KN(result.fit, result.resamples, line, study.question.seed)
-            low, high = np.quantile(draws, [0.05, 0.95], axis=0)
-            axes.fill_between(compute, low, high, color="black", alpha=0.12, linewidth=0, label="90 % for a new run")
-
-
-def _limits(values: pd.Series) -> tuple[float, float]:
-    """A tenth of the data's logarithmic range above and below, a quarter of their value at most."""
-    low, high = float(values.min()), float(values.max())
-    margin = min(max((high / low) ** 0.1, 1.02), 1.25)
-    return low / margin, high * margin
-
-
-def _logarithmic(axes: Any, values: pd.Series) -> None:
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    _ticks(axes.yaxis, values)
-
-
-def _ticks(axis: Any, values: pd.Series) -> None:
-    """Enough round numbers on a logarithmic axis, however short it is, written out."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
-    ratio = values.max() / values.min()
-    axis.set_major_locator(MaxNLocator(6) if ratio < 4 else LogLocator(subs=(1, 2, 3, 5) if ratio < 30 else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _decorate(axes: Any, title: str, x_label: str, y_label: str) -> None:
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.set_title(title, loc="left")
-    axes.grid(which="major", color="0.9", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-
-
-def _rendered(figure: Any) -> Images:
-    """The figure as PNG and SVG, the same bytes for the same data."""
-    import matplotlib
-
-    images = {}
-    with matplotlib.rc_context({"svg.hashsalt": "fitscale", "svg.fonttype": "none"}):
-        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
-            images[kind] = buffer.getvalue()
-    return images
+            _draw_band(axes, study, result, compute, line)

@@ -3,7 +3,8 @@
 1. Residuals are those of ln(metric), all weighted alike: noise is proportional to the metric, so relative weights.
    (Residuals of the metric itself, and Huber's loss, serve to repeat published fits.)
 2. Many starting points run to their minimum at once (solver.py); the best is polished by scipy's least_squares.
-3. What is not a fit is refused: at a bound, at its start, reached from under 5 % of the starts, or no improvement.
+3. What is not a fit is refused: at a bound, at its start, reached from under 5 % of the starts, no improvement, or a
+   valley of parameters that fit alike.
 
 Shapes: K parameter sets, N points, P parameters, F inputs.
 """
@@ -19,6 +20,7 @@ from fitscale.scaling.refusal import Refusal
 from fitscale.scaling.solver import Array, solve
 
 LEAST_REACHED = 0.05
+SAME_DIRECTION = 1e-10  # a smaller singular value of the scaled Jacobian is a direction that changes nothing
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,13 @@ class Fit:
 
     def metric(self, rows: pd.DataFrame, theta_KP: Array | None = None) -> Array:
         """The metric at the inputs in `rows`: (N,), or (K, N) for other parameter sets."""
+        return exp(self.log_metric(rows, theta_KP))
+
+    def log_metric(self, rows: pd.DataFrame, theta_KP: Array | None = None) -> Array:
+        """ln(metric), shaped like `metric`."""
         x_NF, _ = self.law.centred(rows, self.centre_F)
-        if theta_KP is not None:
-            return np.exp(self.law.evaluate(theta_KP, x_NF)[0])
-        return np.exp(self.law.evaluate(self.theta_P[None], x_NF)[0][0])
+        log_KN, _ = self.law.evaluate(self.theta_P[None] if theta_KP is None else theta_KP, x_NF)
+        return log_KN[0] if theta_KP is None else log_KN
 
     def named(self, theta_P: Array | None = None) -> dict[str, float]:
         """Parameters by name, with `ln_a` replaced by `a`: the term's value at the reference inputs."""
@@ -60,6 +65,11 @@ class Fit:
     def reference(self) -> dict[str, float]:
         """The inputs at which x = 0."""
         return dict(zip(self.law.inputs, np.exp(self.centre_F).tolist(), strict=True))
+
+
+def exp(log: Array) -> Array:
+    """e^log, held within what a float holds."""
+    return np.exp(np.clip(log, -700.0, 700.0))
 
 
 def fit_law(law: Law, rows: pd.DataFrame, loss: Loss = Loss(), spare: int = 1) -> Fit:
@@ -89,6 +99,7 @@ def best_of(law: Law, x_NF: Array, y_N: Array, start_KP: Array, loss: Loss) -> t
     reached = float(np.mean(objective_K <= objective_K[best] + tolerance))
     theta_P, objective = _polish(law, x_NF, y_N, end_KP[best], float(objective_K[best]), loss)
     _refuse_no_fit(law, start_KP[best], theta_P, reached)
+    _refuse_valley(law, theta_P, x_NF)
     return theta_P, objective, reached
 
 
@@ -197,4 +208,18 @@ def _refuse_no_fit(law: Law, start_P: Array, theta_P: Array, reached: float) -> 
         raise Refusal(
             "unstable_fit",
             f"{law.name} law: only {reached:.1%} of the starting points lead to the best fit (least: 5 %)",
+        )
+
+
+def _refuse_valley(law: Law, theta_P: Array, x_NF: Array) -> None:
+    """Refuse parameters that could move without any change to the fit, as with two sizes for a law of three."""
+    jacobian_NP = law.evaluate(theta_P[None], x_NF)[1][0]
+    scaled_NP = jacobian_NP / np.maximum(np.linalg.norm(jacobian_NP, axis=0), 1e-300)
+    told_apart = int(np.linalg.matrix_rank(scaled_NP, tol=SAME_DIRECTION))
+    if told_apart < len(theta_P):
+        different = ", ".join(f"{len(np.unique(x_N))} of {name}" for name, x_N in zip(law.inputs, x_NF.T, strict=True))
+        raise Refusal(
+            "not_identified",
+            f"{law.name} law: other parameters fit these points exactly as well (different values: {different}), so "
+            f"what it says elsewhere is arbitrary; the points tell {told_apart} of {len(theta_P)} parameters apart",
         )

@@ -11,6 +11,7 @@ Shapes: K parameter sets, N points, P parameters, F inputs.
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from itertools import product
 
 import numpy as np
@@ -22,6 +23,7 @@ from fitscale.scaling.solver import Array
 STEEPEST = 10.0  # bound of every exponent
 EXPONENTS = {1: np.geomspace(0.03, 3.0, 12), 2: np.geomspace(0.05, 1.5, 7)}  # starts, by the number of exponents
 FLOORS = np.array([0.02, 0.3, 0.6, 0.8, 0.9, 0.97])  # starts, as shares of the best metric
+NO_FLOOR = 1e-300  # a floor of 0 on the logarithmic scale
 
 
 @dataclass(frozen=True)
@@ -73,19 +75,24 @@ class Law:
         return logs - centre, centre
 
     def evaluate(self, theta_KP: Array, x_NF: Array) -> tuple[Array, Array]:
-        """ln(metric)_KN and its derivatives by the parameters, _KNP."""
-        parts = [self._term(term, theta_KP, x_NF) for term in self.terms]
-        total = sum(parts[1:], start=parts[0])
+        """ln(metric)_KN and its derivatives by the parameters, _KNP.
+
+        Terms are added on the logarithmic scale, where none is too small or too large for a float.
+        """
+        logs = [self._log_term(term, theta_KP, x_NF) for term in self.terms]
         if self.floor:
-            total = total + theta_KP[:, -1:]
+            logs.append(np.log(np.maximum(theta_KP[:, -1:], NO_FLOOR)))
+        largest = reduce(np.maximum, logs)
+        total = largest + np.log(reduce(np.add, [np.exp(log - largest) for log in logs]))
         jacobian = np.zeros((*total.shape, len(self.parameters)))
-        for term, part in zip(self.terms, parts, strict=True):
-            jacobian[:, :, term.amplitude] += part / total
+        for term, log in zip(self.terms, logs, strict=False):
+            share = np.exp(log - total)
+            jacobian[:, :, term.amplitude] += share
             for column, exponent in term.slopes:
-                jacobian[:, :, exponent] -= x_NF[:, column] * part / total
+                jacobian[:, :, exponent] -= x_NF[:, column] * share
         if self.floor:
-            jacobian[:, :, -1] = 1 / total
-        return np.log(total), jacobian
+            jacobian[:, :, -1] = np.exp(np.minimum(-total, 300.0))
+        return total, jacobian
 
     def starts(self, x_NF: Array, y_N: Array, exponents: Array | None = None, floors: Array = FLOORS) -> Array:
         """Starting points theta_KP: a grid of exponents and floors, with the best amplitudes for each.
@@ -109,18 +116,18 @@ class Law:
         floor = share * metric_N.min()
         if self.floor:
             theta[-1] = floor
-        columns = np.stack([self._term(term, theta[None], x_NF)[0] for term in self.terms], axis=1)
+        columns = np.exp(np.stack([self._log_term(term, theta[None], x_NF)[0] for term in self.terms], axis=1))
         amplitudes, _ = nnls(columns / metric_N[:, None], (metric_N - floor) / metric_N)
         least = 1e-3 * metric_N.mean()
         for term, amplitude in zip(self.terms, amplitudes, strict=True):
             theta[term.amplitude] = np.log(max(amplitude, least))
         return theta
 
-    def _term(self, term: Term, theta_KP: Array, x_NF: Array) -> Array:
+    def _log_term(self, term: Term, theta_KP: Array, x_NF: Array) -> Array:
         power = theta_KP[:, term.amplitude, None]
         for column, exponent in term.slopes:
             power = power - theta_KP[:, exponent, None] * x_NF[:, column]
-        return np.exp(np.minimum(power, 700.0))
+        return power
 
 
 COMPUTE, SURFACE = ("train_flops",), ("parameters", "images")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fitscale.scaling.solver import Array
 
-LEAST_VARIANCE = 1e-14
+LEAST_VARIANCE, LARGEST_VARIANCE = 1e-14, 100.0  # a factor of e^10 from run to run says nothing of a metric
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Noise:
         scale_2K = np.stack([freedom / rng.chisquare(freedom, count) for freedom in self.freedom])
         squares_2K = (self.sums_22 @ np.array([self.run, self.point]))[:, None] * scale_2K
         if not self.sums_22[1].any():  # one checkpoint a run: the two cannot be told apart
-            return squares_2K[0] / self.sums_22[0, 0], np.zeros(count)
+            return np.minimum(squares_2K[0] / self.sums_22[0, 0], LARGEST_VARIANCE), np.zeros(count)
         run_K, point_K = np.linalg.solve(self.sums_22, squares_2K)
-        return np.maximum(run_K, 0.0), np.maximum(point_K, LEAST_VARIANCE)
+        return np.clip(run_K, 0.0, LARGEST_VARIANCE), np.clip(point_K, LEAST_VARIANCE, LARGEST_VARIANCE)
 
 
 def estimate(residual_N: Array, jacobian_NP: Array, run_N: NDArray[np.str_]) -> Noise:

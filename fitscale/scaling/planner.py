@@ -182,7 +182,7 @@ def outlook(
     theta_KP, _ = refit(prior.fit.law, x_NF, y_KN, np.repeat(prior.fit.theta_P[None], count, axis=0), prior.fit.loss)
     goal = pd.DataFrame({"train_flops": [target]})
     new_K = rng.normal(0, np.hypot(prior.run_noise, prior.point_noise), count)
-    ratio_K = new_K - np.log(prior.fit.metric(goal, theta_KP)[:, 0] / prior.fit.metric(goal)[0])
+    ratio_K = new_K - (prior.fit.log_metric(goal, theta_KP)[:, 0] - prior.fit.log_metric(goal)[0])
     low, high = np.exp(np.quantile(ratio_K, [0.05, 0.95]))
     bound = prior.fit.law.lower
     failed = float(np.mean((theta_KP <= bound + 1e-9).any(axis=1)))

@@ -17,6 +17,7 @@ REFUSALS = {
     "at_bound": "the best fit lies at the edge of what was searched",
     "at_start": "the fit never left its starting point",
     "unstable_fit": "fewer than 5 % of the starting points lead to the fit",
+    "not_identified": "many sets of parameters fit equally well",
     "edge_optimum": "the best size of a budget lies outside the sizes tried",
     "concave_optimum": "a budget without a minimum over size",
     "extrapolation": "a prediction further out than was agreed to",

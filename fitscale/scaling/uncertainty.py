@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from fitscale.scaling.fitting import Fit, in_order, refit
+from fitscale.scaling.fitting import Fit, exp, in_order, refit
 from fitscale.scaling.noise import Noise, estimate
 from fitscale.scaling.solver import Array
 
@@ -53,9 +53,8 @@ def resample(fit: Fit, used: pd.DataFrame, count: int, seed: int) -> Resamples:
     noise = fit_noise(fit, used)
     run_K, point_K = noise.draw(rng, count)
     names, group_N = np.unique(rows["run"].to_numpy(dtype=str), return_inverse=True)
-    log_N = np.log(fit.metric(rows))
     luck_KN = rng.normal(size=(count, len(names)))[:, group_N] * np.sqrt(run_K)[:, None]
-    y_KN = log_N + luck_KN + rng.normal(size=luck_KN.shape) * np.sqrt(point_K)[:, None]
+    y_KN = fit.log_metric(rows) + luck_KN + rng.normal(size=luck_KN.shape) * np.sqrt(point_K)[:, None]
     theta_KP, _ = refit(fit.law, x_NF, y_KN, np.repeat(fit.theta_P[None], count, axis=0), fit.loss)
     return Resamples(theta_KP, run_K, point_K, noise, len(names))
 
@@ -82,10 +81,9 @@ def fit_noise(fit: Fit, used: pd.DataFrame) -> Noise:
 
 def new_run_KN(fit: Fit, resamples: Resamples, rows: pd.DataFrame, seed: int) -> Array:
     """Draws of what a new run would measure at every row: the law's uncertainty and a replicate's noise together."""
-    log_KN = np.log(fit.metric(rows, resamples.theta_KP))
     spread_K = np.sqrt(resamples.run_K + resamples.point_K)
     noise_K = np.random.default_rng([seed, 1]).normal(size=len(spread_K)) * spread_K
-    return np.exp(np.clip(log_KN + noise_K[:, None], -700.0, 700.0))
+    return exp(fit.log_metric(rows, resamples.theta_KP) + noise_K[:, None])
 
 
 def floor_profile(fit: Fit, used: pd.DataFrame, level: float = 0.9) -> FloorProfile:
