@@ -135,7 +135,7 @@ def test_two_sizes_leave_a_law_of_size_and_data_a_valley():
     noise = np.exp(np.random.default_rng(0).normal(0, 0.01, len(images)))
     value = SURFACES["additive"][1](parameters, images) * noise
     data = pd.DataFrame({"run": "r", "parameters": parameters, "images": images, "value": value})
-    with pytest.raises(Refusal, match="2 of parameters, 7 of images.*4 of 5 parameters apart") as caught:
+    with pytest.raises(Refusal, match=r"2 of parameters, 7 of images.*4 of 5 parameters apart") as caught:
         fit_law(LAWS["additive"], data)
     assert caught.value.code == "not_identified"
     assert fit_law(LAWS["separable"], data).named()["alpha"] > 0
