@@ -157,3 +157,17 @@ def test_opened_again_the_plan_is_the_same(index):
 def test_order_is_numpys_stable_one_whatever_bits_are_equal(kept):
     words = random_words(1, 2, 3, 4, 5000) & np.uint64(kept) if kept else random_words(1, 2, 3, 4, 100_000)
     np.testing.assert_array_equal(stable_order(words), np.argsort(words, kind="stable"))
+
+
+def test_shards_ahead_are_those_of_the_next_window(index):
+    """Over two epochs and into the third, whose order is another."""
+    one = plan(index).streams[0]
+    shards = index.images["shard"][one.images(0, 3 * IMAGES)]
+    names = [shard.name for shard in index.meta.shards]
+    ahead = [[names.index(shard.name) for shard in one.shards_ahead(place)] for place in range(2 * IMAGES)]
+    starts = [place for place in range(1, 2 * IMAGES) if ahead[place] != ahead[place - 1]]
+    assert len(starts) == 2 * 5 - 1  # 13 shards, windows of 3
+    for start in starts:
+        wanted = ahead[start - 1]
+        images = sum(index.meta.shards[shard].images for shard in wanted)
+        assert set(shards[start : start + images].tolist()) == set(wanted)

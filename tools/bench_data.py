@@ -137,34 +137,32 @@ def loader(folder: Path, images: int, passes: int) -> None:
             writer.write(Sample(f"{number}", 0, [Variant(rng.standard_normal((4, 32, 32)).astype(np.float16))]))
     plan = make_plan(build_index(folder), 256)
     steps = images // 256
-    read(plan, folder, 0, steps)  # warms files and allocator
-    start = resident_mb()
-    report(
-        "loader, 256-token latents, warm files: samples/s per core", f"{images / seconds_cpu(plan, folder, steps):,.0f}"
-    )
+    read(plan, steps)  # warms files and allocator
+    report("loader, 256-token latents, warm files: samples/s per core", f"{images / seconds_cpu(plan, steps):,.0f}")
     for path in folder.glob("*.tar"):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    cold = timed(lambda: read(plan, folder, 0, steps), time.perf_counter) / 1e3
+    cold = timed(lambda: read(plan, steps), time.perf_counter) / 1e3
     report("cold files (page cache dropped): samples/s", f"{images / cold:,.0f}")
-    read(plan, folder, 0, passes * steps)
-    seen = passes * images
-    report(f"resident memory after {seen:,} samples, against after {images:,}", f"{resident_mb() / start - 1:+.1%}")
+    resident = read(plan, passes * steps)
+    growth = max(resident[steps:]) / resident[steps - 1] - 1
+    report(f"resident memory, most until {passes * images:,} samples, against after {images:,}", f"{growth:+.1%}")
 
 
-def seconds_cpu(plan: BatchPlan, folder: Path, steps: int) -> float:
+def seconds_cpu(plan: BatchPlan, steps: int) -> float:
     start = time.process_time()
-    read(plan, folder, 0, steps)
+    read(plan, steps)
     return time.process_time() - start
 
 
-def read(plan: BatchPlan, folder: Path, first: int, last: int) -> None:
+def read(plan: BatchPlan, steps: int) -> list[float]:
+    """Resident memory in MB at every step."""
     from fitscale.data.loader import make_loader
 
     settings = {"dp_rank": 0, "dp_size": 1, "pack_tokens": 16384, "pad_multiple": 1, "cost": (1.0, 1e-4)}
-    for _ in make_loader(plan, first_step=first, last_step=last, num_workers=0, prefetch_steps=1, **settings):
-        pass
+    loader = make_loader(plan, first_step=0, last_step=steps, num_workers=0, prefetch_steps=1, **settings)
+    return [resident_mb() for _ in loader]
 
 
 if __name__ == "__main__":
