@@ -1,5 +1,6 @@
 """Packing: every image once, no pack over the limit, ranks even, hardly any padding, fast at any size."""
 
+import sys
 import time
 
 import numpy as np
@@ -158,6 +159,24 @@ def test_16384_images_take_under_100_ms(dp_size, kind):
     assert seconds(16384, dp_size, kind) < 0.1
 
 
+def calls(images: int, dp_size: int, kind: str) -> int:
+    """Functions called, Python's and C's: a measure of the work that no neighbour on the machine changes."""
+    tokens, count = DISTRIBUTIONS[kind](np.random.default_rng(1), images), 0
+
+    def counting(*_: object) -> None:
+        nonlocal count
+        count += 1
+
+    sys.setprofile(counting)
+    try:
+        pack(tokens, dp_size)
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("kind", sorted(DISTRIBUTIONS))
 @pytest.mark.parametrize("dp_size", [8, 64])
-def test_cost_grows_near_linearly(dp_size):
-    assert seconds(16384, dp_size, "fit") < 8 * 1.5 * seconds(2048, dp_size, "fit")
+def test_cost_grows_near_linearly(dp_size, kind):
+    """Some packs do not come out at first and are cut again, once or twice: 7 to 42 calls an image, at any size."""
+    assert all(calls(images, dp_size, kind) < 50 * images for images in (256, 2048, 16384, 65536))
