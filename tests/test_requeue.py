@@ -1,12 +1,14 @@
 """The end of a batch script: which ends of a job queue it again (Slurm's two commands stand in, for every case)."""
 
-import json
 import os
 import subprocess
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from fitscale.config.rundir import RunDir
+from fitscale.train.attempt import begin_attempt
 from fitscale.train.job import FAILED, SIGNALLED_STARTS, requeue_lines
 
 JOB = "70"
@@ -25,20 +27,10 @@ def requeued(folder: Path, code: int, state: str = "RUNNING", restart: int = 0) 
     return (folder / "requeued").exists()
 
 
-def begin(folder: Path, job: str, restart: int, attempt: int = 1) -> None:
+def begin(folder: Path, job: str, restart: int) -> None:
     """What a start of training leaves in the run directory."""
-    row = {
-        "attempt": attempt,
-        "job": job,
-        "host": "node1",
-        "event": "start",
-        "step": 0,
-        "restart": restart,
-        "nodes": "n",
-    }
-    with open(folder / "attempts.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
-    (folder / "attempt.json").write_text(json.dumps({"attempt": attempt, "job": job, "host": "node1"}))
+    with patch.dict(os.environ, {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restart)}):
+        begin_attempt(RunDir(folder), 0)
 
 
 @pytest.mark.parametrize("code", [KILLED, REFUSED, 1])
@@ -59,9 +51,10 @@ def test_a_run_that_says_that_it_cannot_go_on_does_not(tmp_path):
     assert not requeued(tmp_path, KILLED)
 
 
-def test_a_run_that_a_newer_start_owns_does_not(tmp_path):
+@pytest.mark.parametrize(("job", "restart"), [("71", 0), (JOB, 1)])
+def test_a_run_that_a_newer_start_owns_does_not(tmp_path, job, restart):
     begin(tmp_path, JOB, 0)
-    begin(tmp_path, "71", 0, attempt=2)
+    begin(tmp_path, job, restart)
     assert not requeued(tmp_path, KILLED)
 
 

@@ -76,7 +76,8 @@ def begin_attempt(run: RunDir, step: int) -> Attempt:
         attempt = Attempt(run, 1 + max((row["attempt"] for row in rows), default=0), uuid.uuid4().hex)
         job = os.environ.get("SLURM_JOB_ID")
         _require_progress(run, rows, job, step)
-        row = {"attempt": attempt.number, "job": job, "host": socket.gethostname()}
+        restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        row = {"attempt": attempt.number, "job": job, "restart": restart, "host": socket.gethostname()}
         write_atomic(run.path / "attempt.json", json.dumps({**row, "token": attempt.token}))
         append_jsonl(run.attempts, {**row, **_start_row(run, rows, step)})
         for leftover in (run.path / "checkpoints").glob(".saving-*"):
@@ -91,7 +92,6 @@ def _start_row(run: RunDir, rows: list[dict[str, Any]], step: int) -> dict[str, 
         "event": "start",
         "time_unix_s": time.time(),
         "step": step,
-        "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         "nodes": os.environ.get("SLURM_JOB_NODELIST"),
         "previous_ended": None if previous is None else previous.get("reason", "killed"),
         "lost_steps": max(0, metrics[-1]["step"] - step) if metrics else 0,

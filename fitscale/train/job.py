@@ -137,18 +137,20 @@ def requeue_lines(run_dir: Path) -> list[str]:
     """Shell lines for the end of a job's batch script: queue the job again unless that is of no use.
 
     - Training that has begun (a line of attempts.jsonl names this start) goes on after whatever ended it, a killed rank
-      or lost peers, but not if the run said itself that it cannot go on, or a newer start owns the run directory.
+      or lost peers, but not if the run said itself that it cannot go on, or a newer start owns the run directory: of
+      another job, or of this job on other nodes, if Slurm had lost sight of this one.
     - What ended before that, and an evaluation, goes on if a signal ended it: USR2 kills a Python without a handler.
     - Nothing goes on that Slurm itself is ending (cancelled, or requeued).
     """
     failed, owner = quote(str(run_dir / FAILED)), quote(str(run_dir / "attempt.json"))
     attempts = quote(str(run_dir / "attempts.jsonl"))
+    this_start = r'"\"job\": \"$SLURM_JOB_ID\", \"restart\": $restart,"'  # in both files (train/attempt.py)
     return [
         "code=$?",
         "restart=${SLURM_RESTART_COUNT:-0}",
         "again=",
-        f'if grep -qs "\\"job\\": \\"$SLURM_JOB_ID\\".*\\"restart\\": $restart," {attempts}; then',
-        f'    if [ ! -e {failed} ] && grep -q "\\"job\\": \\"$SLURM_JOB_ID\\"" {owner}; then again=1; fi',
+        f"if grep -qs {this_start} {attempts}; then",
+        f"    if [ ! -e {failed} ] && grep -q {this_start} {owner}; then again=1; fi",
         f"elif [ $code -gt 128 ] && [ $restart -lt {SIGNALLED_STARTS} ]; then again=1; fi",
         'if [ $code -ne 0 ] && [ -n "$again" ] &&',
         '    [ "$(squeue --noheader --jobs $SLURM_JOB_ID --format %T)" = RUNNING ]; then',

@@ -7,7 +7,9 @@ run directory already.
 import os
 import shutil
 import subprocess
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from shlex import quote
 from time import time
 from typing import Any
@@ -147,11 +149,12 @@ def submit(executor: SlurmExecutor, job: Job) -> str:
         UserError: sbatch refuses it, or there is no room to write.
     """
     try:
-        job_id = executor.submit(job).job_id
+        with redirect_stderr(StringIO()):  # where submitit repeats what sbatch says
+            job_id = executor.submit(job).job_id
         append_jsonl(RunDir(job.run_dir).jobs, {"job": job_id, **job.about, "time_unix_s": time()})
     except (FailedJobError, FailedSubmissionError) as error:
         reasons = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
-        raise UserError(f"sbatch refused the job: {reasons[-1].strip()}") from error
+        raise UserError(f"sbatch refused the job: {reasons[-1].strip().removeprefix('sbatch: error: ')}") from error
     except OSError as error:
         raise UserError(f"{job.run_dir}: cannot be written ({os.strerror(error.errno or 0)})") from error
     return job_id

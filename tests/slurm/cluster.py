@@ -20,6 +20,8 @@ from typing import IO
 
 import yaml
 
+from fitscale.config.claim import claim
+from fitscale.config.load import load_config
 from fitscale.config.rundir import RunDir, read_jsonl
 from tests.tiny import OVERRIDES
 
@@ -193,3 +195,8 @@ def saved_step(run: RunDir) -> int:
 def starts(run: RunDir) -> list[dict]:
     """The lines of attempts.jsonl that say that an attempt started."""
     return [row for row in read_jsonl(run.attempts) if row["event"] == "start"]
+
+
+def end_soon(run: RunDir, steps: int) -> None:
+    """Give a run that waits in the queue only `steps` more than it has saved."""
+    claim(load_config([str(run.config), f"run.steps={saved_step(run) + steps}"]))

@@ -1,0 +1,219 @@
+"""On a real Slurm: what status.py says in a job's life, who may write into a run directory, and what is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fitscale.config.rundir import RunDir, read_jsonl
+from tests.slurm.cluster import Cluster, end_soon, last_step, saved_step, starts, wait_until, write_profile
+from tests.tiny import OVERRIDES
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+EVERY = 20
+LONG = ("run.steps=1000000", f"checkpoint.every_steps={EVERY}", "model.depth=1")
+LATER = {"begin": "now+1hour"}  # such a job waits until the test has it start
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    """One node with one task."""
+    return write_profile(tmp_path / "profile.yaml", tasks_per_node=1)
+
+
+@pytest.fixture
+def later(tmp_path: Path) -> Path:
+    return write_profile(tmp_path / "later.yaml", tasks_per_node=1, sbatch=LATER)
+
+
+def begin(cluster: Cluster, job: str) -> None:
+    cluster.control("update", f"jobid={job}", "starttime=now")
+
+
+def wait_for_a_save(run: RunDir, number: int) -> None:
+    """Wait until attempt `number` has saved a step of its own."""
+    wait_until(lambda: len(starts(run)) == number, f"start {number}")
+    wait_until(lambda: saved_step(run) > starts(run)[-1]["step"], f"a save of start {number}")
+
+
+# --- status -------------------------------------------------------------------------------------
+
+
+class Watched:
+    """A run, its job, and what status.py says of it, compared with Slurm's queue, sacct and the run directory."""
+
+    def __init__(self, cluster: Cluster, run: RunDir, shards: Path, profile: Path, *overrides: str) -> None:
+        self.cluster, self.run = cluster, run
+        self.job = cluster.submit(run, shards, profile, *overrides)
+
+    def accounts(self, *options: str) -> list[str]:
+        """The job's states in accounting."""
+        command = ("sacct", "--noheader", "--parsable2", "--allocations", "--format=State", f"--jobs={self.job}")
+        return [line.split()[0] for line in self.cluster.run(*command, *options).stdout.splitlines()]
+
+    def check(self, state: str, slurm: str) -> dict[str, Any]:
+        """status.py says `state` while queue and accounting say `slurm`; the row, true of the run directory."""
+        wait_until(lambda: self.cluster.state(self.job) == slurm, f"{self.job} to be {slurm}")
+        wait_until(lambda: self.accounts() == [slurm], f"{self.job} to be {slurm} in accounting")
+        before = last_step(self.run)
+        told = self.cluster.python("status.py", self.run.path, "--json", check=False)
+        assert told.returncode == (state == "FAILED"), told.stderr
+        row = json.loads(told.stdout)
+        assert before <= row["step"] <= last_step(self.run)
+        nodes = [start["nodes"] for start in starts(self.run)]
+        assert (row["attempts"], row["nodes"]) == (len(nodes), nodes[-1] if nodes else None)
+        assert row["job"] == (self.job if slurm in ("PENDING", "RUNNING") else None)
+        assert self.cluster.state(self.job) == slurm, "the job went on meanwhile: the test is too slow"
+        assert row["state"] == state, row
+        return row
+
+
+def test_status_says_what_slurm_and_the_run_directory_say(slurm_cluster, tmp_path, digits_shards, later):
+    lost_shards = shutil.copytree(digits_shards, tmp_path / "shards")
+    run = Watched(slurm_cluster, RunDir(tmp_path / "run"), digits_shards, later, *LONG)
+    failing = Watched(slurm_cluster, RunDir(tmp_path / "failing"), lost_shards, later, *LONG)
+    given_up = Watched(slurm_cluster, RunDir(tmp_path / "given-up"), digits_shards, later, *LONG)
+    shutil.rmtree(lost_shards)
+    for watched in (run, failing, given_up):
+        row = watched.check("PENDING", "PENDING")
+        assert (row["attempts"], row["step"], row["loss"], row["error"]) == (0, 0, None, None)
+
+    begin(slurm_cluster, failing.job)
+    begin(slurm_cluster, run.job)
+    told = slurm_cluster.python("status.py", given_up.run.path, "--cancel").stdout
+    assert told == f"cancelled: {given_up.job}\n"
+    given_up.check("STOPPED", "CANCELLED")
+
+    wait_for_a_save(run.run, 1)
+    row = run.check("RUNNING", "RUNNING")
+    assert row["step"] > 0 and row["images_per_s"] > 0
+    assert failing.check("FAILED", "FAILED")["error"] == [f"{lost_shards}/index.json: no such index"]
+
+    slurm_cluster.stop(row["nodes"])  # where the job's script runs, too
+    slurm_cluster.control("update", f"jobid={run.job}", "starttime=now+1hour")
+    assert run.check("PENDING", "PENDING")["step"] >= row["step"]
+    assert run.accounts("--duplicates") == ["NODE_FAIL", "PENDING"]
+    end_soon(run.run, 2 * EVERY)
+    begin(slurm_cluster, run.job)  # on the other node
+    row = run.check("FINISHED", "COMPLETED")
+    assert (row["attempts"], row["step"], row["left_h"]) == (2, saved_step(run.run), 0)
+    assert run.accounts("--duplicates") == ["NODE_FAIL", "COMPLETED"]
+    first, second = starts(run.run)
+    assert first["nodes"] != second["nodes"] and second["previous_ended"] == "killed"
+    slurm_cluster.start()
+
+
+# --- who may write ------------------------------------------------------------------------------
+
+
+def on_the_same_node(pid: int) -> Iterator[tuple[int, str]]:
+    """(process id, name) of all processes of the node on which `pid` runs."""
+    node = os.readlink(f"/proc/{pid}/ns/pid")
+    if node == os.readlink("/proc/self/ns/pid"):
+        pytest.skip("without namespaces a node's processes are not told from others")
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.readlink(process / "ns/pid") == node:
+                yield int(process.name), (process / "comm").read_text().strip()
+        except OSError:
+            continue
+
+
+def has_ended(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_the_newest_start_owns_the_run_directory(slurm_cluster, tmp_path, digits_shards, profile):
+    """A node freezes and thaws when its job runs on another; then somebody submits the run a second time by hand."""
+    run = RunDir(tmp_path / "run")
+    job = slurm_cluster.submit(run, digits_shards, profile, *LONG)
+    wait_for_a_save(run, 1)
+    stale, node = slurm_cluster.ranks(job)[0], starts(run)[0]["nodes"]
+    frozen = dict(on_the_same_node(stale))
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    slurm_cluster.control("update", f"nodename={node}", "state=down", "reason=frozen")
+    wait_for_a_save(run, 2)
+    assert starts(run)[1]["job"] == job and starts(run)[1]["nodes"] != node
+
+    for pid in [stale, *(pid for pid, name in frozen.items() if name != "slurmd")]:
+        os.kill(pid, signal.SIGCONT)  # the rank first, then those that wait for it; none that would kill them
+    scripts = [pid for pid, name in frozen.items() if name == "slurm_script"]
+    wait_until(lambda: all(map(has_ended, [stale, *scripts])), "the end of the earlier attempt")
+    said = f"error: {run.path}: attempt 2 (job {job} on {starts(run)[1]['nodes']}) has taken over; this is attempt 1"
+    assert said in (run.path / "log.txt").read_text()
+    goes_on(slurm_cluster, run, job, 2)
+    slurm_cluster.stop(node)
+    slurm_cluster.start()
+
+    by_hand = f"{sys.executable} -m fitscale train {run.config}"
+    told = slurm_cluster.run("sbatch", "--parsable", "--output", str(tmp_path / "out.txt"), "--wrap", by_hand)
+    second = told.stdout.strip()
+    wait_until(lambda: slurm_cluster.state(job) == "FAILED", "the end of the first job")
+    assert not (run.path / "failed.txt").exists()
+    wait_for_a_save(run, 3)
+    goes_on(slurm_cluster, run, second, 3)
+    assert slurm_cluster.state(job) == "FAILED"  # not queued again
+
+    slurm_cluster.run("scancel", second)
+    wait_until(lambda: slurm_cluster.state(second) == "CANCELLED", "the end of the second job")
+    assert read_jsonl(run.attempts)[-1]["reason"] == "SIGTERM" and saved_step(run) == last_step(run)
+    assert [row["step"] for row in read_jsonl(run.metrics)] == list(range(1, last_step(run) + 1))
+
+
+def goes_on(cluster: Cluster, run: RunDir, job: str, number: int) -> None:
+    """Attempt `number` is the newest, runs in `job`, and saves."""
+    step = last_step(run)
+    wait_until(lambda: saved_step(run) > step, f"a later save of attempt {number}")
+    assert [start["attempt"] for start in starts(run)] == list(range(1, number + 1))
+    assert starts(run)[-1]["job"] == job and cluster.state(job) == "RUNNING"
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def refused(cluster: Cluster, run: Path, shards: Path, profile: Path, *arguments: str) -> str:
+    """The one message of a submission that is refused."""
+    where = (f"run.dir={run}", f"data.shards={shards}", "--cluster", profile)
+    result = cluster.python("submit.py", *OVERRIDES, *where, *arguments, check=False)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+def test_an_unknown_partition_is_refused(slurm_cluster, tmp_path, digits_shards):
+    profile = write_profile(tmp_path / "profile.yaml", partition="gpu")
+    message = refused(slurm_cluster, tmp_path / "run", digits_shards, profile)
+    assert message == "error: partition: 'gpu' is unknown to this cluster; it has: high, main\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_sbatch_refuses_is_said(slurm_cluster, tmp_path, digits_shards):
+    profile = write_profile(tmp_path / "profile.yaml", max_nodes=8)
+    message = refused(slurm_cluster, tmp_path / "run", digits_shards, profile, "--nodes", "3")
+    assert message.startswith("error: sbatch refused the job: "), message
+    print(message)
+    print(list((tmp_path / "run").rglob("*")))
+
+
+def test_a_full_disk_ends_the_run_and_is_said(slurm_cluster, tmp_path, digits_shards, profile):
+    """The run's directory has room for its records, but not for a checkpoint."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    run = RunDir(disk / "run")
+    try:
+        watched = Watched(slurm_cluster, run, digits_shards, profile, "run.steps=3", "wandb.mode=disabled")
+        row = watched.check("FAILED", "FAILED")
+        assert row["error"] == [f"{run.path}: the last checkpoint could not be saved; make room and start again"]
+        assert row["step"] == 3 and not list((run.path / "checkpoints").iterdir())
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
