@@ -1,10 +1,10 @@
-# make demo | slurm-demo | test | lint | format. Each makes .venv first if it is missing or older than what it was made from.
+# make demo | slurm-demo | test | test-slurm | lint | format. Each makes .venv first if it is missing or out of date.
 PYTHON311 ?= python3.11
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo slurm-demo test lint format
+.PHONY: demo slurm-demo test test-slurm lint format
 
 demo: $(INSTALLED)
 	$(PYTHON) tools/demo.py
@@ -13,7 +13,10 @@ slurm-demo: $(INSTALLED)
 	$(PYTHON) slurm/demo.py
 
 test: $(INSTALLED)
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slurm"
+
+test-slurm: $(INSTALLED)
+	$(PYTHON) -m pytest -n 2 --dist loadfile tests/slurm
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .
