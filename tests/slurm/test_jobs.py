@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,12 @@ def on_the_same_node(pid: int) -> Iterator[tuple[int, str]]:
             continue
 
 
+def send(signum: signal.Signals, pids: list[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):  # ended meanwhile
+            os.kill(pid, signum)
+
+
 def has_ended(pid: int) -> bool:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
@@ -142,14 +149,13 @@ def test_the_newest_start_owns_the_run_directory(slurm_cluster, tmp_path, digits
     wait_for_a_save(run, 1)
     stale, node = slurm_cluster.ranks(job)[0], starts(run)[0]["nodes"]
     frozen = dict(on_the_same_node(stale))
-    for pid in frozen:
-        os.kill(pid, signal.SIGSTOP)
+    send(signal.SIGSTOP, list(frozen))
     slurm_cluster.control("update", f"nodename={node}", "state=down", "reason=frozen")
     wait_for_a_save(run, 2)
     assert starts(run)[1]["job"] == job and starts(run)[1]["nodes"] != node
 
-    for pid in [stale, *(pid for pid, name in frozen.items() if name != "slurmd")]:
-        os.kill(pid, signal.SIGCONT)  # the rank first, then those that wait for it; none that would kill them
+    # the rank first, then those that wait for it, but not the daemon that would kill them
+    send(signal.SIGCONT, [stale, *(pid for pid, name in frozen.items() if name != "slurmd")])
     scripts = [pid for pid, name in frozen.items() if name == "slurm_script"]
     wait_until(lambda: all(map(has_ended, [stale, *scripts])), "the end of the earlier attempt")
     said = f"error: {run.path}: attempt 2 (job {job} on {starts(run)[1]['nodes']}) has taken over; this is attempt 1"
