@@ -225,5 +225,7 @@ def test_exit_codes(sweep, tmp_path):
     refused = run_tool("fit_scaling", sweep, "--metric", "fid", "-o", tmp_path / "refused")
     assert refused.returncode == 2 and "refused (no_rows)" in refused.stderr
     assert "Refused (no_rows)" in (tmp_path / "refused" / "report.html").read_text()
+    vague = run_tool("fit_scaling", sweep, "--where", "key_guidance", "-o", tmp_path / "vague")
+    assert vague.returncode == 2 and vague.stderr == "error: --where key_guidance: give COLUMN=VALUE\n"
     wrong = run_tool("fit_scaling", tmp_path / "nothing", "-o", tmp_path / "wrong")
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and not (tmp_path / "wrong").exists()

@@ -95,7 +95,7 @@ def _headline(study: Study, result: LawResult) -> str:
     counted = result.predictions[result.predictions["chosen"]] if len(result.predictions) else result.predictions
     if counted.empty:
         return f"{start}: scatter of a new run {result.resamples.noise.total:.1%}; no held-out point tests it."
-    last = counted.loc[counted["train_flops"].idxmax()]
+    last = counted.sort_values("train_flops").iloc[-1]
     where = "inside" if last["inside"] else "OUTSIDE"
     return (
         f"{start}: predicts a {readable(study.question.metric)} of {number(last['predicted'])} for the held-out size "
