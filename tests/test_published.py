@@ -72,14 +72,18 @@ def test_repa_with_xl_held_out_prints_every_point(tmp_path):
         "fid",
         "--law",
         "offset",
+        "power",
         "additive",
         "--extrapolate",
         "-o",
         tmp_path,
     )
     assert done.returncode == 0, done.stderr
+    assert "refused (not_identified): additive law" in done.stderr, "two sizes leave a law of size and data a valley"
     held_out = rows[rows["size"] == "SiT-XL/2"]
-    for law in json.loads((tmp_path / "fit.json").read_text())["laws"]:
+    laws = json.loads((tmp_path / "fit.json").read_text())["laws"]
+    assert [law["law"] for law in laws] == ["offset", "power"]
+    for law in laws:
         assert [point["value"] for point in law["predictions"]] == list(held_out["value"])
         assert all(np.isfinite(point["error"]) for point in law["predictions"])
     report = (tmp_path / "report.md").read_text()
@@ -117,6 +121,7 @@ def test_olmo_ladder_is_repeated_and_shown_as_a_miss(tmp_path):
     assert point["predicted"] == pytest.approx(2.3444, abs=0.001)
     assert point["error"] == pytest.approx(-0.038, abs=0.0005)
     covered = point["low"] <= point["value"] <= point["high"]
+    assert "for the held-out size 13B-5T" in done.stdout and "error -3.8%" in done.stdout
     assert covered or any(caution["code"] == "missed" for caution in record["cautions"])
 
 

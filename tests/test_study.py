@@ -16,11 +16,8 @@ from fitscale.scaling.select import select
 from fitscale.scaling.study import Question, study
 from fitscale.scaling.wording import number, report_content, size_table
 from tests.programs import run_tool
+from tests.sample_folders import write_samples
 from tests.synthetic_runs import write_sweep
-
-PIXEL = bytes.fromhex(
-    "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c6360606060000000050001a5f645400000000049454e44ae426082"
-)
 
 
 def frontier_law(train_flops, parameters):
@@ -205,26 +202,19 @@ def from_the_shell(*arguments):
 
 
 def test_fit_scaling_from_the_shell(sweep, tmp_path):
-    sheet = tmp_path / "contact_sheet.png"
-    sheet.write_bytes(PIXEL)
+    folders = [write_samples(tmp_path / size, sweep / f"{size}-seed0", 20000) for size in ("s", "l")]
     out = tmp_path / "report"
-    done = from_the_shell(sweep, "--law", "offset", "power", "--image", sheet, "--resamples", "50", "-o", out)
+    done = from_the_shell(sweep, "--law", "offset", "power", "--samples", *folders, "--resamples", "50", "-o", out)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in out.iterdir()) == [
-        "curves.png",
-        "curves.svg",
-        "fit.json",
-        "predictions.png",
-        "predictions.svg",
-        "report.html",
-        "report.md",
-        "residuals.png",
-        "residuals.svg",
+    figures = [
+        f"{name}.{kind}" for name in ("curves", "predictions", "residuals", "samples") for kind in ("png", "svg")
     ]
+    assert {path.name for path in out.iterdir()} == {*figures, "fit.json", "report.html", "report.md"}
     record = json.loads((out / "fit.json").read_text())
     assert record["held_out"] == ["l"] and {law["law"] for law in record["laws"]} == {"offset", "power"}
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4 and "contact sheet" in page
+    assert page.count("data:image/png;base64,") == 4 + len(folders) and "s after 20,000 steps" in page
+    assert "](samples.png)" in (out / "report.md").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page), "the page must be self-contained"
     assert page.index("Caution") < page.index("Sizes, at their last evaluation")
 
@@ -235,5 +225,7 @@ def test_exit_codes(sweep, tmp_path):
     refused = run_tool("fit_scaling", sweep, "--metric", "fid", "-o", tmp_path / "refused")
     assert refused.returncode == 2 and "refused (no_rows)" in refused.stderr
     assert "Refused (no_rows)" in (tmp_path / "refused" / "report.html").read_text()
+    vague = run_tool("fit_scaling", sweep, "--where", "key_guidance", "-o", tmp_path / "vague")
+    assert vague.returncode == 2 and vague.stderr == "error: --where key_guidance: give COLUMN=VALUE\n"
     wrong = run_tool("fit_scaling", tmp_path / "nothing", "-o", tmp_path / "wrong")
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and not (tmp_path / "wrong").exists()

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 PROBLEMS = 3
 
 
+MOST_NAMED = 12  # sizes in the closing line
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -48,8 +51,9 @@ def collect_runs(options: argparse.Namespace) -> int:
     table = _derived(_table(options.runs, options.columns), options)
     if options.output:
         write_table(table, options.output)
-        sizes = ", ".join(table["size"].dropna().unique())
-        print(f"{options.output}: {len(table)} evaluations of {table['run'].nunique()} runs, sizes {sizes}")
+        sizes = list(table["size"].dropna().unique())
+        named = ", ".join(sizes[:MOST_NAMED]) + (f" and {len(sizes) - MOST_NAMED} more" if sizes[MOST_NAMED:] else "")
+        print(f"{options.output}: {len(table)} evaluations of {table['run'].nunique()} runs, sizes {named}")
     if not options.check:
         return 0
     found = problems(table)

@@ -4,7 +4,7 @@
 2. A classifier: the eye of the Frechet distance, as Inception is for FID.
 3. A sweep: four sizes of FiTv2, trained, and evaluated at log-spaced steps.
 4. Guided samples of every size, and the share that the classifier recognises.
-5. Contact sheets of the largest size, at a size trained on and at sizes that no training image has.
+5. Contact sheets of every size of model, and of the largest at image sizes that no training image has.
 6. One table of all evaluations.
 7. The law, with the largest size held out, and its report.
 
@@ -124,18 +124,11 @@ def all_steps(runs: dict[str, RunDir], last: dict[str, int], configs: tuple[Path
         for name, run in runs.items()
     ]
     largest = list(runs.values())[-1]
-    sheets = [
-        Step(
-            f"samples of {height} x {width} pixels, {kind}",
-            f"fitscale sample {largest.path} --height {height} --width {width} --count 40 --guidance {GUIDANCE:g} "
-            f"--out {sheet(largest, kind).parent}{STRETCH.get(kind, '')}",
-            (sheet(largest, kind),),
-        )
-        for kind, (height, width) in SHEETS.items()
-    ]
+    drawn = [(run, "trained") for run in runs.values()] + [(largest, kind) for kind in SHEETS if kind != "trained"]
+    sheets = [sheet_step(run, kind) for run, kind in drawn]
     folders = " ".join(str(run.path) for run in runs.values())
-    images = " ".join(f"--image {sheet(largest, kind)}" for kind in SHEETS)
-    fit = f"python tools/fit_scaling.py {TABLE} --metric fd --where key_guidance=1.0 {images} -o {REPORT}"
+    samples = " ".join(str(sheet(run, kind).parent) for run, kind in drawn)
+    fit = f"python tools/fit_scaling.py {TABLE} --metric fd --where key_guidance=1.0 --samples {samples} -o {REPORT}"
     return [
         Step("shards of cropped digits", f"python tools/make_shards.py digits {SHARDS}", (SHARDS / "index.json",)),
         Step("classifier", f"python tools/train_digits_classifier.py {CLASSIFIER}", (CLASSIFIER,)),
@@ -145,6 +138,16 @@ def all_steps(runs: dict[str, RunDir], last: dict[str, int], configs: tuple[Path
         Step("one table of all evaluations", f"python tools/collect_runs.py {folders} -o {TABLE}", (TABLE,)),
         Step("the law, the largest size held out", fit, (REPORT / "report.html", REPORT / "curves.png")),
     ]
+
+
+def sheet_step(run: RunDir, kind: str) -> Step:
+    height, width = SHEETS[kind]
+    return Step(
+        f"samples of {height} x {width} pixels, {kind}, by size {run.path.name}",
+        f"fitscale sample {run.path} --height {height} --width {width} --count 40 --guidance {GUIDANCE:g} "
+        f"--out {sheet(run, kind).parent}{STRETCH.get(kind, '')}",
+        (sheet(run, kind),),
+    )
 
 
 def sheet(run: RunDir, kind: str) -> Path:

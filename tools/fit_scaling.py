@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from fitscale.config.main import exit_code
 
 if TYPE_CHECKING:
+    from fitscale.scaling.samples import SampleFolder
     from fitscale.scaling.study import Question, Study
 
 FITTED, REFUSED, CAUTIONS = 0, 2, 3
@@ -31,8 +32,7 @@ def fit_scaling(options: argparse.Namespace) -> int:
     from fitscale.scaling.study import study
 
     answer = study(load_table(options.runs), _question(options))
-    images = options.image or contact_sheets(options.runs)
-    written = write_report(answer, options.output, images)
+    written = write_report(answer, options.output, _sample_folders(options, answer))
     _say(answer)
     print("\n".join(f"wrote {path}" for path in written))
     if not answer.answered:
@@ -40,23 +40,30 @@ def fit_scaling(options: argparse.Namespace) -> int:
     return CAUTIONS if options.strict and (answer.cautions or answer.refusals) else FITTED
 
 
-def contact_sheets(paths: list[Path]) -> list[Path]:
-    """Contact sheets inside the run directories."""
-    folders = [path for path in paths if path.is_dir()]
-    return [sheet for folder in folders for sheet in sorted(folder.rglob("samples/**/contact*.png"))]
+def _sample_folders(options: argparse.Namespace, answer: "Study") -> list["SampleFolder"]:
+    """Those asked for, or those inside the run directories whose checkpoint is a row of the study."""
+    from fitscale.scaling.samples import find_folders, read_folder, row_of
+
+    if options.samples or not len(answer.rows):
+        return [read_folder(path) for path in options.samples]
+    found = [(folder, row_of(answer.rows, folder)) for folder in map(read_folder, find_folders(options.runs))]
+    for folder, row in found:
+        if row is None:
+            print(f"not drawn: {folder.path}: its checkpoint is not among the rows fitted", file=sys.stderr)
+    return [folder for folder, row in found if row is not None]
 
 
 def _question(options: argparse.Namespace) -> "Question":
+    from fitscale.scaling.arguments import conditions
     from fitscale.scaling.fitting import Loss
     from fitscale.scaling.study import Question
 
-    wheres = [where.partition("=") for where in options.where]
     return Question(
         metric=options.metric,
         laws=tuple(dict.fromkeys(options.law)),
         points=options.points,
         hold_out=() if options.hold_out == ["none"] else tuple(options.hold_out),
-        where={name: value for name, _, value in wheres},
+        where=conditions(options.where),
         from_step=options.from_step,
         drop_missing=options.drop_missing,
         extrapolate=options.extrapolate,
@@ -78,30 +85,27 @@ def _say(answer: "Study") -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from fitscale.scaling.arguments import add_row_options
     from fitscale.scaling.study import CHOICES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_row_options(parser)
     add = parser.add_argument
-    add(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUNS",
-        help="run directories, folders of them, or one .csv or .parquet table",
-    )
     add("--law", nargs="+", choices=CHOICES, default=["offset", "power"], help="laws; the best is shown first")
-    add("--metric", default="fd", help="metric to fit (default: fd)")
-    add("--points", choices=("frontier", "last", "all"), default="frontier", help="rows the law speaks of")
     add("--hold-out", nargs="+", default=["largest"], metavar="SIZE", help="sizes to predict: largest, none or names")
-    add("--where", action="append", default=[], metavar="COLUMN=VALUE", help="keep only such rows; may be repeated")
-    add("--from-step", type=int, default=0, help="leave out evaluations before this step (warm-up)")
-    add("--drop-missing", action="store_true", help="leave out rows without a value instead of refusing")
     add("--extrapolate", action="store_true", help="agree to predictions at more than 10 times the fitted compute")
-    add("--resamples", type=int, default=1000, help="resamples of whole runs (default: 1000)")
+    add("--resamples", type=int, default=4000, help="times that the luck of all runs is drawn anew (default: 4000)")
     add("--huber", type=float, metavar="DELTA", help="Huber's loss with this corner instead of squares")
     add("--linear", action="store_true", help="residuals of the metric itself instead of its logarithm")
     add("--seed", type=int, default=0, help="seed of the resampling")
-    add("--image", action="append", type=Path, help="image for the report; default: contact sheets of the runs")
+    add(
+        "--samples",
+        nargs="+",
+        default=[],
+        type=Path,
+        metavar="FOLDER",
+        help="folders that `fitscale sample` wrote, for the report (default: those inside the run directories)",
+    )
     add("--strict", action="store_true", help="exit with 3 if there is any caution")
     add("-o", "--output", required=True, type=Path, help="folder for the report")
     return parser

@@ -16,7 +16,6 @@ from fitscale.config.errors import UserError
 from fitscale.config.main import exit_code
 
 if TYPE_CHECKING:
-    from fitscale.config.schema import ModelConfig
     from fitscale.scaling.planner import Economics, Outlook, Plan, Prior
 
 MODELS = Path(__file__).parents[1] / "configs" / "model"
@@ -31,11 +30,12 @@ def run(options: argparse.Namespace) -> int:
     """Print the plan; write the sweep's YAML if asked."""
     from fitscale.config.rundir import write_atomic
     from fitscale.model import flops
+    from fitscale.scaling.arguments import model_named
     from fitscale.scaling.planner import plan
 
     economics = _economics(options)
-    models = sorted((_model(name) for name in options.sizes.split(",")), key=flops.parameters)
-    goal = economics.train_flops(_model(options.target), options.target_steps)
+    models = sorted((model_named(name, MODELS) for name in options.sizes.split(",")), key=flops.parameters)
+    goal = economics.train_flops(model_named(options.target, MODELS), options.target_steps)
     answer = plan(models, options.gpu_hours, economics, _prior(options), goal, options.seed)
     print("\n".join(_lines(answer, economics, options)))
     if options.output:
@@ -122,15 +122,6 @@ def _prior(options: argparse.Namespace) -> "Prior":
     result = answer.results[0]
     noise = result.resamples.noise
     return Prior(result.fit, noise.run**0.5, noise.point**0.5)
-
-
-def _model(name: str) -> "ModelConfig":
-    from fitscale.config.load import load_config
-
-    path = MODELS / f"{name}.yaml"
-    if not path.is_file():
-        raise UserError(f"size {name}: not one of {', '.join(sorted(path.stem for path in MODELS.glob('*.yaml')))}")
-    return load_config([str(path)]).model
 
 
 def _parser() -> argparse.ArgumentParser:

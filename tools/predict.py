@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fitscale.config.errors import UserError
 from fitscale.config.main import exit_code
 
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ def run(options: argparse.Namespace) -> int:
     import json
 
     from fitscale.config.rundir import write_atomic
+    from fitscale.scaling.arguments import conditions
     from fitscale.scaling.predict import describe, predict
     from fitscale.scaling.runs import load_table
     from fitscale.scaling.study import Question
@@ -43,8 +43,9 @@ def run(options: argparse.Namespace) -> int:
         metric=options.metric,
         laws=tuple(options.law),
         points=options.points,
-        where={name: value for name, _, value in (text.partition("=") for text in options.where)},
+        where=conditions(options.where),
         from_step=options.from_step,
+        drop_missing=options.drop_missing,
         extrapolate=options.extrapolate,
         seed=options.seed,
     )
@@ -72,32 +73,25 @@ def _target(options: argparse.Namespace, table: "pd.DataFrame") -> "Target":
 
 def _model(size: list[str]) -> "ModelConfig":
     from fitscale.config.load import load_config
+    from fitscale.scaling.arguments import model_named
 
-    named = MODELS / f"{size[0]}.yaml"
-    if len(size) == 1 and named.is_file():
-        return load_config([str(named)]).model
-    if not all(text.endswith((".yaml", ".yml")) or "=" in text for text in size):
-        valid = ", ".join(sorted(path.stem for path in MODELS.glob("*.yaml")))
-        raise UserError(f"--size {' '.join(size)}: neither one of {valid}, nor YAML files")
+    if len(size) == 1 and not size[0].endswith((".yaml", ".yml")):
+        return model_named(size[0], MODELS)
     return load_config(size).model
 
 
 def _parser() -> argparse.ArgumentParser:
+    from fitscale.scaling.arguments import add_row_options
     from fitscale.scaling.laws import LAWS
-    from fitscale.scaling.points import POINTS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_row_options(parser)
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUNS", help="run directories, folders of them, or one table")
     add("--size", nargs="+", required=True, metavar="SIZE", help="a name in configs/model, or YAML files and overrides")
     add("--steps", type=int, required=True, help="optimizer steps")
     add("--batch", type=int, help="images per step (default: that of the runs)")
     add("--tokens", type=float, help="tokens per image, all alike (default: those of the runs)")
     add("--law", nargs="+", choices=LAWS, default=["offset", "power"])
-    add("--metric", default="fd")
-    add("--points", choices=POINTS, default="frontier", help="rows that laws of compute speak of")
-    add("--where", action="append", default=[], metavar="COLUMN=VALUE", help="keep only such rows; may be repeated")
-    add("--from-step", type=int, default=0, help="leave out evaluations before this step (warm-up)")
     add("--extrapolate", action="store_true", help="agree to more than 10 times the fitted compute")
     add("--seed", type=int, default=0, help="seed of the resampling")
     add("-o", "--output", type=Path, help="JSON file for the predictions")

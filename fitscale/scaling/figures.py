@@ -94,8 +94,9 @@ def predictions(study: Study) -> Images:
         axes.errorbar(points["value"], points["predicted"], yerr=np.abs(errors), label=label, **style)
     first = drawn[0][1]
     for _, point in (first if len(first) <= MOST_NAMED else first.iloc[:0]).iterrows():
-        place = {"xytext": (6, -3), "textcoords": "offset points", "fontsize": 8, "color": "0.3"}
+        place = {"xytext": (7, -13), "textcoords": "offset points", "fontsize": 8, "color": "0.3"}
         axes.annotate(_place_in_training(point), (point["value"], point["predicted"]), **place)
+    axes.margins(0.15)  # room for the names
     title = f"Held-out size {', '.join(study.held_out)}: predicted against measured"
     decorate(axes, title, f"measured {_name(study)}", f"predicted {_name(study)}")
     return rendered(figure)

@@ -2,7 +2,8 @@
 
 Residuals of ln(metric) are taken as  r = u[run] + v[point]. Both variances come from the scatter between and within
 runs, corrected for what the fit absorbed (method of moments); few runs say little about u, so every resample draws the
-variances anew, from chi-squared laws with Satterthwaite's degrees of freedom (Satterthwaite 1946).
+variances anew: the observed sums of squares over chi-squared draws, with Satterthwaite's degrees of freedom (1946), and
+no variance below 0 (generalized inference, Weerahandi 1993).
 """
 
 from dataclasses import dataclass
@@ -17,11 +18,15 @@ LEAST_VARIANCE, LARGEST_VARIANCE = 1e-14, 100.0  # a factor of e^10 from run to 
 
 @dataclass(frozen=True)
 class Noise:
-    """Variances of ln(metric). `sums` are the expected sums of squares per unit of (run, point) variance."""
+    """Variances of ln(metric), and what they come from: sums of squares between and within runs.
+
+    `sums_22` are their expectations per unit of (run, point) variance, `squares_2` what was observed.
+    """
 
     run: float
     point: float
     sums_22: Array  # rows: between runs, within runs
+    squares_2: Array
     freedom: tuple[float, float]  # degrees of freedom between and within runs
 
     @property
@@ -37,7 +42,7 @@ class Noise:
     def draw(self, rng: np.random.Generator, count: int) -> tuple[Array, Array]:
         """`count` plausible pairs of variances (run_K, point_K), given how little the data say of them."""
         scale_2K = np.stack([freedom / rng.chisquare(freedom, count) for freedom in self.freedom])
-        squares_2K = (self.sums_22 @ np.array([self.run, self.point]))[:, None] * scale_2K
+        squares_2K = self.squares_2[:, None] * scale_2K
         if not self.sums_22[1].any():  # one checkpoint a run: the two cannot be told apart
             return np.minimum(squares_2K[0] / self.sums_22[0, 0], LARGEST_VARIANCE), np.zeros(count)
         run_K, point_K = np.linalg.solve(self.sums_22, squares_2K)
@@ -54,7 +59,8 @@ def estimate(residual_N: Array, jacobian_NP: Array, run_N: NDArray[np.str_]) -> 
     if len(names) == points:
         freedom = max(float(np.trace(left_NN)), 1.0)
         variance = max(float(residual_N @ residual_N) / freedom, LEAST_VARIANCE)
-        return Noise(variance, 0.0, np.array([[freedom, freedom], [0.0, 0.0]]), (freedom, 1.0))
+        squares_2 = np.array([variance * freedom, 0.0])
+        return Noise(variance, 0.0, np.array([[freedom, freedom], [0.0, 0.0]]), squares_2, (freedom, 1.0))
     shared_NN = member_NG @ member_NG.T
     between_NN = member_NG / member_NG.sum(axis=0) @ member_NG.T
     parts = [left_NN @ between_NN @ left_NN, left_NN @ (np.eye(points) - between_NN) @ left_NN]
@@ -62,7 +68,8 @@ def estimate(residual_N: Array, jacobian_NP: Array, run_N: NDArray[np.str_]) -> 
     squares_2 = np.array([residual_N @ part @ residual_N for part in parts])
     run, point = _positive(sums_22, squares_2)
     covariance_NN = run * shared_NN + point * np.eye(points)
-    return Noise(run, point, sums_22, (_freedom(parts[0], covariance_NN), _freedom(parts[1], covariance_NN)))
+    degrees = (_freedom(parts[0], covariance_NN), _freedom(parts[1], covariance_NN))
+    return Noise(run, point, sums_22, squares_2, degrees)
 
 
 def _positive(sums_22: Array, squares_2: Array) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 COMPUTE_LABEL = "training compute (FLOPs: 6 x MACs x images)"
-NAMES = {"fd": "Fréchet distance", "fid": "FID", "validation_loss": "Validation loss", "loss": "Loss"}
+NAMES = {"fd": "Fréchet distance", "fid": "FID", "validation_loss": "validation loss", "recognised": "share recognised"}
 
 Images = dict[str, bytes]  # png, svg
 
@@ -44,9 +44,9 @@ def logarithmic(axis: Any, low: float, high: float, scientific: bool = False) ->
     axis.set_minor_formatter(NullFormatter())
 
 
-def power_of_ten(value: float) -> str:
-    """2e12 as "2·10¹²", in matplotlib's notation for formulas."""
-    mantissa, exponent = f"{value:.2e}".split("e")
+def power_of_ten(value: float, digits: int = 3) -> str:
+    """2e12 to so many digits as "2·10¹²", in matplotlib's notation for formulas."""
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     factor = f"{float(mantissa):g}"
     power = rf"10^{{{int(exponent)}}}"
     return f"${power}$" if factor == "1" else rf"${factor}{{\cdot}}{power}$"

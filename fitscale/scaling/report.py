@@ -9,10 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from fitscale.config.errors import UserError
 from fitscale.config.rundir import write_atomic
 from fitscale.scaling.figures import figures
 from fitscale.scaling.isoflop import IsoFlop
+from fitscale.scaling.samples import SampleFolder, placed, samples_along_the_curve
 from fitscale.scaling.study import LawResult, Study
 from fitscale.scaling.table import data_hash
 from fitscale.scaling.templates import HTML, MARKDOWN
@@ -21,20 +24,26 @@ from fitscale.scaling.wording import parameter_intervals, report_content
 PACKAGES = ("numpy", "scipy", "pandas")
 
 
-def write_report(study: Study, out: Path, images: list[Path]) -> list[Path]:
+def write_report(study: Study, out: Path, folders: list[SampleFolder]) -> list[Path]:
     """Write fit.json, report.md, report.html and the figures (PNG, SVG) into `out`; returns their paths.
 
-    `images` are embedded into the page with their file names as captions.
+    The images of `folders` are drawn along the curve; their contact sheets are embedded into the page.
+
+    Raises:
+        UserError: a folder's checkpoint is not among the study's rows, or an image cannot be read.
     """
-    pictures = [(path.stem.replace("_", " ").replace("-", " "), _data_uri(path)) for path in images]
     drawn = figures(study)
+    places = placed(study, folders) if len(study.rows) else []
+    if places:
+        drawn["samples"] = samples_along_the_curve(study, places)
+    sheets = [(_caption(folder, row), _data_uri(folder.contact_sheet)) for folder, row in places]
     content = report_content(study)
     files: dict[str, str | bytes] = {"fit.json": json.dumps(fit_record(study), indent=2, allow_nan=False) + "\n"}
     files |= {f"{name}.{kind}": data for name, figure in drawn.items() for kind, data in figure.items()}
     linked = {name: f"{name}.png" for name in drawn}
-    embedded = {name: _encoded(figure["png"], "png") for name, figure in drawn.items()}
+    embedded = {name: _png_uri(figure["png"]) for name, figure in drawn.items()}
     files["report.md"] = _render(MARKDOWN, content | {"figures": linked}, escape=False)
-    files["report.html"] = _render(HTML, content | {"figures": embedded, "images": pictures}, escape=True)
+    files["report.html"] = _render(HTML, content | {"figures": embedded, "sheets": sheets}, escape=True)
     for name, data in files.items():
         write_atomic(out / name, data)
     return [out / name for name in files]
@@ -106,18 +115,20 @@ def _render(template: str, content: dict[str, Any], escape: bool) -> str:
     return environment.from_string(template).render(content)
 
 
+def _caption(folder: SampleFolder, row: pd.Series) -> str:
+    how = f"{folder.height} x {folder.width} pixels, guidance {folder.guidance:g}"
+    return f"{row['size']} after {folder.step:,} steps, {how}"
+
+
 def _data_uri(path: Path) -> str:
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".svg"):
-        raise UserError(f"{path}: only .png, .jpg and .svg images can be embedded")
     try:
-        return _encoded(path.read_bytes(), path.suffix.lower().lstrip("."))
+        return _png_uri(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _encoded(data: bytes, kind: str) -> str:
-    mime = {"jpg": "jpeg", "svg": "svg+xml"}.get(kind, kind)
-    return f"data:image/{mime};base64,{base64.b64encode(data).decode()}"
+def _png_uri(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
 def _version(package: str) -> str | None:

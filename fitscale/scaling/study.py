@@ -47,7 +47,7 @@ class Question:
     drop_missing: bool = False
     extrapolate: bool = False  # agree to predictions beyond FAR
     loss: Loss = field(default_factory=Loss)
-    resamples: int = 1000
+    resamples: int = 4000
     seed: int = 0
 
 

@@ -1,7 +1,7 @@
 """The report's Markdown and HTML (jinja2)."""
 
 MARKDOWN = """\
-# Scaling of {{ metric }} with training compute
+# Scaling of {{ title }} with training compute
 
 {% for refusal in refusals %}
 > **Refused ({{ refusal.code }})**: {{ refusal.message }}
@@ -54,7 +54,7 @@ A point that does not count lies above the frontier (or is not the run's last): 
 
 Fitted on ln({{ metric }}), points weighted alike ({{ question.points }} points); at {{ law.reference }}.
 Scatter {{ law.scatter }}; best fit reached from {{ law.reached }} starts;
-intervals from {{ question.resamples }} resamples of whole runs.
+intervals from {{ question.resamples }} refits with the luck of every run drawn anew.
 
 | parameter | value | 90 % interval |
 |---|---|---|
@@ -85,6 +85,12 @@ intervals from {{ question.resamples }} resamples of whole runs.
 
 {% endfor %}
 {% endif %}
+{% if "samples" in figures %}
+## Samples along the curve
+
+![samples along the curve]({{ figures.samples }})
+
+{% endif %}
 ## How it was measured
 
 {% for name, value in key.items() %}
@@ -102,23 +108,25 @@ HTML = """\
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Scaling of {{ metric }}</title>
+<title>Scaling of {{ title }}</title>
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th { white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
 .wide { overflow-x: auto; }
 .refusal, .caution { padding: 0.5rem 0.9rem; margin: 0.5rem 0; border-left: 5px solid #c0392b; background: #fbeae8; }
 .caution { border-color: #d99a00; background: #fdf5e2; }
 .headline { font-size: 1.05rem; }
-img { max-width: 100%; height: auto; } figure { margin: 1rem 0; }
+img { max-width: 100%; height: auto; }
+figure { margin: 1rem 0; overflow-x: auto; } figure img { width: 60rem; min-width: 36rem; }
 figcaption, .small { color: #555; font-size: 0.88rem; }
 </style>
 </head>
 <body>
-<h1>Scaling of {{ metric }} with training compute</h1>
+<h1>Scaling of {{ title }} with training compute</h1>
 {% for refusal in refusals %}
 <p class="refusal"><strong>Refused ({{ refusal.code }}).</strong> {{ refusal.message }}</p>
 {% endfor %}
@@ -161,7 +169,7 @@ A point that does not count lies above the frontier (or is not the run's last): 
 <p class="small">Fitted on ln({{ metric }}), points weighted alike ({{ question.points }} points);
 at {{ law.reference }}.
 Scatter {{ law.scatter }}; best fit reached from {{ law.reached }} starts;
-intervals from {{ question.resamples }} resamples of whole runs.</p>
+intervals from {{ question.resamples }} refits with the luck of every run drawn anew.</p>
 <table>
 <tr><th>parameter</th><th>value</th><th>90 % interval</th></tr>
 {% for line in law.lines %}
@@ -187,10 +195,13 @@ intervals from {{ question.resamples }} resamples of whole runs.</p>
 </table>
 {% endfor %}
 {% endif %}
-{% if images %}
-<h2>Samples</h2>
-{% for caption, source in images %}
-<figure><img src="{{ source }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption></figure>
+{% if "samples" in figures %}
+<h2>Samples along the curve</h2>
+<figure><img src="{{ figures.samples }}" alt="samples along the curve">
+<figcaption>Every folder's first images, drawn from the same noise and classes where the seed is the same.</figcaption>
+</figure>
+{% for caption, source in sheets %}
+<details><summary>{{ caption }}</summary><img src="{{ source }}" alt="{{ caption }}"></details>
 {% endfor %}
 {% endif %}
 <h2>How it was measured</h2>

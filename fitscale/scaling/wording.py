@@ -8,6 +8,7 @@ import pandas as pd
 from fitscale.scaling.isoflop import IsoFlop, Optimum
 from fitscale.scaling.laws import SURFACE
 from fitscale.scaling.optimum import optimal_sizes
+from fitscale.scaling.plotting import readable
 from fitscale.scaling.study import LawResult, Study
 from fitscale.scaling.table import data_hash
 
@@ -19,6 +20,7 @@ def report_content(study: Study) -> dict[str, Any]:
     """What the Markdown and the HTML page show, as text ready to print."""
     return {
         "metric": study.question.metric,
+        "title": readable(study.question.metric),
         "question": study.question,
         "refusals": study.refusals,
         "cautions": study.cautions,
@@ -89,16 +91,16 @@ def flops_text(value: Any) -> str:
 
 def _headline(study: Study, result: LawResult) -> str:
     name, fit = result.fit.law.name, result.fit
-    start = f"{name} law, fitted on {fit.points} points of {result.resamples.runs} runs"
+    start = f"{name.capitalize()} law, fitted on {fit.points} points of {result.resamples.runs} runs"
     counted = result.predictions[result.predictions["chosen"]] if len(result.predictions) else result.predictions
     if counted.empty:
         return f"{start}: scatter of a new run {result.resamples.noise.total:.1%}; no held-out point tests it."
-    last = counted.iloc[-1]
+    last = counted.sort_values("train_flops").iloc[-1]
     where = "inside" if last["inside"] else "OUTSIDE"
     return (
-        f"{start}: predicts {study.question.metric} {number(last['predicted'])} for the held-out size {last['size']} "
-        f"at {flops_text(last['train_flops'])} FLOPs; measured {number(last['value'])}: error {last['error']:+.1%}, "
-        f"{where} the 90 % interval {number(last['low'])} to {number(last['high'])}."
+        f"{start}: predicts a {readable(study.question.metric)} of {number(last['predicted'])} for the held-out size "
+        f"{last['size']} at {flops_text(last['train_flops'])} FLOPs; measured {number(last['value'])}: "
+        f"error {last['error']:+.1%}, {where} the 90 % interval {number(last['low'])} to {number(last['high'])}."
     )
 
 

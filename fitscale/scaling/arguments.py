@@ -1,0 +1,48 @@
+"""Command-line options that the tools of the analysis share: which rows of which runs are asked about."""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+from fitscale.config.errors import UserError
+from fitscale.config.load import load_config
+from fitscale.config.schema import ModelConfig
+from fitscale.scaling.points import POINTS
+
+
+def add_row_options(parser: argparse.ArgumentParser) -> None:
+    """RUNS, --metric, --points, --where, --from-step and --drop-missing."""
+    add = parser.add_argument
+    runs = "run directories, folders of them, or one .csv or .parquet table"
+    add("runs", nargs="+", type=Path, metavar="RUNS", help=runs)
+    add("--metric", default="fd", help="metric (default: fd)")
+    add("--points", choices=POINTS, default="frontier", help="rows that laws of compute speak of")
+    add("--where", action="append", default=[], metavar="COLUMN=VALUE", help="keep only such rows; may be repeated")
+    add("--from-step", type=int, default=0, help="leave out evaluations before this step (warm-up)")
+    add("--drop-missing", action="store_true", help="leave out rows without a value instead of refusing")
+
+
+def conditions(texts: Iterable[str]) -> dict[str, str]:
+    """Column: value, from texts `COLUMN=VALUE`.
+
+    Raises:
+        UserError: a text has no `=`.
+    """
+    pairs = [text.partition("=") for text in texts]
+    for column, sign, _ in pairs:
+        if not sign:
+            raise UserError(f"--where {column}: give COLUMN=VALUE")
+    return {column: value for column, _, value in pairs}
+
+
+def model_named(name: str, folder: Path) -> ModelConfig:
+    """The model of `folder`/NAME.yaml.
+
+    Raises:
+        UserError: there is none; the text names those that there are.
+    """
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        valid = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        raise UserError(f"size {name}: not one of {valid}")
+    return load_config([str(path)]).model

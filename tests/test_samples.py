@@ -1,0 +1,72 @@
+"""Samples along the curve: which checkpoint a folder belongs to, and what is drawn of it."""
+
+import numpy as np
+import pytest
+
+from fitscale.config.errors import UserError
+from fitscale.scaling.runs import collect
+from fitscale.scaling.samples import find_folders, mosaic, placed, read_folder, samples_along_the_curve
+from fitscale.scaling.study import Question, study
+from tests.programs import run_tool
+from tests.sample_folders import write_samples
+from tests.synthetic_runs import write_sweep
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    write_sweep(folder, lambda flops, _: 50 * (flops / 1e12) ** -0.3, run_noise=0.02, point_noise=0.01)
+    for size, step in (("l", 4000), ("xs", 4000), ("xs", 400)):
+        write_samples(folder / f"{size}-seed0" / "samples" / f"at-{step}", folder / f"{size}-seed0", step)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answer(sweep):
+    return study(collect([sweep]), Question(laws=("power",), resamples=20))
+
+
+def test_folders_are_placed_at_their_checkpoints_in_order_of_compute(sweep, answer):
+    places = placed(answer, [read_folder(path) for path in find_folders([sweep])])
+    assert [(row["run"], row["step"]) for _, row in places] == [
+        ("xs-seed0", 400),
+        ("xs-seed0", 4000),
+        ("l-seed0", 4000),
+    ]
+    assert all(folder.step == row["step"] and folder.run.name == row["run"] for folder, row in places)
+    drawn = samples_along_the_curve(answer, places)
+    assert drawn["png"].startswith(b"\x89PNG") and drawn["svg"].count(b"<image") == len(places)
+    assert drawn == samples_along_the_curve(answer, places), "the same data must give the same bytes"
+
+
+@pytest.mark.parametrize("shape", [(10, 8), (120, 90, 3)])
+def test_a_mosaic_shows_the_images_in_two_columns(tmp_path, shape):
+    folder = read_folder(write_samples(tmp_path / "drawn", tmp_path / "run", 1, shape=shape))
+    shown = mosaic(folder.images)
+    height, width = (side // n for side, n in zip(shown.shape[:2], (3, 2), strict=True))
+    centres = [
+        shown[height // 2 + row * height, width // 2 + column * width] for row in range(3) for column in range(2)
+    ]
+    expected = [(255 * index // 5) / 255 for index in range(5)] + [1.0]
+    np.testing.assert_allclose(centres, np.repeat(np.array(expected)[:, None], 3, axis=1), atol=1e-6)
+
+
+def test_what_is_no_sample_folder_or_no_checkpoint_of_the_study_is_refused(sweep, answer, tmp_path):
+    with pytest.raises(UserError, match="not a folder that `fitscale sample` wrote"):
+        read_folder(tmp_path)
+    other = read_folder(write_samples(tmp_path / "other", sweep / "l-seed0", 17))
+    with pytest.raises(UserError, match="l-seed0 at step 17 is not among the rows"):
+        placed(answer, [other])
+    damaged = write_samples(tmp_path / "damaged", sweep / "l-seed0", 4000)
+    (damaged / "000001_class1.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"000001_class1\.png: not a readable PNG"):
+        mosaic(read_folder(damaged).images)
+
+
+def test_samples_in_run_directories_are_found_and_what_cannot_be_placed_is_named(sweep, tmp_path):
+    arguments = ["fit_scaling", sweep, "--law", "power", "--resamples", "20", "--from-step", "1000", "-o", tmp_path]
+    done = run_tool(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "samples.png").is_file()
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("not drawn: ")]
+    assert "at-400:" in line
