@@ -16,7 +16,7 @@ test: $(INSTALLED)
 	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slurm"
 
 test-slurm: $(INSTALLED)
-	$(PYTHON) -m pytest -n 2 --dist loadfile tests/slurm
+	$(PYTHON) -m pytest -n 3 --dist loadfile tests/slurm
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .
