@@ -49,15 +49,14 @@ def curves(study: Study) -> Images:
     axes = figure.add_subplot()
     rows = study.rows if len(study.rows) else _raw_rows(study)
     logarithmic(axes.xaxis, *limits(rows["train_flops"]), scientific=True)
-    logarithmic(axes.yaxis, *limits(rows["value"]))
+    counted = [_claimed(result)["predicted"] for result in study.results[:1] if len(result.predictions)]
+    heights = limits(pd.concat([rows["value"], *counted]))
+    logarithmic(axes.yaxis, *heights)
     draw_runs(axes, study, rows)
-    used = rows[rows["used"]]
-    ring = {"s": 95, "facecolors": "none", "edgecolors": "black", "linewidths": 0.9}
-    if len(used):
-        axes.scatter(used["train_flops"], used["value"], zorder=4, label=FITTED[study.question.points], **ring)
+    _draw_fitted(axes, study, rows)
     for result in study.results[:1]:
         _draw_law(axes, study, result, rows)
-    axes.set_ylim(*limits(rows["value"]))
+    axes.set_ylim(*heights)
     decorate(axes, f"{_name(study)} against training compute", COMPUTE_LABEL, _name(study))
     return rendered(figure)
 
@@ -189,6 +188,17 @@ def _draw_run(axes: Any, study: Study, rows: pd.DataFrame, run: str, points: pd.
     )
 
 
+def _draw_fitted(axes: Any, study: Study, rows: pd.DataFrame) -> None:
+    """A ring around every point that the best law is fitted to; without a law, that laws of compute would be."""
+    best = study.results[0] if study.results else None
+    compute_law = best is None or best.fit.law.inputs == COMPUTE
+    used = rows[rows["used"]] if best is None else best.used
+    if len(used):
+        ring = {"s": 95, "facecolors": "none", "edgecolors": "black", "linewidths": 0.9, "zorder": 4}
+        label = FITTED[study.question.points if compute_law else "all"]
+        axes.scatter(used["train_flops"], used["value"], label=label, **ring)
+
+
 def _draw_law(axes: Any, study: Study, result: LawResult, rows: pd.DataFrame) -> None:
     if result.fit.law.inputs == COMPUTE:
         _draw_compute_law(axes, study, result, rows)
@@ -208,24 +218,24 @@ def _draw_compute_law(axes: Any, study: Study, result: LawResult, rows: pd.DataF
     name = f"{result.fit.law.name} law"
     axes.plot(grid[grid <= most], metric[grid <= most], label=name, **style)
     axes.plot(grid[grid >= most], metric[grid >= most], linestyle="--", label=f"{name}, extrapolated", **style)
-    _draw_band(axes, study, result, grid, line)
+    _draw_band(axes, study, result, grid, line, "90 % for a new run")
 
 
-def _draw_band(axes: Any, study: Study, result: LawResult, compute: Any, line: pd.DataFrame) -> None:
+def _draw_band(axes: Any, study: Study, result: LawResult, compute: Any, line: pd.DataFrame, label: str | None) -> None:
     draws = new_run_KN(result.fit, result.resamples, line, study.question.seed)
     low, high = np.quantile(draws, [0.05, 0.95], axis=0)
     style = {"color": "black", "alpha": 0.12, "linewidth": 0, "zorder": 1}
-    axes.fill_between(compute, low, high, label="90 % for a new run", **style)
+    axes.fill_between(compute, low, high, label=label, **style)
 
 
 def _draw_surface(axes: Any, study: Study, result: LawResult, rows: pd.DataFrame) -> None:
     """The law along every size's own training, and the band of the held-out sizes."""
+    name, band = f"{result.fit.law.name} law", "90 % for a new run"
     for index, (size, points) in enumerate(_by_size(study, rows)):
         longest = points.sort_values("train_flops").iloc[-1]
-        images = np.geomspace(points["images"].min(), points["images"].max(), 60)
+        images = np.geomspace(points["images"].min() / 1.3, points["images"].max() * 1.3, 60)
         line = pd.DataFrame({"parameters": float(longest["parameters"]), "images": images})
         compute = images * float(longest["train_flops"]) / float(longest["images"])
-        label = f"{result.fit.law.name} law" if index == 0 else None
-        axes.plot(compute, result.fit.metric(line), "k--", linewidth=1.0, zorder=2, label=label)
+        axes.plot(compute, result.fit.metric(line), "k--", linewidth=1.0, zorder=2, label=None if index else name)
         if size in study.held_out:
-            _draw_band(axes, study, result, compute, line)
+            _draw_band(axes, study, result, compute, line, band if size == study.held_out[0] else None)
