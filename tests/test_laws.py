@@ -143,10 +143,14 @@ def test_two_sizes_leave_a_law_of_size_and_data_a_valley():
 
 def test_a_fit_that_is_its_start_or_is_hardly_reached_is_refused():
     theta = np.array([3.0, 0.4, 2.0])
-    for start, reached, code in ((theta, 1.0, "at_start"), (theta * 1.1, 0.04, "unstable_fit")):
+    cases = (
+        (theta, 1.0, "at_start", "offset law: the fit ended at its starting point, so nothing was fitted"),
+        (theta * 1.1, 0.04, "unstable_fit", "offset law: only 4.0% of the starting points lead to the best fit"),
+    )
+    for start, reached, code, message in cases:
         with pytest.raises(Refusal) as caught:
             _refuse_no_fit(OFFSET, start, theta, reached)
-        assert caught.value.code == code
+        assert caught.value.code == code and caught.value.message.startswith(message)
 
 
 def test_frontier_last_and_all():
