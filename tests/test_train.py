@@ -144,8 +144,9 @@ def test_the_time_of_a_step_is_accounted_for_and_chosen_steps_are_profiled(tmp_p
     overrides = ("run.steps=6", "checkpoint.every_steps=3", "profile.first_step=2", "profile.steps=2")
     run_ranks(train_here, 2, tiny_config(tmp_path, digits_shards, *overrides))
     for row in read_jsonl(RunDir(tmp_path).throughput)[3:]:
-        parts = sum(row[f"{name}_s"] for name in ("data_wait", "forward", "backward", "optimizer", "save"))
-        assert 0.5 * row["step_s"] < parts < 1.1 * row["step_s"]
+        parts = sum(row[f"{name}_s"] for name in ("forward", "backward", "optimizer", "save"))  # of rank 0
+        waited = row["data_wait_s"]  # of the rank that waited longest, while rank 0 may have been at work
+        assert parts < 1.1 * row["step_s"] and waited < 1.1 * row["step_s"] and parts + waited > 0.5 * row["step_s"]
         assert row["time_imbalance"] >= 0 and row["images_per_s"] > 0
     for rank in (0, 1):
         with gzip.open(tmp_path / "profile" / f"rank-{rank:05d}.json.gz") as file:
