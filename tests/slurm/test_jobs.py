@@ -165,7 +165,7 @@ def test_the_newest_start_owns_the_run_directory(slurm_cluster, tmp_path, digits
     slurm_cluster.stop(node)
     slurm_cluster.start()
 
-    by_hand = f"{sys.executable} -m fitscale train {run.config}"
+    by_hand = f"exec {sys.executable} -m fitscale train {run.config}"
     told = slurm_cluster.run("sbatch", "--parsable", "--output", str(tmp_path / "out.txt"), "--wrap", by_hand)
     second = told.stdout.strip()
     wait_until(lambda: slurm_cluster.state(job) == "FAILED", "the end of the first job")
@@ -176,7 +176,8 @@ def test_the_newest_start_owns_the_run_directory(slurm_cluster, tmp_path, digits
 
     slurm_cluster.run("scancel", second)
     wait_until(lambda: slurm_cluster.state(second) == "CANCELLED", "the end of the second job")
-    assert read_jsonl(run.attempts)[-1]["reason"] == "SIGTERM" and saved_step(run) == last_step(run)
+    wait_until(lambda: read_jsonl(run.attempts)[-1].get("reason") == "SIGTERM", "the end of its attempt")
+    assert saved_step(run) == last_step(run)
     assert [row["step"] for row in read_jsonl(run.metrics)] == list(range(1, last_step(run) + 1))
 
 
