@@ -74,8 +74,11 @@ def test_a_sweep_survives_what_happens_and_is_completed_by_submitting_again(slur
     said = sweep.submitted()
     assert list(said) == sweep.names and len(said) == 8
     assert sum(text.count("job ") for text in said.values()) == 20  # l is evaluated twice: 16 + 2 x 2
-    assert set(sweep.submitted().values()) != said  # at once again: all there already
-    assert all("submitted before" in text and "; " in text for text in sweep.submitted().values())
+    again = sweep.submitted()  # at once, while some have ended: there is nothing to add
+    del again["xs-1"]  # it may have failed meanwhile
+    assert all(
+        part.endswith(("submitted before", "finished before")) for one in again.values() for part in one.split("; ")
+    )
 
     disturbed = sweep.cell("l-0")
     wait_until(lambda: last_step(disturbed) > 110, "the long cell's second job", timeout_s=400)
