@@ -66,8 +66,8 @@ class Sweep:
 
 
 def test_a_sweep_survives_what_happens_and_is_completed_by_submitting_again(slurm_cluster, tmp_path, digits_shards):
-    """A job that is preempted in its very first second can be lost to Slurm, rarely, and its cell stops (docs/cluster.md);
-    then submitting again has more to add."""
+    """A job that is preempted in its very first second can be lost, rarely, and its cell stops (docs/cluster.md); then
+    submitting again has more to add."""
     sweep = Sweep(tmp_path, digits_shards, slurm_cluster)
     expensive = sweep.run("--max-gpu-hours", "1e-9", check=False)
     assert expensive.returncode == 2 and "error: --max-gpu-hours: 1e-09, but the sweep costs" in expensive.stderr
