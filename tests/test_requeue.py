@@ -8,6 +8,7 @@ from unittest.mock import patch
 import pytest
 
 from fitscale.config.rundir import RunDir
+from fitscale.train import job
 from fitscale.train.attempt import begin_attempt
 from fitscale.train.job import FAILED, SIGNALLED_STARTS, requeue_lines
 
@@ -15,9 +16,9 @@ JOB = "70"
 KILLED, REFUSED = 137, 2  # exit codes: of a signal, of a mistake
 
 
-def requeued(folder: Path, code: int, state: str = "RUNNING", restart: int = 0) -> bool:
-    """Whether a job's script, ended so, asks Slurm to queue it again."""
-    for name, text in (("squeue", f"echo {state}"), ("scontrol", f"touch {folder}/requeued")):
+def requeued(folder: Path, code: int, state: str = "RUNNING", restart: int = 0, squeue: str = "") -> bool:
+    """Whether a job's script, ended so, asks Slurm to queue it again; `squeue`: what that command does, if not tell."""
+    for name, text in (("squeue", squeue or f"echo {state}"), ("scontrol", f"touch {folder}/requeued")):
         (folder / name).write_text(f"#!/bin/sh\n{text}\n")
         (folder / name).chmod(0o755)
     script = "\n".join(["set -u", f"(exit {code})", *requeue_lines(folder)])
@@ -43,6 +44,22 @@ def test_what_is_done_or_ended_by_slurm_does_not(tmp_path):
     begin(tmp_path, JOB, 0)
     assert not requeued(tmp_path, 0)
     assert not requeued(tmp_path, KILLED, state="COMPLETING")
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "SIGNALING"])
+def test_a_job_that_slurm_is_sending_a_signal_goes_on(tmp_path, state):
+    begin(tmp_path, JOB, 0)
+    assert requeued(tmp_path, KILLED, state=state)
+
+
+@pytest.mark.parametrize(("silent", "again"), [(2, True), (3, False)])
+def test_a_controller_that_does_not_answer_is_asked_again_but_not_for_ever(tmp_path, silent, again):
+    begin(tmp_path, JOB, 0)
+    asked = tmp_path / "asked"
+    answer = f"echo >>{asked}; [ $(wc -l <{asked}) -gt {silent} ] && echo RUNNING"
+    with patch.multiple(job, CONTROLLER_TRIES=3, CONTROLLER_WAIT_S=0):
+        assert requeued(tmp_path, KILLED, squeue=answer) is again
+    assert len(asked.read_text()) == 3
 
 
 def test_a_run_that_says_that_it_cannot_go_on_does_not(tmp_path):

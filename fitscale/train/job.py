@@ -27,6 +27,7 @@ LOG = "log.txt"
 FAILED = "failed.txt"  # why the run cannot go on by itself; its presence keeps the job from being queued again
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SIGNALLED_STARTS = 20  # starts of a job that may end by a signal before training begins
+CONTROLLER_TRIES, CONTROLLER_WAIT_S = 30, 10  # how often a batch script asks a controller that does not answer
 FIRST_PORT, PORTS = 10000, 20000  # below the ports that Linux hands out by itself
 
 
@@ -140,7 +141,9 @@ def requeue_lines(run_dir: Path) -> list[str]:
       or lost peers, but not if the run said itself that it cannot go on, or a newer start owns the run directory: of
       another job, or of this job on other nodes, if Slurm had lost sight of this one.
     - What ended before that, and an evaluation, goes on if a signal ended it: USR2 kills a Python without a handler.
-    - Nothing goes on that Slurm itself is ending (cancelled, or requeued).
+    - Nothing goes on that Slurm itself is ending (cancelled, or requeued); a running job is RUNNING, or SIGNALING for
+      the moments in which Slurm sends it a signal, which is when a preempted one may end.
+    - A controller that does not answer is asked again, for five minutes.
     """
     failed, owner = quote(str(run_dir / FAILED)), quote(str(run_dir / "attempt.json"))
     attempts = quote(str(run_dir / "attempts.jsonl"))
@@ -152,9 +155,12 @@ def requeue_lines(run_dir: Path) -> list[str]:
         f"if grep -qs {this_start} {attempts}; then",
         f"    if [ ! -e {failed} ] && grep -q {this_start} {owner}; then again=1; fi",
         f"elif [ $code -gt 128 ] && [ $restart -lt {SIGNALLED_STARTS} ]; then again=1; fi",
-        'if [ $code -ne 0 ] && [ -n "$again" ] &&',
-        '    [ "$(squeue --noheader --jobs $SLURM_JOB_ID --format %T)" = RUNNING ]; then',
-        "    scontrol requeue $SLURM_JOB_ID",
+        'if [ $code -ne 0 ] && [ -n "$again" ]; then',
+        f"    for try in {{1..{CONTROLLER_TRIES}}}; do",
+        "        state=$(squeue --noheader --jobs $SLURM_JOB_ID --format %T) &&",
+        "            case $state in RUNNING | SIGNALING) scontrol requeue $SLURM_JOB_ID ;; esac && break",
+        f"        sleep {CONTROLLER_WAIT_S}",
+        "    done",
         "fi",
         "exit $code",
     ]

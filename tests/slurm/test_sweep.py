@@ -66,8 +66,6 @@ class Sweep:
 
 
 def test_a_sweep_survives_what_happens_and_is_completed_by_submitting_again(slurm_cluster, tmp_path, digits_shards):
-    """A job that is preempted in its very first second can be lost, rarely, and its cell stops (docs/cluster.md); then
-    submitting again has more to add."""
     sweep = Sweep(tmp_path, digits_shards, slurm_cluster)
     expensive = sweep.run("--max-gpu-hours", "1e-9", check=False)
     assert expensive.returncode == 2 and "error: --max-gpu-hours: 1e-09, but the sweep costs" in expensive.stderr
@@ -96,8 +94,7 @@ def test_a_sweep_survives_what_happens_and_is_completed_by_submitting_again(slur
 
     states = sweep.states()
     assert states.pop("xs-1") == "FAILED"
-    cut_off = {name for name, state in states.items() if state == "STOPPED"}  # in their job's first second: see below
-    assert set(states.values()) <= {"FINISHED", "STOPPED"} and len(cut_off) <= 2 and "l-0" not in cut_off, states
+    assert set(states.values()) == {"FINISHED"}, states
     assert len(starts(disturbed)) >= 4 and starts(disturbed)[3]["previous_ended"] == "killed"
     assert [row["step"] for row in read_jsonl(disturbed.metrics)] == list(range(1, LONG + 1))
     error = slurm_cluster.python("status.py", sweep.dir, check=False)
@@ -107,7 +104,7 @@ def test_a_sweep_survives_what_happens_and_is_completed_by_submitting_again(slur
     shutil.copytree(sweep.cell("xs-0").checkpoints()[-1].weights("raw"), sweep.start)
     said = sweep.submitted()
     assert said.pop("xs-1").count("job ") == 2
-    assert {name for name, text in said.items() if text != "finished before"} == cut_off
+    assert set(said.values()) == {"finished before"}
     sweep.wait_for_the_end()
     assert set(sweep.states().values()) == {"FINISHED"}
     assert set(sweep.submitted().values()) == {"finished before"}
