@@ -9,6 +9,7 @@ from pathlib import Path
 from fitscale.config.claim import claim
 from fitscale.config.load import load_config
 from fitscale.config.rundir import RunDir, append_jsonl
+from fitscale.train import launch
 from fitscale.train.attempt import begin_attempt
 from tests.tiny import OVERRIDES
 
@@ -56,6 +57,16 @@ def test_without_slurm_a_submitted_run_is_not_guessed_at(tmp_path):
     append_jsonl(run.jobs, {"job": "1", "kind": "train", "step": 10, "time_unix_s": 0.0})
     result = show(tmp_path)
     assert result.returncode == 2 and result.stderr.startswith("error: no squeue on PATH"), result.stderr
+
+
+def test_every_state_but_an_end_is_live(tmp_path, monkeypatch):
+    run = new_run(tmp_path)
+    live = ["PENDING", "RUNNING", "SIGNALING", "COMPLETING", "REQUEUED", "STAGE_OUT", "a state of a later Slurm"]
+    ended = ["COMPLETED", "CANCELLED", "NODE_FAIL", "PREEMPTED", "TIMEOUT"]
+    for state in [*live, *ended, "unknown"]:
+        append_jsonl(run.jobs, {"job": state, "kind": "train", "step": 10, "time_unix_s": 0.0})
+    monkeypatch.setattr(launch, "job_states", lambda ids: {state: state for state in ids if state != "unknown"})
+    assert [job.state for job in launch.live_jobs([run])[0]] == live
 
 
 def test_a_folder_that_is_neither_is_said(tmp_path):

@@ -25,7 +25,9 @@ from fitscale.train.job import Job, requeue_lines
 
 # submitit counts timeouts against a budget; here attempts without progress are what ends a job (train/attempt.py).
 ANY_NUMBER = 10**6
-LIVE = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "STOPPED"}
+# Slurm's states of a job that is over. Of the others some are rare or new (SIGNALING, STAGE_OUT), and all are live.
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
+ENDED |= {"DEADLINE", "REVOKED"}
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def live_jobs(runs: list[RunDir]) -> list[list[LiveJob]]:
         [
             LiveJob(row["job"], row["kind"], row["step"], states[row["job"]])
             for row in of_run
-            if states.get(row["job"]) in LIVE
+            if row["job"] in states and states[row["job"]] not in ENDED
         ]
         for of_run in rows
     ]
