@@ -1,5 +1,6 @@
 """Shards behind any fsspec URL: the same bytes, a bounded cache, patience with a bad store, clear words at the end."""
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -210,6 +211,24 @@ def test_a_corrupt_sample_stops_or_is_skipped_and_named(tmp_path, workers):
                 for n in kept
                 for a, b in [pack.cu_seqlens[n : n + 2].tolist()]
             )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("page", "content"), [(0, b"\xff"), (1, b"\0")], ids=["the first header", "a later header"])
+def test_a_corrupt_sample_is_skipped_though_its_shard_no_longer_tells_its_key(tmp_path, workers, page, content):
+    index = indexed_set(tmp_path, 60)
+    path = tmp_path / index.meta.shards[2].name
+    data = bytearray(path.read_bytes())
+    data[page * 4096 : (page + 1) * 4096] = content * 4096
+    path.write_bytes(data)
+    steps = list(load(index, num_workers=workers, on_error="skip"))
+    named = [problem for step in steps for problem in step.skipped]
+    assert len(steps) == 6 and named
+    assert all(str(path) in problem and "checksum differs" in problem for problem in named)
+    assert any(re.search(r"image 'row 2\d of the index' in", problem) for problem in named)
+    assert all(index.key(image) for image in range(60))  # as the trainer names the images of a loss spike
+    with pytest.raises(UserError, match="checksum differs"):
+        list(load(index, num_workers=workers))
 
 
 def train_here(config) -> None:

@@ -11,6 +11,7 @@ The arrays are memory-mapped, so an index of 100 million images opens at once an
 import hashlib
 import json
 import mmap
+import tarfile
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
@@ -87,10 +88,13 @@ class Index:
         return np.array(ends, dtype=np.int64) - first[:-1]
 
     def key(self, image: int) -> str:
-        """The key of an image, looked up in its shard."""
+        """The key of an image for a person, looked up in its shard; its row where the shard cannot tell it any more."""
         row = self.images[image]
-        name = member_at(self.storage.local(self._shard_name(row)), int(self.variants[row["first_variant"]]["offset"]))
-        return name.rsplit(".", 2)[0]
+        try:
+            path, offset = self.storage.local(self._shard_name(row)), int(self.variants[row["first_variant"]]["offset"])
+            return member_at(path, offset).rsplit(".", 2)[0]
+        except (UserError, OSError, tarfile.TarError, ValueError):  # damaged headers, or no shard at all
+            return f"row {image} of the index"
 
     def describe(self, image: int) -> str:
         """An image for a person: its key and shard."""

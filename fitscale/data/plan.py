@@ -70,7 +70,7 @@ class BatchPlan:
         return places(self.weights, (n + 1) * self.global_batch_size)
 
     def key(self, batch: GlobalBatch, slot: int) -> str:
-        """The key of the image in a slot, looked up in its shard."""
+        """The key of the image in a slot, looked up in its shard; or its row (`Index.key`)."""
         return self.streams[int(batch.sources_B[slot])].index.key(int(batch.images_B[slot]))
 
     def latent_generator(self, step: int, slot: int) -> np.random.Generator:
