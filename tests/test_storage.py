@@ -1,8 +1,12 @@
 """Shards behind any fsspec URL: the same bytes, a bounded cache, patience with a bad store, clear words at the end."""
 
+import http.client
 import re
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -16,6 +20,7 @@ from fitscale.data.index import open_index
 from fitscale.data.loader import make_loader
 from fitscale.data.plan import single_plan
 from fitscale.data.reader import ShardReader
+from fitscale.data.statistics import verify
 from fitscale.data.storage import Cache, retried
 from tests.shard_sets import indexed_set
 from tests.tiny import tiny_config
@@ -229,6 +234,110 @@ def test_a_corrupt_sample_is_skipped_though_its_shard_no_longer_tells_its_key(tm
     assert all(index.key(image) for image in range(60))  # as the trainer names the images of a loss spike
     with pytest.raises(UserError, match="checksum differs"):
         list(load(index, num_workers=workers))
+
+
+class Stumbling(BaseHTTPRequestHandler):
+    """Serves the files of a folder; the first replies for a file have the faults listed for it."""
+
+    def do_GET(self):
+        path = self.server.folder / self.path.strip("/")
+        self.server.asked.append(path.name)
+        fault = self.server.faults.get(path.name, [])[:1]
+        del self.server.faults.get(path.name, [])[:1]
+        if fault == ["busy"] or not path.is_file():
+            return self.send_error(503 if fault else 404)
+        data = path.read_bytes()
+        data = data[: len(data) // 2] if fault == ["short"] else data
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        data = data[: len(data) // 2] if fault == ["cut"] else data
+        self.wfile.write(bytes(len(data)) if fault == ["zeros"] else data)
+
+    def log_message(self, *_):
+        pass
+
+
+class StandardHTTP(fsspec.AbstractFileSystem):
+    """HTTP by the standard library, whose errors are no OSErrors; as aiohttp's, by which fsspec reads http://."""
+
+    protocol = "standardhttp"
+
+    def get_file(self, rpath, lpath, **kwargs):
+        host, _, path = rpath.partition("/")
+        connection = http.client.HTTPConnection(host, timeout=10)
+        connection.request("GET", f"/{path}")
+        with connection.getresponse() as reply:
+            if reply.status == 404:
+                raise FileNotFoundError(rpath)
+            if reply.status != 200:
+                raise http.client.HTTPException(f"{reply.status}, message={reply.reason!r}")
+            Path(lpath).write_bytes(reply.read())
+
+
+fsspec.register_implementation("standardhttp", StandardHTTP, clobber=True)
+
+
+@pytest.fixture(params=["standardhttp", "http"])
+def server(request, tmp_path, monkeypatch):
+    """A web server of 6 shards, with `url`, `faults` (file -> faults of its first replies) and `asked` (files)."""
+    if request.param == "http":
+        pytest.importorskip("aiohttp")
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.0)
+    (tmp_path / "served").mkdir()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stumbling) as server:
+        server.folder, server.faults, server.asked = tmp_path / "served", {}, []
+        server.original = indexed_set(server.folder, 60)
+        server.url = f"{request.param}://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def same_images(index, other) -> bool:
+    return all((ours == theirs).all() for ours, theirs in zip(read_all(index), read_all(other), strict=True))
+
+
+@pytest.mark.parametrize("fault", ["busy", "cut", "short", "zeros"])
+def test_what_a_web_server_sends_badly_is_asked_for_again(server, tmp_path, fault):
+    files = ["shard-000002.tar"] if fault == "zeros" else ["images.npy", "variants.npy", "shard-000002.tar"]
+    server.faults = {name: [fault] for name in files}
+    assert same_images(open_index(server.url, Cache(tmp_path / "cache")), server.original)
+    assert not any(server.faults.values()) and server.asked.count("shard-000002.tar") == 2
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_a_web_server_that_stays_busy_or_sends_too_little_is_one_message(server, tmp_path):
+    server.faults = {"index.json": ["busy"] * 5, "shard-000002.tar": ["short"] * 5}
+    with pytest.raises(UserError, match=r"/index.json: cannot be read after 5 attempts: \w+: 503, message="):
+        open_index(server.url, Cache(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"/shard-000002.tar: cannot be read after 5 attempts: \d+ bytes came, .* \d+"):
+        read_all(open_index(server.url, Cache(tmp_path / "cache")))
+
+
+@pytest.mark.parametrize("name", ["shard-000002.tar", "images.npy", "variants.npy"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_damaged_copy_in_the_cache_is_replaced_but_not_before_another_is_there(server, tmp_path, name, share):
+    read_all(open_index(server.url, Cache(tmp_path / "cache")))
+    (copy,) = (tmp_path / "cache").rglob(name)
+    copy.write_bytes(damaged := copy.read_bytes()[: int(share * copy.stat().st_size)])
+    server.faults = {name: ["busy"] * 5}
+    with pytest.raises(UserError, match=f"/{name}: cannot be read after 5 attempts: \\w+: 503"):
+        read_all(open_index(server.url, Cache(tmp_path / "cache")))
+    assert copy.read_bytes() == damaged
+    assert same_images(open_index(server.url, Cache(tmp_path / "cache")), server.original)
+    asked = server.asked.count(name)
+    read_all(open_index(server.url, Cache(tmp_path / "cache")))
+    assert server.asked.count(name) == asked
+
+
+def test_bytes_that_the_store_itself_has_wrong_are_told_by_their_images(server, tmp_path):
+    index = open_index(server.url, Cache(tmp_path / "cache"))
+    key = corrupt(server.folder, server.original, 7)
+    named = [problem for step in load(index, on_error="skip") for problem in step.skipped]
+    assert len(named) == 1 and key in named[0] and server.asked.count("shard-000000.tar") == 2
+    with pytest.raises(UserError, match=r"wrong checksums in 1 shards: shard-000000.tar"):
+        list(verify(index))
 
 
 def train_here(config) -> None:

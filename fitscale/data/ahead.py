@@ -34,11 +34,10 @@ class ShardsAhead:
             return
         self._asked = shards
         first = os.getpid() % len(shards)  # the processes of a machine begin at different ones
-        names = [shard.name for shard in shards[first:] + shards[:first]]
-        threading.Thread(target=_fetch, args=(storage, names), daemon=True).start()
+        threading.Thread(target=_fetch, args=(storage, shards[first:] + shards[:first]), daemon=True).start()
 
 
-def _fetch(storage: Storage, names: list[str]) -> None:
+def _fetch(storage: Storage, shards: list[Shard]) -> None:
     with contextlib.suppress(UserError, OSError):  # who reads it will meet the same error, and report it
-        for name in names:
-            storage.local(name)
+        for shard in shards:
+            storage.local(shard.name, shard.bytes, shard.checksum)

@@ -28,7 +28,7 @@ from fitscale.config.errors import UserError
 from fitscale.config.rundir import write_atomic
 from fitscale.data.scan import IMAGE, VARIANT, key_hash, member_at, scan_shard
 from fitscale.data.shards import ShardSetMeta, read_meta
-from fitscale.data.storage import Cache, Storage
+from fitscale.data.storage import Cache, Storage, checksum_of
 
 VERSION = 1
 
@@ -87,11 +87,16 @@ class Index:
         ends = [bisect_left(hashes, limit, start, end) for start, end in pairwise(first)]
         return np.array(ends, dtype=np.int64) - first[:-1]
 
+    def shard_path(self, shard: int) -> Path:
+        """Local path of shard number `shard`, fetched if no copy has the right size; raises as `Storage.local`."""
+        one = self.meta.shards[shard]
+        return self.storage.local(one.name, one.bytes, one.checksum)
+
     def key(self, image: int) -> str:
         """The key of an image for a person, looked up in its shard; its row where the shard cannot tell it any more."""
         row = self.images[image]
         try:
-            path, offset = self.storage.local(self._shard_name(row)), int(self.variants[row["first_variant"]]["offset"])
+            path, offset = self.shard_path(int(row["shard"])), int(self.variants[row["first_variant"]]["offset"])
             return member_at(path, offset).rsplit(".", 2)[0]
         except (UserError, OSError, tarfile.TarError, ValueError):  # damaged headers, or no shard at all
             return f"row {image} of the index"
@@ -147,10 +152,22 @@ def open_index(location: str | Path, cache: Cache | None = None) -> Index:
         meta = _read_index(storage.fetch("index.json"))  # the remote one may be newer than the copy
         contents = hashlib.blake2b("".join(shard.checksum for shard in meta.shards).encode(), digest_size=8)
         storage = replace(storage, version=contents.hexdigest())
-        paths = [storage.local(name) for name in ("images.npy", "variants.npy")]
+        return _map_copies(storage, meta)
     except FileNotFoundError as error:
         raise UserError(f"{storage.location}: holds no index (index.json, images.npy, variants.npy)") from error
-    return _map(paths[0].parent, meta, storage)
+
+
+def _map_copies(storage: Storage, meta: IndexMeta) -> Index:
+    """Map the cached rows; copies that are damaged are fetched again."""
+    names = ("images.npy", "variants.npy")
+    for name in names:
+        storage.local(name)
+    try:
+        return _map(storage.folder, meta, storage)
+    except UserError:
+        for name in names:
+            storage.fetch(name)
+        return _map(storage.folder, meta, storage)
 
 
 @dataclass(frozen=True)
@@ -171,7 +188,7 @@ def scan(path: Path, meta: ShardSetMeta) -> Scanned:
         UserError: it is truncated or corrupt, or a sample does not fit `meta`.
     """
     images, variants = scan_shard(path, meta)
-    return Scanned(path.name, path.stat().st_size, checksum(path), images, variants)
+    return Scanned(path.name, path.stat().st_size, checksum_of(path), images, variants)
 
 
 def build_index(folder: str | Path, scanned: Iterable[Scanned] | None = None) -> Index:
@@ -260,7 +277,7 @@ def _map(folder: Path, meta: IndexMeta, storage: Storage | None = None) -> Index
 def _map_rows(path: Path, dtype: np.dtype, rows: int) -> np.memmap:
     try:
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: missing or cut short, build the index again: {error}") from error
     if mapped.dtype != dtype or mapped.shape != (rows,):
         raise UserError(f"{path}: does not go with index.json beside it, build the index again")
@@ -277,11 +294,6 @@ def _save(raw: Path, path: Path, dtype: np.dtype) -> None:
     """Turn the rows in the file `raw` into the .npy `path`, through the disk and not through memory."""
     np.save(raw.with_suffix(".npy"), np.memmap(raw, dtype, mode="r"))
     raw.with_suffix(".npy").rename(path)
-
-
-def checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _check_unique(index: Index) -> None:

@@ -49,11 +49,10 @@ class ShardReader:
             return self._open[shard]
         if len(self._open) == OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1])
-        name = self.index.meta.shards[shard].name
         try:
-            self._open[shard] = os.open(self.index.storage.local(name), os.O_RDONLY)
+            self._open[shard] = os.open(self.index.shard_path(shard), os.O_RDONLY)
         except OSError as error:
-            path = self.index.storage.name_of(name)
+            path = self.index.storage.name_of(self.index.meta.shards[shard].name)
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
         return self._open[shard]
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fitscale.config.errors import UserError
-from fitscale.data.index import Index, checksum
+from fitscale.data.index import Index
 from fitscale.data.plan import single_plan
+from fitscale.data.storage import checksum_of
 from fitscale.data.waste import Loss, bucketed, cost_function, packed, padded_to_longest
 
 PIECE = 1 << 20  # images looked at together
@@ -77,8 +78,8 @@ def verify(index: Index) -> Iterator[str]:
         UserError: at the end, naming every shard whose bytes are not those that were indexed.
     """
     wrong = []
-    for shard in index.meta.shards:
-        if checksum(index.storage.local(shard.name)) == shard.checksum:
+    for number, shard in enumerate(index.meta.shards):
+        if checksum_of(index.shard_path(number)) == shard.checksum:
             yield shard.name
         else:
             wrong.append(shard.name)

@@ -2,9 +2,10 @@
 
 A remote file is fetched whole, once per machine, when first asked for: the plan reads a window of shards nearly to the
 end before it goes on, so a shard in the cache serves many reads, and the store sees long sequential ones. A fetch that
-fails is tried again, waiting twice as long each time. The cache is shared by the processes of a machine, of which one
-fetches a file while the others that need it wait; the files unused for longest go when it exceeds its bound (one that
-is open stays readable until it is closed).
+fails is tried again, waiting twice as long each time. A copy is written under a temporary name, checked and synced to
+disk before it takes its place; one whose size is not the index's is fetched again. The cache is shared by the processes
+of a machine, of which one fetches a file while the others that need it wait; the files unused for longest go when it
+exceeds its bound (one that is open stays readable until it is closed).
 """
 
 import contextlib
@@ -61,31 +62,34 @@ class Storage:
         """A file's path or URL, for messages."""
         return f"{self.location.rstrip('/')}/{name}" if self.remote else str(self.folder / name)
 
-    def local(self, name: str) -> Path:
-        """A local path of the file, fetched if need be.
+    def local(self, name: str, size: int | None = None, checksum: str = "") -> Path:
+        """A local path of the file, fetched if need be: if there is no copy, or one that has not `size` bytes.
 
         Raises:
             FileNotFoundError: the remote store has no such file.
             UserError: it could not be fetched in `ATTEMPTS` attempts.
         """
         path = self.folder / name
-        if not self.remote:
-            return path
-        try:
-            os.utime(path)  # its turn to be evicted comes last again
-        except FileNotFoundError:
+        if self.remote and not _is_held(path, size):
             with _lock(self.cache.folder.expanduser(), path):
-                if not path.is_file():  # another process may have been faster
-                    self.fetch(name)
+                if not _is_held(path, size):  # another process may have been faster
+                    self.fetch(name, size, checksum)
         return path
 
-    def fetch(self, name: str) -> Path:
-        """Copy a remote file into the cache, whether or not it is there; as `local` otherwise."""
+    def fetch(self, name: str, size: int | None = None, checksum: str = "") -> Path:
+        """Copy a remote file into the cache, whether or not it is there; as `local` otherwise.
+
+        Bytes that do not have `checksum` are fetched once more and then kept: the store holds them so, and those who
+        read them find out which images are damaged.
+        """
         url, path = self.name_of(name), self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            retried(lambda: _open(url, lambda fs, remote: fs.get_file(remote, str(temporary))), url)
+            for _ in range(2):
+                retried(lambda: _open(url, lambda fs, remote: _copy(fs, remote, temporary, size)), url)
+                if not checksum or checksum_of(temporary) == checksum:
+                    break
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -93,23 +97,52 @@ class Storage:
         return path
 
 
+def checksum_of(path: Path) -> str:
+    """BLAKE2b-128 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
 def retried(function: Callable[[], Result], what: str) -> Result:
-    """What `function` returns; transient errors are tried again after 0.5, 1, 2 ... seconds.
+    """What `function` returns; errors are tried again after 0.5, 1, 2 ... seconds.
+
+    Of any type: the clients of the stores raise their own (aiohttp's, botocore's), of which many are no OSErrors.
 
     Raises:
-        FileNotFoundError: at once; waiting does not help.
+        FileNotFoundError, UserError: at once; waiting does not help.
         UserError: all attempts failed.
     """
     for attempt in range(ATTEMPTS):
         try:
             return function()
-        except FileNotFoundError:
+        except (FileNotFoundError, UserError):
             raise
-        except (OSError, TimeoutError) as error:
+        except Exception as error:
             if attempt == ATTEMPTS - 1:
-                raise UserError(f"{what}: cannot be read after {ATTEMPTS} attempts: {error}") from error
+                reason = str(error) if isinstance(error, OSError) else ""
+                reason = reason or f"{type(error).__name__}: {error}"
+                raise UserError(f"{what}: cannot be read after {ATTEMPTS} attempts: {reason}") from error
             time.sleep(FIRST_WAIT_S * 2**attempt)
     raise AssertionError("unreachable")
+
+
+def _is_held(path: Path, size: int | None) -> bool:
+    """Whether a copy of that size, or of any, is there; its turn to be evicted comes last again."""
+    try:
+        os.utime(path)
+        return size is None or path.stat().st_size == size
+    except FileNotFoundError:
+        return False
+
+
+def _copy(fs: Any, remote: str, path: Path, size: int | None) -> None:
+    """Fetch a file and see it safely on the disk; OSError if it has not `size` bytes."""
+    fs.get_file(remote, str(path))
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        came = file.seek(0, os.SEEK_END)
+    if size not in (None, came):
+        raise OSError(f"{came} bytes came, the index says {size}")
 
 
 @contextmanager
