@@ -91,12 +91,35 @@ def test_a_mistake_is_one_line_and_exit_code_2(command, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_of_many_ranks_one_speaks():
-    assert run("-m", "fitscale", "config", "no.yaml", RANK="0").stderr == (
-        "error: no.yaml: no such config file (an override is written key=value)\n"
+@pytest.mark.parametrize(
+    ("ranks", "grace_s", "printed"),
+    [("012", 60, ["error: a mistake"]), ("1", 0.1, ["rank 1: error: a mistake"])],
+    ids=["all ranks meet it", "one rank meets it"],
+)
+def test_a_mistake_under_torchrun_is_printed_once_whichever_rank_meets_it(tmp_path, ranks, grace_s, printed):
+    (tmp_path / "program.py").write_text(
+        "import os, sys, time\n"
+        "from fitscale.config import main\n"
+        "from fitscale.config.errors import UserError\n"
+        "def work():\n"
+        f"    if os.environ['RANK'] in {ranks!r}:\n"
+        "        raise UserError('a mistake')\n"
+        "    time.sleep(60)\n"
+        f"main.GRACE_S = {grace_s}\n"
+        "sys.exit(main.exit_code(work))\n"
     )
-    other = run("-m", "fitscale", "config", "no.yaml", RANK="3")
-    assert (other.returncode, other.stderr) == (2, "")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3")
+    lines = run(*launcher, tmp_path / "program.py").stderr.splitlines()
+    assert [line for line in lines if line.endswith("error: a mistake")] == printed
+
+
+def test_a_rank_that_nobody_ends_prints_its_mistake(capsys, monkeypatch):
+    monkeypatch.setattr("fitscale.config.main.GRACE_S", 0.01)
+    monkeypatch.setenv("RANK", "3")
+    assert main(["config", "no.yaml"]) == 2
+    assert capsys.readouterr().err == (
+        "rank 3: error: no.yaml: no such config file (an override is written key=value)\n"
+    )
 
 
 @pytest.mark.parametrize("arguments", [[], ["trian"], ["train"]])

@@ -2,25 +2,42 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 from fitscale.config.errors import UserError
 
 USER_ERROR = 2  # as argparse's own
 INTERRUPTED = 130  # as a shell reports SIGINT
+GRACE_S = 2.0  # in which a launcher ends the other processes after the first has failed
 
 
 def exit_code(function: Callable[[], int | None]) -> int:
     """Run `function` and return the process's exit code: its own (None is 0), 2 for a UserError, 130 for Ctrl-C.
 
-    The UserError's text goes to stderr as `error: <text>`; under torchrun, where every rank meets the same mistake,
-    only rank 0 prints it. Any other exception passes: it is a fault of fitscale and keeps its traceback.
+    The UserError's text goes to stderr as `error: <text>`, of a rank other than 0 as `rank 5: error: <text>`. Any other
+    exception passes: it is a fault of fitscale and keeps its traceback.
     """
     try:
-        return function() or 0
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        try:
+            return function() or 0
+        except UserError as error:
+            _report(error)
+            return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _report(error: UserError) -> None:
+    """Print the error, on every rank, because it may be this one's alone (an image of its share is corrupt).
+
+    Mostly all ranks meet the same mistake. So rank 0 speaks at once, then the first of every machine, then the rest:
+    by then a launcher such as torchrun has ended those who would only repeat it.
+    """
+    rank = os.environ.get("RANK", "0")
+    try:
+        if rank != "0":
+            time.sleep(GRACE_S if os.environ.get("LOCAL_RANK", "0") == "0" else 2 * GRACE_S)
+    finally:
+        prefix = "" if rank == "0" else f"rank {rank}: "
+        print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
