@@ -59,7 +59,10 @@ def test_token_counts_span_more_than_four_times(digits_shards):
 def test_running_again_says_so_and_touches_nothing(main, digits_shards, capsys):
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in digits_shards.iterdir()}
     assert main("digits", digits_shards) == 0
-    assert "finished before, 1797 images in 5391 variants, 8 shards" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "finished before, 1797 images in 5391 variants, 8 shards" in output
+    areas = np.sort(np.prod([variant.array_CHW.shape for digit in digit_variants() for variant in digit.variants], 1))
+    assert f"min {areas[0]}, median {areas[5391 // 2]}, max {areas[-1]}" in output
     assert before == {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in digits_shards.iterdir()}
 
 

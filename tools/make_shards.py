@@ -12,6 +12,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from fitscale.config.errors import UserError
 from fitscale.config.main import exit_code
 from fitscale.data.convert import STORES, Converter, Job, is_finished
@@ -179,10 +181,11 @@ def _check_same(out: Path, options: argparse.Namespace) -> None:
 
 def _summary(folder: Path) -> str:
     meta = open_index(folder).meta
-    areas = sorted(height * width for height, width, count in meta.sizes for _ in range(count))
+    areas, counts = np.array(sorted((height * width, count) for height, width, count in meta.sizes)).T
+    median = areas[np.searchsorted(np.cumsum(counts), meta.num_variants // 2, side="right")]
     return (
         f"{meta.num_images} images in {meta.num_variants} variants, {len(meta.shards)} shards; "
-        f"latent pixels (tokens at patch size 1): min {areas[0]}, median {areas[len(areas) // 2]}, max {areas[-1]}"
+        f"latent pixels (tokens at patch size 1): min {areas[0]}, median {median}, max {areas[-1]}"
     )
 
 

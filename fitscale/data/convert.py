@@ -26,10 +26,11 @@ from tqdm import tqdm
 from fitscale.config.errors import UserError
 from fitscale.config.rundir import write_atomic
 from fitscale.data.index import Scanned, build_index, scan
+from fitscale.data.listing import Item, Source
 from fitscale.data.preprocess import MULTIPLE, RESIZE, Picture, Rejected, pictures, with_flips
 from fitscale.data.scan import key_hash
 from fitscale.data.shards import DATASET_FILE, Sample, ShardSetMeta, Variant, write_shard
-from fitscale.data.sources import Item, Source, list_source
+from fitscale.data.sources import list_source
 
 STORES = ("moments", "sample")
 
@@ -86,7 +87,7 @@ class Converter:
         self.source = list_source(Path(job.source))
         self.encoder = None if job.encoder == "pixels" else _load_encoder(job.encoder, device)
         self.meta = self._meta(self.source)
-        self.chunks = -(-len(self.source.items) // job.images_per_shard)
+        self.chunks = -(-len(self.source) // job.images_per_shard)
 
     def run(self, worker: int, workers: int) -> int:
         """Do what is left of this worker's chunks, then join the parts if all are there; returns how many are not.
@@ -99,7 +100,8 @@ class Converter:
         self.out.mkdir(parents=True, exist_ok=True)
         write_atomic(self.out / "job.json", json.dumps(asdict(self.job), indent=1) + "\n")
         mine = [chunk for chunk in range(worker, self.chunks, workers) if not self._part(chunk).is_file()]
-        images = sum(len(self._items(chunk)) for chunk in mine)
+        per_shard = self.job.images_per_shard
+        images = sum(min(per_shard, len(self.source) - chunk * per_shard) for chunk in mine)
         with (
             tqdm(total=images, desc=f"worker {worker}/{workers}", unit="image", mininterval=1.0) as bar,
             ThreadPoolExecutor(self.threads) as pool,
@@ -130,7 +132,7 @@ class Converter:
         return ShardSetMeta("vae", vae.factor, vae.scaling, vae.channels, source.num_classes, recipe, moments)
 
     def _items(self, chunk: int) -> list[Item]:
-        return self.source.items[chunk * self.job.images_per_shard : (chunk + 1) * self.job.images_per_shard]
+        return self.source.items(chunk * self.job.images_per_shard, (chunk + 1) * self.job.images_per_shard)
 
     def _part(self, chunk: int) -> Path:
         return self.out / ".parts" / f"{chunk:06d}.npz"
@@ -206,7 +208,7 @@ class Converter:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             rejected = [row for part in parts for row in _load_rejected(part)]
             write_atomic(self.out / "rejected.jsonl", "".join(json.dumps(row) + "\n" for row in rejected))
-            if len(rejected) == len(self.source.items):
+            if len(rejected) == len(self.source):
                 where = self.out / "rejected.jsonl"
                 raise UserError(
                     f"{self.job.source}: all {len(rejected)} images were rejected, the reasons are in {where}"

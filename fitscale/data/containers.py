@@ -1,0 +1,153 @@
+"""Images inside tars and Parquet files, listed from the tars' headers and the Parquet files' other columns."""
+
+import json
+import tarfile
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fitscale.config.errors import UserError
+from fitscale.data.listing import Label
+from fitscale.data.preprocess import Rejected
+
+MAX_LABEL = 2**31 - 1  # a label is an int32 in the index
+Place = tuple[int, int]  # offset and size of a member's data
+
+
+def number_of(text: Any, what: str) -> int | Rejected:
+    """The label that `text` says, or why it says none."""
+    try:
+        number = int(text)
+    except (TypeError, ValueError):
+        return Rejected(f"{what} {str(text)[:40]!r} is no number")
+    if number > MAX_LABEL:
+        return Rejected(f"{what} {str(number)[:40]} is above {MAX_LABEL}")
+    return number if number >= 0 else Rejected(f"{what} {number} is below 0")
+
+
+class Tars:
+    """webdataset's tars, or tars of class folders. A record is `tar offset size name`."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+
+    def records(self) -> Iterator[tuple[str, Label]]:
+        for number, file in enumerate(self.files):
+            try:
+                with open(file, "rb") as stream:
+                    for name, (offset, size), label in _members(stream):
+                        yield f"{number} {offset} {size} {name}", label
+            except tarfile.TarError as error:
+                raise UserError(f"{file}: not a tar, or damaged: {error}") from error
+
+    def key(self, record: str) -> str:
+        return _stem(record.split(" ", 3)[3])
+
+    def name(self, record: str) -> str:
+        number, _, _, name = record.split(" ", 3)
+        return f"{self.files[int(number)].name}/{name}"
+
+    def read(self, record: str) -> bytes:
+        number, offset, size, _ = record.split(" ", 3)
+        with open(self.files[int(number)], "rb") as stream:
+            data = _bytes_at(stream, (int(offset), int(size)))
+        if len(data) < int(size):
+            raise Rejected(f"the tar ends after {len(data)} of {size} bytes")
+        return data
+
+
+def _members(stream: BinaryIO) -> Iterator[tuple[str, Place, Label]]:
+    """Name, place and label of a tar's images: of all plain files but hidden ones and labels."""
+    places: list[tuple[str, Place]] = []
+    with tarfile.open(fileobj=stream, mode="r:") as tar:
+        while member := tar.next():
+            tar.members = []  # type: ignore[attr-defined]  # or it keeps them all
+            if member.isfile() and not Path(member.name).name.startswith("."):
+                places.append((member.name, (member.offset_data, member.size)))
+    side_files = {name: place for name, place in places if name.endswith((".cls", ".json"))}
+    for name, place in places:
+        if name not in side_files:
+            yield name, place, _label(stream, name, side_files)
+
+
+def _stem(name: str) -> str:
+    """webdataset's key: up to the first dot of the file's name."""
+    folder, slash, base = name.removeprefix("./").rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def _label(stream: BinaryIO, name: str, side_files: dict[str, Place]) -> Label:
+    stem = _stem(name)
+    prefix = name[: name.index(stem)] + stem
+    if prefix + ".cls" in side_files:
+        text = _bytes_at(stream, side_files[prefix + ".cls"]).decode(errors="replace")
+        return number_of(text, "the .cls file's label")
+    if prefix + ".json" in side_files:
+        text = _bytes_at(stream, side_files[prefix + ".json"]).decode(errors="replace")
+        try:
+            return number_of(json.loads(text).get("label"), "the .json file's label")
+        except (ValueError, AttributeError):
+            return Rejected("the .json file beside it is damaged")
+    folder, slash, _ = stem.partition("/")
+    return folder if slash else 0
+
+
+def _bytes_at(stream: BinaryIO, place: Place) -> bytes:
+    stream.seek(place[0])
+    return stream.read(place[1])
+
+
+class Parquets:
+    """Parquet files with columns `image` and `label`. A record is `file group row-of-the-group row-of-the-file`."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+
+    def records(self) -> Iterator[tuple[str, Label]]:
+        for number, file in enumerate(self.files):
+            for group, row, row_of_file, label in _rows(file):
+                yield f"{number} {group} {row} {row_of_file}", label
+
+    def key(self, record: str) -> str:
+        number, _, _, row = record.split()
+        return f"{self.files[int(number)].stem}-{int(row):07d}"
+
+    def name(self, record: str) -> str:
+        number, _, _, row = record.split()
+        return f"{self.files[int(number)].name}:{row}"
+
+    def read(self, record: str) -> bytes:
+        number, group, row, _ = map(int, record.split())
+        cell = _images_of(self.files[number], group)[row].as_py()
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if not isinstance(data, bytes):
+            raise Rejected("the row holds no image bytes")
+        return data
+
+
+def _rows(file: Path) -> Iterator[tuple[int, int, int, Label]]:
+    """Row group, row inside it, row of the file and label of each image."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(file)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{file}: not a Parquet file, or damaged: {error}") from error
+    if "image" not in table.schema_arrow.names:
+        raise UserError(f"{file}: has no column image, only {', '.join(table.schema_arrow.names)}")
+    labelled, row_of_file = "label" in table.schema_arrow.names, 0
+    for group in range(table.num_row_groups):
+        rows = table.metadata.row_group(group).num_rows
+        labels = table.read_row_group(group, ["label"])["label"].to_pylist() if labelled else [0] * rows
+        for row, label in enumerate(labels):
+            yield group, row, row_of_file, number_of(label, "the column's label")
+            row_of_file += 1
+
+
+@lru_cache(maxsize=2)
+def _images_of(file: Path, group: int) -> Any:
+    from pyarrow import parquet
+
+    return parquet.ParquetFile(file).read_row_group(group, ["image"])["image"]
