@@ -1,8 +1,14 @@
 """Listing a source: which images, in which order, with which labels; and what happens when it cannot be read."""
 
+import io
+import tarfile
 import tracemalloc
 from pathlib import Path
 
+import pytest
+
+from fitscale.config.errors import UserError
+from fitscale.data.listing import Source
 from fitscale.data.sources import list_source
 
 
@@ -44,3 +50,78 @@ def test_an_items_bytes_are_its_own(tmp_path):
     source = list_source(folder)
     assert [item.read().decode() for item in source.items(0, 9)] == ["a/2.png", "a.x/3.png", "b/1.png"]
     assert source.classes == ["a", "a.x", "b"] and source.num_classes == 3
+
+
+def tar(path: Path, files: dict[str, bytes]) -> Path:
+    """A tar, complete and in the order given."""
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def problems(source: Source) -> list[str]:
+    return [item.problem for item in source.items(0, len(source))]
+
+
+def test_flat_class_tars_are_classes_of_their_own(tmp_path):
+    """ImageNet's layout: a tar a class, without folders inside."""
+    for name in ("n01440764", "n01443537"):
+        tar(tmp_path / f"{name}.tar", {f"{name}_{n}.JPEG": b"x" for n in (1, 2)})
+    source = list_source(tmp_path)
+    assert (source.classes, source.num_classes) == (["n01440764", "n01443537"], 2)
+    assert listed(tmp_path)[1:3] == [("n01440764_2", 0), ("n01443537_1", 1)]
+
+
+def test_one_tar_without_labels_has_no_class(tmp_path):
+    source = list_source(tar(tmp_path / "a.tar", {"1.png": b"x", "2.png": b"x", "2.cls": b"5"}))
+    (first, second), (problem, _) = source.items(0, 2), problems(source)
+    assert (first.label, second.label) == (None, 5) and problem.startswith("no label: ")
+
+
+def test_names_and_numbers_are_not_mixed_as_labels(tmp_path):
+    with pytest.raises(UserError, match=r"a.tar/2.png has a number for its label, others have a class's name \('x'\)"):
+        list_source(tar(tmp_path / "a.tar", {"x/1.png": b"x", "2.png": b"x", "2.cls": b"5"}))
+
+
+@pytest.mark.parametrize("stray", ["b/extra.tar", "extra.parquet"])
+def test_a_folder_of_images_and_of_containers_is_refused(tmp_path, stray):
+    write(tmp_path, "a/1.JPG", "b/2.jpg", stray)
+    with pytest.raises(UserError, match=rf"holds .* \({stray}\) and images \(a/1.JPG\)"):
+        list_source(tmp_path)
+
+
+def test_what_lies_beside_tars_is_no_image(tmp_path):
+    write(tmp_path, "README.md", "index.json", "._a.tar")
+    tar(tmp_path / "a.tar", {"x/1.png": b"x"})
+    assert listed(tmp_path) == [("x/1", 0)]
+
+
+def test_links_to_class_folders_are_followed(tmp_path):
+    write(tmp_path / "far", "1.png", "deep/2.png")
+    folder = write(tmp_path / "source", "a/1.png", "c/1.png")
+    (folder / "b").symlink_to(tmp_path / "far")
+    assert listed(folder) == [("a/1", 0), ("b/1", 1), ("b/deep/2", 1), ("c/1", 2)]
+
+
+def test_links_to_nothing_and_to_a_folder_above_are_refused(tmp_path):
+    folder = write(tmp_path, "a/1.png")
+    (folder / "a" / "2.png").symlink_to(folder / "none.png")
+    with pytest.raises(UserError, match=r"a/2.png: neither a file nor a folder"):
+        list_source(folder)
+    (folder / "a" / "2.png").unlink()
+    (folder / "a" / "up").symlink_to(folder)
+    with pytest.raises(UserError, match=r"a/up: a link to a folder that holds it"):
+        list_source(folder)
+
+
+def test_an_image_beside_class_folders_has_no_class(tmp_path):
+    source = list_source(write(tmp_path, "0.png", "a/1.png"))
+    assert [item.label for item in source.items(0, 2)] == [None, 0] and source.classes == ["a"]
+    assert problems(source)[0] == "no label: it is in no class folder, though there are some"
+
+
+def test_a_folder_without_folders_is_one_class_in_the_order_of_names(tmp_path):
+    assert listed(write(tmp_path, "b.png", "a.png", ".hidden.png")) == [("a", 0), ("b", 0)]

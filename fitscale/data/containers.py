@@ -27,7 +27,7 @@ def number_of(text: Any, what: str) -> int | Rejected:
 
 
 class Tars:
-    """webdataset's tars, or tars of class folders. A record is `tar offset size name`."""
+    """webdataset's tars, tars of class folders, or a tar a class. A record is `tar offset size name`."""
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
@@ -37,9 +37,13 @@ class Tars:
             try:
                 with open(file, "rb") as stream:
                     for name, (offset, size), label in _members(stream):
-                        yield f"{number} {offset} {size} {name}", label
+                        yield f"{number} {offset} {size} {name}", self._of_tar(file) if label is None else label
             except tarfile.TarError as error:
                 raise UserError(f"{file}: not a tar, or damaged: {error}") from error
+
+    def _of_tar(self, file: Path) -> Label:
+        """The label of a member that has none of its own."""
+        return file.stem if len(self.files) > 1 else Rejected("no label: no .cls or .json beside it, and in no folder")
 
     def key(self, record: str) -> str:
         return _stem(record.split(" ", 3)[3])
@@ -57,8 +61,8 @@ class Tars:
         return data
 
 
-def _members(stream: BinaryIO) -> Iterator[tuple[str, Place, Label]]:
-    """Name, place and label of a tar's images: of all plain files but hidden ones and labels."""
+def _members(stream: BinaryIO) -> Iterator[tuple[str, Place, Label | None]]:
+    """Name, place and, where it has one, label of a tar's images: of all plain files but hidden ones and labels."""
     places: list[tuple[str, Place]] = []
     with tarfile.open(fileobj=stream, mode="r:") as tar:
         while member := tar.next():
@@ -77,7 +81,7 @@ def _stem(name: str) -> str:
     return folder + slash + base.partition(".")[0]
 
 
-def _label(stream: BinaryIO, name: str, side_files: dict[str, Place]) -> Label:
+def _label(stream: BinaryIO, name: str, side_files: dict[str, Place]) -> Label | None:
     stem = _stem(name)
     prefix = name[: name.index(stem)] + stem
     if prefix + ".cls" in side_files:
@@ -90,7 +94,7 @@ def _label(stream: BinaryIO, name: str, side_files: dict[str, Place]) -> Label:
         except (ValueError, AttributeError):
             return Rejected("the .json file beside it is damaged")
     folder, slash, _ = stem.partition("/")
-    return folder if slash else 0
+    return folder if slash else None
 
 
 def _bytes_at(stream: BinaryIO, place: Place) -> bytes:

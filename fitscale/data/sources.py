@@ -4,7 +4,8 @@ Listing reads names, tar headers and the Parquet files' other columns; the image
 What is wrong with a single image (no file, no label) is found when it is read and becomes the reason of its rejection.
 
     folder    a class is a first-level subfolder, numbered by name; without subfolders every label is 0
-    tar       webdataset: `<key>.cls` or the "label" of `<key>.json`; else the first folder in the member's name
+    tar       webdataset: `<key>.cls` or the "label" of `<key>.json`; else the first folder in the member's name;
+              else, of several tars, the tar's own name
     Parquet   column `image` (bytes, or a struct with `bytes`) and `label`
     list      lines `path` or `path<TAB>label`, paths relative to the list
 """
@@ -18,48 +19,73 @@ from fitscale.data.containers import Parquets, Tars, number_of
 from fitscale.data.listing import Label, Reader, Source
 from fitscale.data.preprocess import Rejected
 
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".avif", ".ppm")
+
 
 def list_source(path: Path) -> Source:
     """All images of a folder (of images, of tars or of Parquet files), of one such file, or of a list (.txt, .tsv).
 
     Raises:
-        UserError: there is nothing there that could hold images.
+        UserError: nothing there could hold images; a folder holds images and tars; something is damaged or unreadable.
     """
-    source = Source(_reader(path))
+    if path.is_dir():
+        source = _list_folder(path)
+    elif path.is_file():
+        source = Source(_reader(path))
+    else:
+        raise UserError(f"{path}: no such file or folder")
     if not len(source):
         raise UserError(f"{path}: the source holds no files")
     return source
 
 
-def _reader(path: Path) -> Reader:
-    if path.is_dir():
-        if tars := sorted(path.rglob("*.tar")):
-            return Tars(tars)
-        if tables := sorted(path.rglob("*.parquet")):
-            return Parquets(tables)
-        return Folder(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file or folder")
-    if path.suffix == ".tar":
-        return Tars([path])
-    if path.suffix == ".parquet":
-        return Parquets([path])
-    if path.suffix in (".txt", ".tsv"):
-        return List(path)
-    raise UserError(f"{path}: a source is a folder, or a file ending in .tar, .parquet, .txt, .tsv")
+def _reader(file: Path) -> Reader:
+    if file.suffix == ".tar":
+        return Tars([file])
+    if file.suffix == ".parquet":
+        return Parquets([file])
+    if file.suffix in (".txt", ".tsv"):
+        return List(file)
+    raise UserError(f"{file}: a source is a folder, or a file ending in .tar, .parquet, .txt, .tsv")
+
+
+def _list_folder(path: Path) -> Source:
+    folder = Folder(path)
+    source = Source(folder)
+    kinds = {"tars": folder.tars, "Parquet files": folder.tables, "images": folder.images}
+    found = [f"{kind} ({files[0]})" for kind, files in kinds.items() if files]
+    if len(found) > 1:
+        raise UserError(f"{path}: holds {' and '.join(found)}; a source holds one of these")
+    if folder.tars:
+        return Source(Tars([path / file for file in folder.tars]))
+    if folder.tables:
+        return Source(Parquets([path / file for file in folder.tables]))
+    return source
 
 
 class Folder:
-    """A folder of images, in class folders or without. A record is a path in it."""
+    """A folder of images, in class folders or without. A record is a path in it.
+
+    Listing also finds out what kind of folder it is: `tars` and `tables` are no records, `images` holds one example.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.tars, self.tables, self.images = list[str](), list[str](), list[str]()
 
     def records(self) -> Iterator[tuple[str, Label]]:
-        files = sorted(path for path in self.folder.rglob("*") if not path.is_dir() and not path.name.startswith("."))
-        for path in files:
-            inside = path.relative_to(self.folder)
-            yield str(inside), inside.parts[0] if len(inside.parts) > 1 else 0
+        flat: Label = 0
+        if any(is_folder for _, is_folder, _ in _entries(str(self.folder))):
+            flat = Rejected("no label: it is in no class folder, though there are some")
+        for record in _walk(str(self.folder), "", ()):
+            suffix = os.path.splitext(record)[1]
+            if suffix in (".tar", ".parquet"):
+                (self.tars if suffix == ".tar" else self.tables).append(record)
+                continue
+            if not self.images and suffix.lower() in IMAGES:
+                self.images.append(record)
+            top, slash, _ = record.partition("/")
+            yield record, top if slash else flat
 
     def key(self, record: str) -> str:
         return os.path.splitext(record)[0]
@@ -72,6 +98,27 @@ class Folder:
             return (self.folder / record).read_bytes()
         except OSError as error:
             raise Rejected(f"cannot be read: {error.strerror}") from error
+
+
+def _walk(root: str, inside: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Paths in `root` of all files but hidden ones, links followed, in the order of their parts."""
+    folder = os.path.join(root, inside)
+    status = os.stat(folder)
+    if (status.st_dev, status.st_ino) in above:
+        raise UserError(f"{folder.rstrip('/')}: a link to a folder that holds it")
+    for name, is_folder, is_file in _entries(folder):
+        if is_folder:
+            yield from _walk(root, f"{inside}{name}/", (*above, (status.st_dev, status.st_ino)))
+        elif not name.startswith("."):
+            if not is_file:
+                raise UserError(f"{folder}{name}: neither a file nor a folder (a link to nothing?)")
+            yield inside + name
+
+
+def _entries(folder: str) -> list[tuple[str, bool, bool]]:
+    """Name, whether it is a folder, and whether a file, of all that a folder holds."""
+    with os.scandir(folder) as entries:
+        return sorted((entry.name, entry.is_dir(), entry.is_file()) for entry in entries)
 
 
 class List(Folder):
