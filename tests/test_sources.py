@@ -125,3 +125,26 @@ def test_an_image_beside_class_folders_has_no_class(tmp_path):
 
 def test_a_folder_without_folders_is_one_class_in_the_order_of_names(tmp_path):
     assert listed(write(tmp_path, "b.png", "a.png", ".hidden.png")) == [("a", 0), ("b", 0)]
+
+
+def broken_tars(folder: Path) -> dict[str, Path]:
+    """A tar of six images of a block each, damaged in ways that `tarfile` takes for the archive's end."""
+    whole = tar(folder / "whole.tar", {f"c/{n}.png": b"x" for n in range(6)}).read_bytes()
+    header = 3 * 1024  # of the fourth member
+    damaged = {
+        "flipped": whole[:header] + bytes([whole[header] ^ 1]) + whole[header + 1 :],
+        "cut": whole[:header],
+        "zeroed": whole[:header] + bytes(512) + whole[header + 512 :],
+        "two": whole + whole,
+        "empty": b"",
+    }
+    for name, data in damaged.items():
+        (folder / f"{name}.tar").write_bytes(data)
+    return {name: folder / f"{name}.tar" for name in damaged}
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "zeroed", "two", "empty"])
+def test_a_damaged_tar_is_refused_and_not_taken_for_a_short_one(tmp_path, damage):
+    assert len(list_source(tar(tmp_path / "a.tar", {f"c/{n}.png": b"x" for n in range(6)}))) == 6
+    with pytest.raises(UserError, match=rf"{damage}.tar: .*(truncated or corrupt after c/\d.png|empty)"):
+        list_source(broken_tars(tmp_path)[damage])

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 from fitscale.config.errors import UserError
 from fitscale.data.listing import Label
 from fitscale.data.preprocess import Rejected
+from fitscale.data.scan import check_end
 
 MAX_LABEL = 2**31 - 1  # a label is an int32 in the index
 Place = tuple[int, int]  # offset and size of a member's data
@@ -36,7 +37,7 @@ class Tars:
         for number, file in enumerate(self.files):
             try:
                 with open(file, "rb") as stream:
-                    for name, (offset, size), label in _members(stream):
+                    for name, (offset, size), label in _members(stream, file):
                         yield f"{number} {offset} {size} {name}", self._of_tar(file) if label is None else label
             except tarfile.TarError as error:
                 raise UserError(f"{file}: not a tar, or damaged: {error}") from error
@@ -61,14 +62,17 @@ class Tars:
         return data
 
 
-def _members(stream: BinaryIO) -> Iterator[tuple[str, Place, Label | None]]:
+def _members(stream: BinaryIO, file: Path) -> Iterator[tuple[str, Place, Label | None]]:
     """Name, place and, where it has one, label of a tar's images: of all plain files but hidden ones and labels."""
     places: list[tuple[str, Place]] = []
+    last = "the start"
     with tarfile.open(fileobj=stream, mode="r:") as tar:
         while member := tar.next():
             tar.members = []  # type: ignore[attr-defined]  # or it keeps them all
+            last = member.name
             if member.isfile() and not Path(member.name).name.startswith("."):
                 places.append((member.name, (member.offset_data, member.size)))
+        check_end(stream, tar.offset, file, last)
     side_files = {name: place for name, place in places if name.endswith((".cls", ".json"))}
     for name, place in places:
         if name not in side_files:

@@ -80,16 +80,22 @@ def _members(path: Path) -> Iterator[Member]:
                     if content is None:
                         raise UserError(f"{path}: {name} is no plain file")
                     yield member.name, member.offset_data, content.read()
-                _check_end(file, tar.offset, path, name)
+                check_end(file, tar.offset, path, name)
         except tarfile.TarError as error:
             raise UserError(f"{path}: truncated or corrupt at {name}: {error}") from error
 
 
-def _check_end(file: BinaryIO, offset: int, path: Path, name: str) -> None:
-    """tarfile takes a damaged header, and a file cut between two members, for the end of the archive."""
+def check_end(file: BinaryIO, offset: int, path: Path, name: str) -> None:
+    """Raise UserError unless the tar `path`, whose last member is `name`, really ends at `offset`.
+
+    tarfile takes a damaged or overwritten header, and a file cut between two members, for the end of the archive.
+    """
     file.seek(offset)
     if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
         raise UserError(f"{path}: truncated or corrupt after {name}: the tar's end is missing")
+    while block := file.read(2**20):
+        if block.strip(tarfile.NUL):
+            raise UserError(f"{path}: truncated or corrupt after {name}: more data follow the tar's end")
 
 
 def _split(name: str) -> tuple[str, str]:
