@@ -1,15 +1,23 @@
 """Listing a source: which images, in which order, with which labels; and what happens when it cannot be read."""
 
+import errno
 import io
+import json
 import tarfile
 import tracemalloc
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from fitscale.config.errors import UserError
+from fitscale.data.convert import Converter, Job
+from fitscale.data.index import open_index
 from fitscale.data.listing import Source
+from fitscale.data.preprocess import Rejected
 from fitscale.data.sources import list_source
+from tests.photographs import encoded, photograph
 
 
 def listed(path: Path) -> list[tuple[str, int | None]]:
@@ -148,3 +156,84 @@ def test_a_damaged_tar_is_refused_and_not_taken_for_a_short_one(tmp_path, damage
     assert len(list_source(tar(tmp_path / "a.tar", {f"c/{n}.png": b"x" for n in range(6)}))) == 6
     with pytest.raises(UserError, match=rf"{damage}.tar: .*(truncated or corrupt after c/\d.png|empty)"):
         list_source(broken_tars(tmp_path)[damage])
+
+
+@pytest.fixture
+def no_wait(monkeypatch):
+    monkeypatch.setattr("fitscale.data.storage.FIRST_WAIT_S", 0)
+
+
+def converter(source: Path, out: Path, **options: int) -> Converter:
+    return Converter(Job(str(source), 32, "pixels", "moments", options.get("images_per_shard", 2), 1), out)
+
+
+def write_images(folder: Path, *names: str) -> Path:
+    """A 16 x 16 PNG in every file."""
+    write(folder, *names)
+    for number, name in enumerate(names):
+        (folder / name).write_bytes(encoded(photograph(number, 16, 16), "PNG"))
+    return folder
+
+
+def rejected(out: Path) -> list[str]:
+    return [json.loads(line)["reason"] for line in (out / "rejected.jsonl").read_text().splitlines()]
+
+
+def test_an_image_that_cannot_be_read_now_leaves_its_shard_to_the_next_start(tmp_path, no_wait):
+    source, out = write_images(tmp_path / "s", "a/0.png", "a/1.png", "b/2.png", "b/3.png"), tmp_path / "o"
+    started = converter(source, out)
+    source.rename(tmp_path / "away")
+    with pytest.raises(UserError, match=r"s/a/0.png: is gone since it was listed"):
+        started.run(0, 1)
+    (tmp_path / "away").rename(source)
+    assert converter(source, out).run(0, 1) == 0
+    assert len(open_index(out).images) == 4 and rejected(out) == []
+
+
+def test_a_passing_fault_is_tried_again_and_a_lasting_one_is_named(tmp_path, no_wait, monkeypatch):
+    source = list_source(write(tmp_path, "a.png"))
+    (item,) = source.items(0, 1)
+    faults = [OSError(errno.ESTALE, "Stale file handle")] * 4
+    whole = Path.read_bytes
+
+    def faulty(path: Path) -> bytes:
+        if faults:
+            raise faults.pop()
+        return whole(path)
+
+    monkeypatch.setattr(Path, "read_bytes", faulty)
+    assert item.read() == b"a.png"
+    faults += [OSError(errno.EIO, "Input/output error")] * 5
+    with pytest.raises(UserError, match=r"a.png: cannot be read after 5 attempts.*Input/output error"):
+        item.read()
+
+
+def test_what_a_list_names_and_is_not_there_is_rejected(tmp_path, no_wait):
+    write(tmp_path, "a/1.png")
+    (tmp_path / "list.txt").write_text("none.png\na\na/1.png/2.png\n\t3\n")
+    for item in list_source(tmp_path / "list.txt").items(0, 4):
+        with pytest.raises(Rejected, match=r"cannot be read: (No such file|Is a directory|Not a directory)"):
+            item.read()
+
+
+def test_containers_that_go_away_or_shrink_are_errors_not_rejections(tmp_path, no_wait):
+    archive = tar(tmp_path / "a.tar", {"c/1.png": b"x" * 2000})
+    table = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"image": [b"x"], "label": [1]}), table)
+    (in_tar,), (in_table,) = (list_source(path).items(0, 1) for path in (archive, table))
+    archive.write_bytes(archive.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"a.tar: ends after 488 of 2000 bytes"):
+        in_tar.read()
+    for path, item in ((archive, in_tar), (table, in_table)):
+        path.unlink()
+        with pytest.raises(UserError, match=rf"{path.name}: is gone since it was listed"):
+            item.read()
+
+
+def test_short_memory_is_no_property_of_an_image(tmp_path, monkeypatch):
+    source, out = write_images(tmp_path / "s", "0.png", "1.png"), tmp_path / "o"
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", lambda image: bytearray(2**62))
+    with pytest.raises(UserError, match=r"0.png: memory was too short to decode it.*--threads"):
+        converter(source, out).run(0, 1)
+    monkeypatch.undo()
+    assert converter(source, out).run(0, 1) == 0 and rejected(out) == []

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fitscale.config.errors import UserError
-from fitscale.data.listing import Label
+from fitscale.data.listing import Label, read_listed
 from fitscale.data.preprocess import Rejected
 from fitscale.data.scan import check_end
 
@@ -55,10 +55,10 @@ class Tars:
 
     def read(self, record: str) -> bytes:
         number, offset, size, _ = record.split(" ", 3)
-        with open(self.files[int(number)], "rb") as stream:
-            data = _bytes_at(stream, (int(offset), int(size)))
+        file = self.files[int(number)]
+        data = read_listed(lambda: _member(file, (int(offset), int(size))), str(file))
         if len(data) < int(size):
-            raise Rejected(f"the tar ends after {len(data)} of {size} bytes")
+            raise UserError(f"{file}: ends after {len(data)} of {size} bytes of a member, and was whole when listed")
         return data
 
 
@@ -101,6 +101,11 @@ def _label(stream: BinaryIO, name: str, side_files: dict[str, Place]) -> Label |
     return folder if slash else None
 
 
+def _member(file: Path, place: Place) -> bytes:
+    with open(file, "rb") as stream:
+        return _bytes_at(stream, place)
+
+
 def _bytes_at(stream: BinaryIO, place: Place) -> bytes:
     stream.seek(place[0])
     return stream.read(place[1])
@@ -127,7 +132,8 @@ class Parquets:
 
     def read(self, record: str) -> bytes:
         number, group, row, _ = map(int, record.split())
-        cell = _images_of(self.files[number], group)[row].as_py()
+        file = self.files[number]
+        cell = read_listed(lambda: _images_of(file, group), str(file))[row].as_py()
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if not isinstance(data, bytes):
             raise Rejected("the row holds no image bytes")

@@ -159,6 +159,10 @@ class Converter:
             return item, pictures(item.read(), self.job.side)
         except Rejected as reason:
             return item, reason
+        except MemoryError as error:
+            raise UserError(
+                f"{item.name}: memory was too short to decode it; start again, with more memory or fewer --threads"
+            ) from error
 
     def _samples(self, good: list[tuple[Item, list[Picture]]]) -> Iterator[Sample]:
         encoded = self._encode(good)

@@ -10,14 +10,16 @@ import re
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from fitscale.config.errors import UserError
 from fitscale.data.preprocess import Rejected
 from fitscale.data.scan import key_hash
+from fitscale.data.storage import retried
 
+Result = TypeVar("Result")
 Label = str | int | Rejected  # a class's name, its number, or why there is neither
 NO_LABEL = -1
 _EXACT = ("utf-8", "surrogatepass")  # gives file names back that are not UTF-8
@@ -105,6 +107,18 @@ class Source:
 
     def _key(self, record: str) -> str:
         return re.sub(r"[.\s]", "_", _printable(self._reader.key(record)))
+
+
+def read_listed(function: Callable[[], Result], what: str) -> Result:
+    """What `function` reads of `what`, a file or folder that was there when the source was listed.
+
+    Raises:
+        UserError: it cannot be read, though tried again, or is gone: no reason to do without it.
+    """
+    try:
+        return retried(function, what)
+    except FileNotFoundError as error:
+        raise UserError(f"{what}: is gone since it was listed, or its file system is away") from error
 
 
 def _printable(text: str) -> str:

@@ -39,6 +39,7 @@ def pictures(data: bytes, side: int) -> list[Picture]:
 
     Raises:
         Rejected: it is no image, it is damaged, or a side is too short.
+        MemoryError: there was not enough memory just now.
     """
     image = decode(data)
     width, height = image.size
@@ -77,7 +78,7 @@ def decode(data: bytes) -> Image.Image:
                     raise Rejected(TOO_LARGE)
                 image.load()
                 return _rgb(ImageOps.exif_transpose(image))
-    except Rejected:
+    except (Rejected, MemoryError):  # short memory is no fault of the image
         raise
     except Image.UnidentifiedImageError:
         raise Rejected("not an image, or of an unknown format") from None

@@ -1,7 +1,8 @@
 """Where images come from: folders, tars, Parquet files and lists, all as one `Source` in a stable order.
 
 Listing reads names, tar headers and the Parquet files' other columns; the images' bytes are read one at a time, later.
-What is wrong with a single image (no file, no label) is found when it is read and becomes the reason of its rejection.
+What is wrong with a single image (no label, no image in the bytes) becomes the reason of its rejection. That it cannot
+be read is no such reason: it stops the worker, and the next start tries again. Only a list may name missing files.
 
     folder    a class is a first-level subfolder, numbered by name; without subfolders every label is 0
     tar       webdataset: `<key>.cls` or the "label" of `<key>.json`; else the first folder in the member's name;
@@ -10,16 +11,19 @@ What is wrong with a single image (no file, no label) is found when it is read a
     list      lines `path` or `path<TAB>label`, paths relative to the list
 """
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from fitscale.config.errors import UserError
 from fitscale.data.containers import Parquets, Tars, number_of
-from fitscale.data.listing import Label, Reader, Source
+from fitscale.data.listing import Label, Reader, Source, read_listed
 from fitscale.data.preprocess import Rejected
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".avif", ".ppm")
+
+NO_FILE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def list_source(path: Path) -> Source:
@@ -28,12 +32,12 @@ def list_source(path: Path) -> Source:
     Raises:
         UserError: nothing there could hold images; a folder holds images and tars; something is damaged or unreadable.
     """
-    if path.is_dir():
-        source = _list_folder(path)
-    elif path.is_file():
-        source = Source(_reader(path))
-    else:
+    if not path.exists():
         raise UserError(f"{path}: no such file or folder")
+    try:
+        source = _list_folder(path) if path.is_dir() else Source(_reader(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be listed: {error}") from error
     if not len(source):
         raise UserError(f"{path}: the source holds no files")
     return source
@@ -94,10 +98,8 @@ class Folder:
         return record
 
     def read(self, record: str) -> bytes:
-        try:
-            return (self.folder / record).read_bytes()
-        except OSError as error:
-            raise Rejected(f"cannot be read: {error.strerror}") from error
+        path = self.folder / record
+        return read_listed(path.read_bytes, str(path))
 
 
 def _walk(root: str, inside: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
@@ -134,3 +136,22 @@ class List(Folder):
                 if line.strip():
                     name, _, label = line.rstrip("\n").partition("\t")
                     yield name.removeprefix("./"), number_of(label.strip() or "0", "the list's label")
+
+    def read(self, record: str) -> bytes:
+        path = self.folder / record
+        data = read_listed(lambda: _bytes_if_any(path), str(path))
+        if isinstance(data, Rejected):
+            raise data
+        return data
+
+
+def _bytes_if_any(path: Path) -> bytes | Rejected:
+    """The bytes of a file that somebody has named, or why there is no such file."""
+    try:
+        return path.read_bytes()
+    except ValueError as error:  # the name holds a zero byte
+        return Rejected(f"cannot be read: {error}")
+    except OSError as error:
+        if error.errno in NO_FILE:
+            return Rejected(f"cannot be read: {error.strerror}")
+        raise
