@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -237,3 +238,47 @@ def test_short_memory_is_no_property_of_an_image(tmp_path, monkeypatch):
         converter(source, out).run(0, 1)
     monkeypatch.undo()
     assert converter(source, out).run(0, 1) == 0 and rejected(out) == []
+
+
+def test_a_file_name_that_is_not_utf8_has_a_key_all_the_same(tmp_path):
+    source, out = write_images(tmp_path / "s", "a/0.png"), tmp_path / "o"
+    (source / "a" / "0.png").rename(source / "a" / os.fsdecode(b"caf\xe9.png"))
+    tar(tmp_path / "a.tar", {"c/caf\udce9.png": b"x"})
+    tar(tmp_path / "b.tar", {"c\udce9/1.png": b"x"})
+    (tmp_path / "list.txt").write_bytes(b"s/a/caf\xe9.png\t0\n")
+    assert listed(tmp_path / "a.tar") == [("c/caf\\udce9", 0)]
+    assert list_source(tmp_path / "b.tar").classes == ["c\\udce9"]
+    (item,) = list_source(tmp_path / "list.txt").items(0, 1)
+    assert item.read() == (source / os.fsdecode(b"a/caf\xe9.png")).read_bytes()
+    assert converter(source, out).run(0, 1) == 0
+    assert open_index(out).key(0) == "a/caf\\udce9"
+
+
+def damaged_parquet(path: Path) -> Path:
+    """Three row groups of two images; the second group's image pages are overwritten."""
+    images = [encoded(photograph(number, 16, 16), "PNG") for number in range(6)]
+    parquet.write_table(pa.table({"image": images, "label": [0] * 6}), path, row_group_size=2, use_dictionary=False)
+    column = parquet.ParquetFile(path).metadata.row_group(1).column(0)
+    with open(path, "r+b") as file:
+        file.seek(column.data_page_offset)
+        file.write(b"\xff" * column.total_compressed_size)
+    return path
+
+
+def test_the_images_of_a_damaged_row_group_are_rejected(tmp_path, no_wait):
+    source, out = damaged_parquet(tmp_path / "a.parquet"), tmp_path / "o"
+    assert converter(source, out).run(0, 1) == 0
+    assert len(open_index(out).images) == 4
+    reasons = rejected(out)
+    assert len(reasons) == 2 and all(reason.startswith("the Parquet row group is damaged: ") for reason in reasons)
+
+
+def test_a_parquet_file_with_damaged_labels_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"image": [b"x"], "label": [1]}), path, use_dictionary=False)
+    column = parquet.ParquetFile(path).metadata.row_group(0).column(1)
+    with open(path, "r+b") as file:
+        file.seek(column.data_page_offset)
+        file.write(b"\xff" * column.total_compressed_size)
+    with pytest.raises(UserError, match=r"a.parquet: not a Parquet file, damaged, or out of reach: "):
+        list_source(path)

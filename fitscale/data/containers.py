@@ -118,9 +118,16 @@ class Parquets:
         self.files = files
 
     def records(self) -> Iterator[tuple[str, Label]]:
+        import pyarrow
+
         for number, file in enumerate(self.files):
-            for group, row, row_of_file, label in _rows(file):
-                yield f"{number} {group} {row} {row_of_file}", label
+            try:
+                for group, row, row_of_file, label in _rows(file):
+                    yield f"{number} {group} {row} {row_of_file}", label
+            except (pyarrow.ArrowException, OSError) as error:
+                raise UserError(
+                    f"{file}: not a Parquet file, damaged, or out of reach: {_first_line(error)}"
+                ) from error
 
     def key(self, record: str) -> str:
         number, _, _, row = record.split()
@@ -133,7 +140,10 @@ class Parquets:
     def read(self, record: str) -> bytes:
         number, group, row, _ = map(int, record.split())
         file = self.files[number]
-        cell = read_listed(lambda: _images_of(file, group), str(file))[row].as_py()
+        images = read_listed(lambda: _images_of(file, group), str(file))
+        if isinstance(images, Rejected):
+            raise images
+        cell = images[row].as_py()
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if not isinstance(data, bytes):
             raise Rejected("the row holds no image bytes")
@@ -142,13 +152,9 @@ class Parquets:
 
 def _rows(file: Path) -> Iterator[tuple[int, int, int, Label]]:
     """Row group, row inside it, row of the file and label of each image."""
-    import pyarrow
     from pyarrow import parquet
 
-    try:
-        table = parquet.ParquetFile(file)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{file}: not a Parquet file, or damaged: {error}") from error
+    table = parquet.ParquetFile(file)
     if "image" not in table.schema_arrow.names:
         raise UserError(f"{file}: has no column image, only {', '.join(table.schema_arrow.names)}")
     labelled, row_of_file = "label" in table.schema_arrow.names, 0
@@ -162,6 +168,19 @@ def _rows(file: Path) -> Iterator[tuple[int, int, int, Label]]:
 
 @lru_cache(maxsize=2)
 def _images_of(file: Path, group: int) -> Any:
+    """The column `image` of a row group; if it is damaged, the reason to reject its images. Raises OSError."""
+    import pyarrow
     from pyarrow import parquet
 
-    return parquet.ParquetFile(file).read_row_group(group, ["image"])["image"]
+    try:
+        return parquet.ParquetFile(file).read_row_group(group, ["image"])["image"]
+    except MemoryError:
+        raise
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the file system; pyarrow's own have no number
+            raise
+        return Rejected(f"the Parquet row group is damaged: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

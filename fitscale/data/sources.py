@@ -131,7 +131,7 @@ class List(Folder):
         self.file = file
 
     def records(self) -> Iterator[tuple[str, Label]]:
-        with open(self.file, encoding="utf-8") as lines:
+        with open(self.file, encoding="utf-8", errors="surrogateescape") as lines:
             for line in lines:
                 if line.strip():
                     name, _, label = line.rstrip("\n").partition("\t")
