@@ -37,7 +37,10 @@ STORES = ("moments", "sample")
 
 @dataclass(frozen=True)
 class Job:
-    """What decides the shards' contents; kept as `job.json`, and the same for every worker and every start."""
+    """What decides the shards' contents; the same for every worker and every start.
+
+    It is kept in `job.json`, beside the number of the source's items and a hash of their keys and labels.
+    """
 
     source: str
     side: int  # FiT's target side in image pixels: at most side^2 pixels an image
@@ -93,12 +96,12 @@ class Converter:
         """Do what is left of this worker's chunks, then join the parts if all are there; returns how many are not.
 
         Raises:
-            UserError: there is no such worker; all images of the source were rejected.
+            UserError: there is no such worker; `out` was begun with another listing of the source; all its images were
+                rejected.
         """
         if not 0 <= worker < workers:
             raise UserError(f"--worker: {worker} is not one of 0 .. {workers - 1}")
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.out / "job.json", json.dumps(asdict(self.job), indent=1) + "\n")
+        self._begin()
         mine = [chunk for chunk in range(worker, self.chunks, workers) if not self._part(chunk).is_file()]
         per_shard = self.job.images_per_shard
         images = sum(min(per_shard, len(self.source) - chunk * per_shard) for chunk in mine)
@@ -114,6 +117,25 @@ class Converter:
         if not missing:
             self._join()
         return missing
+
+    def _begin(self) -> None:
+        """Write `job.json`, or make sure that the worker who did lists the same items."""
+        record = self.out / "job.json"
+        mine = asdict(self.job) | {"items": len(self.source), "listing": self.source.fingerprint}
+        if not record.is_file():
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_atomic(record, json.dumps(mine, indent=1) + "\n")
+            return
+        held = json.loads(record.read_text())
+        if "listing" not in held:
+            raise UserError(
+                f"{self.out}: was begun by an earlier version, whose order is not known; choose another folder"
+            )
+        if held["listing"] != mine["listing"]:
+            raise UserError(
+                f"{self.out}: was begun with other images ({held['items']} then, {mine['items']} now), labels or keys "
+                f"in {self.job.source}; restore them, or choose another folder"
+            )
 
     def _meta(self, source: Source) -> ShardSetMeta:
         job = self.job
@@ -211,6 +233,7 @@ class Converter:
             for left in (*self.out.glob(".shard-*.tmp"), *self.out.glob(".index.*")):  # by workers that were killed
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             rejected = [row for part in parts for row in _load_rejected(part)]
+            self._check_complete(sum(map(_count_images, parts)), len(rejected))
             write_atomic(self.out / "rejected.jsonl", "".join(json.dumps(row) + "\n" for row in rejected))
             if len(rejected) == len(self.source):
                 where = self.out / "rejected.jsonl"
@@ -222,6 +245,14 @@ class Converter:
             build_index(self.out, scanned)
             shutil.rmtree(self.out / ".parts")
             (self.out / ".lock").unlink()
+
+    def _check_complete(self, images: int, rejected: int) -> None:
+        """Every item of the source is in a shard or rejected."""
+        if images + rejected != len(self.source):
+            raise UserError(
+                f"{self.out}: its parts hold {images} images and {rejected} rejections, the source lists "
+                f"{len(self.source)}; begin again in another folder"
+            )
 
 
 def _picture(found: list[Picture], variant: int) -> np.ndarray:
@@ -247,6 +278,11 @@ def _save_part(path: Path, scanned: Scanned | None, rejected: list[dict[str, str
 def _load_rejected(path: Path) -> list[dict[str, str]]:
     with np.load(path) as part:
         return json.loads(str(part["about"]))["rejected"]
+
+
+def _count_images(path: Path) -> int:
+    with np.load(path) as part:
+        return len(part["images"]) if "images" in part else 0
 
 
 def _load_scanned(path: Path) -> Scanned | None:
