@@ -5,11 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from fitscale.config.errors import UserError
 from fitscale.data.convert import Converter, Job
 from fitscale.data.index import open_index
-from tests.photographs import encoded, photograph
+from tests.photographs import encoded, photograph, tiny_vae
+from tests.programs import run_tool
 
 
 def write_images(folder: Path, *names: str) -> Path:
@@ -67,3 +69,62 @@ def test_parts_that_do_not_add_up_to_the_source_are_not_joined(tmp_path):
     with pytest.raises(UserError, match=r"o: its parts hold 3 images and 0 rejections, the source lists 4"):
         converter(source, out).run(0, 1)
     assert not (out / "index.json").exists()
+
+
+def test_a_worker_that_comes_after_the_last_leaves_everything_as_it_is(tmp_path):
+    source, out = write_images(tmp_path / "s", *(f"{n}.png" for n in range(6))), tmp_path / "o"
+    late = converter(source, out)
+    assert converter(source, out).run(0, 1) == 0
+    before = state(out)
+    assert late.run(0, 2) == 0
+    assert state(out) == before
+
+
+def test_a_worker_that_is_overtaken_at_work_leaves_everything_as_it_is(tmp_path, monkeypatch):
+    source, out = write_images(tmp_path / "s", *(f"{n}.png" for n in range(6))), tmp_path / "o"
+    slow, read, seen = converter(source, out), Path.read_bytes, []
+
+    def overtaken(path: Path) -> bytes:
+        monkeypatch.setattr(Path, "read_bytes", read)
+        assert converter(source, out).run(0, 1) == 0
+        seen.append(state(out))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", overtaken)
+    assert slow.run(0, 2) == 0
+    assert [state(out)] == seen
+
+
+def test_a_chunk_that_another_worker_has_done_meanwhile_is_skipped(tmp_path, monkeypatch):
+    source, out = write_images(tmp_path / "s", *(f"{n}.png" for n in range(8))), tmp_path / "o"
+    slow, read, seen = converter(source, out), Path.read_bytes, []
+
+    def overtaken(path: Path) -> bytes:
+        monkeypatch.setattr(Path, "read_bytes", read)
+        assert converter(source, out).run(2, 4) == 3
+        seen.append((out / "shard-000002.tar").stat().st_mtime_ns)
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", overtaken)
+    assert slow.run(0, 2) == 2
+    assert [(out / "shard-000002.tar").stat().st_mtime_ns] == seen and len(list(out.glob("*.tar"))) == 2
+
+
+def test_workers_that_encode_in_another_type_are_refused(tmp_path):
+    tiny_vae(tmp_path / "vae")
+    source, out = write_images(tmp_path / "s", *(f"{n}.png" for n in range(4))), tmp_path / "o"
+    options = ("images", source, out, "--encoder", tmp_path / "vae", "--images-per-shard", 2, "--device", "cpu")
+    done = run_tool("make_shards", *options, "--worker", 0, "--workers", 2)
+    assert done.returncode == 0 and "worker 0 encodes on cpu in float32" in done.stdout
+    record = json.loads((out / "job.json").read_text())
+    assert record["dtype"] == "float32"
+    (out / "job.json").write_text(json.dumps(record | {"dtype": "bfloat16"}))
+    done = run_tool("make_shards", *options)
+    assert done.returncode == 2 and "was begun with an encoder in bfloat16, this worker's is in float32" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_asked_for_and_missing_is_named(tmp_path):
+    source = write_images(tmp_path / "s", "0.png")
+    done = run_tool("make_shards", "images", source, tmp_path / "o", "--encoder", tmp_path, "--device", "cuda")
+    assert done.returncode == 2 and "--device: no CUDA device" in done.stderr and not (tmp_path / "o").exists()

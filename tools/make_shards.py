@@ -52,7 +52,11 @@ def make_images(options: argparse.Namespace) -> None:
     place = _place(options)
     if not is_finished(job, out):
         print(f"{out}: {place}", flush=True)
-        missing = Converter(job, out, _device(options), options.threads).run(place.worker, place.workers)
+        device = _device(options)
+        converter = Converter(job, out, device, options.threads)
+        if options.encoder != "pixels":
+            print(f"{out}: worker {place.worker} encodes on {device} in {converter.dtype}", flush=True)
+        missing = converter.run(place.worker, place.workers)
         if missing:
             print(f"{out}: worker {place.worker} of {place.workers} is done, {missing} shards are left to others")
             return
@@ -75,8 +79,10 @@ def _device(options: argparse.Namespace) -> str:
         return "cpu"
     import torch
 
-    if not torch.cuda.is_available():
+    if options.device == "cpu" or (options.device == "auto" and not torch.cuda.is_available()):
         return "cpu"
+    if not torch.cuda.is_available():
+        raise UserError("--device: no CUDA device can be used here; --device cpu does without, in float32")
     local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
     return f"cuda:{local % torch.cuda.device_count()}"
 
@@ -153,6 +159,9 @@ def _add_images(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     )
     images.add_argument(
         "--store", default="moments", choices=STORES, help="of a VAE: mean and deviation (default), or one drawn latent"
+    )
+    images.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="of a VAE; auto: cuda where there is one"
     )
     images.add_argument("--images-per-shard", type=int, default=1000)
     images.add_argument("--batch-size", type=int, default=32, help="images of one shape encoded at once (32)")

@@ -1,7 +1,8 @@
 """From images to shards, by any number of workers, each of which may be killed at any time.
 
 1. The source's items, in their stable order, are cut into chunks; chunk c becomes `shard-<c>.tar` and no other does.
-2. Worker i of n does the chunks c with c mod n = i: decode, preprocess, encode batch by shape, write, scan.
+2. Worker i of n does the chunks c with c mod n = i: decode, preprocess, encode batch by shape, write, scan. What has
+   been done since it began, by whoever, it leaves as it is.
 3. A finished chunk leaves its rows of the index and its rejections under `.parts/`, written after the shard. A worker
    that starts again does the chunks without one; as a chunk's content depends on the chunk alone, so do the shards.
 4. Whoever finds all chunks done joins the parts: `rejected.jsonl`, then the index, which makes the folder a shard set.
@@ -39,7 +40,8 @@ STORES = ("moments", "sample")
 class Job:
     """What decides the shards' contents; the same for every worker and every start.
 
-    It is kept in `job.json`, beside the number of the source's items and a hash of their keys and labels.
+    It is kept in `job.json`, beside the number of the source's items, a hash of their keys and labels, and the type
+    that the encoder computes in.
     """
 
     source: str
@@ -89,6 +91,7 @@ class Converter:
         self.job, self.out, self.threads = job, out, threads
         self.source = list_source(Path(job.source))
         self.encoder = None if job.encoder == "pixels" else _load_encoder(job.encoder, device)
+        self.dtype = "uint8" if self.encoder is None else self.encoder.dtype  # of the encoder's arithmetic
         self.meta = self._meta(self.source)
         self.chunks = -(-len(self.source) // job.images_per_shard)
 
@@ -101,6 +104,8 @@ class Converter:
         """
         if not 0 <= worker < workers:
             raise UserError(f"--worker: {worker} is not one of 0 .. {workers - 1}")
+        if self._finished:  # while this worker listed the source and loaded its encoder
+            return 0
         self._begin()
         mine = [chunk for chunk in range(worker, self.chunks, workers) if not self._part(chunk).is_file()]
         per_shard = self.job.images_per_shard
@@ -110,24 +115,34 @@ class Converter:
             ThreadPoolExecutor(self.threads) as pool,
         ):
             for chunk in mine:
-                self._convert(chunk, pool, bar)
+                if not self._done(chunk):
+                    self._convert(chunk, pool, bar)
         missing = sum(not self._part(chunk).is_file() for chunk in range(self.chunks))
-        if (self.out / "index.json").is_file():  # another worker joined the parts in the meantime
+        if self._finished:  # another worker joined the parts in the meantime
             return 0
         if not missing:
             self._join()
         return missing
 
+    @property
+    def _finished(self) -> bool:
+        return (self.out / "index.json").is_file()
+
+    def _done(self, chunk: int) -> bool:
+        """Whether a worker has finished this chunk: its part is there, or the index, before which no part goes."""
+        return self._part(chunk).is_file() or self._finished
+
     def _begin(self) -> None:
-        """Write `job.json`, or make sure that the worker who did lists the same items."""
+        """Write `job.json`, or make sure that the worker who did lists the same items and encodes alike."""
         record = self.out / "job.json"
         mine = asdict(self.job) | {"items": len(self.source), "listing": self.source.fingerprint}
+        mine["dtype"] = self.dtype
         if not record.is_file():
             self.out.mkdir(parents=True, exist_ok=True)
             write_atomic(record, json.dumps(mine, indent=1) + "\n")
             return
         held = json.loads(record.read_text())
-        if "listing" not in held:
+        if not mine.keys() <= held.keys():
             raise UserError(
                 f"{self.out}: was begun by an earlier version, whose order is not known; choose another folder"
             )
@@ -135,6 +150,11 @@ class Converter:
             raise UserError(
                 f"{self.out}: was begun with other images ({held['items']} then, {mine['items']} now), labels or keys "
                 f"in {self.job.source}; restore them, or choose another folder"
+            )
+        if held["dtype"] != self.dtype:
+            raise UserError(
+                f"{self.out}: was begun with an encoder in {held['dtype']}, this worker's is in {self.dtype}: "
+                "on CUDA it is bfloat16, on a CPU float32 (--device)"
             )
 
     def _meta(self, source: Source) -> ShardSetMeta:
@@ -160,7 +180,7 @@ class Converter:
         return self.out / ".parts" / f"{chunk:06d}.npz"
 
     def _convert(self, chunk: int, pool: ThreadPoolExecutor, bar: tqdm) -> None:  # type: ignore[type-arg]
-        """Write one shard and then its part."""
+        """Write one shard and then its part, unless another worker has done so meanwhile."""
         good: list[tuple[Item, list[Picture]]] = []
         rejected = []
         for item, found in pool.map(self._prepare, self._items(chunk)):
@@ -169,9 +189,12 @@ class Converter:
                 rejected.append({"name": item.name, "key": item.key, "reason": str(found)})
             else:
                 good.append((item, found))
+        samples = list(self._samples(good))
+        if self._done(chunk):  # another worker was faster
+            return
         shard = self.out / f"shard-{chunk:06d}.tar"
         if good:
-            write_shard(shard, self._samples(good), self.meta)
+            write_shard(shard, samples, self.meta)
         _save_part(self._part(chunk), scan(shard, self.meta) if good else None, rejected)
 
     def _prepare(self, item: Item) -> tuple[Item, list[Picture] | Rejected]:
@@ -228,7 +251,7 @@ class Converter:
         parts = [self._part(chunk) for chunk in range(self.chunks)]
         with open(self.out / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if (self.out / "index.json").is_file():
+            if self._finished:
                 return
             for left in (*self.out.glob(".shard-*.tmp"), *self.out.glob(".index.*")):  # by workers that were killed
                 shutil.rmtree(left) if left.is_dir() else left.unlink()

@@ -52,6 +52,7 @@ class Encoder:
     def __init__(self, name: str, device: str | torch.device = "cpu") -> None:
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         self._vae = _load_vae(name, dtype).to(device)
+        self.dtype = str(dtype).removeprefix("torch.")  # bfloat16 on CUDA, else float32
         config = self._vae.config
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.scaling, self.channels = float(config.scaling_factor), int(config.latent_channels)
