@@ -7,10 +7,11 @@ import pytest
 from fitscale.config.claim import claim
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
-from fitscale.config.rundir import RunDir, append_jsonl, write_atomic
+from fitscale.config.rundir import RunDir, write_atomic
 from fitscale.scaling.progress import pending_evaluations, progress
 from fitscale.train.chain import Link, missing_links, require_same_config
 from fitscale.train.launch import LiveJob
+from tests.measured import record
 from tests.tiny import OVERRIDES
 
 STEPS = ("run.steps=80", "evaluation.points=3", "evaluation.first_step=20", "evaluation.validation_images=4")
@@ -39,9 +40,7 @@ def save(config, *steps: int) -> None:
 
 def evaluate(config, *steps: int) -> None:
     for step in steps:
-        append_jsonl(
-            RunDir(Path(config.run.dir)).evaluations, {"step": step, "metric": "validation_loss", "value": 1.0}
-        )
+        record(config, step, "validation_loss")
 
 
 def test_a_new_run_is_a_chain_of_training_with_an_evaluation_at_every_stop(tmp_path):

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fitscale.config.load import load_config
 from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.scaling.progress import pending_evaluations, progress
 from tests.conftest import ROOT
 from tests.distributed.spawn import run_ranks
 from tests.test_train import train_here
@@ -88,6 +90,21 @@ def test_evaluate_measures_once_and_says_under_what_circumstances(run):
     added = read_jsonl(run.evaluations)[len(rows) :]
     assert [row["metric"] for row in added] == ["fd", "recognised"]
     assert {row["key"]["guidance"] for row in added} == {2.0}
+
+
+def test_what_its_own_config_asks_for_finishes_a_run_and_nothing_else(run):
+    config = load_config([str(run.config)])
+    run.evaluations.rename(run.path / "before.jsonl")
+    try:
+        run_ranks(call, 1, "evaluate", run.path, "--samples", 8)
+        run_ranks(call, 1, "evaluate", run.path, "--step", 30, "--weights", "raw")
+        assert pending_evaluations(config, run) == [10, 30] and not progress(config, run).finished
+        run_ranks(call, 1, "evaluate", run.path, "--step", 10)
+        assert pending_evaluations(config, run) == [30]
+        run_ranks(call, 1, "evaluate", run.path, "--step", 30)
+        assert progress(config, run).finished
+    finally:
+        (run.path / "before.jsonl").rename(run.evaluations)
 
 
 def test_validation_loss_is_reproduced_to_the_bit(run):

@@ -4,11 +4,12 @@ import pytest
 
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_schema
-from fitscale.config.rundir import RunDir, append_jsonl, write_atomic
+from fitscale.config.rundir import append_jsonl, write_atomic
 from fitscale.config.sweep import SweepConfig
 from fitscale.model import flops
 from fitscale.scaling.ladder import cells, manifest, table, train_flops
 from fitscale.scaling.progress import pending_evaluations, progress
+from tests.measured import record
 
 TEXT = """
 name: study
@@ -99,11 +100,6 @@ def test_a_mistake_in_a_cell_names_the_cell(tmp_path):
         cells(load(tmp_path, TEXT.replace("hidden_size=64", "hidden_size=63")))
 
 
-def record(run: RunDir, step: int, *metrics: str) -> None:
-    for name in metrics:
-        append_jsonl(run.evaluations, {"step": step, "metric": name, "value": 1.0})
-
-
 def test_progress_is_read_from_the_run_directory(tmp_path):
     text = TEXT.replace(
         "evaluation.points=3", "evaluation.points=3, evaluation.features=f.pt, data.holdout_fraction=0.1"
@@ -112,8 +108,8 @@ def test_progress_is_read_from_the_run_directory(tmp_path):
     state = progress(cell.config, cell.run)
     assert (state.step, state.loss, state.finished) == (0, None, False)
     append_jsonl(cell.run.metrics, {"step": 60, "loss": 0.5})
-    record(cell.run, 25, "validation_loss", "fd")
-    record(cell.run, 50, "validation_loss")
+    record(cell.config, 25, "validation_loss", "fd")
+    record(cell.config, 50, "validation_loss")
     state = progress(cell.config, cell.run)
     assert (state.step, state.evaluated, state.trained) == (60, 1, False)
     assert str(state) == "step 60/100  loss 0.5000  evaluated 1/3"
@@ -125,7 +121,50 @@ def test_a_run_is_finished_with_its_last_checkpoint_and_all_evaluations(tmp_path
         0
     ]
     for step in (25, 50, 100):
-        record(cell.run, step, "validation_loss")
+        record(cell.config, step, "validation_loss")
     assert not progress(cell.config, cell.run).finished
     write_atomic(cell.run.checkpoint_path(100) / "COMPLETE", '{"step": 100, "files": {}}')
     assert progress(cell.config, cell.run).finished
+
+
+def evaluated_at_its_end(tmp_path, override):
+    text = TEXT.replace("evaluation.points=3", f"evaluation.first_step=100, {override}")
+    return cells(load(tmp_path, text))[0]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"guidance": 2.0},
+        {"guidance_power": 1.0},
+        {"samples": 50},
+        {"weights": "raw"},
+        {"sampler": "heun"},
+        {"steps": 250},
+        {"rope": "yarn"},
+        {"resolution": "256x256"},
+        {"seed": 1},
+        {"reference": None},
+    ],
+)
+def test_a_distance_measured_otherwise_than_the_config_asks_does_not_count(tmp_path, changed):
+    cell = evaluated_at_its_end(tmp_path, "evaluation.features=f.pt")
+    record(cell.config, 100, "fd", **changed)
+    assert pending_evaluations(cell.config, cell.run) == [100]
+    record(cell.config, 100, "fd")
+    assert pending_evaluations(cell.config, cell.run) == []
+
+
+def test_a_validation_loss_of_other_images_or_weights_does_not_count(tmp_path):
+    cell = evaluated_at_its_end(tmp_path, "data.holdout_fraction=0.1")
+    record(cell.config, 100, "validation_loss", weights="raw")
+    record(cell.config, 100, "validation_loss", held_out_images=8)
+    assert pending_evaluations(cell.config, cell.run) == [100]
+
+
+def test_a_line_of_an_earlier_version_is_measured_again(tmp_path):
+    cell = evaluated_at_its_end(tmp_path, "evaluation.features=f.pt")
+    append_jsonl(cell.run.evaluations, {"step": 100, "metric": "fd", "value": 1.0, "key": {"guidance": 1.0}})
+    assert pending_evaluations(cell.config, cell.run) == [100]
+    record(cell.config, 100, "fd")
+    assert pending_evaluations(cell.config, cell.run) == []

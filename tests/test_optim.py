@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from fitscale.config.circumstances import ema_name
 from fitscale.config.errors import UserError
 from fitscale.config.schema import OptimConfig
-from fitscale.train.optim import AdamWEMA, ema_name, freeze_untrained, learning_rate
+from fitscale.train.optim import AdamWEMA, freeze_untrained, learning_rate
 
 
 def test_weights_follow_torch_and_averages_the_recursion():

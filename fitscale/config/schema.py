@@ -14,6 +14,7 @@ from fitscale.config.schema_data import DataConfig
 ROPE_METHODS = ("normal", "linear", "ntk-aware", "ntk-aware-pro1", "ntk-aware-pro2", "ntk-by-parts", "yarn")
 ODE_SAMPLERS = ("euler", "heun", "dopri5", "sde")
 DDPM_SAMPLERS = ("ddpm", "ddim")
+ADAPTIVE_SAMPLERS = ("dopri5",)  # choose their steps from the error over all that they integrate
 
 
 @dataclass(frozen=True)

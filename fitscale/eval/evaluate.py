@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from fitscale.config.circumstances import sample_key, validation_key
 from fitscale.config.errors import UserError
 from fitscale.config.rundir import Checkpoint, RunDir, append_jsonl, read_jsonl
 from fitscale.config.schema import Config, RopeConfig, SamplingConfig
@@ -30,7 +31,6 @@ from fitscale.eval.generate import Request, find_checkpoint, generate, load_mode
 from fitscale.eval.reference import data_identity, load_reference
 from fitscale.flow.loss import make_objective
 from fitscale.flow.path import VALIDATION, image_noise, lengths_of
-from fitscale.flow.sampler import one_image_per_pack
 from fitscale.model import flops
 from fitscale.model.fit import FiT
 
@@ -144,34 +144,15 @@ class _Evaluation:
         return [Request(i, label, rows[i], cols[i]) for i, label in enumerate(batch.labels_B.tolist())]
 
     def _validation_key(self) -> dict[str, Any]:
-        evaluation, plan = self.config.evaluation, _plan(self.config, "holdout", VALIDATION_SEED, 1)
-        return {
-            "weights": self.weights,
-            "data": data_identity(*(stream.index for stream in plan.streams))[:16],
-            "patch_size": self.config.model.patch_size,
-            "held_out_images": evaluation.validation_images,
-            "holdout_fraction": self.config.data.holdout_fraction,
-            "times": evaluation.validation_times,
-            "objective": self.config.flow.kind,
-        }
+        plan = _plan(self.config, "holdout", VALIDATION_SEED, 1)
+        data = data_identity(*(stream.index for stream in plan.streams))[:16]
+        return validation_key(self.config, self.weights) | {"data": data}
 
     def _sample_key(self) -> dict[str, Any]:
-        sampling, latent = self.config.sampling, self.config.data.latent
-        adaptive = one_image_per_pack(sampling.method)
-        return {
-            "weights": self.weights,
-            "sampler": sampling.method,
-            "steps": sampling.steps,
-            "tolerances": [sampling.rtol, sampling.atol] if adaptive else None,
-            "guidance": sampling.guidance.scale,
-            "guidance_channels": sampling.guidance.channels,
-            "guidance_power": sampling.guidance.power,
-            "decoder": latent.kind if latent.vae is None else latent.vae,
-            "rope": self.options.rope.method + (" decoupled" if self.options.rope.decouple else ""),
-            "resolution": "dataset" if self.options.size is None else "x".join(map(str, self.options.size)),
-            "samples": self.options.samples,
-            "seed": self.options.seed,
-        }
+        options = self.options
+        return sample_key(
+            self.config, self.weights, options.sampling, options.rope, options.samples, options.size, options.seed
+        )
 
     def _pending(self, metric: str, key: dict[str, Any]) -> bool:
         return (self.checkpoint.step, metric, self.weights, key) not in self.done

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fitscale.config.circumstances import full_weights_name
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
 from fitscale.config.rundir import Checkpoint, RunDir
@@ -27,7 +28,6 @@ from fitscale.flow.sampler import ImageNoise, one_image_per_pack, sample
 from fitscale.model.fit import FiT
 from fitscale.model.published import load_weights
 from fitscale.parallel.groups import init_parallel
-from fitscale.train.optim import ema_name
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,7 @@ def weights_name(config: Config, checkpoint: Checkpoint, name: str) -> str:
     Raises:
         UserError: the checkpoint has no such weights; lists those it has.
     """
-    decays = config.optim.ema_decays
-    full = ema_name(decays[0]) if name == "ema" and decays else name
+    full = full_weights_name(config, name)
     if full not in checkpoint.weight_names():
         raise UserError(f"--weights: {checkpoint.path} has no {name}; it has {_listed(checkpoint.weight_names())}")
     return full

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fitscale.config.errors import UserError
-from fitscale.config.schema import SamplingConfig
+from fitscale.config.schema import ADAPTIVE_SAMPLERS, SamplingConfig
 from fitscale.flow.guidance import ModelFn
 from fitscale.flow.loss import DDPM_BETAS, DDPM_STEPS
 from fitscale.flow.path import SAMPLER_NOISE, image_generator, image_noise, score
@@ -62,7 +62,7 @@ class ImageNoise:
 
 def one_image_per_pack(method: str) -> bool:
     """Whether a method may only see packs of a single image."""
-    return method == "dopri5"
+    return method in ADAPTIVE_SAMPLERS
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from fitscale.config.circumstances import is_as_configured
 from fitscale.config.rundir import RunDir, read_jsonl
 from fitscale.config.schema import Config
 
@@ -49,9 +50,10 @@ def evaluation_steps(config: Config, run: RunDir) -> list[int]:
 
 
 def pending_evaluations(config: Config, run: RunDir) -> list[int]:
-    """The evaluation steps at which a metric is missing that the config asks for."""
-    found = {(row["step"], row["metric"]) for row in read_jsonl(run.evaluations)}
+    """The evaluation steps at which a metric is missing that the config asks for, measured as the config asks."""
     wanted = wanted_metrics(config)
+    rows = [row for row in read_jsonl(run.evaluations) if row["metric"] in wanted]
+    found = {(row["step"], row["metric"]) for row in rows if is_as_configured(config, row["metric"], row["key"])}
     return [step for step in evaluation_steps(config, run) if any((step, name) not in found for name in wanted)]
 
 

@@ -10,13 +10,9 @@ from typing import Any
 
 import torch
 
+from fitscale.config.circumstances import ema_name
 from fitscale.config.errors import UserError
 from fitscale.config.schema import OptimConfig
-
-
-def ema_name(decay: float) -> str:
-    """Name of an average in the optimizer's state, in file names and in evaluations: ema_0.9999."""
-    return f"ema_{decay:g}"
 
 
 class AdamWEMA(torch.optim.AdamW):
