@@ -1,6 +1,7 @@
 """Sampling and evaluation of a real small run, through the program that a user calls."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from fitscale.config.load import load_config
 from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.data.digits import write_digits
 from fitscale.scaling.progress import pending_evaluations, progress
 from tests.conftest import ROOT
 from tests.distributed.spawn import run_ranks
@@ -154,6 +156,20 @@ def test_rope_of_generated_images_is_part_of_their_key_alone(run):
     assert (fd["key"]["rope"], fd["key"]["samples"]) == ("yarn decoupled", 8)
     losses = [row for row in read_jsonl(run.evaluations) if row["metric"] == "validation_loss"]
     assert all("rope" not in row["key"] and len(row["key"]["data"]) == 16 for row in losses)
+
+
+def test_the_shards_that_decide_labels_and_sizes_are_part_of_the_key(run, digits_shards, tmp_path):
+    copy, other = RunDir(tmp_path / "run"), tmp_path / "shards"
+    shutil.copytree(run.path, copy.path)
+    copy.evaluations.unlink(missing_ok=True)
+    write_digits(other, (1.0,), 256)
+    text = copy.config.read_text()
+    for shards in (digits_shards, other):
+        copy.config.write_text(text.replace(f"shards: {digits_shards}", f"shards: {shards}"))
+        run_ranks(call, 1, "evaluate", copy.path, "--step", 30, "--samples", 8)
+    first, second = [row["key"] for row in read_jsonl(copy.evaluations) if row["metric"] == "fd"]
+    assert first["reference"] == second["reference"] and len(first["data"]) == 16
+    assert {name for name in first if first[name] != second[name]} == {"data"}
 
 
 def test_several_ranks_would_all_write_the_same(run):

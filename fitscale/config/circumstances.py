@@ -8,8 +8,8 @@ from typing import Any
 
 from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, RopeConfig, SamplingConfig
 
-DATA = ("data",)
-FILES = ("features", "reference")
+DATA = ("data",)  # the shards: of the held-out images, or of the labels and sizes that are generated
+FILES = ("data", "features", "reference")
 
 
 def ema_name(decay: float) -> str:

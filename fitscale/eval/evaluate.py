@@ -144,15 +144,19 @@ class _Evaluation:
         return [Request(i, label, rows[i], cols[i]) for i, label in enumerate(batch.labels_B.tolist())]
 
     def _validation_key(self) -> dict[str, Any]:
-        plan = _plan(self.config, "holdout", VALIDATION_SEED, 1)
-        data = data_identity(*(stream.index for stream in plan.streams))[:16]
-        return validation_key(self.config, self.weights) | {"data": data}
+        return validation_key(self.config, self.weights) | {"data": self._data()}
 
     def _sample_key(self) -> dict[str, Any]:
         options = self.options
-        return sample_key(
+        key = sample_key(
             self.config, self.weights, options.sampling, options.rope, options.samples, options.size, options.seed
         )
+        return key | {"data": self._data()}
+
+    def _data(self) -> str:
+        """Hash of the shards, from which the held-out images come, and the labels and sizes of the generated ones."""
+        plan = _plan(self.config, "train", VALIDATION_SEED, 1)
+        return data_identity(*(stream.index for stream in plan.streams))[:16]
 
     def _pending(self, metric: str, key: dict[str, Any]) -> bool:
         return (self.checkpoint.step, metric, self.weights, key) not in self.done
