@@ -70,6 +70,20 @@ def test_averages_of_a_constant_share_of_training():
         ema_rule(table.assign(weights="raw"), share=0.1)
 
 
+def test_without_steps_checkpoints_are_told_apart_by_their_compute():
+    """A table of others may hold no steps; mixed up, a run's checkpoints would make one line or one best guidance."""
+    counts = [5000, 10000, 50000]
+    runs = pd.concat(
+        [
+            rows(samples=counts, value=[floor + 9000 / n for n in counts], train_flops=[compute] * 3, step=[None] * 3)
+            for floor, compute in ((4, 1e18), (3, 2e18))
+        ]
+    )
+    assert infinity(runs)["value"].tolist() == pytest.approx([4, 3])
+    scales = pd.concat([runs.iloc[[0, 3]].assign(key_guidance="1.0"), runs.iloc[[1, 4]].assign(key_guidance="2.0")])
+    assert tuned_guidance(scales)["train_flops"].tolist() == [1e18, 2e18]
+
+
 def test_derived_rows_from_the_shell(tmp_path):
     counts = [5000, 10000, 50000]
     table = rows(

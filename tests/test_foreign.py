@@ -72,6 +72,8 @@ def test_check_finds_what_would_stop_a_fit(tmp_path):
     assert "fd: key_sampler differs, choose one before fitting: euler, heun" in found
     broken = validate(table.assign(value=[0.0, None, 0.6, 0.7, 1.0], status="unfinished"))
     text = "\n".join(problems(broken))
+    nameless = "\n".join(problems(broken.assign(run=broken["run"].where(broken["metric"] != "fd"), size=None)))
+    assert "fd: run is missing in 2 of 2 rows" in nameless and "fd: size is missing in 2 of 2 rows" in nameless
     assert "fd: value is missing in 1 of 2 rows" in text and "fd: value is not above 0 in 1 rows" in text
     assert "validation_loss: the last checkpoint is not the best in a" in text and "unfinished runs: a, b" in text
 

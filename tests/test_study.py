@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from fitscale.config.errors import UserError
+from fitscale.scaling.refusal import Refusal
 from fitscale.scaling.report import fit_record
 from fitscale.scaling.runs import collect
 from fitscale.scaling.select import select
@@ -118,6 +119,24 @@ def test_refused_missing_values_unless_left_out_by_name(table):
     assert any(caution.code == "left_out" and "l-seed0 step" in caution.message for caution in answer.cautions)
 
 
+@pytest.mark.parametrize("column", ["run", "size"])
+def test_refused_rows_of_no_run_or_size(table, column):
+    holed = table.assign(**{column: table[column].where(table["step"] != 20000)})
+    code, message = refusal(holed)
+    assert code == "missing_values" and f"4 rows have no {column}: " in message
+    answer = study(holed, Question(drop_missing=True, resamples=10))
+    assert len(answer.rows) == 20 and any(f"{column} missing" in caution.message for caution in answer.cautions)
+
+
+def test_refused_rows_of_no_step_where_the_step_decides(table):
+    holed = table.assign(step=table["step"].where(table["size"] != "l"))
+    assert len(select(holed, "fd", {}).rows) == 24
+    with pytest.raises(Refusal, match="6 rows have no step"):
+        select(holed, "fd", {}, from_step=5000)
+    kept = select(holed, "fd", {}, from_step=5000, drop_missing=True)
+    assert set(kept.rows["size"]) == {"xs", "s", "m"} and "step missing" in kept.cautions[1].message
+
+
 def test_refused_non_positive_values(table):
     code, message = refusal(table.assign(value=table["value"].where(table["step"] != 20000, 0.0)))
     assert code == "non_positive" and "step 20000" in message
@@ -130,6 +149,8 @@ def test_refused_conflicting_rows_and_repeats_counted_once(table):
     assert len(answer.rows) == len(fd) and any(caution.code == "repeated" for caution in answer.cautions)
     code, message = refusal(pd.concat([table, fd.iloc[:1].assign(value=1.0)]))
     assert code == "conflicting_rows" and "different values" in message
+    twice = pd.concat([table, fd.iloc[[0, 0, 0]].assign(value=[float(fd["value"].iloc[0]), 1.0, 1.0])])
+    assert [refusal(rows)[0] for rows in (twice, twice.iloc[::-1])] == ["conflicting_rows"] * 2
 
 
 def test_refused_too_few_sizes(table):

@@ -5,7 +5,7 @@ import pandas as pd
 
 from fitscale.scaling.table import key_columns
 
-NEVER_MISSING = ("value", "train_flops", "parameters", "step", "images")
+NEVER_MISSING = ("run", "size", "value", "train_flops", "parameters", "step", "images")
 
 
 def problems(table: pd.DataFrame) -> list[str]:
@@ -13,7 +13,7 @@ def problems(table: pd.DataFrame) -> list[str]:
     found = []
     for metric, rows in table.groupby("metric", sort=True):
         found += [f"{metric}: {problem}" for problem in _of_metric(rows)]
-    unfinished = sorted(table.loc[table["status"] == "unfinished", "run"].unique())
+    unfinished = sorted(table.loc[table["status"] == "unfinished", "run"].dropna().unique())
     if unfinished:
         found.append(f"unfinished runs: {', '.join(unfinished)}")
     return found

@@ -67,7 +67,7 @@ def ema_rule(rows: pd.DataFrame, share: float) -> pd.DataFrame:
 
 
 def _identity(rows: pd.DataFrame, without: tuple[str, ...]) -> list[str]:
-    names = ["run", "step", "metric", "weights", *key_columns(rows)]
+    names = ["run", "step", "train_flops", "images", "metric", "weights", *key_columns(rows)]  # steps may be missing
     return [name for name in names if name not in without]
 
 

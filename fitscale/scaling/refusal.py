@@ -8,7 +8,7 @@ REFUSALS = {
     "no_rows": "no row has the metric that was asked for",
     "mixed_keys": "rows that were measured in different ways",
     "mixed_models": "rows of different model families or patch sizes",
-    "missing_values": "rows without a metric or without training FLOPs",
+    "missing_values": "rows without a run, size, metric or training FLOPs",
     "non_positive": "values that have no logarithm",
     "conflicting_rows": "one measurement with two different values",
     "one_size": "sizes are needed to say what size does",

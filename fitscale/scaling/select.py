@@ -9,6 +9,8 @@ from fitscale.config.errors import UserError
 from fitscale.scaling.refusal import Caution, Refusal
 from fitscale.scaling.table import COLUMNS, key_columns
 
+NEEDED = ("run", "size", "value", "train_flops")
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -30,14 +32,14 @@ def select(
     rows = _filter(table, metric, where)
     cautions: list[Caution] = []
     if from_step:
-        late = rows["step"] >= from_step
+        late = rows["step"].isna() | (rows["step"] >= from_step)
         cautions.append(
             Caution("left_out", f"{int((~late).sum())} rows before step {from_step} are left out, as asked")
         )
         rows = rows[late]
     if rows.empty:
         raise Refusal("no_rows", f"no row of metric {metric} is left; check --where and --from-step")
-    rows = _without_missing(rows, drop_missing, cautions)
+    rows = _without_missing(rows, [*NEEDED, *["step"] * bool(from_step)], drop_missing, cautions)
     _refuse_non_positive(rows)
     rows = _without_repeats(rows, cautions)
     _refuse_mixed(rows)
@@ -81,16 +83,17 @@ def _equals(column: pd.Series, value: str) -> pd.Series:
     return same | (numbers == number).fillna(False).astype(bool)
 
 
-def _without_missing(rows: pd.DataFrame, drop: bool, cautions: list[Caution]) -> pd.DataFrame:
-    missing = rows["value"].isna() | rows["train_flops"].isna()
+def _without_missing(rows: pd.DataFrame, needed: list[str], drop: bool, cautions: list[Caution]) -> pd.DataFrame:
+    missing = rows[needed].isna().any(axis=1)
+    names = " or ".join(name for name in needed if rows[name].isna().any())
     if missing.any() and not drop:
         raise Refusal(
             "missing_values",
-            f"{int(missing.sum())} rows have no value or no train_flops: {_named(rows[missing])}; measure them, or "
-            "leave them out with --drop-missing",
+            f"{int(missing.sum())} rows have no {names}: {_named(rows[missing])}; complete the table, or leave them "
+            "out with --drop-missing",
         )
     if missing.any():
-        cautions.append(Caution("left_out", f"left out, value or train_flops missing: {_named(rows[missing])}"))
+        cautions.append(Caution("left_out", f"left out, {names} missing: {_named(rows[missing])}"))
     return rows[~missing]
 
 
@@ -108,7 +111,7 @@ def _refuse_non_positive(rows: pd.DataFrame) -> None:
 def _without_repeats(rows: pd.DataFrame, cautions: list[Caution]) -> pd.DataFrame:
     identity = ["run", "step", "train_flops", "weights", *key_columns(rows)]
     repeated = rows.duplicated(identity, keep="first")
-    different = rows.duplicated(identity, keep=False) & ~rows.duplicated([*identity, "value"], keep=False)
+    different = rows.groupby(identity, dropna=False)["value"].transform("nunique") > 1
     if different.any():
         raise Refusal(
             "conflicting_rows",
