@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from fitscale.config.errors import UserError
@@ -12,10 +13,13 @@ from fitscale.scaling.predict import batch_of, describe, predict, target, tokens
 from fitscale.scaling.refusal import Refusal
 from fitscale.scaling.runs import collect
 from fitscale.scaling.study import Question
+from fitscale.scaling.table import write_table
 from tests.programs import run_tool
 from tests.synthetic_runs import TOKENS, write_sweep
 
+PATCH_1 = ("model.patch_size=1", "model.in_channels=1", "sampling.guidance.channels=1")
 XXL = load_config(["configs/model/xxl.yaml"]).model
+LARGE = load_config(["configs/model/xxl.yaml", *PATCH_1]).model  # of the same patches as the runs
 QUESTION = Question(laws=("offset", "power"), points="all", resamples=200, extrapolate=True)
 
 
@@ -51,7 +55,7 @@ def test_tokens_and_batch_come_from_the_runs(table):
 
 
 def test_prediction_of_a_larger_run(table):
-    goal = target(XXL, steps=4, batch=64, tokens=TOKENS, squared_tokens=TOKENS**2)
+    goal = target(LARGE, steps=4, batch=64, tokens=TOKENS, squared_tokens=TOKENS**2)
     predictions, _ = predict(table, QUESTION, goal)
     offset = next(prediction for prediction in predictions if prediction.law == "offset")
     low, high = offset.intervals[0.9]
@@ -67,16 +71,60 @@ def test_prediction_of_a_larger_run(table):
 
 
 def test_far_predictions_must_be_asked_for(table):
-    goal = target(XXL, steps=4000, batch=64, tokens=TOKENS, squared_tokens=TOKENS**2)
+    goal = target(LARGE, steps=4000, batch=64, tokens=TOKENS, squared_tokens=TOKENS**2)
     with pytest.raises(Refusal, match="say so with --extrapolate"):
         predict(table, Question(resamples=10), goal)
 
 
 def test_predict_from_the_shell(sweep, tmp_path):
-    command = ["predict", str(sweep), "--size", "xxl", "--steps", "40", "--points", "all"]
+    command = ["predict", str(sweep), "--size", "configs/model/xxl.yaml", *PATCH_1, "--steps", "40", "--points", "all"]
     refused = run_tool(*command)
     assert refused.returncode == 2 and "--extrapolate" in refused.stderr
     done = run_tool(*command, "--extrapolate", "-o", tmp_path / "p.json")
     assert done.returncode == 0, done.stderr
     assert "the choice of law alone moves fd" in done.stdout
     assert len(json.loads((tmp_path / "p.json").read_text())["predictions"]) == 2
+
+
+def of_two_datasets(table):
+    """The runs, and again with four times the tokens and another reference."""
+    other = table.assign(
+        run="large-" + table["run"],
+        tokens_per_image=4 * TOKENS,
+        batch=128,
+        attention_macs=16 * table["attention_macs"],
+        key_reference="sha256:abcd",
+    )
+    return pd.concat([table, other], ignore_index=True)
+
+
+def test_the_target_is_like_the_rows_that_were_chosen(table, tmp_path):
+    write_table(table, tmp_path / "one.csv")
+    write_table(of_two_datasets(table), tmp_path / "two.csv")
+    options = ("--size", "configs/model/xxl.yaml", *PATCH_1, "--steps", "4", "--law", "power", "--where")
+    alone, chosen = (
+        run_tool("predict", tmp_path / f"{name}.csv", *options, "key_reference=sha256:beef") for name in ("one", "two")
+    )
+    assert alone.returncode == 0 and alone.stdout == chosen.stdout
+
+
+def test_runs_on_images_of_different_sizes_need_tokens_to_be_given(table):
+    mixed = of_two_datasets(table).assign(key_reference="sha256:beef", batch=64)
+    with pytest.raises(UserError, match="images of 40 to 160 tokens; give --tokens"):
+        tokens_of(mixed)
+
+
+@pytest.mark.parametrize(("column", "value"), [("patch", 4), ("family", "fit")])
+def test_a_target_of_another_kind_than_the_runs_is_refused(table, column, value):
+    goal = target(LARGE, steps=4, batch=64, tokens=TOKENS, squared_tokens=TOKENS**2)
+    with pytest.raises(Refusal, match=f"{column} .* the runs' is {value}") as caught:
+        predict(table.assign(**{column: value}), QUESTION, goal)
+    assert caught.value.code == "mixed_models"
+
+
+@pytest.mark.parametrize("option", ["--steps", "--batch", "--tokens"])
+@pytest.mark.parametrize("value", ["0", "-10"])
+def test_a_target_without_steps_images_or_tokens_is_one_message(sweep, option, value):
+    size = ("--size", "configs/model/xxl.yaml", *PATCH_1, "--steps", "4")
+    done = run_tool("predict", sweep, *size, option, value)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {option}: ") and done.stdout == ""

@@ -35,10 +35,10 @@ def run(options: argparse.Namespace) -> int:
     from fitscale.scaling.arguments import conditions
     from fitscale.scaling.predict import describe, predict
     from fitscale.scaling.runs import load_table
+    from fitscale.scaling.select import select
     from fitscale.scaling.study import Question
 
     table = load_table(options.runs)
-    goal = _target(options, table)
     question = Question(
         metric=options.metric,
         laws=tuple(options.law),
@@ -49,6 +49,8 @@ def run(options: argparse.Namespace) -> int:
         extrapolate=options.extrapolate,
         seed=options.seed,
     )
+    chosen = select(table, question.metric, question.where, question.from_step, question.drop_missing)
+    goal = _target(options, chosen.rows)
     predictions, study = predict(table, question, goal)
     for note in [*study.refusals, *study.cautions]:
         print(f"{note.code}: {note.message}", file=sys.stderr)
@@ -63,11 +65,16 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _target(options: argparse.Namespace, table: "pd.DataFrame") -> "Target":
+def _target(options: argparse.Namespace, rows: "pd.DataFrame") -> "Target":
+    """The run that is asked about; what is not said of it is as in `rows`, the runs that it is predicted from."""
+    from fitscale.config.checks import at_least
     from fitscale.scaling.predict import batch_of, target, tokens_of
 
-    batch = options.batch or batch_of(table)
-    tokens, squared = (options.tokens, options.tokens**2) if options.tokens else tokens_of(table)
+    for option in ("steps", "batch", "tokens"):
+        if getattr(options, option) is not None:
+            at_least(f"--{option}", getattr(options, option), 1)
+    batch = batch_of(rows) if options.batch is None else options.batch
+    tokens, squared = tokens_of(rows) if options.tokens is None else (options.tokens, options.tokens**2)
     return target(_model(options.size), options.steps, batch, tokens, squared)
 
 

@@ -16,6 +16,8 @@ from fitscale.scaling.refusal import Refusal
 from fitscale.scaling.study import LawResult, Question, Study, refuse_far, study
 from fitscale.scaling.uncertainty import LEVELS, new_run_KN
 
+SAME_TOKENS = 1.05  # means of runs on the same images differ by which of them they have seen
+
 
 @dataclass(frozen=True)
 class Target:
@@ -25,6 +27,8 @@ class Target:
     parameters: int
     images: int
     train_flops: float
+    family: str
+    patch: int  # side of a patch in latent pixels
 
 
 @dataclass(frozen=True)
@@ -48,29 +52,36 @@ def target(model: ModelConfig, steps: int, batch: int, tokens: float, squared_to
     attention = flops.attention_macs(model, 1) * squared_tokens
     images = steps * batch
     per_image = flops.TRAIN_PASSES * flops.FLOPS_PER_MAC * (linear + attention)
-    return Target(model.name, flops.parameters(model), images, per_image * images)
+    parameters = flops.parameters(model)
+    return Target(model.name, parameters, images, per_image * images, model.family, model.patch_size)
 
 
-def tokens_of(table: pd.DataFrame) -> tuple[float, float]:
-    """Mean and mean square of the tokens per image that the table's runs were trained on.
+def tokens_of(rows: pd.DataFrame) -> tuple[float, float]:
+    """Mean and mean square of the tokens per image that the rows' runs were trained on.
 
     Raises:
-        UserError: the table does not say.
+        UserError: the rows do not say, or the runs' images were not of the same sizes.
     """
-    rows = table.dropna(subset=["tokens_per_image", "attention_macs", "width", "depth"])
+    rows = rows.dropna(subset=["tokens_per_image", "attention_macs", "width", "depth"])
     if rows.empty:
         raise UserError("the table does not hold tokens_per_image and attention_macs; give --tokens")
+    of_runs = rows.groupby("run")["tokens_per_image"].mean()
+    if of_runs.max() > SAME_TOKENS * of_runs.min():
+        raise UserError(
+            f"the runs were trained on images of {of_runs.min():.4g} to {of_runs.max():.4g} tokens; give --tokens, or "
+            "choose runs with --where"
+        )
     squared = rows["attention_macs"] / (2 * rows["width"] * rows["depth"])
     return float(rows["tokens_per_image"].mean()), float(squared.mean())
 
 
-def batch_of(table: pd.DataFrame) -> int:
-    """The batch that all runs share.
+def batch_of(rows: pd.DataFrame) -> int:
+    """The batch that all rows share.
 
     Raises:
         UserError: they share none.
     """
-    batches = table["batch"].dropna().unique()
+    batches = rows["batch"].dropna().unique()
     if len(batches) != 1:
         raise UserError(f"the runs have {len(batches)} different batch sizes; give --batch")
     return int(batches[0])
@@ -80,14 +91,27 @@ def predict(table: pd.DataFrame, question: Question, goal: Target) -> tuple[list
     """Every law of the question, fitted to all sizes, at `goal`; and the study that they come from.
 
     Raises:
-        Refusal: no law could be fitted, or the target is too far without agreement.
+        Refusal: no law could be fitted, the target is of another family or patch size than the runs, or it is too far
+            without agreement.
     """
     whole = study(table, replace(question, hold_out=()))
     if not whole.results:
         raise whole.refusals[0]
+    _refuse_other_kind(whole.rows, goal)
     refuse_far(whole.rows["train_flops"].max(), goal.train_flops, question.extrapolate)
     tested = _tested(table, question)
     return [_prediction(result, whole, goal, question.seed, tested) for result in whole.results], whole
+
+
+def _refuse_other_kind(rows: pd.DataFrame, goal: Target) -> None:
+    """`study` has refused rows of mixed kinds; a table that does not say of which kind it is cannot be compared."""
+    for column, wanted in (("family", goal.family), ("patch", goal.patch)):
+        found = rows[column].dropna().unique()
+        if len(found) and found[0] != wanted:
+            raise Refusal(
+                "mixed_models",
+                f"--size {goal.size}: {column} is {wanted}, the runs' is {found[0]}, and they follow different laws",
+            )
 
 
 def _tested(table: pd.DataFrame, question: Question) -> dict[str, tuple[str, float]]:
