@@ -14,7 +14,8 @@ from tests.measured import record
 TEXT = """
 name: study
 dir: {dir}
-base: [model.num_heads=2, run.steps=100, batch.global_batch_size=8, evaluation.first_step=25, evaluation.points=3]
+base: [model.num_heads=2, run.steps=100, batch.global_batch_size=8, evaluation.first_step=25, evaluation.points=3,
+       data.holdout_fraction=0.1]
 cells:
   small: [model.hidden_size=32, model.depth=2]
   large: [model.hidden_size=64, model.depth=2, run.steps=200]
@@ -43,7 +44,7 @@ def test_a_cell_is_the_base_then_its_own_arguments(tmp_path):
 def test_axes_make_every_combination_and_layouts_go_by_cell_or_value(tmp_path):
     text = """
 dir: {dir}
-base: [model.num_heads=2]
+base: [model.num_heads=2, evaluation.points=0]
 axes:
   size: {small: [model.hidden_size=32], large: [model.hidden_size=64]}
   rate: {low: [optim.lr=1e-4], high: [optim.lr=1e-3, run.seed=7]}
@@ -101,9 +102,7 @@ def test_a_mistake_in_a_cell_names_the_cell(tmp_path):
 
 
 def test_progress_is_read_from_the_run_directory(tmp_path):
-    text = TEXT.replace(
-        "evaluation.points=3", "evaluation.points=3, evaluation.features=f.pt, data.holdout_fraction=0.1"
-    )
+    text = TEXT.replace("evaluation.points=3", "evaluation.points=3, evaluation.features=f.pt")
     cell = cells(load(tmp_path, text))[0]
     state = progress(cell.config, cell.run)
     assert (state.step, state.loss, state.finished) == (0, None, False)
@@ -117,9 +116,7 @@ def test_progress_is_read_from_the_run_directory(tmp_path):
 
 
 def test_a_run_is_finished_with_its_last_checkpoint_and_all_evaluations(tmp_path):
-    cell = cells(load(tmp_path, TEXT.replace("evaluation.points=3", "evaluation.points=3, data.holdout_fraction=0.1")))[
-        0
-    ]
+    cell = cells(load(tmp_path))[0]
     for step in (25, 50, 100):
         record(cell.config, step, "validation_loss")
     assert not progress(cell.config, cell.run).finished
@@ -127,8 +124,16 @@ def test_a_run_is_finished_with_its_last_checkpoint_and_all_evaluations(tmp_path
     assert progress(cell.config, cell.run).finished
 
 
-def evaluated_at_its_end(tmp_path, override):
-    text = TEXT.replace("evaluation.points=3", f"evaluation.first_step=100, {override}")
+@pytest.mark.parametrize("nothing", ["evaluation.validation_images=0", "data.holdout_fraction=0.0"])
+def test_evaluations_that_would_measure_nothing_are_refused(tmp_path, nothing):
+    text = TEXT.replace("data.holdout_fraction=0.1", f"data.holdout_fraction=0.1, {nothing}")
+    with pytest.raises(UserError, match=r"cell small: evaluation.points: 3 evaluations .* give evaluation.features"):
+        cells(load(tmp_path, text))
+    assert len(cells(load(tmp_path, text.replace("evaluation.points=3", "evaluation.points=0")))) == 2
+
+
+def evaluated_at_its_end(tmp_path, *overrides):
+    text = TEXT.replace("evaluation.points=3", ", ".join(["evaluation.first_step=100", *overrides]))
     return cells(load(tmp_path, text))[0]
 
 
@@ -148,7 +153,7 @@ def evaluated_at_its_end(tmp_path, override):
     ],
 )
 def test_a_distance_measured_otherwise_than_the_config_asks_does_not_count(tmp_path, changed):
-    cell = evaluated_at_its_end(tmp_path, "evaluation.features=f.pt")
+    cell = evaluated_at_its_end(tmp_path, "evaluation.features=f.pt", "evaluation.validation_images=0")
     record(cell.config, 100, "fd", **changed)
     assert pending_evaluations(cell.config, cell.run) == [100]
     record(cell.config, 100, "fd")
@@ -156,14 +161,14 @@ def test_a_distance_measured_otherwise_than_the_config_asks_does_not_count(tmp_p
 
 
 def test_a_validation_loss_of_other_images_or_weights_does_not_count(tmp_path):
-    cell = evaluated_at_its_end(tmp_path, "data.holdout_fraction=0.1")
+    cell = evaluated_at_its_end(tmp_path)
     record(cell.config, 100, "validation_loss", weights="raw")
     record(cell.config, 100, "validation_loss", held_out_images=8)
     assert pending_evaluations(cell.config, cell.run) == [100]
 
 
 def test_a_line_of_an_earlier_version_is_measured_again(tmp_path):
-    cell = evaluated_at_its_end(tmp_path, "evaluation.features=f.pt")
+    cell = evaluated_at_its_end(tmp_path, "evaluation.features=f.pt", "evaluation.validation_images=0")
     append_jsonl(cell.run.evaluations, {"step": 100, "metric": "fd", "value": 1.0, "key": {"guidance": 1.0}})
     assert pending_evaluations(cell.config, cell.run) == [100]
     record(cell.config, 100, "fd")

@@ -6,14 +6,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fitscale.config.errors import UserError
 from fitscale.config.load import load_config, load_schema
 from fitscale.config.sweep import SweepConfig
 from fitscale.model import flops
 from fitscale.scaling.fitting import fit_law
+from fitscale.scaling.ladder import cells
 from fitscale.scaling.laws import OFFSET
 from fitscale.scaling.planner import PEAK_FLOPS, Economics, assumed, grid, measurements, plan
+from fitscale.scaling.progress import wanted_metrics
 from fitscale.scaling.refusal import Refusal
+from fitscale.scaling.runs import collect
+from fitscale.scaling.table import write_table
 from tests.programs import run_tool
+from tests.synthetic_runs import write_sweep
 
 MODELS = [load_config([f"configs/model/{name}.yaml"]).model for name in ("s", "b", "l", "xl")]
 TARGET_MODEL = load_config(["configs/model/xxl.yaml"]).model
@@ -98,10 +104,34 @@ def test_plan_sweep_from_the_shell_writes_a_sweep(tmp_path):
     done = run_tool(*command)
     assert done.returncode == 0, done.stderr
     assert "hold out l" in done.stdout and "for xxl at 400,000 steps" in done.stdout
+    assert "add to base before it runs: data.shards, evaluation.features, evaluation.reference" in done.stdout
+    assert "# Add to base: data.shards, evaluation.features, evaluation.reference." in out.read_text()
     sweep = load_schema(SweepConfig, [str(out)])
+    with pytest.raises(UserError, match=r"cell s: evaluation\.points: 6 evaluations"):
+        cells(sweep)
     assert list(sweep.cells) == ["s", "b", "l", "b-seed1"]
     for arguments in sweep.cells.values():
         config = load_config([*sweep.base, *arguments])
         assert config.evaluation.steps(config.run.steps)[0] == 50_000 and Path(arguments[0]).is_file()
+    files = ("--features", "inception.pt", "--reference", "in256.npz", "--shards", "shards/in256")
+    done = run_tool(*command, *files)
+    assert done.returncode == 0 and "add to base" not in done.stdout
+    for cell in cells(load_schema(SweepConfig, [str(out)])):
+        assert wanted_metrics(cell.config) == ["fd"] and cell.config.data.shards == "shards/in256"
+        assert (cell.config.evaluation.features, cell.config.evaluation.reference) == ("inception.pt", "in256.npz")
     failed = run_tool(*command, "--target", "huge")
     assert failed.returncode == 2 and "error: size huge: not one of" in failed.stderr
+
+
+def test_the_rows_of_a_prior_are_chosen_as_everywhere(tmp_path):
+    write_sweep(tmp_path / "runs", lambda flops, _: 30 * (flops / 1e13) ** -0.4 + 6, run_noise=0.01, point_noise=0.01)
+    table = collect([tmp_path / "runs"])
+    write_table(pd.concat([table, table.assign(key_guidance="2.0")]), tmp_path / "runs.csv")
+    command = ["plan_sweep", "--gpu-hours", "300", "--sizes", "s,b,l", "--prior", tmp_path / "runs.csv"]
+    refused = run_tool(*command)
+    assert refused.returncode == 2 and "--where key_guidance=1.0" in refused.stderr
+    done = run_tool(*command, "--where", "key_guidance=1.0")
+    assert done.returncode == 0, done.stderr
+    for option in ("--where=key_guidance=1", "--from-step=500", "--drop-missing"):
+        failed = run_tool(*command[:5], option)
+        assert failed.returncode == 2 and "go with --prior" in failed.stderr

@@ -2,8 +2,10 @@
 
     python tools/plan_sweep.py --gpu-hours 5000 --gpu h100 --mfu 0.4 --sizes s,b,l,xl --target xxl -o sweep.yaml
     python tools/plan_sweep.py --gpu-hours 900 --gpu a100 --mfu 0.35 --sizes s,b,l --prior runs.csv --metric fid
+    python tools/plan_sweep.py --gpu-hours 300 --shards shards/in256 --features net.pt --reference in256.npz -o s.yaml
 
-The YAML that -o writes is what slurm/sweep.py runs. Without --prior the law and noise of published results are assumed.
+The YAML that -o writes is what slurm/sweep.py runs, with --shards, --features and --reference; what is not given has to
+be added there. Without --prior the law and noise of published results are assumed.
 Exit code: 0 planned, 2 refused.
 """
 
@@ -40,6 +42,8 @@ def run(options: argparse.Namespace) -> int:
     print("\n".join(_lines(answer, economics, options)))
     if options.output:
         write_atomic(options.output, _sweep_yaml(answer, options))
+        if missing := _missing(options):
+            print(f"add to base before it runs: {', '.join(missing)} (or give {', '.join(missing.values())})")
         print(f"wrote {options.output}: python slurm/sweep.py {options.output} --dry-run")
     return 0
 
@@ -86,10 +90,26 @@ def _sweep_yaml(answer: "Plan", options: argparse.Namespace) -> str:
         for cell in answer.cells
     }
     base = [RECIPE, f"batch.global_batch_size={options.batch}", f"evaluation.samples={options.samples}"]
+    base += [f"{key}={given}" for key, (_, given) in _files(options).items() if given is not None]
     sweep = SweepConfig(name=options.name, dir=f"runs/{options.name}", base=base, cells=cells)
-    return f"# Planned for {options.gpu_hours:g} {options.gpu} hours; expected to take {answer.hours:.0f}.\n" + to_yaml(
-        sweep
-    )
+    header = f"# Planned for {options.gpu_hours:g} {options.gpu} hours; expected to take {answer.hours:.0f}.\n"
+    missing = _missing(options)
+    header += f"# Add to base: {', '.join(missing)}.\n" if missing else ""
+    return header + to_yaml(sweep)
+
+
+def _files(options: argparse.Namespace) -> dict[str, tuple[str, str | None]]:
+    """Key of a config: option, and what was given. Without them a cell has no data, or measures no distance."""
+    return {
+        "data.shards": ("--shards", options.shards),
+        "evaluation.features": ("--features", options.features),
+        "evaluation.reference": ("--reference", options.reference),
+    }
+
+
+def _missing(options: argparse.Namespace) -> dict[str, str]:
+    """Key of a config that the sweep still lacks: the option for it."""
+    return {key: option for key, (option, given) in _files(options).items() if given is None}
 
 
 def _economics(options: argparse.Namespace) -> "Economics":
@@ -110,13 +130,24 @@ def _economics(options: argparse.Namespace) -> "Economics":
 
 
 def _prior(options: argparse.Namespace) -> "Prior":
+    from fitscale.scaling.arguments import conditions
     from fitscale.scaling.planner import Prior, assumed
     from fitscale.scaling.runs import load_table
     from fitscale.scaling.study import Question, study
 
     if not options.prior:
+        if options.where or options.from_step or options.drop_missing:
+            raise UserError("--where, --from-step and --drop-missing go with --prior")
         return assumed()
-    answer = study(load_table(options.prior), Question(metric=options.metric, laws=("offset",), hold_out=()))
+    question = Question(
+        metric=options.metric,
+        laws=("offset",),
+        hold_out=(),
+        where=conditions(options.where),
+        from_step=options.from_step,
+        drop_missing=options.drop_missing,
+    )
+    answer = study(load_table(options.prior), question)
     if not answer.results:
         raise answer.refusals[0]
     result = answer.results[0]
@@ -125,6 +156,7 @@ def _prior(options: argparse.Namespace) -> "Prior":
 
 
 def _parser() -> argparse.ArgumentParser:
+    from fitscale.scaling.arguments import add_filter_options
     from fitscale.scaling.planner import PEAK_FLOPS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -143,7 +175,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--samples", type=int, default=50_000, help="images per Frechet distance")
     add("--nfe", type=int, default=100, help="network evaluations per sample")
     add("--prior", nargs="+", type=Path, metavar="RUNS", help="runs or a table whose law and noise to assume")
-    add("--metric", default="fd", help="metric of the prior")
+    add_filter_options(parser)
+    add("--shards", help="shards of every cell, for the YAML")
+    add("--features", metavar="NET", help="feature network (TorchScript) of the Frechet distance, for the YAML")
+    add("--reference", help="its reference: image folder, shards or .npz, for the YAML")
     add("--name", default="planned", help="name of the sweep")
     add("--seed", type=int, default=0, help="seed of the simulation")
     add("-o", "--output", type=Path, help="sweep YAML to write")

@@ -11,12 +11,17 @@ from fitscale.scaling.points import POINTS
 
 
 def add_row_options(parser: argparse.ArgumentParser) -> None:
-    """RUNS, --metric, --points, --where, --from-step and --drop-missing."""
-    add = parser.add_argument
+    """RUNS, --points, and the options of `add_filter_options`."""
     runs = "run directories, folders of them, or one .csv or .parquet table"
-    add("runs", nargs="+", type=Path, metavar="RUNS", help=runs)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help=runs)
+    parser.add_argument("--points", choices=POINTS, default="frontier", help="rows that laws of compute speak of")
+    add_filter_options(parser)
+
+
+def add_filter_options(parser: argparse.ArgumentParser) -> None:
+    """--metric, --where, --from-step and --drop-missing."""
+    add = parser.add_argument
     add("--metric", default="fd", help="metric (default: fd)")
-    add("--points", choices=POINTS, default="frontier", help="rows that laws of compute speak of")
     add("--where", action="append", default=[], metavar="COLUMN=VALUE", help="keep only such rows; may be repeated")
     add("--from-step", type=int, default=0, help="leave out evaluations before this step (warm-up)")
     add("--drop-missing", action="store_true", help="leave out rows without a value instead of refusing")

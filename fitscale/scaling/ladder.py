@@ -16,6 +16,7 @@ from fitscale.config.rundir import RunDir
 from fitscale.config.schema import Config
 from fitscale.config.sweep import SweepConfig
 from fitscale.model import flops
+from fitscale.scaling.progress import wanted_metrics
 
 TokenShares = Mapping[int, float]  # tokens of an image: share of the images that have so many; shares sum to 1
 Tokens = Callable[[Config], TokenShares]  # of the data that a config names
@@ -38,7 +39,8 @@ def cells(sweep: SweepConfig) -> list[Cell]:
     """The cells in the sweep's order.
 
     Raises:
-        UserError: a cell's config cannot be right; the text starts with the cell's name.
+        UserError: a cell's config cannot be right, or its evaluations would measure nothing; the text starts with the
+            cell's name.
     """
     return [_cell(sweep, name, own) for name, own in sweep.all_cells.items()]
 
@@ -47,9 +49,21 @@ def _cell(sweep: SweepConfig, name: str, own: list[str]) -> Cell:
     run_dir = Path(sweep.dir) / name
     arguments = [*sweep.base, *own, f"run.name={sweep.name}-{name}", f"run.dir={run_dir}"]
     try:
-        return Cell(name, arguments, load_config(arguments))
+        config = load_config(arguments)
+        _require_metric(config)
     except UserError as error:
         raise UserError(f"cell {name}: {error}") from error
+    return Cell(name, arguments, config)
+
+
+def _require_metric(config: Config) -> None:
+    """A sweep is paid for its evaluations: it would end as finished, without a row."""
+    if config.evaluation.points and not wanted_metrics(config):
+        raise UserError(
+            f"evaluation.points: {config.evaluation.points} evaluations would measure nothing; give "
+            "evaluation.features and evaluation.reference for the Frechet distance, data.holdout_fraction above 0 "
+            "(with evaluation.validation_images) for the validation loss, or evaluation.points=0"
+        )
 
 
 def train_flops(config: Config, tokens: Tokens) -> float:
