@@ -81,8 +81,11 @@ def test_check_finds_what_would_stop_a_fit(tmp_path):
 def test_a_sound_sweep_has_no_problems(tmp_path):
     write_sweep(tmp_path, lambda flops, _: 50 * (flops / 1e12) ** -0.3)
     table = collect([tmp_path])
-    assert problems(table[table["metric"] != "recognised"]) == []
+    assert problems(table) == []
     assert correlation(table[table["metric"] == "fd"]) < -0.9
+    guided = table.assign(value=table["value"] / 10, key_guidance="2.0")
+    both = problems(pd.concat([guided, table], ignore_index=True))
+    assert any("key_guidance differs" in problem for problem in both) and "not the best" not in "".join(both)
 
 
 def test_check_from_the_shell(tmp_path):

@@ -5,6 +5,7 @@ import pandas as pd
 
 from fitscale.scaling.table import key_columns
 
+HIGHER_IS_BETTER = ("recognised",)
 NEVER_MISSING = ("run", "size", "value", "train_flops", "parameters", "step", "images")
 
 
@@ -52,15 +53,17 @@ def _of_metric(rows: pd.DataFrame) -> list[str]:
         values = rows[name].astype("string").fillna("missing").unique()
         if len(values) > 1:
             found.append(f"{name} differs, choose one before fitting: {', '.join(sorted(values))}")
-    return found + _rising(rows)
+    return found + ([] if rows["metric"].iloc[0] in HIGHER_IS_BETTER else _rising(rows))
 
 
 def _rising(rows: pd.DataFrame) -> list[str]:
-    """Runs that end worse than they were at some checkpoint."""
-    names = []
-    for run, points in rows.dropna(subset=["value", "train_flops"]).groupby("run", sort=True):
+    """Runs that end worse than they were at some checkpoint, measured in the same way."""
+    rising = set()
+    whole = rows.dropna(subset=["run", "value", "train_flops"])
+    for (run, *_), points in whole.groupby(["run", "weights", *key_columns(rows)], dropna=False):
         values = points.sort_values("train_flops")["value"]
-        if len(values) > 1 and values.iloc[-1] > values.min():
-            names.append(str(run))
+        if values.iloc[-1] > values.min():
+            rising.add(str(run))
+    names = sorted(rising)
     share = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return [f"the last checkpoint is not the best in {share}"] if names else []
