@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from scipy.linalg import sqrtm
 
+from fitscale.config.errors import UserError
 from fitscale.scaling.fid import ema_rule, infinity, tuned_guidance
 from fitscale.scaling.refusal import Refusal
 from fitscale.scaling.select import select
@@ -100,3 +101,33 @@ def test_derived_rows_from_the_shell(tmp_path):
     assert found["fd_infinity"] == pytest.approx(4) and found["fd_tuned"] == 2.0 and len(found) == 6
     failed = run_tool(*command, "--ema-share", "0.1", "--check")
     assert failed.returncode == 2 and "ema_<decay>" in failed.stderr
+
+
+def test_what_a_table_lacks_is_said():
+    table = rows(value=[20.0, 9.0], weights=["ema_0.99", "ema_0.9999"], step=[None, None])
+    with pytest.raises(UserError, match="column step is missing in 2 of 2 rows"):
+        ema_rule(table, share=0.1)
+    with pytest.raises(UserError, match="no column key_guidance"):
+        tuned_guidance(table)
+    for share in (-1.0, 0.0, np.nan, 2.0):
+        with pytest.raises(UserError, match=r"--ema-share: .* above 0 and at most 1"):
+            ema_rule(table, share)
+
+
+def test_rows_without_a_value_are_no_measurements():
+    scales = rows(value=[np.nan, np.nan, 9.0, 8.0], key_guidance=["1", "2"] * 2, step=[1, 1, 2, 2])
+    (best,) = tuned_guidance(scales)["value"]
+    assert best == 8.0
+    counts = [5000, 10000, 50000, None, 20000]
+    values = [*(4 + 9000 / n for n in counts[:3]), 5.0, np.nan]
+    (row,) = infinity(rows(samples=counts, value=values, key_samples=counts)).itertuples()
+    assert row.value == pytest.approx(4)
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
+def test_a_table_that_cannot_be_written_is_one_message(tmp_path, name):
+    rows(value=[20.0, 9.0], step=[1, 2]).to_csv(tmp_path / "runs.csv", index=False)
+    (tmp_path / name).mkdir()
+    done = run_tool("collect_runs", tmp_path / "runs.csv", "-o", tmp_path / name)
+    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path / name}: cannot be written (Is a directory)\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"runs.csv", name}

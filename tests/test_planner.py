@@ -135,3 +135,18 @@ def test_the_rows_of_a_prior_are_chosen_as_everywhere(tmp_path):
     for option in ("--where=key_guidance=1", "--from-step=500", "--drop-missing"):
         failed = run_tool(*command[:5], option)
         assert failed.returncode == 2 and "go with --prior" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "least"),
+    [("points", 1), ("first-step", 1), ("tokens", 1), ("batch", 1), ("samples", 2), ("nfe", 1), ("target-steps", 1)],
+)
+def test_an_option_out_of_range_is_one_message(option, least):
+    done = run_tool("plan_sweep", "--gpu-hours", "300", f"--{option}={least - 1}")
+    message = f"error: --{option}: {least - 1} is too small, the least is {least}\n"
+    assert (done.returncode, done.stderr, done.stdout) == (2, message, "")
+
+
+def test_a_plan_that_cannot_be_written_is_one_message(tmp_path):
+    done = run_tool("plan_sweep", "--gpu-hours", "300", "--sizes", "s,b,l", "-o", tmp_path)
+    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path}: cannot be written (Is a directory)\n")

@@ -128,3 +128,12 @@ def test_a_target_without_steps_images_or_tokens_is_one_message(sweep, option, v
     size = ("--size", "configs/model/xxl.yaml", *PATCH_1, "--steps", "4")
     done = run_tool("predict", sweep, *size, option, value)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {option}: ") and done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "tool", [("predict", "--size", "configs/model/xxl.yaml", *PATCH_1, "--steps", "4"), ("holdout",)]
+)
+def test_an_answer_that_cannot_be_written_is_one_message(sweep, tmp_path, tool):
+    name, *options = tool
+    done = run_tool(name, sweep, *options, "--law", "power", "-o", tmp_path)
+    assert done.returncode == 2 and done.stderr.endswith(f"error: {tmp_path}: cannot be written (Is a directory)\n")

@@ -250,3 +250,22 @@ def test_exit_codes(sweep, tmp_path):
     assert vague.returncode == 2 and vague.stderr == "error: --where key_guidance: give COLUMN=VALUE\n"
     wrong = run_tool("fit_scaling", tmp_path / "nothing", "-o", tmp_path / "wrong")
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--resamples=0", "--resamples: 0 is too small, the least is 20"),
+        ("--huber=-0.1", "--huber: -0.1 must be above 0"),
+        ("--seed=-1", "--seed: -1 is too small, the least is 0"),
+    ],
+)
+def test_an_option_out_of_range_is_one_message(sweep, tmp_path, option, message):
+    done = run_tool("fit_scaling", sweep, option, "-o", tmp_path / "report")
+    assert (done.returncode, done.stderr) == (2, f"error: {message}\n") and not (tmp_path / "report").exists()
+
+
+def test_a_report_that_cannot_be_written_is_one_message(sweep, tmp_path):
+    (tmp_path / "report").write_text("a file")
+    done = run_tool("fit_scaling", sweep, "--resamples", "20", "-o", tmp_path / "report")
+    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path / 'report'}: cannot be written (File exists)\n")

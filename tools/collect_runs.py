@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def collect_runs(options: argparse.Namespace) -> int:
     """Write and/or check the table, and say what it holds."""
+    from fitscale.scaling.arguments import writing
     from fitscale.scaling.check import problems, summary
     from fitscale.scaling.table import write_table
 
@@ -50,7 +51,8 @@ def collect_runs(options: argparse.Namespace) -> int:
         raise UserError("nothing to do: give -o FILE, or --check")
     table = _derived(_table(options.runs, options.columns), options)
     if options.output:
-        write_table(table, options.output)
+        with writing(options.output):
+            write_table(table, options.output)
         sizes = list(table["size"].dropna().unique())
         named = ", ".join(sizes[:MOST_NAMED]) + (f" and {len(sizes) - MOST_NAMED} more" if sizes[MOST_NAMED:] else "")
         print(f"{options.output}: {len(table)} evaluations of {table['run'].nunique()} runs, sizes {named}")

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fitscale.config.errors import UserError
 from fitscale.config.main import exit_code
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from fitscale.scaling.study import Question, Study
 
 FITTED, REFUSED, CAUTIONS = 0, 2, 3
+LEAST_RESAMPLES = 20  # one of them beyond either end of a 90 % interval
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,12 +29,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def fit_scaling(options: argparse.Namespace) -> int:
     """Fit, write the report, print it in short; the exit code of this program's description."""
+    from fitscale.scaling.arguments import require_at_least, writing
     from fitscale.scaling.report import write_report
     from fitscale.scaling.runs import load_table
     from fitscale.scaling.study import study
 
+    require_at_least(options, resamples=LEAST_RESAMPLES, seed=0)
+    if options.huber is not None and not options.huber > 0:
+        raise UserError(f"--huber: {options.huber:g} must be above 0")
     answer = study(load_table(options.runs), _question(options))
-    written = write_report(answer, options.output, _sample_folders(options, answer))
+    folders = _sample_folders(options, answer)
+    with writing(options.output):
+        written = write_report(answer, options.output, folders)
     _say(answer)
     print("\n".join(f"wrote {path}" for path in written))
     if not answer.answered:

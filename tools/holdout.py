@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
 def holdout(options: argparse.Namespace) -> int:
     """Print (and write) the errors and the ranking; a refusal is a user's error."""
     from fitscale.config.rundir import write_atomic
-    from fitscale.scaling.arguments import conditions
+    from fitscale.scaling.arguments import conditions, writing
     from fitscale.scaling.holdout import hold_out
     from fitscale.scaling.runs import load_table
     from fitscale.scaling.select import select
@@ -40,7 +40,8 @@ def holdout(options: argparse.Namespace) -> int:
     print("\nranking by |ln(predicted / measured)|, on the folds that every law could be fitted to:")
     print(ranking.to_string(index=False, formatters=shown))
     if options.output:
-        write_atomic(options.output, answer.errors[columns].to_csv(index=False))
+        with writing(options.output):
+            write_atomic(options.output, answer.errors[columns].to_csv(index=False))
     return 0
 
 

@@ -32,16 +32,18 @@ def run(options: argparse.Namespace) -> int:
     """Print the plan; write the sweep's YAML if asked."""
     from fitscale.config.rundir import write_atomic
     from fitscale.model import flops
-    from fitscale.scaling.arguments import model_named
+    from fitscale.scaling.arguments import model_named, require_at_least, writing
     from fitscale.scaling.planner import plan
 
+    require_at_least(options, points=1, first_step=1, tokens=1, batch=1, samples=2, nfe=1, target_steps=1, seed=0)
     economics = _economics(options)
     models = sorted((model_named(name, MODELS) for name in options.sizes.split(",")), key=flops.parameters)
     goal = economics.train_flops(model_named(options.target, MODELS), options.target_steps)
     answer = plan(models, options.gpu_hours, economics, _prior(options), goal, options.seed)
     print("\n".join(_lines(answer, economics, options)))
     if options.output:
-        write_atomic(options.output, _sweep_yaml(answer, options))
+        with writing(options.output):
+            write_atomic(options.output, _sweep_yaml(answer, options))
         if missing := _missing(options):
             print(f"add to base before it runs: {', '.join(missing)} (or give {', '.join(missing.values())})")
         print(f"wrote {options.output}: python slurm/sweep.py {options.output} --dry-run")

@@ -32,12 +32,13 @@ def run(options: argparse.Namespace) -> int:
     import json
 
     from fitscale.config.rundir import write_atomic
-    from fitscale.scaling.arguments import conditions
+    from fitscale.scaling.arguments import conditions, require_at_least, writing
     from fitscale.scaling.predict import describe, predict
     from fitscale.scaling.runs import load_table
     from fitscale.scaling.select import select
     from fitscale.scaling.study import Question
 
+    require_at_least(options, steps=1, batch=1, tokens=1, seed=0)
     table = load_table(options.runs)
     question = Question(
         metric=options.metric,
@@ -61,18 +62,15 @@ def run(options: argparse.Namespace) -> int:
         print(f"the choice of law alone moves {options.metric} from {min(medians):.4g} to {max(medians):.4g}")
     if options.output:
         record = {"target": asdict(goal), "predictions": [asdict(prediction) for prediction in predictions]}
-        write_atomic(options.output, json.dumps(record, indent=2) + "\n")
+        with writing(options.output):
+            write_atomic(options.output, json.dumps(record, indent=2) + "\n")
     return 0
 
 
 def _target(options: argparse.Namespace, rows: "pd.DataFrame") -> "Target":
     """The run that is asked about; what is not said of it is as in `rows`, the runs that it is predicted from."""
-    from fitscale.config.checks import at_least
     from fitscale.scaling.predict import batch_of, target, tokens_of
 
-    for option in ("steps", "batch", "tokens"):
-        if getattr(options, option) is not None:
-            at_least(f"--{option}", getattr(options, option), 1)
     batch = batch_of(rows) if options.batch is None else options.batch
     tokens, squared = tokens_of(rows) if options.tokens is None else (options.tokens, options.tokens**2)
     return target(_model(options.size), options.steps, batch, tokens, squared)

@@ -1,9 +1,12 @@
 """Command-line options that the tools of the analysis share: which rows of which runs are asked about."""
 
 import argparse
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from fitscale.config.checks import at_least
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
 from fitscale.config.schema import ModelConfig
@@ -38,6 +41,30 @@ def conditions(texts: Iterable[str]) -> dict[str, str]:
         if not sign:
             raise UserError(f"--where {column}: give COLUMN=VALUE")
     return {column: value for column, _, value in pairs}
+
+
+def require_at_least(options: argparse.Namespace, **least: float) -> None:
+    """Check options by name, those that are None aside.
+
+    Raises:
+        UserError: one is less than its least value.
+    """
+    for name, value in least.items():
+        if getattr(options, name) is not None:
+            at_least(f"--{name.replace('_', '-')}", getattr(options, name), value)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes `path`.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({os.strerror(error.errno or 0)})") from error
 
 
 def model_named(name: str, folder: Path) -> ModelConfig:

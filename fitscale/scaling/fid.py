@@ -8,6 +8,7 @@ the least of k values, hence biased low, and its cost is the samples of all k.
 import numpy as np
 import pandas as pd
 
+from fitscale.config.errors import UserError
 from fitscale.scaling.refusal import Refusal
 from fitscale.scaling.table import key_columns
 
@@ -24,6 +25,7 @@ def infinity(rows: pd.DataFrame) -> pd.DataFrame:
     Raises:
         Refusal: no checkpoint has three sample counts.
     """
+    rows = rows.dropna(subset=["samples", "value"])
     identity = _identity(rows, without=(SAMPLES, "key_seed"))
     groups = [group for _, group in rows.groupby(identity, dropna=False, sort=False)]
     whole = [group for group in groups if group["samples"].nunique() >= LEAST_COUNTS]
@@ -38,8 +40,12 @@ def tuned_guidance(rows: pd.DataFrame) -> pd.DataFrame:
     """The best guidance of every checkpoint, metric `<metric>_tuned`; `samples` counts those of all that were tried.
 
     Raises:
+        UserError: the rows do not say their guidance.
         Refusal: guidance was never varied.
     """
+    if GUIDANCE not in rows:
+        raise UserError(f"no column {GUIDANCE}: the table does not say with which guidance it was measured")
+    rows = rows.dropna(subset=["value"])
     groups = [group for _, group in rows.groupby(_identity(rows, without=(GUIDANCE,)), dropna=False, sort=False)]
     tried = [group for group in groups if group[GUIDANCE].nunique() > 1]
     if not tried:
@@ -56,12 +62,20 @@ def ema_rule(rows: pd.DataFrame, share: float) -> pd.DataFrame:
     A fixed share is fair across budgets, where a fixed decay favours one of them. The key says `ema <share>`.
 
     Raises:
+        UserError: `share` is not above 0 and at most 1, or a row does not say its step.
         Refusal: no row has weights named ema_<decay>.
     """
+    if not 0 < share <= 1:
+        raise UserError(f"--ema-share: {share:g} must be above 0 and at most 1")
     decay = pd.to_numeric(rows["weights"].str.removeprefix("ema_"), errors="coerce")
     if decay.isna().all():
         raise Refusal("no_rows", "no row has weights named ema_<decay>")
-    rows = rows[decay.notna()].assign(_miss=np.abs(np.log((1 - decay) * rows["step"].astype(float) * share)))
+    rows, decay = rows[decay.notna()], decay.dropna()
+    if missing := int(rows["step"].isna().sum()):
+        raise UserError(
+            f"column step is missing in {missing} of {len(rows)} rows, and an average's share depends on it"
+        )
+    rows = rows.assign(_miss=np.abs(np.log((1 - decay) * rows["step"].astype(float) * share)))
     nearest = rows.groupby(_identity(rows, without=(WEIGHTS, "weights")), dropna=False, sort=False)["_miss"].idxmin()
     return rows.loc[nearest].drop(columns="_miss").assign(**{WEIGHTS: f"ema {share:g} of training"})
 
