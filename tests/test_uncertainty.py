@@ -7,6 +7,7 @@ import pytest
 from fitscale.scaling.fitting import fit_law, refit
 from fitscale.scaling.laws import OFFSET, POWER
 from fitscale.scaling.noise import estimate
+from fitscale.scaling.points import chosen
 from fitscale.scaling.uncertainty import covariance, fit_noise, new_run_KN, resample
 
 RUN_NOISE, POINT_NOISE = 0.02, 0.015
@@ -143,3 +144,34 @@ def test_luck_that_is_hardly_known_stays_within_floats():
             fit = fit_law(POWER, rows)
             draws = new_run_KN(fit, resample(fit, rows, 1000, index), far, index)
         assert np.isfinite(draws).all() and (draws > 0).all()
+
+
+def replicated(rng, run_noise, seeds=2):
+    """The sweep with `seeds` runs of every size, whose compute differs by the tokens that each happens to see."""
+    sweeps = [sweep(rng, run_noise=run_noise) for _ in range(seeds)]
+    rows = pd.concat(
+        rows.assign(size=rows["run"], run=rows["run"] + f"-seed{seed}", train_flops=rows["train_flops"] * (1 + jitter))
+        for seed, (rows, jitter) in enumerate(zip(sweeps, rng.uniform(0, 0.003, seeds), strict=True))
+    )
+    return rows.reset_index(drop=True)
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_repeated_seeds_leave_the_frontier_unbiased_and_its_intervals_honest(seeds):
+    rng = np.random.default_rng(7)
+    hits, errors = [], []
+    for index in range(150):
+        rows = replicated(rng, RUN_NOISE, seeds)
+        used = rows[chosen(rows, "frontier")]
+        assert (used.groupby("size")["run"].nunique() == seeds).all()
+        fit = fit_law(POWER, used)
+        curve = truth(TARGET["train_flops"].item())
+        new = curve * np.exp(rng.normal(0, RUN_NOISE) + rng.normal(0, POINT_NOISE))
+        draws = resample(fit, used, 200, index)
+        law = fit.metric(TARGET, draws.theta_KP)[:, 0]
+        hits.append((covers(new_run_KN(fit, draws, TARGET, index)[:, 0], new), covers(law, curve)))
+        errors.append(np.log(fit.metric(TARGET)[0] / curve))
+    new_run, law = np.mean(hits, axis=0)
+    assert 0.85 <= new_run <= 0.96
+    assert 0.8 <= law <= 0.96
+    assert abs(np.mean(errors)) < 0.005
