@@ -29,6 +29,10 @@ def rows(law, sizes=4, points=8):
 
 FLOOR = rows(lambda flops: 20 * (flops / 1e13) ** -0.35 + 4)
 
+SURFACE = rows(lambda flops: flops, sizes=5).assign(
+    value=lambda rows: 400 * rows["parameters"] ** -0.3 + 800 * rows["images"] ** -0.4 + 1.5
+)
+
 
 @pytest.mark.parametrize("by", ["size", "compute", "step"])
 def test_the_true_law_predicts_exactly_and_ranks_first(by):
@@ -60,6 +64,22 @@ def test_laws_that_cannot_be_fitted_are_named():
         hold_out(FLOOR[FLOOR["step"] < 3], "step", ("offset",), "all")
     with pytest.raises(Refusal, match="nothing can be held out"):
         hold_out(FLOOR[FLOOR["size"] < "s2"], "size", ("power",), "all")
+
+
+def test_every_fold_is_tested_or_named():
+    """The largest size is far above the frontier: a law of compute is silent there, one of size and data is not."""
+    largest = SURFACE["size"] == "s4"
+    missed = SURFACE.assign(value=SURFACE["value"].where(~largest, SURFACE["value"] * 3))
+    answer = hold_out(missed, "size", ("additive", "power"), "frontier")
+    per_fold = answer.errors.groupby(["law", "fold"]).size()
+    assert per_fold["additive"].to_dict() == {"size s3": 8, "size s4": 8}
+    assert list(per_fold["power"].index) == ["size s2", "size s3"]
+    silent = [(fold, law, why.code) for fold, law, why in answer.refusals]
+    assert silent == [("size s2", "additive", "not_identified"), ("size s4", "power", "not_on_frontier")]
+    ranking = answer.ranking.set_index("law")["folds_fitted"]
+    assert ranking.to_dict() == {"additive": pytest.approx(2 / 3), "power": 1.0}
+    with pytest.raises(Refusal, match="no held-out point is on the frontier"):
+        hold_out(missed[missed["size"].isin(["s0", "s1", "s4"])], "size", ("power",), "frontier")
 
 
 def test_holdout_from_the_shell(tmp_path):

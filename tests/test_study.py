@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from fitscale.scaling.report import fit_record
 from fitscale.scaling.runs import collect
 from fitscale.scaling.select import select
 from fitscale.scaling.study import Question, study
+from fitscale.scaling.table import validate
 from fitscale.scaling.wording import number, report_content, size_table
 from tests.programs import run_tool
 from tests.sample_folders import write_samples
@@ -68,6 +70,46 @@ def test_the_held_out_size_never_reaches_the_fit(table):
 def test_points_of_a_run_early_in_training_do_not_count_on_the_frontier(table):
     predictions = study(table, Question(resamples=10)).results[0].predictions
     assert not predictions["chosen"].iloc[0] and predictions["chosen"].iloc[-1]
+
+
+def surface_rows(miss=1.25):
+    """Five sizes on a law of size and data; the largest is worse by `miss`, so that it never meets the frontier."""
+    rng = np.random.default_rng(3)
+    sizes = np.geomspace(3e7, 6e8, 5)
+    return validate(
+        pd.DataFrame(
+            [
+                {"run": f"z{index}", "size": f"z{index}", "parameters": int(n), "images": int(d), "step": int(d / 256)}
+                | {"train_flops": 6 * n * d, "metric": "loss"}
+                | {"value": (400 * n**-0.34 + 410 * d**-0.28 + 1.7) * luck * np.exp(noise) * (miss if n > 5e8 else 1)}
+                for index, (n, luck) in enumerate(zip(sizes, np.exp(rng.normal(0, 0.005, 5)), strict=True))
+                for d, noise in zip(np.geomspace(1e8, 1e10, 7), rng.normal(0, 0.003, 7), strict=True)
+            ]
+        )
+    )
+
+
+def test_a_law_of_size_and_data_answers_for_points_above_the_frontier():
+    question = Question(metric="loss", laws=("additive", "power"), extrapolate=True, resamples=100)
+    answer = study(surface_rows(), question)
+    results = {result.fit.law.name: result for result in answer.results}
+    assert results["additive"].predictions["chosen"].all() and not results["power"].predictions["chosen"].any()
+    assert results["additive"].error == pytest.approx(0.22, abs=0.03) and results["power"].error is None
+    cautions = {caution.code: caution.message for caution in answer.cautions}
+    assert cautions["missed"].startswith("additive law: 7 of 7 held-out points lie outside the 90 % interval")
+    assert "no point of z4 is on the frontier" in cautions["not_on_frontier"]
+    headline = next(line for line in report_content(answer)["headlines"] if line.startswith("Additive"))
+    assert "OUTSIDE the 90 % interval" in headline
+    alone = study(surface_rows(), replace(question, laws=("additive",)))
+    assert "not_on_frontier" not in {caution.code for caution in alone.cautions}
+
+
+def test_laws_are_ranked_by_the_points_that_count_for_all_of_them(table):
+    answer = study(table, Question(laws=("power", "additive"), extrapolate=True, resamples=10))
+    assert len(answer.results) == 2
+    shared = next(result for result in answer.results if result.fit.law.name == "power").predictions["chosen"]
+    errors = [np.log1p(result.predictions.loc[shared, "error"]).abs().mean() for result in answer.results]
+    assert 0 < shared.sum() < len(shared) and errors == sorted(errors)
 
 
 def test_the_answer_does_not_depend_on_the_order_of_rows(table):

@@ -32,7 +32,7 @@ def figures(study: Study) -> dict[str, Images]:
         found["curves"] = curves(study)
     if study.results:
         found["residuals"] = residuals(study)
-        if len(study.results[0].predictions):
+        if any(len(_claimed(result)) for result in study.results):
             found["predictions"] = predictions(study)
     if study.isoflops:
         found["isoflop"] = isoflop_curves(study, study.isoflops[0])
@@ -81,7 +81,7 @@ def predictions(study: Study) -> Images:
     """Predicted against measured for every held-out point that a law speaks of, with 90 % intervals."""
     figure = new_figure(width=7.2)
     axes = figure.add_subplot()
-    drawn = [(result, _claimed(result)) for result in study.results]
+    drawn = [(result, _claimed(result)) for result in study.results if len(_claimed(result))]
     every = pd.concat([points for _, points in drawn])
     logarithmic(axes.xaxis, *limits(every["value"]))
     logarithmic(axes.yaxis, *limits(pd.concat([every[name] for name in ("value", "predicted", "low", "high")])))
@@ -133,8 +133,7 @@ def draw_runs(axes: Any, study: Study, rows: pd.DataFrame) -> None:
 
 def _claimed(result: LawResult) -> pd.DataFrame:
     """The held-out points that the law speaks of: a law of compute makes no claim about points above the frontier."""
-    counted = result.predictions["chosen"] | (result.fit.law.inputs != COMPUTE)
-    return result.predictions[counted]
+    return result.predictions[result.predictions["chosen"]]
 
 
 def _place_in_training(point: pd.Series) -> str:

@@ -6,6 +6,7 @@
 - step: the last checkpoint of every run is predicted from that run's earlier ones.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,8 @@ class HoldOut:
     """`errors`: one row per law and held-out point (fold, law, run, step, train_flops, value, predicted, error).
 
     `ranking`: per law the mean |ln(predicted / actual)|, the worst error, and the share of folds that it could be
-    fitted to, best first; laws are compared on the folds that every ranked law could be fitted to.
+    fitted to, best first; laws are compared on the folds that test every ranked law. `refusals` name the folds that say
+    nothing of a law: it could not be fitted, or no held-out point is on the frontier that it speaks of.
     """
 
     errors: pd.DataFrame
@@ -38,24 +40,27 @@ def hold_out(rows: pd.DataFrame, by: str, laws: tuple[str, ...], points: str) ->
     """Predict every fold of `rows` (one selection, select.py) with every law.
 
     Raises:
-        Refusal: there is no fold, or no law could be fitted to any.
+        Refusal: there is no fold, or none tests any law.
     """
-    found, refusals = [], []
+    found, refusals, fitted = [], [], Counter[str]()
     parts = folds(rows, by)
     if not parts:
         raise Refusal("too_few_points", f"hold-out by {by}: nothing can be held out and still leave enough to fit")
     for fold, known, unseen in parts:
         for name in laws:
             try:
-                found.append(
-                    _errors(LAWS[name], known, unseen, points if by != "step" else "all").assign(fold=fold, law=name)
-                )
+                errors = _errors(LAWS[name], known, unseen, points if by != "step" else "all")
+                fitted[name] += 1
+                _refuse_untested(errors, points)
+                found.append(errors.assign(fold=fold, law=name))
             except Refusal as refusal:
                 refusals.append((fold, name, refusal))
     if not found:
-        raise Refusal("too_few_points", f"hold-out by {by}: no law could be fitted; the first: {refusals[0][2]}")
+        which = "tested" if fitted else "fitted"
+        raise Refusal("too_few_points", f"hold-out by {by}: no law could be {which}; the first: {refusals[0][2]}")
     errors = pd.concat(found, ignore_index=True)
-    return HoldOut(errors, _ranking(errors, len(parts)), refusals)
+    shares = {name: count / len(parts) for name, count in fitted.items()}
+    return HoldOut(errors, _ranking(errors, shares), refusals)
 
 
 def folds(rows: pd.DataFrame, by: str) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
@@ -76,21 +81,29 @@ def folds(rows: pd.DataFrame, by: str) -> list[tuple[str, pd.DataFrame, pd.DataF
 
 
 def _errors(law: Law, known: pd.DataFrame, unseen: pd.DataFrame, points: str) -> pd.DataFrame:
-    """The law's error at the unseen points that count; laws of size and data are fitted to all known points."""
-    counted = chosen(pd.concat([known, unseen]), points).loc[unseen.index]
-    used = known[chosen(known, points)] if law.inputs == COMPUTE else known
+    """The law's error at the unseen points that it speaks of: all of them, if it is one of size and data."""
+    rows, used = unseen, known
+    if law.inputs == COMPUTE:
+        rows = unseen[chosen(pd.concat([known, unseen]), points).loc[unseen.index]]
+        used = known[chosen(known, points)]
     fit = fit_law(law, used, spare=0)
-    rows = unseen.loc[counted, ["run", "size", "step", "train_flops", "parameters", "images", "value"]]
+    rows = rows[["run", "size", "step", "train_flops", "parameters", "images", "value"]]
     predicted = fit.metric(rows) if len(rows) else np.zeros(0)
     return rows.assign(predicted=predicted, error=predicted / rows["value"] - 1)
 
 
-def _ranking(errors: pd.DataFrame, folds_tried: int) -> pd.DataFrame:
+def _refuse_untested(errors: pd.DataFrame, points: str) -> None:
+    if errors.empty:
+        where = "on the frontier" if points == "frontier" else "the last of its run"
+        raise Refusal("not_on_frontier", f"fitted, but no held-out point is {where}: nothing here tests it")
+
+
+def _ranking(errors: pd.DataFrame, folds_fitted: dict[str, float]) -> pd.DataFrame:
     everywhere = errors.groupby("fold")["law"].nunique()
     common = everywhere[everywhere == errors["law"].nunique()].index
     compared = errors[errors["fold"].isin(common)] if len(common) else errors
     logs = compared.assign(size_of_error=np.abs(np.log1p(compared["error"])))
     by_law = logs.groupby("law")["size_of_error"]
     table = pd.DataFrame({"mean_error": by_law.mean(), "worst_error": by_law.max()})
-    table["folds_fitted"] = errors.groupby("law")["fold"].nunique() / folds_tried
+    table["folds_fitted"] = table.index.map(folds_fitted)
     return table.sort_values("mean_error").reset_index()

@@ -20,6 +20,7 @@ REFUSALS = {
     "not_identified": "many sets of parameters fit equally well",
     "edge_optimum": "the best size of a budget lies outside the sizes tried",
     "concave_optimum": "a budget without a minimum over size",
+    "not_on_frontier": "no held-out point is one that a law of compute speaks of",
     "extrapolation": "a prediction further out than was agreed to",
 }
 

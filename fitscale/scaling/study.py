@@ -4,7 +4,7 @@
 2. Set the held-out sizes aside; choose the points that a law of compute speaks of (points.py) among the rest. Laws of
    size and data are fitted to all of the rest.
 3. Fit every law, draw whole runs anew, and predict each held-out point. A law that cannot be fitted is refused by name.
-4. Rank the laws that were fitted by their error on the held-out points that count.
+4. Rank the laws that were fitted by their error on the held-out points that count for all of them.
 """
 
 from dataclasses import dataclass, field
@@ -56,7 +56,7 @@ class LawResult:
     """A fitted law.
 
     `predictions` has one row per held-out point: value, predicted, low and high (90 %), error, inside, chosen (it
-    counts).
+    counts: a law of compute speaks of the chosen points alone, one of size and data of all).
     """
 
     fit: Fit
@@ -116,7 +116,7 @@ def _answer(
                 results.append(_result(LAWS[name], rows, question))
         except Refusal as refusal:
             refusals.append(refusal)
-    results.sort(key=lambda result: np.inf if result.error is None else result.error)
+    results = _ranked(results)
     cautions = selection.cautions + _cautions(rows, results, isoflops, held_out)
     sizes = size_order(rows)
     return Study(question, table, rows, sizes, held_out, selection.key, results, isoflops, refusals, cautions)
@@ -161,10 +161,26 @@ def _result(law: Law, rows: pd.DataFrame, question: Question) -> LawResult:
     fit = fit_law(law, used, question.loss)
     draws = resample(fit, used, question.resamples, question.seed)
     floor = floor_profile(fit, used) if law.floor else None
-    predictions = _predictions(fit, draws, rows[rows["held_out"]], question.seed)
-    counted = predictions.loc[predictions["chosen"], "error"] if len(predictions) else pd.Series(dtype=float)
-    error = float(np.abs(np.log1p(counted)).mean()) if len(counted) else None
+    claimed = rows if law.inputs == COMPUTE else rows.assign(chosen=True)
+    predictions = _predictions(fit, draws, claimed[claimed["held_out"]], question.seed)
+    error = _error(predictions, predictions["chosen"].astype(bool))
     return LawResult(fit, used, draws, covariance(fit, used), floor, predictions, error)
+
+
+def _error(predictions: pd.DataFrame, counted: pd.Series) -> float | None:
+    return float(np.abs(np.log1p(predictions.loc[counted, "error"])).mean()) if counted.any() else None
+
+
+def _ranked(results: list[LawResult]) -> list[LawResult]:
+    """Best first, on the held-out points that count for every law; if there are none, by each law's own error."""
+    shared = np.logical_and.reduce([result.predictions["chosen"].sort_index() for result in results])
+
+    def rank(result: LawResult) -> float:
+        predictions = result.predictions.sort_index()
+        error = _error(predictions, pd.Series(shared, predictions.index)) if np.any(shared) else result.error
+        return np.inf if error is None else error
+
+    return sorted(results, key=rank)
 
 
 def _predictions(fit: Fit, draws: Resamples, held_out: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -190,7 +206,8 @@ def _cautions(
         found += _floor_caution(result) + _missed(result)
     for budget in [refusal for iso in isoflops[:1] for refusal in iso.refusals]:
         found.append(Caution(budget.code, budget.message))
-    if held_out and not rows.loc[rows["held_out"], "chosen"].any():
+    of_compute = any(result.fit.law.inputs == COMPUTE for result in results)
+    if held_out and of_compute and not rows.loc[rows["held_out"], "chosen"].any():
         text = f"no point of {', '.join(held_out)} is on the frontier, so it does not test a law of compute"
         found.append(Caution("not_on_frontier", text))
     return found
