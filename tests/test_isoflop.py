@@ -47,6 +47,12 @@ def test_noise_widens_the_interval_which_covers_the_truth():
     assert noisy.interval_90[0] < BETA / (ALPHA + BETA) < noisy.interval_90[1]
 
 
+def test_four_sizes_do_not_tell_noise_from_shape():
+    four, five = isoflop(curves(sizes=4, noise=0.002)), isoflop(curves(sizes=5, noise=0.002))
+    assert four.interval_90 is None and "no budget has more than 4 sizes" in four.no_interval
+    assert np.ptp(five.interval_90) > 0 and five.no_interval is None
+
+
 def test_order_and_seed():
     rows = curves(noise=0.003)
     assert isoflop(rows, seed=3) == isoflop(rows.sample(frac=1, random_state=1), seed=3)
@@ -70,16 +76,38 @@ def test_a_concave_curve_is_refused():
         isoflop(rows, "parabola")
 
 
-def test_slices_through_the_curves_of_runs():
-    rows = pd.DataFrame(
+def ladder(sizes, images):
+    """One run a size, evaluated at the same images."""
+    return pd.DataFrame(
         [
             {"run": f"r{n:.0f}", "size": f"s{n:.0f}", "parameters": n, "train_flops": flops, "value": loss(n, flops)}
-            for n in np.geomspace(1e8, 8e9, 9)
-            for flops in 6 * n * np.geomspace(0.02, 60, 30) * 1e10
+            for n in sizes
+            for flops in 6 * n * images
         ]
     )
-    found = isoflop(slices_of_runs(rows))
+
+
+def test_slices_through_the_curves_of_runs():
+    found = isoflop(slices_of_runs(ladder(np.geomspace(1e8, 8e9, 9), np.geomspace(0.02, 60, 30) * 1e10)))
     assert found.exponent == pytest.approx(BETA / (ALPHA + BETA), abs=0.03)
+    assert found.interval_90 is None and "the budgets share runs" in found.no_interval
+
+
+@pytest.mark.parametrize(("sizes", "points"), [(5, 16), (6, 12), (7, 14), (8, 16)])
+def test_dense_checkpoints_do_not_chain_into_one_budget(sizes, points):
+    rows = ladder(np.geomspace(1e8, 3e9, sizes), np.geomspace(2e9, 2e11, points))
+    slices = slices_of_runs(rows)
+    assert slices["budget"].nunique() == 6 and not slices.duplicated(["budget", "run"]).any()
+    assert isoflop(slices).exponent == pytest.approx(BETA / (ALPHA + BETA), abs=0.05)
+
+
+def test_runs_made_for_common_budgets_are_taken_as_they_are():
+    rows = curves(sizes=7, noise=0.001)
+    rows = rows.assign(run=[f"r{index}" for index in range(len(rows))], size="any")
+    rows["train_flops"] = rows["budget"] * np.random.default_rng(0).uniform(0.99, 1.01, len(rows))
+    slices = slices_of_runs(rows)
+    assert len(slices) == len(rows) and slices["budget"].nunique() == len(BUDGETS)
+    assert np.ptp(isoflop(slices).interval_90) > 0
 
 
 def test_runs_that_do_not_overlap_cannot_be_sliced():

@@ -12,7 +12,7 @@ import pytest
 
 from fitscale.config.errors import UserError
 from fitscale.scaling.refusal import Refusal
-from fitscale.scaling.report import fit_record
+from fitscale.scaling.report import fit_record, write_report
 from fitscale.scaling.runs import collect
 from fitscale.scaling.select import select
 from fitscale.scaling.study import Question, study
@@ -102,6 +102,15 @@ def test_a_law_of_size_and_data_answers_for_points_above_the_frontier():
     assert "OUTSIDE the 90 % interval" in headline
     alone = study(surface_rows(), replace(question, laws=("additive",)))
     assert "not_on_frontier" not in {caution.code for caution in alone.cautions}
+
+
+def test_an_exponent_without_an_interval_is_reported_as_such(tmp_path):
+    answer = study(surface_rows(miss=1), Question(metric="loss", laws=("isoflop",), extrapolate=True))
+    write_report(answer, tmp_path, [])
+    said = "90 % interval of the exponent not estimated (the budgets share runs, "
+    assert (tmp_path / "report.md").read_text().count(said) == len(answer.isoflops) == 2
+    assert json.loads((tmp_path / "fit.json").read_text())["isoflop"][0]["interval_90"] is None
+    assert "not estimated" in (tmp_path / "isoflop.svg").read_text()
 
 
 def test_laws_are_ranked_by_the_points_that_count_for_all_of_them(table):

@@ -119,8 +119,8 @@ def isoflop_curves(study: Study, iso: IsoFlop) -> Images:
         axes.plot(rows["parameters"], rows["value"], "o-", color=color, linewidth=1.1, label=label)
     best = [(optimum.parameters, optimum.metric) for optimum in iso.optima]
     axes.plot(*zip(*best, strict=True), "k*--", markersize=11, label="optimum")
-    low, high = iso.interval_90
-    title = f"Best size grows as C^{iso.exponent:.3f} (90 %: {low:.3f} to {high:.3f})"
+    interval = "not estimated" if iso.interval_90 is None else "{:.3f} to {:.3f}".format(*iso.interval_90)
+    title = f"Best size grows as C^{iso.exponent:.3f} (90 %: {interval})"
     decorate(axes, title, "parameters", _name(study))
     return rendered(figure)
 

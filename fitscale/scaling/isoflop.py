@@ -4,6 +4,8 @@
 2. Akima's interpolation of ln(metric) over ln(N) finds the minimum (Porian et al. 2024); a parabola, the usual
    choice, moves exponents by up to .03, and is fitted to compare.
 3. Each optimum's uncertainty comes from redrawing the noise of its points; the exponent is a weighted regression.
+   It has no interval where budgets share runs, whose luck moves several optima at once, nor with four sizes, which do
+   not tell noise from shape.
 A budget whose minimum lies at the smallest or largest size, or that has none, is refused by name.
 """
 
@@ -40,14 +42,15 @@ class IsoFlop:
 
     method: str
     exponent: float
-    interval_90: tuple[float, float]
+    interval_90: tuple[float, float] | None  # None: not estimated, `no_interval` says why
+    no_interval: str | None
     coefficient: float
     optima: list[Optimum]
     refusals: list[Refusal]
 
 
 def isoflop(slices: pd.DataFrame, method: str = "akima", seed: int = 0) -> IsoFlop:
-    """Fit the compute-optimal size to `slices`: columns budget, parameters, value.
+    """Fit the compute-optimal size to `slices`: columns budget, parameters, value, and run where it is known.
 
     Raises:
         Refusal: fewer than two budgets have an optimum.
@@ -55,11 +58,12 @@ def isoflop(slices: pd.DataFrame, method: str = "akima", seed: int = 0) -> IsoFl
     curves = {
         budget: _curve(slices[slices["budget"] == budget]) for budget in np.unique(slices["budget"].to_numpy(float))
     }
-    noise = _noise([curve for curve in curves.values() if len(curve[0]) > 4])
+    noise = _noise([curve for curve in curves.values() if len(curve[0]) > LEAST_SIZES])
     optima, draws, refusals = [], [], []
     for index, (budget, (x_N, y_N)) in enumerate(curves.items()):
+        rng = np.random.default_rng([seed, index])
         try:
-            optimum, draws_K = _optimum(float(budget), x_N, y_N, method, noise, np.random.default_rng([seed, index]))
+            optimum, draws_K = _optimum(float(budget), x_N, y_N, method, noise or 0.0, rng)
         except Refusal as refusal:
             refusals.append(refusal)
             continue
@@ -71,9 +75,25 @@ def isoflop(slices: pd.DataFrame, method: str = "akima", seed: int = 0) -> IsoFl
             f"isoflop: {len(optima)} budgets have an optimum, two are needed; " + "; ".join(map(str, refusals)),
         )
     exponent, constant = fit_exponent(optima)
-    resampled = [_line([o.budget for o in optima], draw, [o.spread for o in optima])[0] for draw in np.array(draws).T]
-    low, high = np.quantile(resampled, [0.05, 0.95])
-    return IsoFlop(method, exponent, (float(low), float(high)), float(np.exp(constant)), optima, refusals)
+    no_interval = _no_interval(slices, noise)
+    interval = None if no_interval else _interval(optima, np.array(draws).T)
+    return IsoFlop(method, exponent, interval, no_interval, float(np.exp(constant)), optima, refusals)
+
+
+def _interval(optima: list[Optimum], logs_KB: Array) -> tuple[float, float]:
+    """90 % of the exponents of redrawn optima, ln(parameters) per draw and budget."""
+    budgets, spreads = [optimum.budget for optimum in optima], [optimum.spread for optimum in optima]
+    low, high = np.quantile([_line(budgets, logs_B, spreads)[0] for logs_B in logs_KB], [0.05, 0.95])
+    return float(low), float(high)
+
+
+def _no_interval(slices: pd.DataFrame, noise: float | None) -> str | None:
+    """Why the exponent's interval cannot be estimated, if it cannot."""
+    if noise is None:
+        return f"no budget has more than {LEAST_SIZES} sizes, too few to tell noise from the shape of the curve"
+    if "run" in slices and (slices.groupby("run")["budget"].nunique() > 1).any():
+        return "the budgets share runs, whose luck moves several optima at once"
+    return None
 
 
 def fit_exponent(optima: list[Optimum]) -> tuple[float, float]:
@@ -83,7 +103,7 @@ def fit_exponent(optima: list[Optimum]) -> tuple[float, float]:
 
 
 def slices_of_runs(rows: pd.DataFrame, budgets: int = 6) -> pd.DataFrame:
-    """Columns budget, parameters, value for `isoflop`.
+    """Columns budget, run, parameters, value for `isoflop`.
 
     Runs that were made for common budgets are taken as they are. Otherwise every run's curve, a line between its
     evaluations in logarithms, is cut at log-spaced budgets that at least `LEAST_SIZES` sizes reach.
@@ -91,10 +111,16 @@ def slices_of_runs(rows: pd.DataFrame, budgets: int = 6) -> pd.DataFrame:
     rows = rows.sort_values("train_flops")
     group = (np.log(rows["train_flops"]).diff() > np.log(SAME_BUDGET)).cumsum()
     whole = rows.groupby(group).filter(lambda part: part["parameters"].nunique() >= LEAST_SIZES)
-    if len(whole):
+    if len(whole) and whole.groupby(group)[["train_flops", "run"]].apply(_is_budget).all():
         budget = whole.groupby(group)["train_flops"].transform(lambda flops: np.exp(np.log(flops).mean()))
-        return whole.assign(budget=budget)[["budget", "parameters", "value"]]
+        return whole.assign(budget=budget)[["budget", "run", "parameters", "value"]]
     return _cut(rows, budgets)
+
+
+def _is_budget(rows: pd.DataFrame) -> bool:
+    """One point of each run at one compute, rather than dense curves whose points are near each other in a chain."""
+    together = rows["train_flops"].max() <= rows["train_flops"].min() * SAME_BUDGET
+    return bool(together and rows["run"].is_unique)
 
 
 def _cut(rows: pd.DataFrame, budgets: int) -> pd.DataFrame:
@@ -108,7 +134,7 @@ def _cut(rows: pd.DataFrame, budgets: int) -> pd.DataFrame:
     chosen = sorted({reached[round(i * (len(reached) - 1) / (budgets - 1))] for i in range(budgets)})
     return pd.DataFrame(
         [
-            {"budget": budget, "parameters": run["parameters"].iloc[0], "value": _at(run, budget)}
+            {"budget": budget, "value": _at(run, budget)} | run.iloc[0][["run", "parameters"]].to_dict()
             for budget in chosen
             for run in runs
             if _covers(run, budget)
@@ -173,15 +199,15 @@ def _parabola(x_N: Array, y_N: Array) -> tuple[float, float]:
     return (float(-b / (2 * a)), float(c - b**2 / (4 * a))) if a > 0 else (float("inf"), float("nan"))
 
 
-def _noise(curves: list[tuple[Array, Array]]) -> float:
-    """Standard deviation of ln(metric) around a smooth curve, from leaving each inner point out."""
+def _noise(curves: list[tuple[Array, Array]]) -> float | None:
+    """Standard deviation of ln(metric) around smooth curves, from leaving each inner point out; None without curves."""
     misses = [
         abs(y_N[i] - float(Akima1DInterpolator(np.delete(x_N, i), np.delete(y_N, i))(x_N[i])))
         for x_N, y_N in curves
         for i in range(1, len(x_N) - 1)
         if abs(i - int(np.argmin(y_N))) <= 2
     ]
-    return float(np.median(misses)) / 0.6745 / np.sqrt(1.5) if misses else 0.0
+    return float(np.median(misses)) / 0.6745 / np.sqrt(1.5) if misses else None
 
 
 def _line(budgets: list[float], logs: Array, spreads: list[float]) -> tuple[float, float]:

@@ -96,6 +96,7 @@ def _isoflop_record(iso: IsoFlop) -> dict[str, Any]:
         "method": iso.method,
         "exponent": iso.exponent,
         "interval_90": iso.interval_90,
+        "no_interval": iso.no_interval,
         "coefficient": iso.coefficient,
         "optima": [vars(optimum) for optimum in iso.optima],
         "refused_budgets": [refusal.message for refusal in iso.refusals],

@@ -133,10 +133,14 @@ def parameter_intervals(result: LawResult, level: float = 0.9) -> dict[str, tupl
 
 
 def _isoflop_lines(iso: IsoFlop) -> dict[str, Any]:
-    low, high = iso.interval_90
+    interval = (
+        f"not estimated ({iso.no_interval})"
+        if iso.interval_90 is None
+        else f"{iso.interval_90[0]:.4f} to {iso.interval_90[1]:.4f}"
+    )
     text = (
-        f"{iso.method}: best size = {iso.coefficient:.3g} C^{iso.exponent:.4f}, 90 % interval of the exponent "
-        f"{low:.4f} to {high:.4f}, from {len(iso.optima)} budgets"
+        f"{iso.method}: best size = {iso.coefficient:.3g} C^{iso.exponent:.4f}, from {len(iso.optima)} budgets; "
+        f"90 % interval of the exponent {interval}"
     )
     return {"text": text, "optima": [_optimum_cells(optimum) for optimum in iso.optima]}
 
