@@ -212,6 +212,21 @@ def test_refused_too_few_sizes(table):
         study(table, Question(hold_out=("b",)))
 
 
+def test_refused_frontier_of_one_size(table):
+    worse = table.assign(value=table["value"] * np.where(table["size"].isin(["s", "m"]), 50.0, 1.0))
+    code, message = refusal(worse, laws=("power",))
+    assert code == "one_size" and "power law: all 6 points on the frontier are of size xs" in message
+
+
+def test_few_runs_are_those_that_the_law_is_fitted_to(table):
+    more = pd.concat([table, *(table[table["size"] == "m"].assign(run=f"m-{i}", size=f"m{i}", value=90) for i in "ab")])
+    question = Question(laws=("power",), hold_out=("l",), resamples=10)
+    cautions = {caution.code: caution.message for caution in study(more, question).cautions}
+    assert cautions["few_runs"].startswith("only 3 runs are fitted")
+    every = study(more, replace(question, points="all"))
+    assert "few_runs" not in {caution.code for caution in every.cautions}
+
+
 def test_refused_extrapolation_unless_agreed_to(table):
     far = table.assign(train_flops=np.where(table["size"] == "l", 20.0, 1.0) * table["train_flops"])
     code, message = refusal(far)
@@ -223,6 +238,8 @@ def test_refused_law_leaves_the_other(table):
     last = study(table, Question(points="last", laws=("offset", "power"), resamples=10))
     assert [result.fit.law.name for result in last.results] == ["power"]
     assert last.refusals[0].code == "too_few_points"
+    (law,) = report_content(last)["laws"]
+    assert "all taken for that from run to run" in law["scatter"]
 
 
 def test_cautions_name_unfinished_runs_and_mixed_recipes(table):

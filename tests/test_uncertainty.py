@@ -103,6 +103,24 @@ def test_one_checkpoint_per_run_is_noise_of_runs():
     assert noise.run == pytest.approx(residual @ residual / 6)
 
 
+def test_variances_that_the_points_do_not_tell_apart_are_those_of_runs():
+    """One point more than parameters leaves one residual: it holds no two variances, however the runs share it."""
+    rng = np.random.default_rng(3)
+    hits, widths = [], []
+    for index in range(100):
+        rows = sweep(rng, sizes=2, points=2).iloc[1:]
+        fit = fit_law(POWER, rows)
+        draws = resample(fit, rows, 200, index)
+        assert draws.noise.point == 0.0 and draws.noise.freedom[0] == pytest.approx(1)
+        new = truth(TARGET["train_flops"].item()) * np.exp(rng.normal(0, RUN_NOISE) + rng.normal(0, POINT_NOISE))
+        new_K = new_run_KN(fit, draws, TARGET, index)[:, 0]
+        hits.append(covers(new_K, new))
+        widths.append(np.ptp(np.quantile(np.log(new_K), [0.05, 0.95])))
+    assert 0.85 <= np.mean(hits) <= 0.99 and np.median(widths) < 2
+    one = sweep(rng, sizes=1)
+    assert 0.2 < fit_noise(fit_law(POWER, one), one).total / POINT_NOISE < 3
+
+
 def test_resamples_repeat_with_their_seed_and_agree_with_the_covariance():
     rows = sweep(np.random.default_rng(3), sizes=12)
     fit = fit_law(POWER, rows)

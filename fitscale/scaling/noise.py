@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fitscale.scaling.solver import Array
 
+SINGULAR = 1e8  # two sums of squares whose expectations are this close to proportional hold one variance, not two
 LEAST_VARIANCE, LARGEST_VARIANCE = 1e-14, 100.0  # a factor of e^10 from run to run says nothing of a metric
 
 
@@ -43,33 +44,42 @@ class Noise:
         """`count` plausible pairs of variances (run_K, point_K), given how little the data say of them."""
         scale_2K = np.stack([freedom / rng.chisquare(freedom, count) for freedom in self.freedom])
         squares_2K = self.squares_2[:, None] * scale_2K
-        if not self.sums_22[1].any():  # one checkpoint a run: the two cannot be told apart
+        if not self.sums_22[1].any():  # the two cannot be told apart
             return np.minimum(squares_2K[0] / self.sums_22[0, 0], LARGEST_VARIANCE), np.zeros(count)
         run_K, point_K = np.linalg.solve(self.sums_22, squares_2K)
         return np.clip(run_K, 0.0, LARGEST_VARIANCE), np.clip(point_K, LEAST_VARIANCE, LARGEST_VARIANCE)
 
 
 def estimate(residual_N: Array, jacobian_NP: Array, run_N: NDArray[np.str_]) -> Noise:
-    """Variances from the residuals of a fit whose prediction has `jacobian_NP`; `run_N` names each point's run."""
-    points = len(residual_N)
+    """Variances from the residuals of a fit whose prediction has `jacobian_NP`; `run_N` names each point's run.
+
+    Where the points do not tell the two apart (one checkpoint a run, a single run, one point more than parameters), all
+    scatter is taken for that between runs.
+    """
     names, group_N = np.unique(run_N, return_inverse=True)
     member_NG = np.eye(len(names))[group_N]
-    fitted_NN = jacobian_NP @ np.linalg.pinv(jacobian_NP)
-    left_NN = np.eye(points) - fitted_NN
-    if len(names) == points:
-        freedom = max(float(np.trace(left_NN)), 1.0)
-        variance = max(float(residual_N @ residual_N) / freedom, LEAST_VARIANCE)
-        squares_2 = np.array([variance * freedom, 0.0])
-        return Noise(variance, 0.0, np.array([[freedom, freedom], [0.0, 0.0]]), squares_2, (freedom, 1.0))
+    unit_NN = np.eye(len(run_N))
+    left_NN = unit_NN - jacobian_NP @ np.linalg.pinv(jacobian_NP)
     shared_NN = member_NG @ member_NG.T
     between_NN = member_NG / member_NG.sum(axis=0) @ member_NG.T
-    parts = [left_NN @ between_NN @ left_NN, left_NN @ (np.eye(points) - between_NN) @ left_NN]
+    parts = [left_NN @ between_NN @ left_NN, left_NN @ (unit_NN - between_NN) @ left_NN]
     sums_22 = np.array([[np.sum(part * shared_NN), np.trace(part)] for part in parts])
+    if np.linalg.cond(sums_22) > SINGULAR:
+        return _of_runs_alone(residual_N, left_NN, shared_NN)
     squares_2 = np.array([residual_N @ part @ residual_N for part in parts])
     run, point = _positive(sums_22, squares_2)
-    covariance_NN = run * shared_NN + point * np.eye(points)
+    covariance_NN = run * shared_NN + point * unit_NN
     degrees = (_freedom(parts[0], covariance_NN), _freedom(parts[1], covariance_NN))
     return Noise(run, point, sums_22, squares_2, degrees)
+
+
+def _of_runs_alone(residual_N: Array, left_NN: Array, shared_NN: Array) -> Noise:
+    freedom = max(float(np.trace(left_NN)), 1.0)
+    seen = float(np.sum(left_NN * shared_NN))  # how much of a run's luck the fit leaves in the residuals
+    seen = seen if seen * SINGULAR > freedom else freedom  # nothing of it: a single run
+    squares = max(float(residual_N @ residual_N), LEAST_VARIANCE * seen)
+    sums_22, squares_2 = np.array([[seen, freedom], [0.0, 0.0]]), np.array([squares, 0.0])
+    return Noise(squares / seen, 0.0, sums_22, squares_2, (freedom, 1.0))
 
 
 def _positive(sums_22: Array, squares_2: Array) -> tuple[float, float]:

@@ -158,6 +158,7 @@ def refuse_far(fitted_flops: float, target_flops: float, agreed: bool) -> None:
 
 def _result(law: Law, rows: pd.DataFrame, question: Question) -> LawResult:
     used = rows[rows["used"]] if law.inputs == COMPUTE else rows[~rows["held_out"]]
+    _refuse_one_size(law, used, question.points)
     fit = fit_law(law, used, question.loss)
     draws = resample(fit, used, question.resamples, question.seed)
     floor = floor_profile(fit, used) if law.floor else None
@@ -165,6 +166,17 @@ def _result(law: Law, rows: pd.DataFrame, question: Question) -> LawResult:
     predictions = _predictions(fit, draws, claimed[claimed["held_out"]], question.seed)
     error = _error(predictions, predictions["chosen"].astype(bool))
     return LawResult(fit, used, draws, covariance(fit, used), floor, predictions, error)
+
+
+def _refuse_one_size(law: Law, used: pd.DataFrame, points: str) -> None:
+    """One size can own the frontier; then nothing says how a law of compute carries over to another run."""
+    if used["size"].nunique() < 2:
+        where = " on the frontier" if points == "frontier" else ""
+        raise Refusal(
+            "one_size",
+            f"{law.name} law: all {len(used)} points{where} are of size {used['size'].iloc[0]}, so they do not tell a "
+            "run's luck from the law; try --points last or all, or train the other sizes longer",
+        )
 
 
 def _error(predictions: pd.DataFrame, counted: pd.Series) -> float | None:
@@ -198,7 +210,8 @@ def _cautions(
     rows: pd.DataFrame, results: list[LawResult], isoflops: list[IsoFlop], held_out: list[str]
 ) -> list[Caution]:
     found = []
-    runs = rows.loc[~rows["held_out"], "run"].nunique()
+    fitted = [result.used for result in results] or [rows[~rows["held_out"]]]
+    runs = min(used["run"].nunique() for used in fitted)
     if runs < FEW_RUNS:
         text = f"only {runs} runs are fitted: how much runs differ by luck is hardly known, so intervals are wide"
         found.append(Caution("few_runs", text))

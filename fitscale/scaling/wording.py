@@ -7,6 +7,7 @@ import pandas as pd
 
 from fitscale.scaling.isoflop import IsoFlop, Optimum
 from fitscale.scaling.laws import SURFACE
+from fitscale.scaling.noise import Noise
 from fitscale.scaling.optimum import optimal_sizes
 from fitscale.scaling.plotting import readable
 from fitscale.scaling.study import LawResult, Study
@@ -104,8 +105,13 @@ def _headline(study: Study, result: LawResult) -> str:
     )
 
 
+def _scatter(noise: Noise) -> str:
+    if noise.point == 0.0:
+        return f"{noise.total:.1%}, all taken for that from run to run (these points do not tell checkpoints' apart)"
+    return f"{noise.run**0.5:.1%} from run to run and {noise.point**0.5:.1%} from checkpoint to checkpoint"
+
+
 def _law_lines(result: LawResult) -> dict[str, Any]:
-    noise = result.resamples.noise
     intervals = parameter_intervals(result)
     lines = []
     for name, value in result.fit.named().items():
@@ -120,7 +126,7 @@ def _law_lines(result: LawResult) -> dict[str, Any]:
         "formula": result.fit.law.formula,
         "reference": reference,
         "lines": lines,
-        "scatter": f"{noise.run**0.5:.1%} from run to run and {noise.point**0.5:.1%} from checkpoint to checkpoint",
+        "scatter": _scatter(result.resamples.noise),
         "reached": f"{result.fit.reached:.0%} of {result.fit.starts}",
     }
 
