@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from fitscale.config.errors import UserError
+from fitscale.scaling.fitting import Loss
 from fitscale.scaling.refusal import Refusal
 from fitscale.scaling.report import fit_record, write_report
 from fitscale.scaling.runs import collect
@@ -111,6 +112,21 @@ def test_an_exponent_without_an_interval_is_reported_as_such(tmp_path):
     assert (tmp_path / "report.md").read_text().count(said) == len(answer.isoflops) == 2
     assert json.loads((tmp_path / "fit.json").read_text())["isoflop"][0]["interval_90"] is None
     assert "not estimated" in (tmp_path / "isoflop.svg").read_text()
+
+
+def test_the_report_says_how_each_law_was_fitted(table, tmp_path):
+    question = Question(laws=("power", "additive"), extrapolate=True, resamples=10)
+    usual, linear = (study(table, asked) for asked in (question, replace(question, loss=Loss("linear", 0.5))))
+    said = {law["name"]: law["fitted"] for law in report_content(usual)["laws"]}
+    assert said["power"] == "Fitted by least squares on ln(fd), points weighted alike (frontier points)"
+    assert said["additive"] == "Fitted by least squares on ln(fd), points weighted alike (all points)"
+    write_report(linear, tmp_path, [])
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text()
+        assert "on fd itself, points weighted alike (frontier points)" in text and "on ln(fd)" not in text
+        assert "loss with its corner at 0.5" in text
+    record = fit_record(linear)
+    assert record["loss"] == {"space": "linear", "huber": 0.5} and record["drop_missing"] is False
 
 
 def test_laws_are_ranked_by_the_points_that_count_for_all_of_them(table):

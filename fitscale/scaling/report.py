@@ -58,6 +58,8 @@ def fit_record(study: Study) -> dict[str, Any]:
         "held_out": study.held_out,
         "where": question.where,
         "from_step": question.from_step,
+        "drop_missing": question.drop_missing,
+        "loss": vars(question.loss),
         "key": study.key,
         "seed": question.seed,
         "resamples": question.resamples,

@@ -52,7 +52,7 @@ A point that does not count lies above the frontier (or is not the run's last): 
 {% for law in laws %}
 ## {{ law.name | capitalize }} law: {{ law.formula }}
 
-Fitted on ln({{ metric }}), points weighted alike ({{ question.points }} points); at {{ law.reference }}.
+{{ law.fitted }}; at {{ law.reference }}.
 Scatter {{ law.scatter }}; best fit reached from {{ law.reached }} starts;
 intervals from {{ question.resamples }} refits with the luck of every run drawn anew.
 
@@ -166,8 +166,7 @@ A point that does not count lies above the frontier (or is not the run's last): 
 {% endif %}
 {% for law in laws %}
 <h2>{{ law.name | capitalize }} law: {{ law.formula }}</h2>
-<p class="small">Fitted on ln({{ metric }}), points weighted alike ({{ question.points }} points);
-at {{ law.reference }}.
+<p class="small">{{ law.fitted }}; at {{ law.reference }}.
 Scatter {{ law.scatter }}; best fit reached from {{ law.reached }} starts;
 intervals from {{ question.resamples }} refits with the luck of every run drawn anew.</p>
 <table>

@@ -5,12 +5,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fitscale.scaling.fitting import Fit
 from fitscale.scaling.isoflop import IsoFlop, Optimum
-from fitscale.scaling.laws import SURFACE
+from fitscale.scaling.laws import COMPUTE, SURFACE
 from fitscale.scaling.noise import Noise
 from fitscale.scaling.optimum import optimal_sizes
 from fitscale.scaling.plotting import readable
-from fitscale.scaling.study import LawResult, Study
+from fitscale.scaling.study import LawResult, Question, Study
 from fitscale.scaling.table import data_hash
 
 GUIDANCE = "key_guidance"
@@ -26,7 +27,7 @@ def report_content(study: Study) -> dict[str, Any]:
         "refusals": study.refusals,
         "cautions": study.cautions,
         "headlines": [_headline(study, result) for result in study.results],
-        "laws": [_law_lines(result) for result in study.results],
+        "laws": [_law_lines(study, result) for result in study.results],
         "isoflops": [_isoflop_lines(iso) for iso in study.isoflops] + _surface_lines(study),
         "sizes": size_table(study),
         "held_out": ", ".join(study.held_out),
@@ -105,13 +106,21 @@ def _headline(study: Study, result: LawResult) -> str:
     )
 
 
+def _fitted(question: Question, fit: Fit) -> str:
+    loss = fit.loss
+    how = "least squares" if loss.huber is None else f"Huber's loss with its corner at {loss.huber:g}"
+    what = f"ln({question.metric})" if loss.space == "log" else f"{question.metric} itself"
+    points = question.points if fit.law.inputs == COMPUTE else "all"
+    return f"Fitted by {how} on {what}, points weighted alike ({points} points)"
+
+
 def _scatter(noise: Noise) -> str:
     if noise.point == 0.0:
         return f"{noise.total:.1%}, all taken for that from run to run (these points do not tell checkpoints' apart)"
     return f"{noise.run**0.5:.1%} from run to run and {noise.point**0.5:.1%} from checkpoint to checkpoint"
 
 
-def _law_lines(result: LawResult) -> dict[str, Any]:
+def _law_lines(study: Study, result: LawResult) -> dict[str, Any]:
     intervals = parameter_intervals(result)
     lines = []
     for name, value in result.fit.named().items():
@@ -123,6 +132,7 @@ def _law_lines(result: LawResult) -> dict[str, Any]:
     reference = ", ".join(f"{name} = {value:.4g}" for name, value in result.fit.reference().items())
     return {
         "name": result.fit.law.name,
+        "fitted": _fitted(study.question, result.fit),
         "formula": result.fit.law.formula,
         "reference": reference,
         "lines": lines,
