@@ -7,6 +7,7 @@
 Every step is computed from its number alone, so workers change nothing and resuming is starting at another step.
 """
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from fitscale.data.plan import BatchPlan, GlobalBatch
 from fitscale.data.reader import CorruptSample, ShardReader
 
 PADDING_SLOT = -1
+TERMINATED_S = 300  # how long a worker lives on after SIGTERM
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def make_loader(
         num_workers=num_workers,
         prefetch_factor=prefetch_steps if num_workers else None,
         collate_fn=_unchanged,
+        worker_init_fn=_outlive_sigterm,
         generator=torch.Generator(),  # else the loader would draw from torch's global generator
     )
     return _iterate(loaded_steps)
@@ -191,6 +194,17 @@ def check_pack_tokens(plan: BatchPlan, pack_tokens: int, pad_multiple: int) -> N
             reason = f"{height * width // area} tokens, more than batch.pack_tokens = {pack_tokens}"
             reason += f" (padded to {pad_multiple})" if pad_multiple > 1 else ""
             stream.index.refuse_size(height, width, reason)
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """Let a worker go on for a while after SIGTERM, which torchrun and Slurm send to all processes of a job at once:
+    training has a step to end and a checkpoint to save, and the death of a worker would end it at once."""
+
+    def hear(signum: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.alarm(TERMINATED_S)
+
+    signal.signal(signal.SIGTERM, hear)
 
 
 def _unchanged(loaded: Any) -> Any:

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ from fitscale.config.errors import UserError
 from fitscale.config.rundir import RunDir, append_jsonl, read_jsonl, write_atomic
 
 IDLE_ATTEMPTS = 5  # starts of one Slurm job at the same step, after which it is not started again
+
+
+_between_threads = threading.Lock()  # a POSIX lock is the process's, and ends when any thread closes the file
 
 
 class TakenOverError(UserError):
@@ -65,6 +69,14 @@ class Attempt:
             append_jsonl(self.run.attempts, row)
 
 
+def is_taken_over(run: RunDir) -> bool:
+    """Whether this start of a Slurm job has begun an attempt, and a newer one owns the run directory now."""
+    own = (os.environ.get("SLURM_JOB_ID"), _restart())
+    begun = any((row.get("job"), row.get("restart")) == own for row in read_jsonl(run.attempts))
+    owner = _owner(run)
+    return begun and (owner.get("job"), owner.get("restart")) != own
+
+
 def begin_attempt(run: RunDir, step: int) -> Attempt:
     """Take over the run directory, of which `step` steps are saved; to be called on rank 0.
 
@@ -76,8 +88,7 @@ def begin_attempt(run: RunDir, step: int) -> Attempt:
         attempt = Attempt(run, 1 + max((row["attempt"] for row in rows), default=0), uuid.uuid4().hex)
         job = os.environ.get("SLURM_JOB_ID")
         _require_progress(run, rows, job, step)
-        restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        row = {"attempt": attempt.number, "job": job, "restart": restart, "host": socket.gethostname()}
+        row = {"attempt": attempt.number, "job": job, "restart": _restart(), "host": socket.gethostname()}
         write_atomic(run.path / "attempt.json", json.dumps({**row, "token": attempt.token}))
         append_jsonl(run.attempts, {**row, **_start_row(run, rows, step)})
         for leftover in (run.path / "checkpoints").glob(".saving-*"):
@@ -108,6 +119,10 @@ def _require_progress(run: RunDir, rows: list[dict[str, Any]], job: str | None, 
         )
 
 
+def _restart() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
 def _owner(run: RunDir) -> dict[str, Any]:
     path = run.path / "attempt.json"
     return json.loads(path.read_text()) if path.exists() else {}
@@ -117,6 +132,6 @@ def _owner(run: RunDir) -> dict[str, Any]:
 def _locked(run: RunDir) -> Iterator[None]:
     """An exclusive lock between processes and, on a file system with locks, between nodes."""
     run.path.mkdir(parents=True, exist_ok=True)
-    with open(run.path / ".lock", "w") as file:
+    with _between_threads, open(run.path / ".lock", "w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)  # POSIX: the kind that network file systems know
         yield

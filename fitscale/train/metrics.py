@@ -18,6 +18,7 @@ from tqdm import tqdm
 from fitscale.config.devices import device_reported_as
 from fitscale.config.rundir import RunDir, append_jsonl, read_jsonl, write_atomic
 from fitscale.config.schema import Config
+from fitscale.train.attempt import Attempt
 
 WAITING_SHARE = 0.1  # of the time: more is worth a word,
 WAITING_LONGEST_S = 1.0  # and so is a single wait of more than this
@@ -40,12 +41,13 @@ def rewind_metrics(path: Path, step: int) -> None:
 class Monitor:
     """Rank 0's window on a run."""
 
-    def __init__(self, config: Config, run: RunDir, first_step: int, world_size: int, device: torch.device) -> None:
-        self.config, self.run = config, run
+    def __init__(
+        self, config: Config, attempt: Attempt, first_step: int, world_size: int, device: torch.device
+    ) -> None:
+        self.attempt = attempt
         self.world_size, self.peak = world_size, peak_flops_per_s(device)
-        self.attempt = 1 + max((row["attempt"] for row in read_jsonl(run.throughput)), default=0)
         self.bar = tqdm(total=config.run.steps, initial=first_step, desc=config.run.name, unit="step", mininterval=1.0)
-        self.wandb = _start_wandb(config, run)
+        self.wandb = _start_wandb(config, attempt.run)
         self.since = time.perf_counter()
         self.logged: dict[str, float] = {"step": first_step}
         self.waiting_for_data = False
@@ -56,12 +58,16 @@ class Monitor:
         Args:
             row: `step` (finished steps) and the totals `images`, `tokens`, `train_flops` among others.
             phases: what `PhaseTimer.read` gave.
+
+        Raises:
+            TakenOverError: a newer attempt has started; nothing is written then.
         """
-        append_jsonl(self.run.metrics, row)
         first_step = self.logged["step"] + 1
         speed = {**self._speed(row), **phases}
         speed["waiting_for_data"] = is_waiting(speed)
-        append_jsonl(self.run.throughput, speed)
+        with self.attempt.writing():
+            append_jsonl(self.attempt.run.metrics, row)
+            append_jsonl(self.attempt.run.throughput, speed)
         self.bar.set_postfix(_postfix(row, speed), refresh=False)
         self.bar.update(row["step"] - self.bar.n)
         if speed["waiting_for_data"] and not self.waiting_for_data:
@@ -78,7 +84,7 @@ class Monitor:
         self.since, self.logged = now, {key: row[key] for key in ("step", "images", "tokens", "train_flops")}
         return {
             "step": row["step"],
-            "attempt": self.attempt,
+            "attempt": self.attempt.number,
             "time_unix_s": time.time(),
             "step_s": seconds / steps,
             "images_per_s": per_s["images"],

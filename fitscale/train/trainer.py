@@ -132,7 +132,8 @@ class Trainer:
             checkpoints.load_optimizer(found, engine, config.optim.ema_decays)
             self.totals = {key: found.meta[key] for key in TOTALS}
         if dist.get_rank() == 0:
-            rewind_metrics(self.run.metrics, self.totals["step"])
+            with self.attempt.writing():
+                rewind_metrics(self.run.metrics, self.totals["step"])
         return engine
 
     def run_to_end(self) -> None:
@@ -195,11 +196,12 @@ class Trainer:
             append_jsonl(self.run.events, {"time_unix_s": time.time(), **event})
 
     def _start_monitor(self, first_step: int) -> Monitor:
-        write_atomic(self.run.environment, json.dumps(prepare.environment(self.topology), indent=1))
+        with self.attempt.writing():
+            write_atomic(self.run.environment, json.dumps(prepare.environment(self.topology), indent=1))
         batch = self.plan.step(first_step)
         tokens = float(np.mean(batch.rows_B * batch.cols_B))
         print(prepare.start_table(self.config, self.topology, tokens, self._images_used(), first_step), flush=True)
-        return Monitor(self.config, self.run, first_step, self.topology.world_size, self.topology.device)
+        return Monitor(self.config, self.attempt, first_step, self.topology.world_size, self.topology.device)
 
     def _images_used(self) -> str:
         """How many images there are to train on, by shard set."""

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,13 +11,15 @@ import pytest
 import torch
 
 from fitscale.config.errors import UserError
-from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.config.rundir import RunDir, append_jsonl, read_jsonl
 from fitscale.config.schema import Config
+from fitscale.train import trainer
 from fitscale.train.attempt import IDLE_ATTEMPTS, TakenOverError, begin_attempt
 from tests.distributed.spawn import context, run_ranks
 from tests.distributed.test_health import start_ranks
 from tests.distributed.test_layouts import tensors
 from tests.test_train import train_here
+from tests.tiny import OVERRIDES as TINY
 from tests.tiny import tiny_config
 
 STEPS = 60
@@ -62,6 +66,37 @@ def test_a_signal_to_one_rank_makes_all_save_and_no_step_is_lost(tmp_path, digit
     assert run.metrics.read_bytes() == RunDir(tmp_path / "calm").metrics.read_bytes()
     ours, theirs = (tensors(tmp_path / name, STEPS, "weights/raw") for name in ("stopped", "calm"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_sigterm_to_all_processes_of_a_job_lets_training_save_before_its_readers_end(tmp_path, digits_shards):
+    """torchrun sends it to every process, and so does Slurm on some clusters; torch's own handler ends a reader."""
+    run = RunDir(tmp_path / "run")
+    arguments = [*TINY, f"run.dir={run.path}", f"data.shards={digits_shards}", "run.steps=100000"]
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fitscale")
+    process = subprocess.Popen([*torchrun, "train", *arguments, "data.num_workers=2"])
+    wait_for_steps(run, 3)
+    process.terminate()
+    process.wait(60)
+    steps = read_jsonl(run.metrics)[-1]["step"]
+    assert run.checkpoints()[-1].step == steps
+    assert [row["reason"] for row in read_jsonl(run.attempts)[1:]] == ["SIGTERM"]
+
+
+def test_an_attempt_that_was_taken_over_while_it_was_being_built_leaves_metrics_alone(
+    tmp_path, digits_shards, monkeypatch
+):
+    config = tiny_config(tmp_path, digits_shards, "run.steps=4")
+    run, make_engine = RunDir(tmp_path), trainer.make_engine
+
+    def meanwhile(*arguments):
+        begin_attempt(run, 0)
+        append_jsonl(run.metrics, {"step": 1, "loss": 0.5})
+        return make_engine(*arguments)
+
+    monkeypatch.setattr(trainer, "make_engine", meanwhile)
+    with pytest.raises(TakenOverError):
+        train_here(config)
+    assert read_jsonl(run.metrics) == [{"step": 1, "loss": 0.5}] and not run.environment.exists()
 
 
 def test_a_stale_attempt_can_write_nothing_more(tmp_path, digits_shards):
