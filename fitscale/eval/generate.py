@@ -27,7 +27,7 @@ from fitscale.flow.path import INITIAL_NOISE, image_noise
 from fitscale.flow.sampler import ImageNoise, one_image_per_pack, sample
 from fitscale.model.fit import FiT
 from fitscale.model.published import load_weights
-from fitscale.parallel.groups import init_parallel
+from fitscale.parallel.groups import init_parallel, launched_ranks
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,9 @@ def load_model(config: Config, weights: Path, device: str, rope: RopeConfig | No
     Raises:
         UserError: started as one of several ranks, each of which would do, and write, the same.
     """
+    if launched_ranks() > 1:  # before they join, or the first to leave ends another's joining with a traceback
+        raise UserError(f"sampling and evaluation run in one process, not under torchrun with {launched_ranks()}")
     topology = init_parallel(ParallelConfig(), device)
-    if topology.world_size > 1:
-        raise UserError(f"sampling and evaluation run in one process, not under torchrun with {topology.world_size}")
     model = FiT(config.model, ParallelConfig())
     load_weights(model, weights)
     model.rope = rope or config.model.rope

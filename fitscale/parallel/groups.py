@@ -47,7 +47,7 @@ def init_parallel(config: ParallelConfig, device: str = "auto", timeout: timedel
         UserError: cuda is asked for and absent, or the world does not divide by the tensor-parallel size.
     """
     own_device = _choose_device(device)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = launched_ranks()
     if world_size % config.tensor_parallel_size:
         valid = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
         raise UserError(
@@ -67,6 +67,11 @@ def init_parallel(config: ParallelConfig, device: str = "auto", timeout: timedel
         world_size=dist.get_world_size(),
         device=own_device,
     )
+
+
+def launched_ranks() -> int:
+    """How many processes a launcher has started as one world; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def shutdown() -> None:
