@@ -4,7 +4,11 @@ import json
 
 import pytest
 
+from fitscale.config.claim import claim
+from fitscale.config.errors import UserError
+from fitscale.config.load import load_config
 from fitscale.config.rundir import RunDir, append_jsonl, read_checkpoint, read_jsonl, write_atomic
+from tests.tiny import OVERRIDES
 
 
 def checkpoint(run: RunDir, step: int, files: dict[str, bytes]) -> None:
@@ -85,3 +89,18 @@ def test_write_atomic_that_fails_keeps_the_old_file(tmp_path):
     with pytest.raises((TypeError, AttributeError)):
         write_atomic(path, 3)  # type: ignore[arg-type]
     assert path.read_text() == "old"
+
+
+def test_a_run_may_go_on_with_other_files_and_health_but_not_with_another_seed(tmp_path):
+    config = load_config([*OVERRIDES, f"run.dir={tmp_path}"])
+    claim(config)
+    for key in (
+        "health.timeout_min=5",
+        "health.max_bad_steps=3",
+        "profile.steps=2",
+        "data.cache_dir=/x",
+        "data.cache_gb=1",
+    ):
+        claim(load_config([*OVERRIDES, f"run.dir={tmp_path}", key]))
+    with pytest.raises(UserError, match=r"differing keys: run\.seed: 0 there, 1 here"):
+        claim(load_config([*OVERRIDES, f"run.dir={tmp_path}", "run.seed=1"]))

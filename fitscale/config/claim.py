@@ -12,11 +12,12 @@ from fitscale.config.rundir import RunDir, write_atomic
 from fitscale.config.schema import Config
 
 # What may differ when a run goes on: where and how fast it runs, never what it computes.
-_MAY_CHANGE = {"parallel", "checkpoint", "evaluation", "sampling", "wandb"}
+_MAY_CHANGE = {"parallel", "checkpoint", "evaluation", "sampling", "health", "profile", "wandb"}
 _MAY_CHANGE_KEYS = {
     *("run.dir", "run.name", "run.steps", "run.device", "run.log_every"),
     *("batch.pack_tokens", "batch.pad_multiple"),
     *("data.shards", "data.num_workers", "data.prefetch_steps", "data.latent.vae"),
+    *("data.cache_dir", "data.cache_gb"),
 }
 
 
