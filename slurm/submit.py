@@ -55,12 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the program with `argv`; returns 1 if a run that was followed has failed."""
     arguments = parse(argv)
     local = arguments.cluster == "local"
-    config = load_config(arguments.config)
-    profile = (
-        ClusterConfig("local", device="cpu", gpus_per_node=0, tasks_per_node=1)
-        if local
-        else read_profile(arguments.cluster)
-    )
+    profile = THIS_MACHINE if local else read_profile(arguments.cluster)
+    config = launch.on_its_devices(load_config(arguments.config), profile)
     layout = launch.make_layout(profile, config, arguments.nodes, arguments.tasks_per_node)
     make_plan(config)  # what is wrong with the data is said here, not in the job
     run = check_claim(config)

@@ -18,9 +18,16 @@ def recipe(size: str, *overrides: str):
 
 
 def test_a_given_layout_is_taken_as_it_is():
-    config = recipe("b", "parallel.zero_stage=2")
+    config = recipe("b", "parallel.zero_stage=2", "run.device=cuda")
     found = allocate(config, H100, LayoutConfig(nodes=2, tasks_per_node=4), None)
     assert (found.layout.nodes, found.layout.tasks_per_node, found.config) == (2, 4, config)
+
+
+def test_a_node_without_its_gpus_must_not_train_on_its_cores():
+    assert allocate(recipe("b"), H100, LayoutConfig(), None).config.run.device == "cuda"
+    assert allocate(recipe("b", "run.device=cpu"), H100, LayoutConfig(), None).config.run.device == "cpu"
+    cpus = ClusterConfig("c", device="cpu", gpus_per_node=0, tasks_per_node=2)
+    assert allocate(recipe("b"), cpus, None, None).config.run.device == "auto"
 
 
 def test_the_fewest_nodes_that_keep_the_time_and_the_fastest_layout_on_them():

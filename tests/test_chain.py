@@ -5,12 +5,15 @@ from pathlib import Path
 import pytest
 
 from fitscale.config.claim import claim
+from fitscale.config.cluster import ClusterConfig
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
 from fitscale.config.rundir import RunDir, write_atomic
 from fitscale.scaling.progress import pending_evaluations, progress
-from fitscale.train.chain import Link, missing_links, require_same_config
-from fitscale.train.launch import LiveJob
+from fitscale.train import chain
+from fitscale.train.chain import Link, missing_links, require_same_config, submit_links
+from fitscale.train.job import FAILED
+from fitscale.train.launch import Layout, LiveJob, batch_script
 from tests.measured import record
 from tests.tiny import OVERRIDES
 
@@ -99,7 +102,23 @@ def test_the_config_stays_while_jobs_are_live(tmp_path):
     config = configured(tmp_path)
     run, live = claim(config), [LiveJob("7", "train", 20, "PENDING")]
     require_same_config(config, run, live)
+    started = claim(configured(tmp_path, "parallel.precision=bf16"))  # what `auto` has become there
+    require_same_config(configured(tmp_path, "parallel.precision=auto"), started, live)
+    claim(config)
     other = configured(tmp_path, "parallel.zero_stage=2")
     require_same_config(other, run, [])
     with pytest.raises(UserError, match=r"has jobs, 7 \(PENDING\), of another config: parallel.zero_stage: 1 there, 2"):
         require_same_config(other, run, live)
+
+
+def test_an_evaluation_asks_for_its_part_of_a_node_and_tasks_for_their_cores(tmp_path, monkeypatch):
+    config, profile = configured(tmp_path), ClusterConfig(mem_gb=800, cpus_per_task=12)
+    run, scripts = claim(config), []
+    monkeypatch.setattr(chain, "submit", lambda executor, job: scripts.append(batch_script(executor)) or "1")
+    (run.path / FAILED).write_text("why the jobs before these ended")
+    submit_links(profile, run, Layout(2, 8), "run", missing(config)[:2])
+    train, evaluation = scripts
+    assert "#SBATCH --mem=819200M" in train and "#SBATCH --gpus-per-node=8" in train
+    assert "#SBATCH --mem=102400M" in evaluation and "#SBATCH --gpus-per-node=1" in evaluation
+    assert all("--kill-on-bad-exit=1 --cpus-per-task=12" in script for script in scripts)
+    assert not (run.path / FAILED).exists()

@@ -7,13 +7,14 @@ from unittest.mock import patch
 
 import pytest
 
+from fitscale.config.errors import PassingError, UserError
 from fitscale.config.rundir import RunDir
 from fitscale.train import job
-from fitscale.train.attempt import begin_attempt
-from fitscale.train.job import FAILED, SIGNALLED_STARTS, requeue_lines
+from fitscale.train.attempt import Attempt, begin_attempt
+from fitscale.train.job import FAILED, FAILED_STARTS, SIGNALLED_STARTS, TrainJob, requeue_lines
 
 JOB = "70"
-KILLED, REFUSED = 137, 2  # exit codes: of a signal, of a mistake
+KILLED, REFUSED, BAD_NODE = 137, 2, 1  # exit codes: of a signal, of a mistake, of anything else
 
 
 def requeued(folder: Path, code: int, state: str = "RUNNING", restart: int = 0, squeue: str = "") -> bool:
@@ -28,10 +29,10 @@ def requeued(folder: Path, code: int, state: str = "RUNNING", restart: int = 0, 
     return (folder / "requeued").exists()
 
 
-def begin(folder: Path, job: str, restart: int) -> None:
+def begin(folder: Path, job: str, restart: int) -> Attempt:
     """What a start of training leaves in the run directory."""
     with patch.dict(os.environ, {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restart)}):
-        begin_attempt(RunDir(folder), 0)
+        return begin_attempt(RunDir(folder), restart)
 
 
 @pytest.mark.parametrize("code", [KILLED, REFUSED, 1])
@@ -77,13 +78,59 @@ def test_a_run_that_a_newer_start_owns_does_not(tmp_path, job, restart):
 
 def test_what_a_signal_ended_before_it_began_goes_on_but_not_for_ever(tmp_path):
     begin(tmp_path, "69", 0)  # the job of the chain before it
-    assert requeued(tmp_path, 140, restart=1)
+    assert requeued(tmp_path, 140, restart=SIGNALLED_STARTS - 1)
     (tmp_path / "requeued").unlink()
-    assert not requeued(tmp_path, REFUSED)
     assert not requeued(tmp_path, KILLED, restart=SIGNALLED_STARTS)
+
+
+def test_what_failed_before_it_began_goes_on_a_few_times_but_not_after_a_mistake(tmp_path):
+    assert requeued(tmp_path, BAD_NODE, restart=FAILED_STARTS - 1)
+    (tmp_path / "requeued").unlink()
+    assert not requeued(tmp_path, BAD_NODE, restart=FAILED_STARTS)
+    assert not requeued(tmp_path, REFUSED)
+    (tmp_path / FAILED).write_text("why")
+    assert not requeued(tmp_path, BAD_NODE)
+
+
+def test_starts_that_began_do_not_count_against_one_that_did_not(tmp_path):
+    begin(tmp_path, "69", 0)
+    for restart in range(30):
+        begin(tmp_path, JOB, restart).end("SIGUSR2", 0)
+    assert requeued(tmp_path, BAD_NODE, restart=30 + FAILED_STARTS - 1)
+    (tmp_path / "requeued").unlink()
+    assert not requeued(tmp_path, BAD_NODE, restart=30 + FAILED_STARTS)
+
+
+def test_an_evaluation_that_was_cut_off_too_often_does_not(tmp_path):
+    assert not requeued(tmp_path, 255, restart=FAILED_STARTS)  # how submitit ends then
 
 
 def test_an_earlier_start_of_the_job_is_not_taken_for_this_one(tmp_path):
     begin(tmp_path, JOB, 0)
     assert not requeued(tmp_path, REFUSED, restart=1)
     assert requeued(tmp_path, 140, restart=1)
+
+
+# --- what leaves the word that a run cannot go on ------------------------------------------------
+
+
+def noted(folder: Path, error: UserError, restart: int = 0) -> bool:
+    """Whether a rank of JOB that meets `error` writes failed.txt."""
+    (folder / FAILED).unlink(missing_ok=True)
+    with patch.dict(os.environ, {"SLURM_JOB_ID": JOB, "SLURM_RESTART_COUNT": str(restart)}):
+        TrainJob(folder, 10)._note(error)
+    return (folder / FAILED).exists()
+
+
+def test_a_lasting_mistake_is_noted_and_a_passing_one_is_not(tmp_path):
+    begin(tmp_path, JOB, 0)
+    assert noted(tmp_path, UserError("a corrupt image")) and (tmp_path / FAILED).read_text() == "a corrupt image\n"
+    assert not noted(tmp_path, PassingError("a store that does not answer"))
+
+
+def test_a_start_that_a_newer_one_has_taken_over_notes_nothing(tmp_path):
+    begin(tmp_path, JOB, 0)
+    assert noted(tmp_path, UserError("before this start began"), restart=1)
+    begin(tmp_path, JOB, 1)
+    assert not noted(tmp_path, UserError("met by a rank that was frozen"))
+    assert noted(tmp_path, UserError("met by the newest"), restart=1)

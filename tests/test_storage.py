@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from fitscale.config.errors import UserError
+from fitscale.config.errors import PassingError, UserError
 from fitscale.config.rundir import RunDir, read_jsonl
 from fitscale.data import storage
 from fitscale.data.index import open_index
@@ -120,7 +120,7 @@ def test_lasting_errors_end_in_one_message(remote, tmp_path, monkeypatch):
     monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
     Unsteady.failures = 100
     with pytest.raises(
-        UserError, match=r"unsteady://set/index.json: cannot be read after 5 attempts: connection reset"
+        PassingError, match=r"unsteady://set/index.json: cannot be read after 5 attempts: connection reset"
     ):
         open_index("unsteady://set", Cache(tmp_path / "cache"))
     assert not list((tmp_path / "cache").rglob("*.tmp"))

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend."""
+"""The exceptions that are told in one line."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     Command-line programs print the text alone and exit with code 2; anything else is a fault of fitscale and
     keeps its traceback.
     """
+
+
+class PassingError(UserError):
+    """What may be over by itself, such as a store that does not answer: a job that meets it is worth another start."""

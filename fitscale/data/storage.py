@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fitscale.config.errors import UserError
+from fitscale.config.errors import PassingError, UserError
 
 ATTEMPTS = 5
 FIRST_WAIT_S = 0.5
@@ -110,7 +110,7 @@ def retried(function: Callable[[], Result], what: str) -> Result:
 
     Raises:
         FileNotFoundError, UserError: at once; waiting does not help.
-        UserError: all attempts failed.
+        PassingError: all attempts failed.
     """
     for attempt in range(ATTEMPTS):
         try:
@@ -121,7 +121,7 @@ def retried(function: Callable[[], Result], what: str) -> Result:
             if attempt == ATTEMPTS - 1:
                 reason = str(error) if isinstance(error, OSError) else ""
                 reason = reason or f"{type(error).__name__}: {error}"
-                raise UserError(f"{what}: cannot be read after {ATTEMPTS} attempts: {reason}") from error
+                raise PassingError(f"{what}: cannot be read after {ATTEMPTS} attempts: {reason}") from error
             time.sleep(FIRST_WAIT_S * 2**attempt)
     raise AssertionError("unreachable")
 

@@ -13,7 +13,7 @@ from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
 from fitscale.config.sweep import LayoutConfig
 from fitscale.model import flops
-from fitscale.train.launch import Layout, make_layout
+from fitscale.train.launch import Layout, make_layout, on_its_devices
 from fitscale.train.plan import Machine, Plan, layouts, plan, typical_images
 
 GIB = 2**30
@@ -46,11 +46,12 @@ class Allocation:
 
 
 def allocate(config: Config, profile: ClusterConfig, given: LayoutConfig | None, max_days: float | None) -> Allocation:
-    """The nodes and the layout for `config` on the cluster of `profile`.
+    """The nodes and the layout for `config` on the devices of `profile`.
 
     Raises:
         UserError: the given layout does not fit the cluster or the config, or its memory; nothing fits at all.
     """
+    config = on_its_devices(config, profile)
     if given is None and not profile.gpus_per_node:
         given = LayoutConfig()  # nothing to choose between on CPUs: one node, the config's own layout
     if given is not None:

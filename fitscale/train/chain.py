@@ -8,7 +8,7 @@ there, on a machine of its own. Only what is missing is submitted: not what the 
 Slurm has not finished with will do. So submitting again is always safe.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fitscale.config.claim import differing_keys
 from fitscale.config.cluster import ClusterConfig
@@ -16,7 +16,7 @@ from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
 from fitscale.config.rundir import RunDir
 from fitscale.config.schema import Config
-from fitscale.train.job import EvaluateJob, TrainJob
+from fitscale.train.job import EVALUATION_TIMEOUTS, FAILED, EvaluateJob, Job, TrainJob
 from fitscale.train.launch import Layout, LiveJob, make_executor, submit
 
 
@@ -54,10 +54,17 @@ def missing_links(config: Config, run: RunDir, live: list[LiveJob], to_evaluate:
 def require_same_config(config: Config, run: RunDir, live: list[LiveJob]) -> None:
     """While jobs of a run are live its config stays: one that is queued again would read another than it was made for.
 
+    A started run's config names the precision that `auto` has become there, which is no other.
+
     Raises:
         UserError: names the jobs and the keys.
     """
-    if live and (changed := differing_keys(load_config([str(run.config)]), config)):
+    if not live:
+        return
+    there = load_config([str(run.config)])
+    if config.parallel.precision == "auto":
+        config = replace(config, parallel=replace(config.parallel, precision=there.parallel.precision))
+    if changed := differing_keys(there, config):
         jobs = ", ".join(f"{job.id} ({job.state})" for job in live)
         raise UserError(
             f"run.dir: {run.path} has jobs, {jobs}, of another config: {', '.join(changed)}. Cancel them first: "
@@ -72,11 +79,18 @@ def submit_links(profile: ClusterConfig, run: RunDir, layout: Layout, name: str,
         UserError: sbatch refuses one; those before it stay submitted, and the next try leaves them out.
     """
     path = run.path.resolve()
+    if any(link.kind == "train" for link in links):
+        (path / FAILED).unlink(missing_ok=True)  # the word of the jobs before these
     ids: dict[Link, str] = {}
     for link in links:
         after = ids[link.after] if isinstance(link.after, Link) else link.after
         train = link.kind == "train"
         job_name = f"{name}-{link.kind}-{link.step}"
-        executor = make_executor(profile, run, layout if train else Layout(1, 1), job_name, after)
-        ids[link] = submit(executor, TrainJob(path, link.step) if train else EvaluateJob(path, link.step))
+        if train:
+            job: Job = TrainJob(path, link.step)
+            executor = make_executor(profile, run, layout, job_name, after)
+        else:
+            job = EvaluateJob(path, link.step)
+            executor = make_executor(profile, run, Layout(1, 1), job_name, after, EVALUATION_TIMEOUTS)
+        ids[link] = submit(executor, job)
     return ids

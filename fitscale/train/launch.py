@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from shlex import quote
 from time import time
@@ -72,6 +72,14 @@ def make_layout(profile: ClusterConfig, config: Config, nodes: int, tasks_per_no
     return layout
 
 
+def on_its_devices(config: Config, profile: ClusterConfig) -> Config:
+    """`config` for the profile's devices: where these are GPUs, a node that has lost its own must not train on its
+    cores, as `run.device: auto` would have it."""
+    if not profile.gpus_per_node or config.run.device != "auto":
+        return config
+    return replace(config, run=replace(config.run, device="cuda"))
+
+
 def describe(layout: Layout, config: Config) -> str:
     """The layout, for a person."""
     parallel = config.parallel
@@ -92,13 +100,22 @@ class _AnywhereExecutor(SlurmExecutor):
 
 
 def make_executor(
-    profile: ClusterConfig, run: RunDir, layout: Layout, name: str, after: str | None = None
+    profile: ClusterConfig,
+    run: RunDir,
+    layout: Layout,
+    name: str,
+    after: str | None = None,
+    timeouts: int = ANY_NUMBER,
 ) -> SlurmExecutor:
-    """submitit's executor for a job of `run`; `after`: the id of a job that has to succeed first."""
-    executor = _AnywhereExecutor(run.path.resolve() / "submitit" / "%j", ANY_NUMBER, python=profile.python)
+    """submitit's executor for a job of `run`.
+
+    `after`: the id of a job that has to succeed first; `timeouts`: how often the job is queued again at its time limit.
+    """
+    executor = _AnywhereExecutor(run.path.resolve() / "submitit" / "%j", timeouts, python=profile.python)
     wanted = {key: getattr(profile, key) for key in ("partition", "account", "qos", "constraint", "exclude")}
     if profile.mem_gb is not None:
-        wanted["mem"] = f"{round(1024 * profile.mem_gb)}M"
+        share = min(1.0, layout.tasks_per_node / profile.tasks_per_node)  # an evaluation takes a part of a node
+        wanted["mem"] = f"{round(1024 * profile.mem_gb * share)}M"
     if profile.gpus_per_node:
         wanted["gpus_per_node"] = layout.tasks_per_node
     executor.update_parameters(
@@ -111,7 +128,8 @@ def make_executor(
         stderr_to_stdout=True,
         setup=[*(f"export {key}={quote(value)}" for key, value in profile.environment.items()), *profile.setup],
         teardown=requeue_lines(run.path.resolve()),
-        srun_args=["--kill-on-bad-exit=1", *profile.srun],
+        # srun does not take over sbatch's --cpus-per-task (Slurm 22.05's release notes)
+        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={profile.cpus_per_task}", *profile.srun],
         additional_parameters={"requeue": True, **profile.sbatch}
         | ({"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"} if after else {}),
         **{key: value for key, value in wanted.items() if value is not None},
