@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tarfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -105,3 +106,13 @@ def broken_files() -> dict[str, bytes]:
         "sliver.png": encoded(whole.resize((2000, 15)), "PNG"),
         "floats.tif": encoded(Image.fromarray(np.ones((64, 64), np.float32)), "TIFF"),
     }
+
+
+def tar(path: Path, files: dict[str, bytes]) -> Path:
+    """A tar, complete and in the order given."""
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path

@@ -1,7 +1,6 @@
 """`tools/make_shards.py images`: what is in the shards, from any source, by any workers, however often killed."""
 
 import hashlib
-import io
 import json
 import os
 import random
@@ -9,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
@@ -27,7 +25,7 @@ from fitscale.data.reader import ShardReader
 from fitscale.data.scan import key_hash
 from fitscale.data.shards import KINDS
 from tests.conftest import ROOT
-from tests.photographs import broken_files, encoded, photograph, tiny_vae, write_photographs
+from tests.photographs import broken_files, encoded, photograph, tar, tiny_vae, write_photographs
 from tests.programs import run_tool
 
 IMAGES = 120
@@ -231,15 +229,6 @@ def test_store_sample_draws_one_latent(folder, vae, tmp_path):
     assert not np.array_equal(noise[0][:24], noise[1][:24])  # every variant has a noise of its own
 
 
-def _tar(path: Path, files: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
 def _sources(folder: Path, tmp: Path) -> dict[str, Path]:
     """Six images with labels 0, 1, 2, 0, 1, 2 in every kind of source."""
     images = [encoded(photograph(n, 40 + n, 50), "PNG") for n in range(6)]
@@ -265,9 +254,9 @@ def _sources(folder: Path, tmp: Path) -> dict[str, Path]:
         "parquet of bytes": tmp / "b.parquet",
         "list": tmp / "list.txt",
         "folder": tmp / "folder",
-        "webdataset cls": _tar(tmp / "cls.tar", cls),
-        "webdataset json": _tar(tmp / "json.tar", js),
-        "tar of folders": _tar(tmp / "dirs.tar", {f"c{n % 3}/{n}.png": d for n, d in enumerate(images)}),
+        "webdataset cls": tar(tmp / "cls.tar", cls),
+        "webdataset json": tar(tmp / "json.tar", js),
+        "tar of folders": tar(tmp / "dirs.tar", {f"c{n % 3}/{n}.png": d for n, d in enumerate(images)}),
     }
 
 

@@ -6,12 +6,15 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 
+from fitscale.config.claim import claim
 from fitscale.config.errors import PassingError, UserError
 from fitscale.config.rundir import RunDir
 from fitscale.train import job
 from fitscale.train.attempt import Attempt, begin_attempt
-from fitscale.train.job import FAILED, FAILED_STARTS, SIGNALLED_STARTS, TrainJob, requeue_lines
+from fitscale.train.job import FAILED, FAILED_STARTS, LOG, SIGNALLED_STARTS, EvaluateJob, TrainJob, requeue_lines
+from tests.tiny import tiny_config
 
 JOB = "70"
 KILLED, REFUSED, BAD_NODE = 137, 2, 1  # exit codes: of a signal, of a mistake, of anything else
@@ -134,3 +137,20 @@ def test_a_start_that_a_newer_one_has_taken_over_notes_nothing(tmp_path):
     begin(tmp_path, JOB, 1)
     assert not noted(tmp_path, UserError("met by a rank that was frozen"))
     assert noted(tmp_path, UserError("met by the newest"), restart=1)
+
+
+def test_a_node_without_its_gpu_is_no_mistake_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    claim(tiny_config(tmp_path, tmp_path, "run.device=cuda"))
+    with pytest.raises(RuntimeError, match="torch finds no CUDA device on"):
+        EvaluateJob(tmp_path, 10)()
+    with pytest.raises(RuntimeError, match="torch finds no CUDA device on"):
+        TrainJob(tmp_path, 10)._train(0)
+    assert not (tmp_path / FAILED).exists()
+
+
+def test_an_evaluation_that_is_a_mistake_ends_with_the_exit_code_of_one(tmp_path):
+    claim(tiny_config(tmp_path, tmp_path))
+    with pytest.raises(SystemExit) as end:
+        EvaluateJob(tmp_path, 10)()
+    assert end.value.code == REFUSED and "error: " in (tmp_path / LOG).read_text()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,34 +81,33 @@ def test_a_worker_that_comes_after_the_last_leaves_everything_as_it_is(tmp_path)
     assert state(out) == before
 
 
-def test_a_worker_that_is_overtaken_at_work_leaves_everything_as_it_is(tmp_path, monkeypatch):
-    source, out = write_images(tmp_path / "s", *(f"{n}.png" for n in range(6))), tmp_path / "o"
-    slow, read, seen = converter(source, out), Path.read_bytes, []
+def meanwhile(monkeypatch, act: Callable[[], object]) -> list:
+    """Have `act` done once, when the next image is read; its result will be in the list."""
+    read, results = Path.read_bytes, []
 
     def overtaken(path: Path) -> bytes:
         monkeypatch.setattr(Path, "read_bytes", read)
-        assert converter(source, out).run(0, 1) == 0
-        seen.append(state(out))
+        results.append(act())
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", overtaken)
+    return results
+
+
+def test_a_worker_that_is_overtaken_at_work_leaves_everything_as_it_is(tmp_path, monkeypatch):
+    source, out = write_images(tmp_path / "s", *(f"{n}.png" for n in range(6))), tmp_path / "o"
+    slow = converter(source, out)
+    seen = meanwhile(monkeypatch, lambda: (converter(source, out).run(0, 1), state(out)))
     assert slow.run(0, 2) == 0
-    assert [state(out)] == seen
+    assert [(0, state(out))] == seen
 
 
 def test_a_chunk_that_another_worker_has_done_meanwhile_is_skipped(tmp_path, monkeypatch):
     source, out = write_images(tmp_path / "s", *(f"{n}.png" for n in range(8))), tmp_path / "o"
-    slow, read, seen = converter(source, out), Path.read_bytes, []
-
-    def overtaken(path: Path) -> bytes:
-        monkeypatch.setattr(Path, "read_bytes", read)
-        assert converter(source, out).run(2, 4) == 3
-        seen.append((out / "shard-000002.tar").stat().st_mtime_ns)
-        return read(path)
-
-    monkeypatch.setattr(Path, "read_bytes", overtaken)
+    slow, shard = converter(source, out), out / "shard-000002.tar"
+    seen = meanwhile(monkeypatch, lambda: (converter(source, out).run(2, 4), shard.stat().st_mtime_ns))
     assert slow.run(0, 2) == 2
-    assert [(out / "shard-000002.tar").stat().st_mtime_ns] == seen and len(list(out.glob("*.tar"))) == 2
+    assert [(3, shard.stat().st_mtime_ns)] == seen and len(list(out.glob("*.tar"))) == 2
 
 
 def test_workers_that_encode_in_another_type_are_refused(tmp_path):

@@ -1,10 +1,8 @@
 """Listing a source: which images, in which order, with which labels; and what happens when it cannot be read."""
 
 import errno
-import io
 import json
 import os
-import tarfile
 import tracemalloc
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from fitscale.data.index import open_index
 from fitscale.data.listing import Source
 from fitscale.data.preprocess import Rejected
 from fitscale.data.sources import list_source
-from tests.photographs import encoded, photograph
+from tests.photographs import encoded, photograph, tar
 
 
 def listed(path: Path) -> list[tuple[str, int | None]]:
@@ -59,16 +57,6 @@ def test_an_items_bytes_are_its_own(tmp_path):
     source = list_source(folder)
     assert [item.read().decode() for item in source.items(0, 9)] == ["a/2.png", "a.x/3.png", "b/1.png"]
     assert source.classes == ["a", "a.x", "b"] and source.num_classes == 3
-
-
-def tar(path: Path, files: dict[str, bytes]) -> Path:
-    """A tar, complete and in the order given."""
-    with tarfile.open(path, "w") as archive:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
 
 
 def problems(source: Source) -> list[str]:

@@ -15,6 +15,7 @@ from fitscale.config.rundir import RunDir, append_jsonl, read_jsonl
 from fitscale.config.schema import Config
 from fitscale.train import trainer
 from fitscale.train.attempt import IDLE_ATTEMPTS, TakenOverError, begin_attempt
+from fitscale.train.metrics import Monitor
 from tests.distributed.spawn import context, run_ranks
 from tests.distributed.test_health import start_ranks
 from tests.distributed.test_layouts import tensors
@@ -97,6 +98,17 @@ def test_an_attempt_that_was_taken_over_while_it_was_being_built_leaves_metrics_
     with pytest.raises(TakenOverError):
         train_here(config)
     assert read_jsonl(run.metrics) == [{"step": 1, "loss": 0.5}] and not run.environment.exists()
+
+
+def test_a_row_that_was_measured_before_a_newer_start_is_not_written(tmp_path):
+    config, run = tiny_config(tmp_path, tmp_path), RunDir(tmp_path)
+    monitor = Monitor(config, begin_attempt(run, 0), 0, 1, torch.device("cpu"))
+    row = {"step": 1, "images": 16, "tokens": 700, "train_flops": 1, "loss": 0.5}
+    waits = {"data_wait_s": 0.0, "data_wait_longest_s": 0.0, "data_wait_rank": 0}
+    begin_attempt(run, 0)
+    with pytest.raises(TakenOverError):
+        monitor.log(row, waits)
+    assert read_jsonl(run.metrics) == read_jsonl(run.throughput) == []
 
 
 def test_a_stale_attempt_can_write_nothing_more(tmp_path, digits_shards):
