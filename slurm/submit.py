@@ -23,12 +23,12 @@ from fitscale.config.rundir import RunDir
 from fitscale.config.schema import Config
 from fitscale.scaling.progress import pending_evaluations, progress
 from fitscale.train import launch
-from fitscale.train.allocate import machine_of
+from fitscale.train.allocate import machine_of, memory_lack
 from fitscale.train.chain import missing_links, require_same_config, submit_links
+from fitscale.train.inputs import open_data, require_files
 from fitscale.train.job import FAILED, LOG, TrainJob
-from fitscale.train.plan import plan, typical_images
+from fitscale.train.plan import Plan, plan, typical_images
 from fitscale.train.plan_report import Utilisation, detail
-from fitscale.train.trainer import make_plan
 
 POLL_S = 2.0
 NO_TIMEOUT_MIN = 60 * 24 * 365
@@ -58,11 +58,15 @@ def main(argv: list[str] | None = None) -> int:
     profile = THIS_MACHINE if local else read_profile(arguments.cluster)
     config = launch.on_its_devices(load_config(arguments.config), profile)
     layout = launch.make_layout(profile, config, arguments.nodes, arguments.tasks_per_node)
-    make_plan(config)  # what is wrong with the data is said here, not in the job
+    open_data(config)  # what is wrong with the data is said here, not in the job
+    require_files(config)
+    planned = plan(config, machine_of(profile, layout), typical_images(config), profile.utilisation)
     run = check_claim(config)
     print(launch.describe(layout, config))
+    if lack := memory_lack(planned):
+        print(f"warning: {lack}", file=sys.stderr)
     if arguments.dry_run:
-        print(script_and_plan(profile, config, run, layout) if not local else "")
+        print("" if local else script_and_plan(profile, config, run, layout, planned))
         return 0
     if not local:
         launch.require_slurm(profile.partition)
@@ -83,10 +87,9 @@ def read_profile(path: str) -> ClusterConfig:
         raise UserError(str(error) if path in str(error) else f"{path}: {error}") from error
 
 
-def script_and_plan(profile: ClusterConfig, config: Config, run: RunDir, layout: launch.Layout) -> str:
+def script_and_plan(profile: ClusterConfig, config: Config, run: RunDir, layout: launch.Layout, planned: Plan) -> str:
     """The batch script of the training, and what `fitscale plan` says of it."""
     executor = launch.make_executor(profile, run, layout, config.run.name)
-    planned = plan(config, machine_of(profile, layout), typical_images(config), profile.utilisation)
     source = Utilisation(profile.utilisation, f"of profile {profile.name}")
     return "\n".join(["", launch.batch_script(executor), *detail(planned, source)])
 

@@ -34,6 +34,7 @@ from fitscale.scaling.progress import pending_evaluations, progress
 from fitscale.train import launch
 from fitscale.train.allocate import Allocation, allocate
 from fitscale.train.chain import missing_links, require_same_config, submit_links
+from fitscale.train.inputs import open_data, require_files
 from fitscale.train.job import LOG, RunJob
 
 POLL_S = 1.0
@@ -64,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     sweep = load_schema(SweepConfig, arguments.sweep)
     ladder = cells(sweep)
+    for cell in ladder:
+        require_inputs(cell)
     if arguments.cluster != "local":
         return on_cluster(arguments, sweep, ladder)
     if arguments.max_gpu_hours is not None:
@@ -80,6 +83,15 @@ def main(argv: list[str] | None = None) -> int:
     for cell in failed:
         report_failure(cell)
     return 1 if failed else 0
+
+
+def require_inputs(cell: Cell) -> None:
+    """Raises UserError, with the cell's name, if something is not there that training or an evaluation will read."""
+    try:
+        open_data(cell.config)
+        require_files(cell.config)
+    except UserError as error:
+        raise UserError(f"cell {cell.name}: {error}") from error
 
 
 def token_shares(config: Config) -> TokenShares:

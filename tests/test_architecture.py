@@ -28,7 +28,13 @@ DOORS = {
 }
 WITHOUT_TORCH = [
     *("fitscale/config/", "fitscale/scaling/", "fitscale/model/flops.py", "fitscale/model/inventory.py"),
-    *("fitscale/train/memory.py", "fitscale/train/traffic.py", "fitscale/train/plan", "fitscale/cli.py"),
+    *(
+        "fitscale/train/memory.py",
+        "fitscale/train/traffic.py",
+        "fitscale/train/plan",
+        "fitscale/train/inputs.py",
+        "fitscale/cli.py",
+    ),
 ]
 SCRIPTS = ["slurm", "tools"]
 

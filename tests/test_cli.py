@@ -58,6 +58,14 @@ def test_the_program_imports_nothing_heavy_before_it_knows_the_command():
     }
 
 
+@pytest.mark.parametrize("program", ["submit", "sweep", "status"])
+def test_what_runs_on_a_login_node_imports_no_torch(program):
+    """What they import, that is: no data is named here to be opened."""
+    code = f"import sys, runpy; runpy.run_path('slurm/{program}.py'); print(*sys.modules)"
+    loaded = set(run("-c", code).stdout.split())
+    assert {"submitit", "fitscale.train.launch"} <= loaded and not loaded & {"torch", "megatron", "deepspeed"}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -61,6 +61,11 @@ def test_a_dry_run_shows_layout_and_script_and_writes_nothing(tmp_path, digits_s
         ((*DEMO, "--nodes", "2", "batch.global_batch_size=3"), "--nodes: 2 x 2 tasks are 4 data-parallel ranks for 3"),
         (("--cluster", "nowhere.yaml"), "nowhere.yaml: no such config file"),
         ((*DEMO, "data.shards=nowhere"), "nowhere/index.json: no such index"),
+        ((*DEMO, "model.in_channels=4"), "model.in_channels: the config says 4, the shards in"),
+        (
+            (*DEMO, "evaluation.points=1", "evaluation.features=setup.cfg"),
+            "evaluation.reference: needed with evaluation.features",
+        ),
     ],
 )
 def test_a_mistake_is_one_message_and_nothing_is_written(tmp_path, digits_shards, arguments, message):

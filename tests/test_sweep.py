@@ -59,10 +59,12 @@ def sweep(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_cells_run_to_their_end_a_failed_one_is_shown_and_finished_ones_are_skipped(tmp_path, digits_shards):
-    path = sweep_yaml(tmp_path, digits_shards, good=["model.depth=3"], bad=["run.init_weights=nowhere"])
+    (tmp_path / "empty").mkdir()
+    bad = [f"run.init_weights={tmp_path / 'empty'}"]
+    path = sweep_yaml(tmp_path, digits_shards, good=["model.depth=3"], bad=bad)
     result = sweep(path)
     assert result.returncode == 1, result.stdout + result.stderr
-    assert "error: cell bad failed" in result.stderr and "nowhere" in result.stderr
+    assert "error: cell bad failed" in result.stderr and str(tmp_path / "empty") in result.stderr
     assert f"step {STEPS}/{STEPS}" in result.stdout and "evaluated 2/2" in result.stdout
     good = RunDir(tmp_path / "out/good")
     assert {row["step"] for row in read_jsonl(good.evaluations)} == {2, STEPS}
@@ -101,7 +103,11 @@ def test_a_dry_run_writes_nothing(tmp_path, digits_shards):
     ("cell", "message"),
     [
         (["model.dept=3"], "error: cell wrong: model.dept=3"),
-        (["data.shards=nowhere"], "error: nowhere/index.json: no such index"),
+        (["data.shards=nowhere"], "error: cell wrong: nowhere/index.json: no such index"),
+        (["batch.pack_tokens=64"], "error: cell wrong: "),
+        (["model.num_classes=9"], "error: cell wrong: model.num_classes: 9, but the shards in"),
+        (["run.init_weights=nowhere"], "error: cell wrong: run.init_weights: nowhere: no such file"),
+        (["evaluation.features=no.pt"], "error: cell wrong: evaluation.features: no.pt: no such file"),
     ],
 )
 def test_a_mistake_ends_it_before_anything_is_written(tmp_path, digits_shards, cell, message):

@@ -84,7 +84,7 @@ def make_loader(
     Raises:
         UserError: here, if an image is larger than a pack; while iterating, if a shard is missing or corrupt.
     """
-    check_pack_tokens(plan, pack_tokens, pad_multiple)
+    plan.require_fit(pack_tokens, pad_multiple)
     steps = _Steps(plan, dp_rank, dp_size, pack_tokens, pad_multiple, cost, range(first_step, last_step), on_error)
     loaded_steps: DataLoader[Any] = DataLoader(
         steps,
@@ -184,16 +184,6 @@ class _Steps(Dataset[Any]):
         if self.plan.streams[source].index.meta.moments:
             return draw_latent(stored, self.plan.latent_generator(batch.step, slot))
         return to_float(stored)
-
-
-def check_pack_tokens(plan: BatchPlan, pack_tokens: int, pad_multiple: int) -> None:
-    area = plan.patch_size**2
-    for stream in plan.streams:
-        height, width, _ = max(stream.sizes, key=lambda size: size[0] * size[1])
-        if padded(height * width // area, pad_multiple) > pack_tokens:
-            reason = f"{height * width // area} tokens, more than batch.pack_tokens = {pack_tokens}"
-            reason += f" (padded to {pad_multiple})" if pad_multiple > 1 else ""
-            stream.index.refuse_size(height, width, reason)
 
 
 def _outlive_sigterm(worker: int) -> None:

@@ -57,7 +57,8 @@ def allocate(config: Config, profile: ClusterConfig, given: LayoutConfig | None,
     if given is not None:
         layout = make_layout(profile, config, given.nodes, given.tasks_per_node)
         found = plan(config, machine_of(profile, layout), typical_images(config), profile.utilisation)
-        _require_memory(found)
+        if lack := memory_lack(found):
+            raise UserError(lack)
         return Allocation(config, layout, found)
     one = None
     for one in _smallest_first(config, profile):
@@ -69,6 +70,17 @@ def allocate(config: Config, profile: ClusterConfig, given: LayoutConfig | None,
 def machine_of(profile: ClusterConfig, layout: Layout) -> Machine:
     """The devices of a job, as `fitscale plan` sees them."""
     return Machine(find_device(profile.device), layout.world_size, layout.tasks_per_node)
+
+
+def memory_lack(found: Plan) -> str | None:
+    """By how much a plan is too large for its GPUs; None if it fits, or on CPUs, whose memory is not known."""
+    if found.spare_bytes >= 0 or found.machine.device.name == "cpu":
+        return None
+    return (
+        f"the given layout needs {found.memory.peak / GIB:.1f} GiB of a {found.machine.device.name}'s "
+        f"{found.machine.room_bytes / GIB:.1f}; more tasks, a higher parallel.zero_stage, "
+        "parallel.activation_checkpoint_every=1 or fewer batch.pack_tokens need less"
+    )
 
 
 def _smallest_first(config: Config, profile: ClusterConfig) -> Iterator[Allocation]:
@@ -92,15 +104,6 @@ def _smallest_first(config: Config, profile: ClusterConfig) -> Iterator[Allocati
 def _with_layout(config: Config, best: Plan) -> Config:
     """`config` with the plan's layout; `auto` precision stays for training to resolve."""
     return replace(config, parallel=replace(best.config.parallel, precision=config.parallel.precision))
-
-
-def _require_memory(found: Plan) -> None:
-    if found.spare_bytes < 0 and found.machine.device.name != "cpu":  # how much a host has is not known here
-        raise UserError(
-            f"the given layout needs {found.memory.peak / GIB:.1f} GiB of a {found.machine.device.name}'s "
-            f"{found.machine.room_bytes / GIB:.1f}; more tasks, a higher parallel.zero_stage, "
-            "parallel.activation_checkpoint_every=1 or fewer batch.pack_tokens need less"
-        )
 
 
 def _nothing_fits(largest: Allocation | None, profile: ClusterConfig, max_days: float | None) -> str:

@@ -22,6 +22,7 @@ from fitscale.config.schema import Config
 from fitscale.data.packing import Packing, padded, split
 from fitscale.data.sizes import token_shares
 from fitscale.model import flops
+from fitscale.train.inputs import pad_multiple
 from fitscale.train.memory import RankMemory, rank_memory, recomputed_blocks
 from fitscale.train.traffic import Traffic, exposed_seconds, step_traffic
 
@@ -121,17 +122,16 @@ def plan(config: Config, machine: Machine, images: Images, utilisation: float) -
     config = _resolve(config, machine)
     _check(config.parallel.tensor_parallel_size, machine)
     dp_size = machine.gpus // config.parallel.tensor_parallel_size
-    pad_multiple = math.lcm(config.batch.pad_multiple, config.parallel.tensor_parallel_size)
-    tokens_B = images.tokens_B
+    multiple, tokens_B = pad_multiple(config), images.tokens_B
     linear, square = flops.cost(config.model)
     packing = split(
         tokens_B,
         linear * tokens_B + square * tokens_B.astype(float) ** 2,
         dp_size=dp_size,
         pack_tokens=config.batch.pack_tokens,
-        pad_multiple=pad_multiple,
+        pad_multiple=multiple,
     )
-    packs = [(padded(int(tokens_B[pack].sum()), pad_multiple), len(pack)) for rank in packing.packs for pack in rank]
+    packs = [(padded(int(tokens_B[pack].sum()), multiple), len(pack)) for rank in packing.packs for pack in rank]
     longest, most_images = max(packs)
     traffic = step_traffic(config, dp_size, packing.stats.packs_per_rank, sum(tokens for tokens, _ in packs) / dp_size)
     train_flops = sum(flops.train_flops(config.model, int(n)) for n in tokens_B)

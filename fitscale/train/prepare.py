@@ -1,4 +1,4 @@
-"""Before the first step: do the shards fit the model, what machine is this, and what is about to happen?"""
+"""Before the first step: what machine is this, and what is about to happen?"""
 
 import platform
 import socket
@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 
-from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
-from fitscale.data.index import Index
 from fitscale.model import flops
 from fitscale.parallel.groups import Topology
 from fitscale.train.memory import state_bytes
@@ -26,34 +24,6 @@ def resolve(config: Config, device: torch.device) -> Config:
         return config
     precision = "bf16" if device.type == "cuda" else "fp32"
     return replace(config, parallel=replace(config.parallel, precision=precision))
-
-
-def check_data(config: Config, indices: list[Index]) -> None:
-    """Every shard set fits the model: channels, classes and the kind of latents.
-
-    Raises:
-        UserError: names the key and both values.
-    """
-    for index in indices:
-        _check_data(config, index)
-
-
-def _check_data(config: Config, index: Index) -> None:
-    meta, model, shards = index.meta, config.model, index.storage.location
-    pairs = (
-        ("model.in_channels", model.in_channels, meta.channels),
-        ("data.latent.kind", config.data.latent.kind, meta.kind),
-        ("data.latent.factor", config.data.latent.factor, meta.factor),
-        ("data.latent.scaling", config.data.latent.scaling, meta.scaling),
-    )
-    for key, wanted, stored in pairs:
-        if wanted != stored:
-            raise UserError(f"{key}: the config says {wanted}, the shards in {shards} have {stored}")
-    if meta.num_classes > model.num_classes:
-        raise UserError(
-            f"model.num_classes: {model.num_classes}, but the shards in {shards} have labels of "
-            f"{meta.num_classes} classes"
-        )
 
 
 def environment(topology: Topology) -> dict[str, Any]:

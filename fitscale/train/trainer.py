@@ -27,8 +27,8 @@ from fitscale.config.claim import claim
 from fitscale.config.errors import UserError
 from fitscale.config.rundir import Checkpoint, RunDir, append_jsonl, write_atomic
 from fitscale.config.schema import Config
-from fitscale.data.loader import Pack, StepBatch, check_pack_tokens, make_loader
-from fitscale.data.plan import BatchPlan, open_plan
+from fitscale.data.loader import Pack, StepBatch, make_loader
+from fitscale.data.plan import BatchPlan
 from fitscale.flow.loss import image_weights, make_objective
 from fitscale.model import flops
 from fitscale.model.fit import FiT
@@ -42,6 +42,7 @@ from fitscale.train import checkpoint as checkpoints
 from fitscale.train import prepare
 from fitscale.train.attempt import begin_attempt
 from fitscale.train.health import StepHealth, Watchdog
+from fitscale.train.inputs import open_data, pad_multiple
 from fitscale.train.metrics import Monitor, rewind_metrics
 from fitscale.train.optim import AdamWEMA, freeze_untrained, learning_rate
 from fitscale.train.preempt import Preempted, Preemption
@@ -61,28 +62,14 @@ def train(config: Config, until: int | None = None) -> None:
     Raises:
         UserError: the config, the data or the run directory cannot be right; nothing has been written then.
     """
-    for key, value in (("run.dir", config.run.dir), ("data.shards", config.data.sources)):
-        if not value:
-            raise UserError(f"{key}: must be given, in a config file or as {key}=PATH")
-    plan = make_plan(config)
-    prepare.check_data(config, [stream.index for stream in plan.streams])
+    if not config.run.dir:
+        raise UserError("run.dir: must be given, in a config file or as run.dir=PATH")
+    plan = open_data(config)
     timeout = timedelta(minutes=config.health.timeout_min)
     topology = init_parallel(config.parallel, config.run.device, timeout)
     config = prepare.resolve(config, topology.device)
-    check_pack_tokens(plan, config.batch.pack_tokens, pad_multiple(config))
     run = on_rank_zero(lambda: claim(config))
     Trainer(config, run, plan, topology, until).run_to_end()
-
-
-def make_plan(config: Config) -> BatchPlan:
-    """The batch plan of the training images."""
-    batch, patch_size = config.batch.global_batch_size, config.model.patch_size
-    return open_plan(config.data, seed=config.run.seed, global_batch_size=batch, patch_size=patch_size)
-
-
-def pad_multiple(config: Config) -> int:
-    """Packs are padded to a multiple of this: the config's, and one that sequence parallelism can cut."""
-    return math.lcm(config.batch.pad_multiple, config.parallel.tensor_parallel_size)
 
 
 PackLoss = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # slots (S,), loss of each (S,), share of the batch's loss

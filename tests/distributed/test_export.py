@@ -26,10 +26,11 @@ def save_again(config: Config, to: Path) -> None:
     from fitscale.parallel.groups import init_parallel
     from fitscale.train.attempt import begin_attempt
     from fitscale.train.checkpoint import newest_checkpoint
-    from fitscale.train.trainer import Trainer, make_plan
+    from fitscale.train.inputs import open_data
+    from fitscale.train.trainer import Trainer
 
     run, topology = RunDir(Path(config.run.dir)), init_parallel(config.parallel, config.run.device)
-    trainer = Trainer(config, run, make_plan(config), topology)
+    trainer = Trainer(config, run, open_data(config), topology)
     trainer.saver.attempt = on_rank_zero(lambda: begin_attempt(RunDir(to), 0))
     trainer.saver.save(trainer.engine, newest_checkpoint(run).meta)
     assert trainer.saver.wait()

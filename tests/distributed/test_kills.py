@@ -14,7 +14,8 @@ from tests.distributed.test_health import start_ranks
 from tests.distributed.test_layouts import layout_config, metric, tensors, train_here
 
 KILLS = 20
-OVERRIDES = ("run.steps=90", "checkpoint.every_steps=3", "evaluation.points=0", "health.timeout_min=0.5")
+OVERRIDES = ("run.steps=90", "batch.global_batch_size=8", "checkpoint.every_steps=3", "evaluation.points=0")
+OVERRIDES += ("health.timeout_min=0.5",)
 
 
 def test_twenty_kills_of_random_ranks_lose_nothing(tmp_path, digits_shards):

@@ -63,7 +63,7 @@ def layout_config(folder: Path, shards: Path, tp: int, sp: bool, stage: int, *ov
         shards,
         *("model.hidden_size=48", "model.num_heads=4", f"run.steps={STEPS}", "optim.lr=2e-4", "optim.grad_clip=0.5"),
         *(f"parallel.tensor_parallel_size={tp}", f"parallel.sequence_parallel={sp}", f"parallel.zero_stage={stage}"),
-        *("batch.pack_tokens=400", "evaluation.points=2", "evaluation.first_step=1", "checkpoint.keep_last=1"),
+        *("batch.pack_tokens=600", "evaluation.points=2", "evaluation.first_step=1", "checkpoint.keep_last=1"),
         *overrides,
     )
 

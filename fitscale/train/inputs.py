@@ -1,0 +1,68 @@
+"""What a run will read, looked at before anything is written or queued. Imports no torch: submitting is quick.
+
+open_data       the batch plan, of shards that are there and fit the model
+require_files   the weights it starts from, and what its evaluations compare with
+"""
+
+import math
+from pathlib import Path
+
+from fitscale.config.errors import UserError
+from fitscale.config.schema import Config
+from fitscale.data.index import Index
+from fitscale.data.plan import BatchPlan, open_plan
+
+
+def open_data(config: Config) -> BatchPlan:
+    """The batch plan of the training images.
+
+    Raises:
+        UserError: no shards are named or there, or they do not fit the model: channels, classes, kind of latents,
+            sizes, an image larger than a pack.
+    """
+    if not config.data.sources:
+        raise UserError("data.shards: must be given, in a config file or as data.shards=PATH")
+    batch, patch_size = config.batch.global_batch_size, config.model.patch_size
+    plan = open_plan(config.data, seed=config.run.seed, global_batch_size=batch, patch_size=patch_size)
+    for stream in plan.streams:
+        _require_same_latents(config, stream.index)
+    plan.require_fit(config.batch.pack_tokens, pad_multiple(config))
+    return plan
+
+
+def require_files(config: Config) -> None:
+    """Raises UserError, with the key, if another file that the run will need is not there."""
+    weights, evaluation = config.run.init_weights, config.evaluation
+    if weights is not None and not Path(weights).exists():
+        raise UserError(f"run.init_weights: {weights}: no such file")
+    if not evaluation.points or evaluation.features is None:
+        return
+    if not Path(evaluation.features).is_file():
+        raise UserError(f"evaluation.features: {evaluation.features}: no such file")
+    if evaluation.reference is None:
+        raise UserError("evaluation.reference: needed with evaluation.features: an image folder, shards or .npz")
+    if not Path(evaluation.reference).exists():
+        raise UserError(f"evaluation.reference: {evaluation.reference}: no such file or folder")
+
+
+def pad_multiple(config: Config) -> int:
+    """Packs are padded to a multiple of this: the config's, and one that sequence parallelism can cut."""
+    return math.lcm(config.batch.pad_multiple, config.parallel.tensor_parallel_size)
+
+
+def _require_same_latents(config: Config, index: Index) -> None:
+    meta, model, shards = index.meta, config.model, index.storage.location
+    pairs = (
+        ("model.in_channels", model.in_channels, meta.channels),
+        ("data.latent.kind", config.data.latent.kind, meta.kind),
+        ("data.latent.factor", config.data.latent.factor, meta.factor),
+        ("data.latent.scaling", config.data.latent.scaling, meta.scaling),
+    )
+    for key, wanted, stored in pairs:
+        if wanted != stored:
+            raise UserError(f"{key}: the config says {wanted}, the shards in {shards} have {stored}")
+    if meta.num_classes > model.num_classes:
+        raise UserError(
+            f"model.num_classes: {model.num_classes}, but the shards in {shards} have labels of "
+            f"{meta.num_classes} classes"
+        )
