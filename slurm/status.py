@@ -20,7 +20,8 @@ from fitscale.config.main import exit_code
 from fitscale.config.rundir import RunDir, read_jsonl
 from fitscale.scaling.progress import progress
 from fitscale.train import launch
-from fitscale.train.job import FAILED, LOG
+from fitscale.train.job import LOG
+from fitscale.train.requeue import FAILED
 
 COLUMNS = ("run", "state", "job", "attempts", "step", "loss", "fd", "images_per_s", "mfu", "left_h", "nodes")
 EVERY_S = 5.0

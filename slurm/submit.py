@@ -26,9 +26,10 @@ from fitscale.train import launch
 from fitscale.train.allocate import machine_of, memory_lack
 from fitscale.train.chain import missing_links, require_same_config, submit_links
 from fitscale.train.inputs import open_data, require_files
-from fitscale.train.job import FAILED, LOG, TrainJob
+from fitscale.train.job import LOG, TrainJob
 from fitscale.train.plan import Plan, plan, typical_images
 from fitscale.train.plan_report import Utilisation, detail
+from fitscale.train.requeue import FAILED
 
 POLL_S = 2.0
 NO_TIMEOUT_MIN = 60 * 24 * 365

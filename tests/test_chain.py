@@ -12,8 +12,8 @@ from fitscale.config.rundir import RunDir, write_atomic
 from fitscale.scaling.progress import pending_evaluations, progress
 from fitscale.train import chain
 from fitscale.train.chain import Link, missing_links, require_same_config, submit_links
-from fitscale.train.job import FAILED
 from fitscale.train.launch import Layout, LiveJob, batch_script
+from fitscale.train.requeue import FAILED
 from tests.measured import record
 from tests.tiny import OVERRIDES
 

@@ -1,7 +1,9 @@
-"""The end of a batch script: which ends of a job queue it again (Slurm's two commands stand in, for every case)."""
+"""The lines of a batch script: which ends of a job queue it again (Slurm's two commands stand in, for every case)."""
 
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -11,9 +13,10 @@ import torch
 from fitscale.config.claim import claim
 from fitscale.config.errors import PassingError, UserError
 from fitscale.config.rundir import RunDir
-from fitscale.train import job
+from fitscale.train import requeue
 from fitscale.train.attempt import Attempt, begin_attempt
-from fitscale.train.job import FAILED, FAILED_STARTS, LOG, SIGNALLED_STARTS, EvaluateJob, TrainJob, requeue_lines
+from fitscale.train.job import LOG, EvaluateJob, TrainJob
+from fitscale.train.requeue import FAILED, FAILED_STARTS, SIGNALLED_STARTS, setup_lines, teardown_lines
 from tests.tiny import tiny_config
 
 JOB = "70"
@@ -22,14 +25,20 @@ KILLED, REFUSED, BAD_NODE = 137, 2, 1  # exit codes: of a signal, of a mistake, 
 
 def requeued(folder: Path, code: int, state: str = "RUNNING", restart: int = 0, squeue: str = "") -> bool:
     """Whether a job's script, ended so, asks Slurm to queue it again; `squeue`: what that command does, if not tell."""
-    for name, text in (("squeue", squeue or f"echo {state}"), ("scontrol", f"touch {folder}/requeued")):
-        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
-        (folder / name).chmod(0o755)
-    script = "\n".join(["set -u", f"(exit {code})", *requeue_lines(folder)])
-    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": JOB, "SLURM_RESTART_COUNT": str(restart)}
-    result = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False)
+    command, environment = script(folder, f"(exit {code})", squeue or f"echo {state} None", restart)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (code, "")
     return (folder / "requeued").exists()
+
+
+def script(folder: Path, work: str, squeue: str, restart: int = 0) -> tuple[list[str], dict[str, str]]:
+    """A job's script around `work`, and its environment, in which Slurm's commands are others."""
+    for name, text in (("squeue", squeue), ("scontrol", f"touch {folder}/requeued")):
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    lines = "\n".join(["set -u", *setup_lines(folder), work, *teardown_lines()])
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": JOB, "SLURM_RESTART_COUNT": str(restart)}
+    return ["bash", "-c", lines], environment
 
 
 def begin(folder: Path, job: str, restart: int) -> Attempt:
@@ -56,12 +65,32 @@ def test_a_job_that_slurm_is_sending_a_signal_goes_on(tmp_path, state):
     assert requeued(tmp_path, KILLED, state=state)
 
 
+@pytest.mark.parametrize(
+    ("state", "again"),
+    [("COMPLETING TimeLimit", True), ("TIMEOUT TimeLimit", True), ("COMPLETING None", False), ("PENDING None", False)],
+)
+def test_at_a_time_limit_that_the_ranks_did_not_heed_a_job_goes_on(tmp_path, state, again):
+    """Slurm sends SIGTERM to all processes; the ranks (here one that sleeps) would outlive it until SIGKILL."""
+    begin(tmp_path, JOB, 0)
+    work = f"(trap '' TERM; touch {tmp_path}/works; sleep 2)"
+    command, environment = script(tmp_path, work, f"echo {state}")
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    while not (tmp_path / "works").exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    for _ in range(100):
+        time.sleep(0.01)
+        assert process.poll() is None, "the script ended before its ranks: with it Slurm ends all that it started"
+    assert (tmp_path / "requeued").exists() is again
+    process.wait()
+
+
 @pytest.mark.parametrize(("silent", "again"), [(2, True), (3, False)])
 def test_a_controller_that_does_not_answer_is_asked_again_but_not_for_ever(tmp_path, silent, again):
     begin(tmp_path, JOB, 0)
     asked = tmp_path / "asked"
-    answer = f"echo >>{asked}; [ $(wc -l <{asked}) -gt {silent} ] && echo RUNNING"
-    with patch.multiple(job, CONTROLLER_TRIES=3, CONTROLLER_WAIT_S=0):
+    answer = f"echo >>{asked}; [ $(wc -l <{asked}) -gt {silent} ] && echo RUNNING None"
+    with patch.multiple(requeue, CONTROLLER_TRIES=3, CONTROLLER_WAIT_S=0):
         assert requeued(tmp_path, KILLED, squeue=answer) is again
     assert len(asked.read_text()) == 3
 

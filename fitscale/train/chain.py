@@ -16,8 +16,9 @@ from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
 from fitscale.config.rundir import RunDir
 from fitscale.config.schema import Config
-from fitscale.train.job import EVALUATION_TIMEOUTS, FAILED, EvaluateJob, Job, TrainJob
+from fitscale.train.job import EVALUATION_TIMEOUTS, EvaluateJob, Job, TrainJob
 from fitscale.train.launch import Layout, LiveJob, make_executor, submit
+from fitscale.train.requeue import FAILED
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from submitit.core.job_environment import JobEnvironment
@@ -26,14 +25,11 @@ from fitscale.config.load import load_config
 from fitscale.config.main import USER_ERROR
 from fitscale.config.rundir import RunDir
 from fitscale.config.schema import Config
+from fitscale.train.requeue import FAILED
 
 LOG = "log.txt"
-FAILED = "failed.txt"  # why the run cannot go on by itself; its presence keeps the job from being queued again
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-SIGNALLED_STARTS = 20  # starts of a job that may end by a signal before training begins
-FAILED_STARTS = 5  # starts that may end so in any other way: on a bad GPU or network, an address in use
 EVALUATION_TIMEOUTS = 5  # time limits that one evaluation may reach: it begins anew each time
-CONTROLLER_TRIES, CONTROLLER_WAIT_S = 30, 10  # how often a batch script asks a controller that does not answer
 FIRST_PORT, PORTS = 10000, 20000  # below the ports that Linux hands out by itself
 
 
@@ -156,44 +152,6 @@ def rendezvous(environment: JobEnvironment) -> dict[str, str]:
         "MASTER_ADDR": environment.hostnames[0] if environment.num_nodes > 1 else "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-
-
-def requeue_lines(run_dir: Path) -> list[str]:
-    """Shell lines for the end of a job's batch script: queue the job again unless that is of no use.
-
-    - Training that has begun (a line of attempts.jsonl names this start) goes on after whatever ended it, a killed rank
-      or lost peers, but not if the run said itself that it cannot go on, or a newer start owns the run directory: of
-      another job, or of this job on other nodes, if Slurm had lost sight of this one.
-    - What ended before that, and an evaluation, goes on up to 20 times if a signal ended it (USR2 kills a Python that
-      has no handler yet), and up to 5 times after any failure but a user's mistake: the next nodes may be better.
-    - Nothing goes on that Slurm itself is ending (cancelled, or requeued); a running job is RUNNING, or SIGNALING for
-      the moments in which Slurm sends it a signal, which is when a preempted one may end.
-    - A controller that does not answer is asked again, for five minutes.
-    """
-    failed, owner = quote(str(run_dir / FAILED)), quote(str(run_dir / "attempt.json"))
-    attempts = quote(str(run_dir / "attempts.jsonl"))
-    job = r"\"job\": \"$SLURM_JOB_ID\", \"restart\":"  # in both files (train/attempt.py)
-    this_start, a_start = f'"{job} $restart,"', f'"{job} .*\\"event\\": \\"start\\""'
-    return [
-        "code=$?",
-        "restart=${SLURM_RESTART_COUNT:-0}",
-        f"begun=$(grep -cs {a_start} {attempts})",
-        "unbegun=$((restart + 1 - ${begun:-0}))",
-        "again=",
-        f"if grep -qs {this_start} {attempts}; then",
-        f"    if [ ! -e {failed} ] && grep -q {this_start} {owner}; then again=1; fi",
-        "elif [ $code -gt 128 ] && [ $code -lt 255 ]; then",  # 255: submitit's own end, after too many timeouts
-        f"    if [ $unbegun -le {SIGNALLED_STARTS} ]; then again=1; fi",
-        f"elif [ $code -ne {USER_ERROR} ] && [ ! -e {failed} ] && [ $unbegun -le {FAILED_STARTS} ]; then again=1; fi",
-        'if [ $code -ne 0 ] && [ -n "$again" ]; then',
-        f"    for try in {{1..{CONTROLLER_TRIES}}}; do",
-        "        state=$(squeue --noheader --jobs $SLURM_JOB_ID --format %T) &&",
-        "            case $state in RUNNING | SIGNALING) scontrol requeue $SLURM_JOB_ID ;; esac && break",
-        f"        sleep {CONTROLLER_WAIT_S}",
-        "    done",
-        "fi",
-        "exit $code",
-    ]
 
 
 def _log_into(path: Path) -> None:

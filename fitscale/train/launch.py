@@ -21,7 +21,8 @@ from fitscale.config.cluster import ClusterConfig
 from fitscale.config.errors import UserError
 from fitscale.config.rundir import RunDir, append_jsonl, read_jsonl
 from fitscale.config.schema import Config
-from fitscale.train.job import Job, requeue_lines
+from fitscale.train.job import Job
+from fitscale.train.requeue import setup_lines, teardown_lines
 
 # submitit counts timeouts against a budget; here attempts without progress are what ends a job (train/attempt.py).
 ANY_NUMBER = 10**6
@@ -126,8 +127,12 @@ def make_executor(
         time=profile.time_min,
         signal_delay_s=profile.signal_before_end_s,
         stderr_to_stdout=True,
-        setup=[*(f"export {key}={quote(value)}" for key, value in profile.environment.items()), *profile.setup],
-        teardown=requeue_lines(run.path.resolve()),
+        setup=[
+            *(f"export {key}={quote(value)}" for key, value in profile.environment.items()),
+            *profile.setup,
+            *setup_lines(run.path.resolve()),
+        ],
+        teardown=teardown_lines(),
         # srun does not take over sbatch's --cpus-per-task (Slurm 22.05's release notes)
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={profile.cpus_per_task}", *profile.srun],
         additional_parameters={"requeue": True, **profile.sbatch}

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fitscale.config.rundir import RunDir, read_jsonl
-from tests.slurm.cluster import Cluster, end_soon, last_step, saved_step, starts, wait_until, write_profile
+from tests.slurm.cluster import ROOT, Cluster, end_soon, last_step, saved_step, starts, wait_until, write_profile
 from tests.tiny import OVERRIDES
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
@@ -190,6 +190,38 @@ def goes_on(cluster: Cluster, run: RunDir, job: str) -> None:
     wait_until(lambda: saved_step(run) > step, f"a later save of job {job}")
     assert starts(run)[-1]["job"] == job
     wait_until(lambda: cluster.state(job) == "RUNNING", f"{job} to run")
+
+
+# --- a time limit without an end in time --------------------------------------------------------
+
+
+DEAF = """
+import os, signal
+if "SLURM_PROCID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM})
+"""
+
+
+def test_a_job_that_does_not_heed_its_time_limit_is_queued_again(slurm_cluster, tmp_path, digits_shards):
+    """Ranks whose step or save takes longer than they are given are killed, and Slurm would leave the job TIMEOUT. Here
+    they hear no signal in the job's first start. A job that waits for this one must not be given up meanwhile."""
+    (tmp_path / "sitecustomize.py").write_text(DEAF)
+    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    profile, run = write_profile(tmp_path / "profile.yaml", environment=environment), RunDir(tmp_path / "run")
+    watched = Watched(slurm_cluster, run, digits_shards, profile, *LONG)
+    wait_for_a_save(run, 1)
+    after = ("--parsable", "--output=/dev/null", f"--dependency=afterok:{watched.job}", "--kill-on-invalid-dep=yes")
+    waiting = slurm_cluster.run("sbatch", *after, "--wrap=true").stdout.strip()
+    slurm_cluster.control("update", f"jobid={watched.job}", "endtime=now")
+    wait_until(lambda: slurm_cluster.state(watched.job) == "PENDING", "the job to wait in the queue")
+    slurm_cluster.control("update", f"jobid={watched.job}", "timelimit=60")
+    end_soon(run, 2 * EVERY)
+    assert watched.check("FINISHED", "COMPLETED")["attempts"] == 2
+    assert watched.accounts("--duplicates") == ["REQUEUED", "COMPLETED"]
+    wait_until(lambda: slurm_cluster.state(waiting) == "COMPLETED", "the end of the job that waited for it")
+    row = starts(run)[1]
+    assert row["previous_ended"] == "killed" and row["lost_steps"] <= 2 * EVERY, row
+    assert [row["step"] for row in read_jsonl(run.metrics)] == list(range(1, last_step(run) + 1))
 
 
 # --- what is refused ----------------------------------------------------------------------------
