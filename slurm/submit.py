@@ -14,7 +14,7 @@ import time
 
 from submitit import LocalExecutor
 
-from fitscale.config.claim import check_claim, claim
+from fitscale.config.claim import check_claim, claim, claimed
 from fitscale.config.cluster import ClusterConfig
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config, load_schema
@@ -100,10 +100,11 @@ def submit(arguments: argparse.Namespace, profile: ClusterConfig, config: Config
     (live,) = launch.live_jobs([run])
     require_same_config(config, run, live)
     links = missing_links(config, run, live, [] if arguments.no_evaluate else pending_evaluations(config, run))
-    claim(config)
+    with claimed([config]):
+        submitted = submit_links(profile, run, layout, config.run.name, links)
     for job in live:
         print(f"{job.kind} {job.step}: job {job.id} ({job.state}), submitted before")
-    for link, job_id in submit_links(profile, run, layout, config.run.name, links).items():
+    for link, job_id in submitted.items():
         print(f"{link.kind} {link.step}: job {job_id}")
     print(f"log: {run.path / LOG}", flush=True)
 

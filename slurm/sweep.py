@@ -20,7 +20,7 @@ from typing import Any
 
 from submitit import LocalExecutor, LocalJob
 
-from fitscale.config.claim import check_claim, claim
+from fitscale.config.claim import claimed
 from fitscale.config.cluster import ClusterConfig
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_schema
@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     print(table(ladder, token_shares), flush=True)
     if arguments.dry_run:
         return 0
-    prepare(sweep, ladder)
+    with claimed([cell.config for cell in ladder]):
+        write_manifest(sweep, ladder)
     pending = [cell for cell in ladder if not progress(cell.config, cell.run).finished]
     for cell in ladder:
         if cell not in pending:
@@ -99,14 +100,16 @@ def token_shares(config: Config) -> TokenShares:
     return sizes.token_shares(config.data, config.model.patch_size)
 
 
-def prepare(sweep: SweepConfig, ladder: list[Cell], submitted: dict[str, dict[str, Any]] | None = None) -> None:
-    """Write the run directories' configs and the manifest, once it is sure that all can be written."""
-    for cell in ladder:
-        check_claim(cell.config)
-    for cell in ladder:
-        claim(cell.config)
-    content = json.dumps(manifest(sweep, ladder, token_shares, submitted), indent=1)
-    write_atomic(Path(sweep.dir) / "manifest.json", content + "\n")
+def write_manifest(sweep: SweepConfig, ladder: list[Cell], asked: dict[str, dict[str, Any]] | None = None) -> None:
+    """Record the sweep in its directory; `asked`: what a cluster is asked for, by cell."""
+    content, path = (
+        json.dumps(manifest(sweep, ladder, token_shares, asked), indent=1),
+        Path(sweep.dir) / "manifest.json",
+    )
+    try:
+        write_atomic(path, content + "\n")
+    except OSError as error:
+        raise UserError(f"dir: {path} cannot be written ({os.strerror(error.errno or 0)})") from error
 
 
 def on_cluster(arguments: argparse.Namespace, sweep: SweepConfig, ladder: list[Cell]) -> int:
@@ -161,16 +164,23 @@ def submit_missing(
         name: {"nodes": one.layout.nodes, "tasks_per_node": one.layout.tasks_per_node, "gpu_hours": one.train_gpu_hours}
         for name, one in given.items()
     }
-    prepare(sweep, ladder, asked)
-    count = 0
-    for cell in ladder:
-        links = missing_links(cell.config, cell.run, live[cell.name], pending_evaluations(cell.config, cell.run))
-        ids = submit_links(profile, cell.run, given[cell.name].layout, cell.config.run.name, links)
-        count += len(ids)
-        done = [f"{link.kind} {link.step}: job {job}" for link, job in ids.items()]
-        done += [f"{job.kind} {job.step}: job {job.id} ({job.state}), submitted before" for job in live[cell.name]]
-        print(f"{cell.name}: {'; '.join(done) or 'finished before'}", flush=True)
+    with claimed([cell.config for cell in ladder]):
+        write_manifest(sweep, ladder, asked)
+        count = sum(submit_cell(cell, profile, given[cell.name].layout, live[cell.name]) for cell in ladder)
     print(f"{count} jobs submitted; how they do: python slurm/status.py {sweep.dir} --watch", flush=True)
+
+
+def submit_cell(cell: Cell, profile: ClusterConfig, layout: launch.Layout, live: list[launch.LiveJob]) -> int:
+    """Submit what a cell lacks, and say so; returns the number of jobs."""
+    links = missing_links(cell.config, cell.run, live, pending_evaluations(cell.config, cell.run))
+    try:
+        ids = submit_links(profile, cell.run, layout, cell.config.run.name, links)
+    except UserError as error:
+        raise UserError(f"cell {cell.name}: {error}") from error
+    done = [f"{link.kind} {link.step}: job {job}" for link, job in ids.items()]
+    done += [f"{job.kind} {job.step}: job {job.id} ({job.state}), submitted before" for job in live]
+    print(f"{cell.name}: {'; '.join(done) or 'finished before'}", flush=True)
+    return len(ids)
 
 
 def report_failure(cell: Cell) -> None:

@@ -1,16 +1,17 @@
 """What is missing of a run: training and evaluation jobs in their order, and nothing that is there or under way."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from fitscale.config.claim import claim
+from fitscale.config.claim import claim, claimed
 from fitscale.config.cluster import ClusterConfig
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
 from fitscale.config.rundir import RunDir, write_atomic
 from fitscale.scaling.progress import pending_evaluations, progress
-from fitscale.train import chain
+from fitscale.train import chain, launch
 from fitscale.train.chain import Link, missing_links, require_same_config, submit_links
 from fitscale.train.launch import Layout, LiveJob, batch_script
 from fitscale.train.requeue import FAILED
@@ -109,6 +110,29 @@ def test_the_config_stays_while_jobs_are_live(tmp_path):
     require_same_config(other, run, [])
     with pytest.raises(UserError, match=r"has jobs, 7 \(PENDING\), of another config: parallel.zero_stage: 1 there, 2"):
         require_same_config(other, run, live)
+
+
+def test_a_refused_submission_gives_back_what_is_new_and_has_no_job(tmp_path):
+    new, submitted, old = configs = [configured(tmp_path / name) for name in ("new", "submitted", "old")]
+    claim(old)
+    with pytest.raises(UserError, match="refused"), claimed(configs):
+        assert all(RunDir(Path(config.run.dir)).config.exists() for config in configs)
+        write_atomic(Path(new.run.dir) / "submitit/0/job.pkl", "")
+        write_atomic(RunDir(Path(submitted.run.dir)).jobs, "{}")
+        raise UserError("refused")
+    assert [Path(config.run.dir).exists() for config in configs] == [False, True, True]
+
+
+def test_a_job_that_cannot_be_noted_is_cancelled(tmp_path, monkeypatch):
+    """Or it would train without the next submission's knowing of it."""
+    config, cancelled = configured(tmp_path), []
+    run = claim(config)
+    run.jobs.mkdir()  # no line can be written there
+    monkeypatch.setattr(launch.SlurmExecutor, "submit", lambda *_: SimpleNamespace(job_id="7"))
+    monkeypatch.setattr(launch, "slurm", lambda *command: cancelled.append(command))
+    with pytest.raises(UserError, match="cannot be written"):
+        submit_links(ClusterConfig(), run, Layout(1, 1), "tiny", [Link("train", 80)])
+    assert cancelled == [("scancel", "7")]
 
 
 def test_an_evaluation_asks_for_its_part_of_a_node_and_tasks_for_their_cores(tmp_path, monkeypatch):

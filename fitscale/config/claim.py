@@ -1,7 +1,9 @@
 """A run directory belongs to one config: the first start writes it there, every later one has to agree with it."""
 
 import os
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,32 @@ def claim(config: Config) -> RunDir:
     except OSError as error:
         raise UserError(f"run.dir: {run.path} cannot be written ({os.strerror(error.errno or 0)})") from error
     return run
+
+
+@contextmanager
+def claimed(configs: list[Config]) -> Iterator[None]:
+    """`claim` all; if that or what follows is a UserError, directories that were new and got no job are given back.
+
+    So a submission that the cluster refuses can be mended and tried again under the same names.
+    """
+    runs = [check_claim(config) for config in configs]
+    new = [run for run in runs if not run.config.exists()]
+    try:
+        for config in configs:
+            claim(config)
+        yield
+    except UserError:
+        for run in new:
+            if not run.jobs.exists():
+                _give_back(run)
+        raise
+
+
+def _give_back(run: RunDir) -> None:
+    shutil.rmtree(run.path / "submitit", ignore_errors=True)
+    run.config.unlink(missing_ok=True)
+    with suppress(OSError):
+        run.path.rmdir()
 
 
 def check_claim(config: Config) -> RunDir:

@@ -134,9 +134,11 @@ class TrainJob(Job):
 
 def require_device(config: Config) -> None:
     """Raises RuntimeError where a node has lost its GPU: the fault of the node, and none of the config."""
+    if config.run.device != "cuda":
+        return
     import torch
 
-    if config.run.device == "cuda" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise RuntimeError(f"torch finds no CUDA device on {socket.gethostname()}")
 
 

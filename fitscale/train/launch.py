@@ -176,13 +176,21 @@ def submit(executor: SlurmExecutor, job: Job) -> str:
     try:
         with redirect_stderr(StringIO()):  # where submitit repeats what sbatch says
             job_id = executor.submit(job).job_id
-        append_jsonl(RunDir(job.run_dir).jobs, {"job": job_id, **job.about, "time_unix_s": time()})
     except (FailedJobError, FailedSubmissionError) as error:
         reasons = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
         raise UserError(f"sbatch refused the job: {reasons[-1].strip().removeprefix('sbatch: error: ')}") from error
     except OSError as error:
-        raise UserError(f"{job.run_dir}: cannot be written ({os.strerror(error.errno or 0)})") from error
+        raise _cannot_write(job, error) from error
+    try:
+        append_jsonl(RunDir(job.run_dir).jobs, {"job": job_id, **job.about, "time_unix_s": time()})
+    except OSError as error:
+        slurm("scancel", job_id)  # nobody would know of it
+        raise _cannot_write(job, error) from error
     return job_id
+
+
+def _cannot_write(job: Job, error: OSError) -> UserError:
+    return UserError(f"{job.run_dir}: cannot be written ({os.strerror(error.errno or 0)})")
 
 
 def job_states(ids: list[str]) -> dict[str, str]:

@@ -247,7 +247,8 @@ def test_what_sbatch_refuses_is_said(slurm_cluster, tmp_path, digits_shards):
     message = refused(slurm_cluster, run.path, digits_shards, profile, "--nodes", "3")
     refusal = "Batch job submission failed: Node count specification invalid"
     assert message == f"error: sbatch refused the job: {refusal}\n"
-    assert not run.jobs.exists() and not run.attempts.exists()
+    assert not run.path.exists()
+    slurm_cluster.submit(run, digits_shards, profile, "optim.lr=0.5", "run.steps=1")  # another config, the same name
 
 
 def test_a_full_disk_ends_the_run_and_is_said(slurm_cluster, tmp_path, digits_shards):
