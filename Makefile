@@ -13,7 +13,7 @@ slurm-demo: $(INSTALLED)
 	$(PYTHON) slurm/demo.py
 
 test: $(INSTALLED)
-	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slurm"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slurm"
 
 test-slurm: $(INSTALLED)
 	$(PYTHON) -m pytest -n 3 --dist loadfile tests/slurm

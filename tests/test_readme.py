@@ -39,7 +39,11 @@ def workplace(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / name, folder / name)
     digits = folder / "configs" / "demo" / "digits.yaml"
     small = {r"  steps: \d+\n  device": "  steps: 12\n  device", r"first_step: \d+": "first_step: 3"}
-    small |= {r"samples: \d+": "samples: 32", r"  steps: \d+\n  guidance": "  steps: 2\n  guidance"}
+    small |= {
+        r"points: \d+": "points: 2",
+        r"samples: \d+": "samples: 32",
+        r"  steps: \d+\n  guidance": "  steps: 2\n  guidance",
+    }
     text = digits.read_text()
     for pattern, value in small.items():
         text, count = re.subn(pattern, value, text)
