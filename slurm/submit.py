@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if local:
         return run_here(config, layout)
-    submit(arguments, profile, config, layout)
+    submit(arguments, profile, config, run, layout)
     return follow(run) if arguments.follow else 0
 
 
@@ -95,8 +95,9 @@ def script_and_plan(profile: ClusterConfig, config: Config, run: RunDir, layout:
     return "\n".join(["", launch.batch_script(executor), *detail(planned, source)])
 
 
-def submit(arguments: argparse.Namespace, profile: ClusterConfig, config: Config, layout: launch.Layout) -> None:
-    run = check_claim(config)
+def submit(
+    arguments: argparse.Namespace, profile: ClusterConfig, config: Config, run: RunDir, layout: launch.Layout
+) -> None:
     (live,) = launch.live_jobs([run])
     require_same_config(config, run, live)
     links = missing_links(config, run, live, [] if arguments.no_evaluate else pending_evaluations(config, run))

@@ -22,7 +22,7 @@ from submitit import LocalExecutor, LocalJob
 
 from fitscale.config.claim import claimed
 from fitscale.config.cluster import ClusterConfig
-from fitscale.config.errors import UserError
+from fitscale.config.errors import UserError, cannot_write
 from fitscale.config.load import load_schema
 from fitscale.config.main import exit_code
 from fitscale.config.rundir import write_atomic
@@ -109,7 +109,7 @@ def write_manifest(sweep: SweepConfig, ladder: list[Cell], asked: dict[str, dict
     try:
         write_atomic(path, content + "\n")
     except OSError as error:
-        raise UserError(f"dir: {path} cannot be written ({os.strerror(error.errno or 0)})") from error
+        raise cannot_write(f"dir: {path}", error) from error
 
 
 def on_cluster(arguments: argparse.Namespace, sweep: SweepConfig, ladder: list[Cell]) -> int:

@@ -92,7 +92,7 @@ def test_a_full_disk_is_said(tmp_path, digits_shards):
     finally:
         subprocess.run(["umount", tmp_path / "disk"], check=True)
     assert result.returncode == 2, result.stderr
-    assert result.stderr == f"error: run.dir: {tmp_path}/disk/run cannot be written (No space left on device)\n"
+    assert result.stderr == f"error: run.dir: {tmp_path}/disk/run: cannot be written (No space left on device)\n"
 
 
 def test_local_runs_the_same_job_on_this_machine(tmp_path, digits_shards):

@@ -1,6 +1,5 @@
 """A run directory belongs to one config: the first start writes it there, every later one has to agree with it."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -8,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fitscale.config.errors import UserError
+from fitscale.config.errors import UserError, cannot_write
 from fitscale.config.load import load_config, to_yaml
 from fitscale.config.rundir import RunDir, write_atomic
 from fitscale.config.schema import Config
@@ -33,7 +32,7 @@ def claim(config: Config) -> RunDir:
     try:
         write_atomic(run.config, to_yaml(config))
     except OSError as error:
-        raise UserError(f"run.dir: {run.path} cannot be written ({os.strerror(error.errno or 0)})") from error
+        raise cannot_write(f"run.dir: {run.path}", error) from error
     return run
 
 

@@ -1,5 +1,7 @@
 """The exceptions that are told in one line."""
 
+import os
+
 
 class UserError(ValueError):
     """A mistake in a config, a file or a command; its text says what is wrong, where, and what would be valid.
@@ -11,3 +13,8 @@ class UserError(ValueError):
 
 class PassingError(UserError):
     """What may be over by itself, such as a store that does not answer: a job that meets it is worth another start."""
+
+
+def cannot_write(what: object, error: OSError) -> UserError:
+    """The UserError for a file or folder that cannot be written: no right, no room."""
+    return UserError(f"{what}: cannot be written ({os.strerror(error.errno or 0)})")

@@ -1,13 +1,12 @@
 """Command-line options that the tools of the analysis share: which rows of which runs are asked about."""
 
 import argparse
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fitscale.config.checks import at_least
-from fitscale.config.errors import UserError
+from fitscale.config.errors import UserError, cannot_write
 from fitscale.config.load import load_config
 from fitscale.config.schema import ModelConfig
 from fitscale.scaling.points import POINTS
@@ -64,7 +63,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({os.strerror(error.errno or 0)})") from error
+        raise cannot_write(path, error) from error
 
 
 def model_named(name: str, folder: Path) -> ModelConfig:

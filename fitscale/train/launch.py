@@ -4,7 +4,6 @@ Everything that decides how a job is asked for comes from the cluster's profile;
 run directory already.
 """
 
-import os
 import shutil
 import subprocess
 from contextlib import redirect_stderr
@@ -18,7 +17,7 @@ from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from fitscale.config.cluster import ClusterConfig
-from fitscale.config.errors import UserError
+from fitscale.config.errors import UserError, cannot_write
 from fitscale.config.rundir import RunDir, append_jsonl, read_jsonl
 from fitscale.config.schema import Config
 from fitscale.train.job import Job
@@ -180,17 +179,13 @@ def submit(executor: SlurmExecutor, job: Job) -> str:
         reasons = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
         raise UserError(f"sbatch refused the job: {reasons[-1].strip().removeprefix('sbatch: error: ')}") from error
     except OSError as error:
-        raise _cannot_write(job, error) from error
+        raise cannot_write(job.run_dir, error) from error
     try:
         append_jsonl(RunDir(job.run_dir).jobs, {"job": job_id, **job.about, "time_unix_s": time()})
     except OSError as error:
         slurm("scancel", job_id)  # nobody would know of it
-        raise _cannot_write(job, error) from error
+        raise cannot_write(job.run_dir, error) from error
     return job_id
-
-
-def _cannot_write(job: Job, error: OSError) -> UserError:
-    return UserError(f"{job.run_dir}: cannot be written ({os.strerror(error.errno or 0)})")
 
 
 def job_states(ids: list[str]) -> dict[str, str]:
