@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fitscale.config.main import exit_code
+from fitscale.config.program import exit_code
 from fitscale.eval.arguments import add_data_arguments, add_evaluate_arguments, add_sample_arguments
 
 CONFIG_HELP = "YAML files, merged left to right, and dotted key=value overrides, which win over the files"
@@ -88,7 +88,7 @@ def _config(arguments: argparse.Namespace) -> None:
 
 
 def _data(arguments: argparse.Namespace) -> None:
-    from fitscale.eval.inspect import run_data
+    from fitscale.prepare.shard_report import run_data
 
     run_data(arguments)
 
@@ -103,7 +103,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from fitscale.train.plan_report import run_plan
+    from fitscale.plan.report import run_plan
 
     run_plan(arguments)
 

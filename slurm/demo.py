@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 
 from fitscale.config.errors import UserError
-from fitscale.config.main import exit_code
-from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.config.files import read_jsonl
+from fitscale.config.program import exit_code
+from fitscale.run.layout import RunDir
 
 SWEEP, PROFILE = "configs/sweep/digits_slurm.yaml", "configs/cluster/demo.yaml"
 OUT = Path("demo/slurm")

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from fitscale.config.errors import UserError
+from fitscale.config.files import read_jsonl
 from fitscale.config.load import load_config
-from fitscale.config.main import exit_code
-from fitscale.config.rundir import RunDir, read_jsonl
-from fitscale.scaling.progress import progress
-from fitscale.train import launch
-from fitscale.train.job import LOG
-from fitscale.train.requeue import FAILED
+from fitscale.config.program import exit_code
+from fitscale.jobs import launch
+from fitscale.jobs.job import LOG
+from fitscale.jobs.requeue import FAILED
+from fitscale.run.layout import RunDir
+from fitscale.run.progress import progress
 
 COLUMNS = ("run", "state", "job", "attempts", "step", "loss", "fd", "images_per_s", "mfu", "left_h", "nodes")
 EVERY_S = 5.0

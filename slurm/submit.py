@@ -14,22 +14,22 @@ import time
 
 from submitit import LocalExecutor
 
-from fitscale.config.claim import check_claim, claim, claimed
-from fitscale.config.cluster import ClusterConfig
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config, load_schema
-from fitscale.config.main import exit_code
-from fitscale.config.rundir import RunDir
+from fitscale.config.program import exit_code
 from fitscale.config.schema import Config
-from fitscale.scaling.progress import pending_evaluations, progress
-from fitscale.train import launch
-from fitscale.train.allocate import machine_of, memory_lack
-from fitscale.train.chain import missing_links, require_same_config, submit_links
-from fitscale.train.inputs import open_data, require_files
-from fitscale.train.job import LOG, TrainJob
-from fitscale.train.plan import Plan, plan, typical_images
-from fitscale.train.plan_report import Utilisation, detail
-from fitscale.train.requeue import FAILED
+from fitscale.jobs import launch
+from fitscale.jobs.allocate import machine_of, memory_lack
+from fitscale.jobs.chain import missing_links, require_same_config, submit_links
+from fitscale.jobs.job import LOG, TrainJob
+from fitscale.jobs.profile import ClusterConfig
+from fitscale.jobs.requeue import FAILED
+from fitscale.plan.preflight import open_data, require_files
+from fitscale.plan.report import Utilisation, detail
+from fitscale.plan.step import Plan, plan, typical_images
+from fitscale.run.claim import check_claim, claim, claimed
+from fitscale.run.layout import RunDir
+from fitscale.run.progress import pending_evaluations, progress
 
 POLL_S = 2.0
 NO_TIMEOUT_MIN = 60 * 24 * 365

@@ -20,22 +20,22 @@ from typing import Any
 
 from submitit import LocalExecutor, LocalJob
 
-from fitscale.config.claim import claimed
-from fitscale.config.cluster import ClusterConfig
 from fitscale.config.errors import UserError, cannot_write
+from fitscale.config.files import write_atomic
 from fitscale.config.load import load_schema
-from fitscale.config.main import exit_code
-from fitscale.config.rundir import write_atomic
+from fitscale.config.program import exit_code
 from fitscale.config.schema import Config
-from fitscale.config.sweep import SweepConfig
 from fitscale.data import sizes
-from fitscale.scaling.ladder import Cell, TokenShares, cells, manifest, table
-from fitscale.scaling.progress import pending_evaluations, progress
-from fitscale.train import launch
-from fitscale.train.allocate import Allocation, allocate
-from fitscale.train.chain import missing_links, require_same_config, submit_links
-from fitscale.train.inputs import open_data, require_files
-from fitscale.train.job import LOG, RunJob
+from fitscale.jobs import launch
+from fitscale.jobs.allocate import Allocation, allocate
+from fitscale.jobs.chain import missing_links, require_same_config, submit_links
+from fitscale.jobs.job import LOG, RunJob
+from fitscale.jobs.ladder import Cell, TokenShares, cells, manifest, table
+from fitscale.jobs.profile import ClusterConfig
+from fitscale.jobs.sweep import SweepConfig
+from fitscale.plan.preflight import open_data, require_files
+from fitscale.run.claim import claimed
+from fitscale.run.progress import pending_evaluations, progress
 
 POLL_S = 1.0
 PLAIN_EVERY_S = 20.0  # between two progress reports where the output is no terminal

@@ -3,21 +3,22 @@
 from pathlib import Path
 from typing import Any
 
-from fitscale.config import circumstances
-from fitscale.config.rundir import RunDir, append_jsonl
+from fitscale.config.files import append_jsonl
 from fitscale.config.schema import Config
+from fitscale.run import comparability
+from fitscale.run.layout import RunDir
 
 
 def record(config: Config, step: int, *metrics: str, **changed: Any) -> None:
     """Add a line for each of `metrics` at `step`; `changed`: entries of the key that the config does not ask for."""
-    weights = circumstances.full_weights_name(config, config.evaluation.weights)
+    weights = comparability.full_weights_name(config, config.evaluation.weights)
     for metric in metrics:
         if metric == "validation_loss":
-            key = circumstances.validation_key(config, weights)
-            key |= dict.fromkeys(circumstances.DATA, "feed")
+            key = comparability.validation_key(config, weights)
+            key |= dict.fromkeys(comparability.DATA, "feed")
         else:
             number = config.evaluation.samples
-            key = circumstances.sample_key(config, weights, config.sampling, config.model.rope, number)
-            key |= dict.fromkeys(circumstances.FILES, "beef")
+            key = comparability.sample_key(config, weights, config.sampling, config.model.rope, number)
+            key |= dict.fromkeys(comparability.FILES, "beef")
         row = {"step": step, "metric": metric, "value": 1.0, "key": key | changed}
         append_jsonl(RunDir(Path(config.run.dir)).evaluations, row)

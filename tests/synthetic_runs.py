@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fitscale.config.files import append_jsonl, write_atomic
 from fitscale.config.load import to_yaml
-from fitscale.config.rundir import RunDir, append_jsonl, write_atomic
 from fitscale.config.schema import (
     BatchConfig,
     Config,
@@ -18,6 +18,7 @@ from fitscale.config.schema import (
     SamplingConfig,
 )
 from fitscale.model import flops
+from fitscale.run.layout import RunDir
 
 SIZES = {"xs": (2, 32, 2), "s": (3, 64, 4), "m": (4, 96, 4), "l": (6, 128, 4)}  # depth, hidden size, heads
 Law = Callable[[float, int], float]  # training FLOPs, parameters -> FD

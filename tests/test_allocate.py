@@ -2,13 +2,13 @@
 
 import pytest
 
-from fitscale.config.cluster import ClusterConfig
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
-from fitscale.config.sweep import LayoutConfig
+from fitscale.jobs.allocate import allocate, machine_of
+from fitscale.jobs.profile import ClusterConfig
+from fitscale.jobs.sweep import LayoutConfig
 from fitscale.model import flops
-from fitscale.train.allocate import allocate, machine_of
-from fitscale.train.plan import plan, typical_images
+from fitscale.plan.step import plan, typical_images
 
 H100 = ClusterConfig("h100", max_nodes=16)
 

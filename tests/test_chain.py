@@ -5,16 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from fitscale.config.claim import claim, claimed
-from fitscale.config.cluster import ClusterConfig
 from fitscale.config.errors import UserError
+from fitscale.config.files import write_atomic
 from fitscale.config.load import load_config
-from fitscale.config.rundir import RunDir, write_atomic
-from fitscale.scaling.progress import pending_evaluations, progress
-from fitscale.train import chain, launch
-from fitscale.train.chain import Link, missing_links, require_same_config, submit_links
-from fitscale.train.launch import Layout, LiveJob, batch_script
-from fitscale.train.requeue import FAILED
+from fitscale.jobs import chain, launch
+from fitscale.jobs.chain import Link, missing_links, require_same_config, submit_links
+from fitscale.jobs.launch import Layout, LiveJob, batch_script
+from fitscale.jobs.profile import ClusterConfig
+from fitscale.jobs.requeue import FAILED
+from fitscale.run.claim import claim, claimed
+from fitscale.run.layout import RunDir
+from fitscale.run.progress import pending_evaluations, progress
 from tests.measured import record
 from tests.tiny import OVERRIDES
 

@@ -11,7 +11,7 @@ import pytest
 from fitscale.cli import build_parser, main
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
-from fitscale.config.main import exit_code
+from fitscale.config.program import exit_code
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ["config", "data", "train", "plan", "sample", "evaluate"]
@@ -63,7 +63,7 @@ def test_what_runs_on_a_login_node_imports_no_torch(program):
     """What they import, that is: no data is named here to be opened."""
     code = f"import sys, runpy; runpy.run_path('slurm/{program}.py'); print(*sys.modules)"
     loaded = set(run("-c", code).stdout.split())
-    assert {"submitit", "fitscale.train.launch"} <= loaded and not loaded & {"torch", "megatron", "deepspeed"}
+    assert {"submitit", "fitscale.jobs.launch"} <= loaded and not loaded & {"torch", "megatron", "deepspeed"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -107,14 +107,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(command, tmp_path):
 def test_a_mistake_under_torchrun_is_printed_once_whichever_rank_meets_it(tmp_path, ranks, grace_s, printed):
     (tmp_path / "program.py").write_text(
         "import os, sys, time\n"
-        "from fitscale.config import main\n"
+        "from fitscale.config import program\n"
         "from fitscale.config.errors import UserError\n"
         "def work():\n"
         f"    if os.environ['RANK'] in {ranks!r}:\n"
         "        raise UserError('a mistake')\n"
         "    time.sleep(60)\n"
-        f"main.GRACE_S = {grace_s}\n"
-        "sys.exit(main.exit_code(work))\n"
+        f"program.GRACE_S = {grace_s}\n"
+        "sys.exit(program.exit_code(work))\n"
     )
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3")
     lines = run(*launcher, tmp_path / "program.py").stderr.splitlines()
@@ -122,7 +122,7 @@ def test_a_mistake_under_torchrun_is_printed_once_whichever_rank_meets_it(tmp_pa
 
 
 def test_a_rank_that_nobody_ends_prints_its_mistake(capsys, monkeypatch):
-    monkeypatch.setattr("fitscale.config.main.GRACE_S", 0.01)
+    monkeypatch.setattr("fitscale.config.program.GRACE_S", 0.01)
     monkeypatch.setenv("RANK", "3")
     assert main(["config", "no.yaml"]) == 2
     assert capsys.readouterr().err == (

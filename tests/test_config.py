@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fitscale.config.claim import claim
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config, to_yaml
-from fitscale.config.rundir import RunDir
 from fitscale.config.schema import Config, EvaluationConfig, ModelConfig
+from fitscale.run.claim import claim
+from fitscale.run.layout import RunDir
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = sorted((CONFIGS / "model").glob("*.yaml"))

@@ -15,13 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fitscale.config.errors import UserError
+from fitscale.config.files import write_atomic
 from fitscale.config.load import load_config, to_yaml
-from fitscale.config.rundir import RunDir, write_atomic
 from fitscale.config.schema import ParallelConfig
 from fitscale.model.export import StoredTensor, list_tensors, write_tensors
 from fitscale.model.fit import FiT
 from fitscale.model.published import load_weights, published_items, save_weights
 from fitscale.parallel.groups import init_parallel
+from fitscale.run.layout import RunDir
 from fitscale.train.checkpoint import complete
 from tests.conftest import ROOT
 from tests.tiny import OVERRIDES, tiny_config

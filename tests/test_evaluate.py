@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fitscale.config.files import read_jsonl
 from fitscale.config.load import load_config
-from fitscale.config.rundir import RunDir, read_jsonl
-from fitscale.data.digits import write_digits
-from fitscale.scaling.progress import pending_evaluations, progress
+from fitscale.prepare.digits import write_digits
+from fitscale.run.layout import RunDir
+from fitscale.run.progress import pending_evaluations, progress
 from tests.conftest import ROOT
 from tests.distributed.spawn import run_ranks
 from tests.test_train import train_here
@@ -30,7 +31,7 @@ def call(*arguments: object) -> None:
 def exit_code_of(*arguments: object) -> int:
     """In a spawned process, which no launcher ends: the program's exit code."""
     from fitscale.cli import main
-    from fitscale.config import main as main_module
+    from fitscale.config import program as main_module
 
     main_module.GRACE_S = 0.0
     return main([str(argument) for argument in arguments])

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fitscale.config.errors import UserError
-from fitscale.eval.features import FeatureNet, rgb
+from fitscale.data.pictures import rgb
+from fitscale.eval.features import FeatureNet
 
 
 class Brightness(torch.nn.Module):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.config.files import read_jsonl
 from fitscale.data.index import build_index
 from fitscale.data.shards import Sample, ShardSetMeta, ShardSetWriter, Variant
+from fitscale.run.layout import RunDir
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [

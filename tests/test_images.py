@@ -20,10 +20,10 @@ from sklearn.datasets import load_sample_images
 from fitscale.config.schema_data import LatentConfig
 from fitscale.data.encode import Decoder, Encoder
 from fitscale.data.index import build_index, open_index
-from fitscale.data.preprocess import Rejected, pictures, with_flips
 from fitscale.data.reader import ShardReader
 from fitscale.data.scan import key_hash
 from fitscale.data.shards import KINDS
+from fitscale.prepare.preprocess import Rejected, pictures, with_flips
 from tests.conftest import ROOT
 from tests.photographs import broken_files, encoded, photograph, tar, tiny_vae, write_photographs
 from tests.programs import run_tool

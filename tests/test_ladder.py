@@ -3,12 +3,12 @@
 import pytest
 
 from fitscale.config.errors import UserError
+from fitscale.config.files import append_jsonl, write_atomic
 from fitscale.config.load import load_schema
-from fitscale.config.rundir import append_jsonl, write_atomic
-from fitscale.config.sweep import SweepConfig
+from fitscale.jobs.ladder import cells, manifest, table, train_flops
+from fitscale.jobs.sweep import SweepConfig
 from fitscale.model import flops
-from fitscale.scaling.ladder import cells, manifest, table, train_flops
-from fitscale.scaling.progress import pending_evaluations, progress
+from fitscale.run.progress import pending_evaluations, progress
 from tests.measured import record
 
 TEXT = """

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fitscale.config.errors import UserError
+from fitscale.data.batch_plan import BatchPlan, single_plan
 from fitscale.data.encode import to_float, unpatchify
 from fitscale.data.index import Index, build_index, open_index
 from fitscale.data.loader import Pack, StepBatch, make_loader
-from fitscale.data.plan import BatchPlan, single_plan
 from fitscale.data.reader import ShardReader
 from fitscale.data.shards import Sample, ShardSetMeta, ShardSetWriter, Variant
 from tests.shard_sets import LATENTS, PIXELS, indexed_set

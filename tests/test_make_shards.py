@@ -9,11 +9,11 @@ from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
 
 from fitscale.config.errors import UserError
-from fitscale.data.digits import SCALES, digit_variants
 from fitscale.data.encode import patchify
 from fitscale.data.index import open_index
 from fitscale.data.reader import ShardReader
 from fitscale.data.scan import key_hash
+from fitscale.prepare.digits import SCALES, digit_variants
 from tests.conftest import ROOT
 
 

@@ -10,16 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fitscale.config.claim import claim
 from fitscale.config.errors import UserError
+from fitscale.config.files import read_jsonl
 from fitscale.config.load import load_config, to_yaml
-from fitscale.config.rundir import RunDir, read_jsonl
 from fitscale.config.schema_data import SourceConfig
+from fitscale.data.batch_plan import BatchPlan, open_plan, places
 from fitscale.data.index import Index
 from fitscale.data.loader import make_loader
-from fitscale.data.plan import BatchPlan, open_plan, places
 from fitscale.data.sizes import token_shares
 from fitscale.data.stream import ImageStream
+from fitscale.run.claim import claim
+from fitscale.run.layout import RunDir
 from tests.distributed.spawn import run_ranks
 from tests.shard_sets import LATENTS, indexed_set
 from tests.test_train import train_here

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fitscale.config.circumstances import ema_name
 from fitscale.config.errors import UserError
 from fitscale.config.schema import OptimConfig
+from fitscale.run.comparability import ema_name
 from fitscale.train.optim import AdamWEMA, freeze_untrained, learning_rate
 
 

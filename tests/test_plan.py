@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fitscale.config.errors import UserError
+from fitscale.data.batch_plan import BatchPlan, GlobalBatch, single_plan
 from fitscale.data.index import Index, IndexMeta, Shard, is_held_out, open_index
-from fitscale.data.plan import BatchPlan, GlobalBatch, single_plan
 from fitscale.data.scan import IMAGE, VARIANT, key_hash
 from fitscale.data.shards import KINDS
 from fitscale.data.stream import random_words, stable_order

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from fitscale.cli import main
-from fitscale.config.devices import DEVICES, device_reported_as, find_device
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config, to_yaml
 from fitscale.model import flops
 from fitscale.model.inventory import inventory
-from fitscale.train.memory import activation_bytes, rank_memory, recomputed_blocks
-from fitscale.train.plan import Machine, layouts, measured_utilisation, plan, typical_images
-from fitscale.train.traffic import step_traffic
+from fitscale.plan.devices import DEVICES, device_reported_as, find_device
+from fitscale.plan.memory import activation_bytes, rank_memory, recomputed_blocks
+from fitscale.plan.step import Machine, layouts, measured_utilisation, plan, typical_images
+from fitscale.plan.traffic import step_traffic
 from tests.shard_sets import LATENTS, indexed_set
 
 ROOT = Path(__file__).parents[1]

@@ -8,13 +8,13 @@ import pytest
 
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config, load_schema
-from fitscale.config.sweep import SweepConfig
+from fitscale.jobs.ladder import cells
+from fitscale.jobs.sweep import SweepConfig
 from fitscale.model import flops
+from fitscale.run.progress import wanted_metrics
 from fitscale.scaling.fitting import fit_law
-from fitscale.scaling.ladder import cells
 from fitscale.scaling.laws import OFFSET
 from fitscale.scaling.planner import PEAK_FLOPS, Economics, assumed, grid, measurements, plan
-from fitscale.scaling.progress import wanted_metrics
 from fitscale.scaling.refusal import Refusal
 from fitscale.scaling.runs import collect
 from fitscale.scaling.table import write_table

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fitscale.data.preprocess import Rejected, area_limited, decode, pictures, with_flips
+from fitscale.prepare.preprocess import Rejected, area_limited, decode, pictures, with_flips
 from tests.photographs import broken_files, encoded, photograph, sixteen_bits
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.config.files import read_jsonl
+from fitscale.run.layout import RunDir
 from tests.distributed.spawn import run_ranks
 from tests.photographs import tiny_vae, write_photographs
 from tests.programs import run_tool

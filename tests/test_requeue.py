@@ -10,13 +10,13 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from fitscale.config.claim import claim
 from fitscale.config.errors import PassingError, UserError
-from fitscale.config.rundir import RunDir
-from fitscale.train import requeue
-from fitscale.train.attempt import Attempt, begin_attempt
-from fitscale.train.job import LOG, EvaluateJob, TrainJob
-from fitscale.train.requeue import FAILED, FAILED_STARTS, SIGNALLED_STARTS, setup_lines, teardown_lines
+from fitscale.jobs import requeue
+from fitscale.jobs.job import LOG, EvaluateJob, TrainJob
+from fitscale.jobs.requeue import FAILED, FAILED_STARTS, SIGNALLED_STARTS, setup_lines, teardown_lines
+from fitscale.run.attempt import Attempt, begin_attempt
+from fitscale.run.claim import claim
+from fitscale.run.layout import RunDir
 from tests.tiny import tiny_config
 
 JOB = "70"

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fitscale.config.errors import UserError
-from fitscale.data.convert import Converter, Job
 from fitscale.data.index import open_index
+from fitscale.prepare.convert import Converter, Job
 from tests.photographs import encoded, photograph, tiny_vae
 from tests.programs import run_tool
 

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from fitscale.config.claim import claim
 from fitscale.config.errors import UserError
+from fitscale.config.files import append_jsonl, read_jsonl, write_atomic
 from fitscale.config.load import load_config
-from fitscale.config.rundir import RunDir, append_jsonl, read_checkpoint, read_jsonl, write_atomic
+from fitscale.run.claim import claim
+from fitscale.run.layout import RunDir, read_checkpoint
 from tests.tiny import OVERRIDES
 
 

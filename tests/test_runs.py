@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from fitscale.config.errors import UserError
+from fitscale.config.files import append_jsonl
 from fitscale.config.load import load_config
-from fitscale.config.rundir import append_jsonl
 from fitscale.model import flops
 from fitscale.scaling.runs import collect, load_table
 from fitscale.scaling.table import data_hash, key_columns, read_table, validate, write_table

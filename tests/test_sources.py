@@ -11,11 +11,11 @@ import pytest
 from pyarrow import parquet
 
 from fitscale.config.errors import UserError
-from fitscale.data.convert import Converter, Job
 from fitscale.data.index import open_index
-from fitscale.data.listing import Source
-from fitscale.data.preprocess import Rejected
-from fitscale.data.sources import list_source
+from fitscale.prepare.convert import Converter, Job
+from fitscale.prepare.listing import Source
+from fitscale.prepare.preprocess import Rejected
+from fitscale.prepare.sources import list_source
 from tests.photographs import encoded, photograph, tar
 
 

@@ -9,10 +9,11 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.config.files import read_jsonl
 from fitscale.config.schema import Config
-from fitscale.data.digits import write_digits
-from fitscale.data.plan import open_plan
+from fitscale.data.batch_plan import open_plan
+from fitscale.prepare.digits import write_digits
+from fitscale.run.layout import RunDir
 from tests.distributed.spawn import run_ranks
 from tests.tiny import tiny_config
 

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fitscale.config.claim import claim
+from fitscale.config.files import append_jsonl
 from fitscale.config.load import load_config
-from fitscale.config.rundir import RunDir, append_jsonl
-from fitscale.train import launch
-from fitscale.train.attempt import begin_attempt
+from fitscale.jobs import launch
+from fitscale.run.attempt import begin_attempt
+from fitscale.run.claim import claim
+from fitscale.run.layout import RunDir
 from tests.tiny import OVERRIDES
 
 ROOT = Path(__file__).parents[1]

@@ -14,14 +14,15 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from fitscale.config.errors import PassingError, UserError
-from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.config.files import read_jsonl
 from fitscale.data import storage
+from fitscale.data.batch_plan import single_plan
 from fitscale.data.index import open_index
 from fitscale.data.loader import make_loader
-from fitscale.data.plan import single_plan
 from fitscale.data.reader import ShardReader
 from fitscale.data.statistics import verify
 from fitscale.data.storage import Cache, retried
+from fitscale.run.layout import RunDir
 from tests.shard_sets import indexed_set
 from tests.tiny import tiny_config
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fitscale.config.claim import claim
+from fitscale.config.files import read_jsonl
 from fitscale.config.load import load_config
-from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.run.claim import claim
+from fitscale.run.layout import RunDir
 from tests.tiny import OVERRIDES
 
 ROOT = Path(__file__).parents[1]

@@ -12,8 +12,9 @@ import pytest
 from safetensors.torch import load_file
 
 from fitscale.config.errors import UserError
-from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.config.files import read_jsonl
 from fitscale.config.schema import Config
+from fitscale.run.layout import RunDir
 from tests.distributed.spawn import context, run_ranks
 from tests.tiny import tiny_config
 

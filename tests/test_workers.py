@@ -3,7 +3,7 @@
 import pytest
 
 from fitscale.config.errors import UserError
-from fitscale.data.workers import find_place
+from fitscale.prepare.workers import find_place
 
 
 def array(own: int, ids: range) -> dict[str, str]:

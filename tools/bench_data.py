@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fitscale.config.main import exit_code
+from fitscale.config.program import exit_code
+from fitscale.data.batch_plan import BatchPlan, single_plan
 from fitscale.data.index import Index, IndexMeta, Shard, build_index, open_index
 from fitscale.data.packing import split
-from fitscale.data.plan import BatchPlan, single_plan
 from fitscale.data.scan import IMAGE, VARIANT
 from fitscale.data.shards import Sample, ShardSetMeta, ShardSetWriter, Variant
 

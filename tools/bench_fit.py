@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pandas as pd
 
-from fitscale.config.main import exit_code
+from fitscale.config.program import exit_code
 from fitscale.scaling.fitting import Fit, Loss, best_of
 from fitscale.scaling.laws import ADDITIVE
 from fitscale.scaling.uncertainty import resample

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from fitscale.config.load import load_config
-from fitscale.config.main import exit_code
+from fitscale.config.program import exit_code
 from fitscale.data.packing import split
-from fitscale.data.preprocess import MULTIPLE, area_limited
 from fitscale.data.waste import bucketed, cost_function, first_fit, packed, padded_to_longest
 from fitscale.model import flops
+from fitscale.prepare.preprocess import MULTIPLE, area_limited
 
 CONFIG = Path(__file__).parents[1] / "configs" / "model" / "xl.yaml"
 PACK_TOKENS = 16384

@@ -25,11 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fitscale.config.errors import UserError
+from fitscale.config.files import read_jsonl, write_atomic
 from fitscale.config.load import load_config, load_schema
-from fitscale.config.main import exit_code
-from fitscale.config.rundir import RunDir, read_jsonl, write_atomic
-from fitscale.config.sweep import SweepConfig
+from fitscale.config.program import exit_code
+from fitscale.jobs.sweep import SweepConfig
 from fitscale.model import flops
+from fitscale.run.layout import RunDir
 
 SWEEP = "configs/sweep/digits.yaml"
 OUT = Path("demo")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fitscale.config.errors import UserError
-from fitscale.config.main import exit_code
+from fitscale.config.program import exit_code
 
 if TYPE_CHECKING:
     from fitscale.scaling.samples import SampleFolder

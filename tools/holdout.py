@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fitscale.config.main import exit_code
+from fitscale.config.program import exit_code
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def holdout(options: argparse.Namespace) -> int:
     """Print (and write) the errors and the ranking; a refusal is a user's error."""
-    from fitscale.config.rundir import write_atomic
+    from fitscale.config.files import write_atomic
     from fitscale.scaling.arguments import conditions, writing
     from fitscale.scaling.holdout import hold_out
     from fitscale.scaling.runs import load_table

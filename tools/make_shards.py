@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from fitscale.config.errors import UserError
-from fitscale.config.main import exit_code
-from fitscale.data.convert import STORES, Converter, Job, is_finished
-from fitscale.data.digits import SCALES, digits_meta, write_digits
+from fitscale.config.program import exit_code
 from fitscale.data.index import build_index, open_index
-from fitscale.data.published_layout import import_layout
-from fitscale.data.summary import summary_text, write_summary
-from fitscale.data.workers import Place, find_place
+from fitscale.prepare.convert import STORES, Converter, Job, is_finished
+from fitscale.prepare.digits import SCALES, digits_meta, write_digits
+from fitscale.prepare.published_layout import import_layout
+from fitscale.prepare.summary import summary_text, write_summary
+from fitscale.prepare.workers import Place, find_place
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fitscale.config.errors import UserError
-from fitscale.config.main import exit_code
+from fitscale.config.program import exit_code
 
 if TYPE_CHECKING:
     from fitscale.scaling.planner import Economics, Outlook, Plan, Prior
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan; write the sweep's YAML if asked."""
-    from fitscale.config.rundir import write_atomic
+    from fitscale.config.files import write_atomic
     from fitscale.model import flops
     from fitscale.scaling.arguments import model_named, require_at_least, writing
     from fitscale.scaling.planner import plan
@@ -79,7 +79,7 @@ def _interval(outlook: "Outlook") -> str:
 
 def _sweep_yaml(answer: "Plan", options: argparse.Namespace) -> str:
     from fitscale.config.load import to_yaml
-    from fitscale.config.sweep import SweepConfig
+    from fitscale.jobs.sweep import SweepConfig
 
     cells = {
         cell.name: [

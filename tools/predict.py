@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fitscale.config.main import exit_code
+from fitscale.config.program import exit_code
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     """Print every law's prediction, cautions first; write them as JSON if asked."""
     import json
 
-    from fitscale.config.rundir import write_atomic
+    from fitscale.config.files import write_atomic
     from fitscale.scaling.arguments import conditions, require_at_least, writing
     from fitscale.scaling.predict import describe, predict
     from fitscale.scaling.runs import load_table

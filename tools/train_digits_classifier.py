@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fitscale.config.main import exit_code
-from fitscale.config.rundir import write_atomic
-from fitscale.data.digits import digit_variants
+from fitscale.config.files import write_atomic
+from fitscale.config.program import exit_code
 from fitscale.data.index import is_held_out
+from fitscale.prepare.digits import digit_variants
 
 SIDE = 16  # images are letterboxed to this many pixels
 FEATURES = 48

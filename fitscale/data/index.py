@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 
 from fitscale.config.errors import UserError
-from fitscale.config.rundir import write_atomic
+from fitscale.config.files import write_atomic
 from fitscale.data.scan import IMAGE, VARIANT, key_hash, member_at, scan_shard
 from fitscale.data.shards import ShardSetMeta, read_meta
 from fitscale.data.storage import Cache, Storage, checksum_of

@@ -17,10 +17,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fitscale.config.errors import UserError
-from fitscale.data.ahead import ShardsAhead
+from fitscale.data.batch_plan import BatchPlan, GlobalBatch
 from fitscale.data.encode import draw_latent, patchify, to_float
 from fitscale.data.packing import PackingStats, padded, split
-from fitscale.data.plan import BatchPlan, GlobalBatch
+from fitscale.data.prefetch import ShardsAhead
 from fitscale.data.reader import CorruptSample, ShardReader
 
 PADDING_SLOT = -1

@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 
 from fitscale.config.errors import UserError
-from fitscale.config.rundir import write_atomic
+from fitscale.config.files import write_atomic
 
 DATASET_FILE = "dataset.json"
 KINDS = ("resize", "crop", "scale")  # the index stores a kind by its position here

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fitscale.config.errors import UserError
+from fitscale.data.batch_plan import single_plan
 from fitscale.data.index import Index
-from fitscale.data.plan import single_plan
 from fitscale.data.storage import checksum_of
 from fitscale.data.waste import Loss, bucketed, cost_function, packed, padded_to_longest
 

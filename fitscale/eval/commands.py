@@ -4,7 +4,6 @@ import argparse
 from dataclasses import asdict, replace
 
 from fitscale.config.errors import UserError
-from fitscale.config.rundir import RunDir
 from fitscale.config.schema import Config, RopeConfig, SamplingConfig
 from fitscale.eval.evaluate import EvaluationOptions, evaluate_run
 from fitscale.eval.folder import check_samples_folder, write_samples
@@ -19,6 +18,7 @@ from fitscale.eval.generate import (
     weights_name,
     with_sampler,
 )
+from fitscale.run.layout import RunDir
 
 
 def run_sample(arguments: argparse.Namespace) -> None:

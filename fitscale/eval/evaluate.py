@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fitscale.config.circumstances import sample_key, validation_key
 from fitscale.config.errors import UserError
-from fitscale.config.rundir import Checkpoint, RunDir, append_jsonl, read_jsonl
+from fitscale.config.files import append_jsonl, read_jsonl
 from fitscale.config.schema import Config, RopeConfig, SamplingConfig
+from fitscale.data.batch_plan import BatchPlan, open_plan
 from fitscale.data.loader import Pack, make_loader
-from fitscale.data.plan import BatchPlan, open_plan
 from fitscale.eval.features import FeatureNet
 from fitscale.eval.frechet import Moments, frechet_distance
 from fitscale.eval.generate import Request, find_checkpoint, generate, load_model, open_run, patches, weights_name
@@ -33,6 +32,8 @@ from fitscale.flow.loss import make_objective
 from fitscale.flow.path import VALIDATION, image_noise, lengths_of
 from fitscale.model import flops
 from fitscale.model.fit import FiT
+from fitscale.run.comparability import sample_key, validation_key
+from fitscale.run.layout import Checkpoint, RunDir
 
 VALIDATION_SEED = 0  # of the held-out images' choice and noise: the same for every run
 

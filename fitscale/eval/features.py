@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from fitscale.config.errors import UserError
+from fitscale.data.pictures import rgb
 
 BATCH = 64  # images per call
 
@@ -72,11 +73,6 @@ class FeatureNet:
                 f"{_first_line(error)}"
             ) from error
         return answer.double().cpu().numpy()
-
-
-def rgb(images: np.ndarray) -> np.ndarray:
-    """(..., 1 or 3) -> (..., 3): grey is repeated."""
-    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
 def _first_line(error: Exception) -> str:

@@ -16,10 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from fitscale.config.errors import UserError
-from fitscale.config.rundir import write_atomic
-from fitscale.eval.features import rgb
+from fitscale.config.files import write_atomic
+from fitscale.data.pictures import rgb, write_contact_sheet, write_png
 from fitscale.eval.generate import Generated
-from fitscale.eval.pictures import write_contact_sheet, write_png
 
 SETTINGS = "samples.json"
 SHEET_IMAGES = 100  # most images on a contact sheet

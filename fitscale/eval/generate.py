@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fitscale.config.circumstances import full_weights_name
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
-from fitscale.config.rundir import Checkpoint, RunDir
 from fitscale.config.schema import Config, ParallelConfig, RopeConfig, SamplingConfig
 from fitscale.data.encode import Decoder, unpatchify
 from fitscale.flow.guidance import PackShape, guided, network_evaluations
@@ -28,6 +26,8 @@ from fitscale.flow.sampler import ImageNoise, one_image_per_pack, sample
 from fitscale.model.fit import FiT
 from fitscale.model.published import load_weights
 from fitscale.parallel.groups import init_parallel, launched_ranks
+from fitscale.run.comparability import full_weights_name
+from fitscale.run.layout import Checkpoint, RunDir
 
 
 @dataclass(frozen=True)

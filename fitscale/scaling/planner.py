@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from fitscale.config.devices import DEVICES
 from fitscale.config.schema import EvaluationConfig, ModelConfig
 from fitscale.model import flops
+from fitscale.plan.devices import DEVICES
 from fitscale.scaling.fitting import Fit, Loss, in_order, refit
 from fitscale.scaling.laws import OFFSET
 from fitscale.scaling.refusal import Refusal

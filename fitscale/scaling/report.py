@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from fitscale.config.errors import UserError
-from fitscale.config.rundir import write_atomic
+from fitscale.config.files import write_atomic
 from fitscale.scaling.figures import figures
 from fitscale.scaling.isoflop import IsoFlop
 from fitscale.scaling.samples import SampleFolder, placed, samples_along_the_curve

@@ -13,10 +13,11 @@ from typing import Any
 import pandas as pd
 
 from fitscale.config.errors import UserError
+from fitscale.config.files import read_jsonl
 from fitscale.config.load import load_config
-from fitscale.config.rundir import RunDir, read_jsonl
 from fitscale.config.schema import Config, ModelConfig
 from fitscale.model import flops
+from fitscale.run.layout import RunDir
 from fitscale.scaling.table import COLUMNS, KEY, read_table, validate
 
 COPIED = (

@@ -13,7 +13,7 @@ from typing import Literal
 import pandas as pd
 
 from fitscale.config.errors import UserError
-from fitscale.config.rundir import write_atomic
+from fitscale.config.files import write_atomic
 
 KEY = "key_"
 

@@ -21,12 +21,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fitscale.config.circumstances import ema_name
 from fitscale.config.errors import UserError
-from fitscale.config.rundir import Checkpoint, RunDir, read_checkpoint
 from fitscale.config.schema import ModelConfig
 from fitscale.model.published import read_items
 from fitscale.parallel.zero import fill_optimizer_state, set_tensor
+from fitscale.run.comparability import ema_name
+from fitscale.run.layout import Checkpoint, RunDir, read_checkpoint
 
 log = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 
 from fitscale.config.errors import UserError
-from fitscale.config.rundir import append_jsonl
+from fitscale.config.files import append_jsonl
 from fitscale.config.schema import HealthConfig
 
 WINDOW = 100  # steps whose median a loss is held against

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fitscale.config.devices import device_reported_as
-from fitscale.config.rundir import RunDir, append_jsonl, read_jsonl, write_atomic
+from fitscale.config.files import append_jsonl, read_jsonl, write_atomic
 from fitscale.config.schema import Config
-from fitscale.train.attempt import Attempt
+from fitscale.plan.devices import device_reported_as
+from fitscale.run.attempt import Attempt
+from fitscale.run.layout import RunDir
 
 WAITING_SHARE = 0.1  # of the time: more is worth a word,
 WAITING_LONGEST_S = 1.0  # and so is a single wait of more than this

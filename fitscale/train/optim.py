@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from fitscale.config.circumstances import ema_name
 from fitscale.config.errors import UserError
 from fitscale.config.schema import OptimConfig
+from fitscale.run.comparability import ema_name
 
 
 class AdamWEMA(torch.optim.AdamW):

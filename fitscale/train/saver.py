@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from fitscale.model.published import published_items, save_weights
 from fitscale.parallel.zero import full_tensor
-from fitscale.train.attempt import Attempt
+from fitscale.run.attempt import Attempt
 from fitscale.train.checkpoint import MOMENTS, complete, fsync, prune_checkpoints, tensor_sets
 
 log = logging.getLogger(__name__)

@@ -23,12 +23,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fitscale.config.claim import claim
 from fitscale.config.errors import UserError
-from fitscale.config.rundir import Checkpoint, RunDir, append_jsonl, write_atomic
+from fitscale.config.files import append_jsonl, write_atomic
 from fitscale.config.schema import Config
+from fitscale.data.batch_plan import BatchPlan
 from fitscale.data.loader import Pack, StepBatch, make_loader
-from fitscale.data.plan import BatchPlan
 from fitscale.flow.loss import image_weights, make_objective
 from fitscale.model import flops
 from fitscale.model.fit import FiT
@@ -38,11 +37,13 @@ from fitscale.parallel.collective import on_rank_zero
 from fitscale.parallel.groups import Topology, init_parallel
 from fitscale.parallel.layers import set_value
 from fitscale.parallel.zero import building, make_engine, optimizer_step
+from fitscale.plan.preflight import open_data, pad_multiple
+from fitscale.run.attempt import begin_attempt
+from fitscale.run.claim import claim
+from fitscale.run.layout import Checkpoint, RunDir
 from fitscale.train import checkpoint as checkpoints
-from fitscale.train import prepare
-from fitscale.train.attempt import begin_attempt
+from fitscale.train import start
 from fitscale.train.health import StepHealth, Watchdog
-from fitscale.train.inputs import open_data, pad_multiple
 from fitscale.train.metrics import Monitor, rewind_metrics
 from fitscale.train.optim import AdamWEMA, freeze_untrained, learning_rate
 from fitscale.train.preempt import Preempted, Preemption
@@ -67,7 +68,7 @@ def train(config: Config, until: int | None = None) -> None:
     plan = open_data(config)
     timeout = timedelta(minutes=config.health.timeout_min)
     topology = init_parallel(config.parallel, config.run.device, timeout)
-    config = prepare.resolve(config, topology.device)
+    config = start.resolve(config, topology.device)
     run = on_rank_zero(lambda: claim(config))
     Trainer(config, run, plan, topology, until).run_to_end()
 
@@ -184,10 +185,10 @@ class Trainer:
 
     def _start_monitor(self, first_step: int) -> Monitor:
         with self.attempt.writing():
-            write_atomic(self.run.environment, json.dumps(prepare.environment(self.topology), indent=1))
+            write_atomic(self.run.environment, json.dumps(start.environment(self.topology), indent=1))
         batch = self.plan.step(first_step)
         tokens = float(np.mean(batch.rows_B * batch.cols_B))
-        print(prepare.start_table(self.config, self.topology, tokens, self._images_used(), first_step), flush=True)
+        print(start.start_table(self.config, self.topology, tokens, self._images_used(), first_step), flush=True)
         return Monitor(self.config, self.attempt, first_step, self.topology.world_size, self.topology.device)
 
     def _images_used(self) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from fitscale.config.rundir import RunDir
 from fitscale.config.schema import Config
+from fitscale.run.layout import RunDir
 from tests.conftest import ROOT
 from tests.distributed.spawn import run_ranks
 from tests.distributed.test_layouts import layout_config, tensors, train_here
@@ -24,9 +24,9 @@ def save_again(config: Config, to: Path) -> None:
     """Load the newest checkpoint of `config.run.dir`, in this layout, and save it to the run directory `to`."""
     from fitscale.parallel.collective import on_rank_zero
     from fitscale.parallel.groups import init_parallel
-    from fitscale.train.attempt import begin_attempt
+    from fitscale.plan.preflight import open_data
+    from fitscale.run.attempt import begin_attempt
     from fitscale.train.checkpoint import newest_checkpoint
-    from fitscale.train.inputs import open_data
     from fitscale.train.trainer import Trainer
 
     run, topology = RunDir(Path(config.run.dir)), init_parallel(config.parallel, config.run.device)

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from fitscale.config.errors import UserError
-from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.config.files import read_jsonl
 from fitscale.config.schema import Config, HealthConfig
 from fitscale.data.index import build_index
 from fitscale.data.shards import Sample, ShardSetMeta, ShardSetWriter, Variant
+from fitscale.run.layout import RunDir
 from fitscale.train.health import HUNG, StepHealth
 from tests.distributed.spawn import context, run_ranks
 from tests.test_train import train_here

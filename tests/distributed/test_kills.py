@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.config.files import read_jsonl
 from fitscale.config.schema import Config
+from fitscale.run.layout import RunDir
 from tests.distributed.spawn import run_ranks
 from tests.distributed.test_health import start_ranks
 from tests.distributed.test_layouts import layout_config, metric, tensors, train_here

@@ -16,12 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.config.files import read_jsonl
 from fitscale.config.schema import Config, ParallelConfig
 from fitscale.model.fit import FiT
 from fitscale.model.initial import initial_items
 from fitscale.model.published import published_items, save_weights
 from fitscale.parallel.groups import init_parallel
+from fitscale.run.layout import RunDir
 from tests.distributed.spawn import run_ranks
 from tests.tiny import tiny_config
 

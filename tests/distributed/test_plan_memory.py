@@ -13,7 +13,7 @@ import torch
 
 from fitscale.config.load import load_config
 from fitscale.config.schema import Config
-from fitscale.train.memory import BUCKET, PERSISTENT, PREFETCH, REUSE, SUB_GROUP, activation_bytes, rank_memory
+from fitscale.plan.memory import BUCKET, PERSISTENT, PREFETCH, REUSE, SUB_GROUP, activation_bytes, rank_memory
 from tests.distributed.spawn import run_ranks
 
 MODEL = [

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from fitscale.config.errors import UserError
-from fitscale.config.rundir import RunDir, append_jsonl, read_jsonl
+from fitscale.config.files import append_jsonl, read_jsonl
 from fitscale.config.schema import Config
+from fitscale.run.attempt import IDLE_ATTEMPTS, TakenOverError, begin_attempt
+from fitscale.run.layout import RunDir
 from fitscale.train import trainer
-from fitscale.train.attempt import IDLE_ATTEMPTS, TakenOverError, begin_attempt
 from fitscale.train.metrics import Monitor
 from tests.distributed.spawn import context, run_ranks
 from tests.distributed.test_health import start_ranks

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fitscale.config.files import read_jsonl
 from fitscale.config.load import load_config
-from fitscale.config.rundir import RunDir, read_jsonl
 from fitscale.config.schema import Config
+from fitscale.run.layout import RunDir
 from tests.distributed.spawn import run_ranks
 from tests.distributed.test_layouts import tensors
 from tests.slurm.cluster import Cluster, end_soon, last_step, saved_step, starts, wait_until, write_profile

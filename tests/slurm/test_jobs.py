@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.config.files import read_jsonl
+from fitscale.run.layout import RunDir
 from tests.slurm.cluster import ROOT, Cluster, end_soon, last_step, saved_step, starts, wait_until, write_profile
 from tests.tiny import OVERRIDES
 

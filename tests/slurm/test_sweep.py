@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.config.files import read_jsonl
+from fitscale.run.layout import RunDir
 from tests.slurm.cluster import Cluster, last_step, starts, wait_until
 from tests.tiny import OVERRIDES
 

@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from fitscale.eval.features import rgb
-
 CELL = 96  # least side of an image on a contact sheet, in pixels; small images are enlarged by whole factors
 GAP = 6
 TITLE = 14  # height of a line of text
+
+
+def rgb(images: np.ndarray) -> np.ndarray:
+    """(..., 1 or 3) -> (..., 3): grey is repeated."""
+    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
 def write_png(path: Path, image: np.ndarray) -> None:

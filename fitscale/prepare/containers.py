@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fitscale.config.errors import UserError
-from fitscale.data.listing import Label, read_listed
-from fitscale.data.preprocess import Rejected
 from fitscale.data.scan import check_end
+from fitscale.prepare.listing import Label, read_listed
+from fitscale.prepare.preprocess import Rejected
 
 MAX_LABEL = 2**31 - 1  # a label is an int32 in the index
 Place = tuple[int, int]  # offset and size of a member's data

@@ -10,15 +10,15 @@ Slurm has not finished with will do. So submitting again is always safe.
 
 from dataclasses import dataclass, replace
 
-from fitscale.config.claim import differing_keys
-from fitscale.config.cluster import ClusterConfig
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
-from fitscale.config.rundir import RunDir
 from fitscale.config.schema import Config
-from fitscale.train.job import EVALUATION_TIMEOUTS, EvaluateJob, Job, TrainJob
-from fitscale.train.launch import Layout, LiveJob, make_executor, submit
-from fitscale.train.requeue import FAILED
+from fitscale.jobs.job import EVALUATION_TIMEOUTS, EvaluateJob, Job, TrainJob
+from fitscale.jobs.launch import Layout, LiveJob, make_executor, submit
+from fitscale.jobs.profile import ClusterConfig
+from fitscale.jobs.requeue import FAILED
+from fitscale.run.claim import differing_keys
+from fitscale.run.layout import RunDir
 
 
 @dataclass(frozen=True)

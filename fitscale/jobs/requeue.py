@@ -9,7 +9,7 @@ meanwhile     the watcher: Slurm ends the job at its time limit, because a rank 
 from pathlib import Path
 from shlex import quote
 
-from fitscale.config.main import USER_ERROR
+from fitscale.config.program import USER_ERROR
 
 FAILED = "failed.txt"  # why a run cannot go on by itself; its presence keeps the job from being queued again
 SIGNALLED_STARTS = 20  # starts of a job that may end by a signal before training begins

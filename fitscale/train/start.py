@@ -13,7 +13,7 @@ import torch
 from fitscale.config.schema import Config
 from fitscale.model import flops
 from fitscale.parallel.groups import Topology
-from fitscale.train.memory import state_bytes
+from fitscale.plan.memory import state_bytes
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "webdataset")
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from fitscale.config.devices import find_device
 from fitscale.config.errors import UserError
+from fitscale.plan.devices import find_device
 
 
 @dataclass(frozen=True)

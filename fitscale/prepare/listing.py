@@ -15,9 +15,9 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from fitscale.config.errors import UserError
-from fitscale.data.preprocess import Rejected
 from fitscale.data.scan import key_hash
 from fitscale.data.storage import retried
+from fitscale.prepare.preprocess import Rejected
 
 Result = TypeVar("Result")
 Label = str | int | Rejected  # a class's name, its number, or why there is neither

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from fitscale.config.devices import Device
 from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
 from fitscale.data.packing import Packing, padded, split
 from fitscale.data.sizes import token_shares
 from fitscale.model import flops
-from fitscale.train.inputs import pad_multiple
-from fitscale.train.memory import RankMemory, rank_memory, recomputed_blocks
-from fitscale.train.traffic import Traffic, exposed_seconds, step_traffic
+from fitscale.plan.devices import Device
+from fitscale.plan.memory import RankMemory, rank_memory, recomputed_blocks
+from fitscale.plan.preflight import pad_multiple
+from fitscale.plan.traffic import Traffic, exposed_seconds, step_traffic
 
 ASSUMED_TOKENS = 256  # FiTv2 at 256 x 256: at most so many
 RESERVED = 2 * 2**30  # CUDA's context, cuBLAS, NCCL's channels and what the allocator loses in fragments

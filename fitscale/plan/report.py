@@ -10,14 +10,15 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from fitscale.config.devices import device_reported_as, find_device
 from fitscale.config.errors import UserError
+from fitscale.config.files import read_jsonl
 from fitscale.config.load import load_config
-from fitscale.config.rundir import RunDir, read_jsonl
 from fitscale.config.schema import Config
 from fitscale.model import flops
-from fitscale.train.memory import Moment, local_parameters
-from fitscale.train.plan import Machine, Plan, layouts, measured_utilisation, plan, typical_images
+from fitscale.plan.devices import device_reported_as, find_device
+from fitscale.plan.memory import Moment, local_parameters
+from fitscale.plan.step import Machine, Plan, layouts, measured_utilisation, plan, typical_images
+from fitscale.run.layout import RunDir
 
 GIB = 2**30
 _PARTS = {

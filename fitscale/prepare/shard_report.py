@@ -10,10 +10,10 @@ from fitscale.config.errors import UserError
 from fitscale.config.schema_data import LatentConfig
 from fitscale.data.encode import Decoder, to_float
 from fitscale.data.index import Index, open_index
+from fitscale.data.pictures import write_contact_sheet
 from fitscale.data.reader import ShardReader
 from fitscale.data.statistics import Drawn, drawn_sizes, label_counts, verify, wasted
-from fitscale.data.summary import plot_histogram, text_histogram
-from fitscale.eval.pictures import write_contact_sheet
+from fitscale.prepare.summary import plot_histogram, text_histogram
 
 SHEET = 24  # images on the contact sheet
 

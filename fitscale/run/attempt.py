@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fitscale.config.errors import UserError
-from fitscale.config.rundir import RunDir, append_jsonl, read_jsonl, write_atomic
+from fitscale.config.files import append_jsonl, read_jsonl, write_atomic
+from fitscale.run.layout import RunDir
 
 IDLE_ATTEMPTS = 5  # starts of one Slurm job at the same step, after which it is not started again
 

@@ -7,14 +7,14 @@ the time there is, and of those that do, the fastest.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from fitscale.config.cluster import ClusterConfig
-from fitscale.config.devices import find_device
 from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
-from fitscale.config.sweep import LayoutConfig
+from fitscale.jobs.launch import Layout, make_layout, on_its_devices
+from fitscale.jobs.profile import ClusterConfig
+from fitscale.jobs.sweep import LayoutConfig
 from fitscale.model import flops
-from fitscale.train.launch import Layout, make_layout, on_its_devices
-from fitscale.train.plan import Machine, Plan, layouts, plan, typical_images
+from fitscale.plan.devices import find_device
+from fitscale.plan.step import Machine, Plan, layouts, plan, typical_images
 
 GIB = 2**30
 

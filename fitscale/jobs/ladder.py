@@ -12,11 +12,11 @@ from typing import Any
 
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
-from fitscale.config.rundir import RunDir
 from fitscale.config.schema import Config
-from fitscale.config.sweep import SweepConfig
+from fitscale.jobs.sweep import SweepConfig
 from fitscale.model import flops
-from fitscale.scaling.progress import wanted_metrics
+from fitscale.run.layout import RunDir
+from fitscale.run.progress import wanted_metrics
 
 TokenShares = Mapping[int, float]  # tokens of an image: share of the images that have so many; shares sum to 1
 Tokens = Callable[[Config], TokenShares]  # of the data that a config names

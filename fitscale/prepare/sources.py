@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fitscale.config.errors import UserError
-from fitscale.data.containers import Parquets, Tars, number_of
-from fitscale.data.listing import Label, Reader, Source, read_listed
-from fitscale.data.preprocess import Rejected
+from fitscale.prepare.containers import Parquets, Tars, number_of
+from fitscale.prepare.listing import Label, Reader, Source, read_listed
+from fitscale.prepare.preprocess import Rejected
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".avif", ".ppm")
 

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from fitscale.config.circumstances import is_as_configured
-from fitscale.config.rundir import RunDir, read_jsonl
+from fitscale.config.files import read_jsonl
 from fitscale.config.schema import Config
+from fitscale.run.comparability import is_as_configured
+from fitscale.run.layout import RunDir
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ linears fan out). Sequence parallelism gathers or scatters instead: five times f
 
 from dataclasses import dataclass
 
-from fitscale.config.devices import Device
 from fitscale.config.schema import Config
-from fitscale.train import memory
+from fitscale.plan import memory
+from fitscale.plan.devices import Device
 
 LINK_SHARE = 0.8  # of a link's rate that large collectives reach; NCCL's own tests show about so much
 BACKWARD_SHARE = 2 / 3  # of a pass forward and backward

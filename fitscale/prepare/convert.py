@@ -25,13 +25,13 @@ import numpy as np
 from tqdm import tqdm
 
 from fitscale.config.errors import UserError
-from fitscale.config.rundir import write_atomic
+from fitscale.config.files import write_atomic
 from fitscale.data.index import Scanned, build_index, scan
-from fitscale.data.listing import Item, Source
-from fitscale.data.preprocess import MULTIPLE, RESIZE, Picture, Rejected, pictures, with_flips
 from fitscale.data.scan import key_hash
 from fitscale.data.shards import DATASET_FILE, Sample, ShardSetMeta, Variant, write_shard
-from fitscale.data.sources import list_source
+from fitscale.prepare.listing import Item, Source
+from fitscale.prepare.preprocess import MULTIPLE, RESIZE, Picture, Rejected, pictures, with_flips
+from fitscale.prepare.sources import list_source
 
 STORES = ("moments", "sample")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fitscale.config.rundir import read_jsonl, write_atomic
+from fitscale.config.files import read_jsonl, write_atomic
 from fitscale.data.index import IndexMeta, open_index
 
 BAR = 40  # characters of the longest bar

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fitscale.config.errors import UserError, cannot_write
+from fitscale.config.files import write_atomic
 from fitscale.config.load import load_config, to_yaml
-from fitscale.config.rundir import RunDir, write_atomic
 from fitscale.config.schema import Config
+from fitscale.run.layout import RunDir
 
 # What may differ when a run goes on: where and how fast it runs, never what it computes.
 _MAY_CHANGE = {"parallel", "checkpoint", "evaluation", "sampling", "health", "profile", "wandb"}

@@ -22,10 +22,10 @@ from submitit.helpers import DelayedSubmission
 
 from fitscale.config.errors import PassingError, UserError
 from fitscale.config.load import load_config
-from fitscale.config.main import USER_ERROR
-from fitscale.config.rundir import RunDir
+from fitscale.config.program import USER_ERROR
 from fitscale.config.schema import Config
-from fitscale.train.requeue import FAILED
+from fitscale.jobs.requeue import FAILED
+from fitscale.run.layout import RunDir
 
 LOG = "log.txt"
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -126,7 +126,7 @@ class TrainJob(Job):
 
     def _note(self, error: UserError) -> None:
         """Leave word that the run cannot go on; any rank may meet what the others do not, such as a corrupt image."""
-        from fitscale.train.attempt import TakenOverError, is_taken_over
+        from fitscale.run.attempt import TakenOverError, is_taken_over
 
         if not isinstance(error, TakenOverError | PassingError) and not is_taken_over(RunDir(self.run_dir)):
             (self.run_dir / FAILED).write_text(f"{error}\n")

@@ -16,12 +16,13 @@ from typing import Any
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from fitscale.config.cluster import ClusterConfig
 from fitscale.config.errors import UserError, cannot_write
-from fitscale.config.rundir import RunDir, append_jsonl, read_jsonl
+from fitscale.config.files import append_jsonl, read_jsonl
 from fitscale.config.schema import Config
-from fitscale.train.job import Job
-from fitscale.train.requeue import setup_lines, teardown_lines
+from fitscale.jobs.job import Job
+from fitscale.jobs.profile import ClusterConfig
+from fitscale.jobs.requeue import setup_lines, teardown_lines
+from fitscale.run.layout import RunDir
 
 # submitit counts timeouts against a budget; here attempts without progress are what ends a job (train/attempt.py).
 ANY_NUMBER = 10**6

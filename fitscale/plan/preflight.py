@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
+from fitscale.data.batch_plan import BatchPlan, open_plan
 from fitscale.data.index import Index
-from fitscale.data.plan import BatchPlan, open_plan
 
 
 def open_data(config: Config) -> BatchPlan:
