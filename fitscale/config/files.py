@@ -3,6 +3,9 @@
 import fcntl
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +18,31 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """Replace `path` by `data` in one step: a reader, or a crash, sees the old file or the new one."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, to write a file or to fill a folder at; it becomes `path` if all goes well.
+
+    In one step: a reader, or a crash, sees what was there before or what is new, and whatever is raised inside leaves
+    nothing behind. A file is on the disk before it is renamed. The temporary name keeps the suffix, by which libraries
+    choose a format; a folder at `path` has to be empty or absent.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    _remove(temporary)  # of a process that was killed, whose number has come back
     try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        if temporary.is_file():
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        _remove(temporary)
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Replace the file `path` by `data`, as `replacing` does."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
@@ -49,3 +64,10 @@ def _last_byte(file: Any) -> bytes:
 def _after_last_newline(file: Any) -> int:
     file.seek(0)
     return file.read().rfind(b"\n") + 1
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
