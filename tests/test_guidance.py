@@ -15,7 +15,7 @@ from fitscale.flow.sampler import ImageNoise, sample
 from fitscale.model.fit import FiT
 from fitscale.model.published import from_published
 from fitscale.parallel.groups import init_parallel
-from fitscale.parallel.layers import own_piece
+from fitscale.parallel.layers import tp_shard
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 PACK = PackShape(torch.tensor([1, 2]), torch.tensor([[1, 3], [2, 1]]), torch.tensor([0, 3, 5]))
@@ -88,7 +88,7 @@ class Published:
         self.model = FiT(self.config, ParallelConfig())
         with torch.no_grad():
             for key, parameter in self.model.named_parameters():
-                parameter.copy_(own_piece(parameter, from_published(key, self.tensors[f"param.{key}"], self.config)))
+                parameter.copy_(tp_shard(parameter, from_published(key, self.tensors[f"param.{key}"], self.config)))
         self.sizes_S2 = self.tensors["size"]
         self.lengths = self.sizes_S2.prod(1).tolist()
 

@@ -14,7 +14,7 @@ from fitscale.model.fit import FiT
 from fitscale.model.initial import initial_items
 from fitscale.model.published import load_weights, published_items, save_weights
 from fitscale.parallel import groups
-from fitscale.parallel.layers import enter_sharded, full_tensor, gather_tokens, scatter_tokens
+from fitscale.parallel.layers import enter_sharded, gather_tokens, gather_tp, scatter_tokens
 from tests.distributed.spawn import run_ranks
 from tests.reference import Reference, load_reference
 
@@ -55,7 +55,7 @@ def outcome(reference: Reference, model: FiT, images):
     target = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
     loss = (output - target).square().mean()
     loss.backward()
-    grads = {k: full_tensor(p, p.grad) for k, p in model.named_parameters() if p.grad is not None}
+    grads = {k: gather_tp(p, p.grad) for k, p in model.named_parameters() if p.grad is not None}
     return output.detach(), loss.detach(), grads
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fitscale.model.fit import FiT
-from fitscale.parallel.layers import full_shape, own_piece
+from fitscale.parallel.layers import full_shape, tp_shard
 
 EMBEDDING_STD = 0.02
 # Layers that start at zero, so that a block starts as the identity and the output as zero.
@@ -23,7 +23,7 @@ _NORMAL = ("y_embedder.embedding_table.weight", "t_embedder.mlp.0.weight", "t_em
 def initial_items(model: FiT, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """(parameter, this rank's piece of its initial fp32 tensor), one at a time, on the CPU."""
     for name, param in model.named_parameters():
-        yield param, own_piece(param, _draw(name, full_shape(param), seed, model.config.adaln_rank))
+        yield param, tp_shard(param, _draw(name, full_shape(param), seed, model.config.adaln_rank))
 
 
 def _draw(name: str, shape: tuple[int, ...], seed: int, adaln_rank: int | None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fitscale.config.errors import UserError
 from fitscale.config.schema import ModelConfig
 from fitscale.model.fit import FiT
-from fitscale.parallel.layers import full_shape, full_tensor, own_piece, set_value
+from fitscale.parallel.layers import full_shape, gather_tp, set_value, tp_shard
 
 _LISTED_KEYS = 10
 
@@ -47,7 +47,7 @@ def read_items(model: FiT, path: Path) -> Iterator[tuple[nn.Parameter, Tensor]]:
             files = _open_files(path, stack)
             check_keys(model, {key: tuple(file.get_slice(key).get_shape()) for key, file in files.items()}, path)
             for name, param in model.named_parameters():
-                yield param, own_piece(param, from_published(name, files[name].get_tensor(name), model.config))
+                yield param, tp_shard(param, from_published(name, files[name].get_tensor(name), model.config))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: cannot be read as safetensors weights: {error}") from error
 
@@ -62,7 +62,7 @@ def published_items(model: FiT, get: Callable[[nn.Parameter], Tensor] = Tensor.d
         get: what to export of a parameter, laid out as the parameter of this rank: itself, an average of it ...
     """
     for name, param in model.named_parameters():
-        yield name, to_published(name, full_tensor(param, get(param)).float(), model.config)
+        yield name, to_published(name, gather_tp(param, get(param)).float(), model.config)
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -113,7 +113,7 @@ def full_shape(param: Tensor) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def full_tensor(param: Tensor, value: Tensor) -> Tensor:
+def gather_tp(param: Tensor, value: Tensor) -> Tensor:
     """`value`, this rank's piece laid out as `param` (its weight, average, gradient), joined over TP on every TP rank.
 
     A collective operation of the TP group; `value` must be on the group's device.
@@ -125,8 +125,8 @@ def full_tensor(param: Tensor, value: Tensor) -> Tensor:
     return torch.cat(pieces, dim=param.partition_dim)  # type: ignore[attr-defined]
 
 
-def own_piece(param: Tensor, full: Tensor) -> Tensor:
-    """This rank's piece of a full tensor: the inverse of `full_tensor`."""
+def tp_shard(param: Tensor, full: Tensor) -> Tensor:
+    """This rank's piece of a full tensor: the inverse of `gather_tp`."""
     if not _is_split(param):
         return full
     return full.chunk(tp_size(), dim=param.partition_dim)[tp_rank()]  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
     FiT + AdamWEMA -> make_engine -> engine(inputs), engine.backward(loss), engine.step()
                                          |
-                      full_tensor(engine, parameter, key) -> one whole fp32 tensor, on every data-parallel rank
+                      gather_dp(engine, parameter, key) -> one whole fp32 tensor, on every data-parallel rank
 
 DeepSpeed's ZeRO shards the optimizer: stage 1 its state, stage 2 the gradients too, stage 3 the weights as well.
 """
@@ -84,7 +84,7 @@ def _gradient_norm(model: torch.nn.Module) -> float:
     return float((shards.cpu() + squares[1]).sqrt())
 
 
-def full_tensor(engine: Any, parameter: torch.nn.Parameter, key: str | None = None) -> torch.Tensor:
+def gather_dp(engine: Any, parameter: torch.nn.Parameter, key: str | None = None) -> torch.Tensor:
     """The whole fp32 value of `parameter`, or of its optimizer state `key`, gathered over data-parallel ranks.
 
     A collective: every rank calls it for the same parameters in the same order. Tensor-parallel shards stay shards.

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from fitscale.model.published import published_items, save_weights
-from fitscale.parallel.zero import full_tensor
+from fitscale.parallel.zero import gather_dp
 from fitscale.run.attempt import Attempt
 from fitscale.train.checkpoint import MOMENTS, complete, fsync, prune_checkpoints, tensor_sets
 
@@ -142,7 +142,7 @@ def _owned_items(engine: Any, key: str | None) -> Iterator[tuple[str, torch.Tens
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
     def value(parameter: torch.nn.Parameter) -> torch.Tensor:
-        tensor = full_tensor(engine, parameter, key)
+        tensor = gather_dp(engine, parameter, key)
         return tensor.zero_() if key in MOMENTS and not parameter.requires_grad else tensor
 
     items = published_items(engine.module, value)

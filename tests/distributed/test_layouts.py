@@ -118,7 +118,7 @@ def test_fp32_layout_equals_one_process(tmp_path, digits_shards, one_process, la
 
 def train_and_hash_replicated(config: Config) -> dict[str, str]:
     """Trains; digests of the parameters that tensor parallelism keeps whole on every rank."""
-    from fitscale.parallel.zero import full_tensor
+    from fitscale.parallel.zero import gather_dp
     from fitscale.train import trainer
 
     built = []
@@ -126,7 +126,7 @@ def train_and_hash_replicated(config: Config) -> dict[str, str]:
     trainer.Trainer.run_to_end = lambda self: (original(self), built.append(self.engine))[0]
     train_here(config)
     named = built[0].module.named_parameters()
-    values = {name: full_tensor(built[0], p) for name, p in named if not getattr(p, "tensor_model_parallel", False)}
+    values = {name: gather_dp(built[0], p) for name, p in named if not getattr(p, "tensor_model_parallel", False)}
     return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in values.items()}
 
 
