@@ -8,14 +8,17 @@ import torch
 from safetensors import safe_open
 from torchdiffeq import odeint
 
-from fitscale.config.schema import GuidanceConfig, ModelConfig, ParallelConfig, RopeConfig, SamplingConfig
+from fitscale.config.schema import GuidanceConfig, ParallelConfig, SamplingConfig
 from fitscale.data.encode import unpatchify
 from fitscale.flow.guidance import PackShape, guidance_scale, guided, network_evaluations
 from fitscale.flow.sampler import ImageNoise, sample
-from fitscale.model.fit import FiT
-from fitscale.model.published import from_published
+from fitscale.model.backbone import parameter_table
+from fitscale.model.build import build_network
+from fitscale.model.common.layout import pack_layout
+from fitscale.model.common.rope_config import RopeConfig
+from fitscale.model.fit.config import FitConfig
+from fitscale.model.weights import from_published
 from fitscale.parallel.groups import init_parallel
-from fitscale.parallel.layers import tp_shard
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 PACK = PackShape(torch.tensor([1, 2]), torch.tensor([[1, 3], [2, 1]]), torch.tensor([0, 3, 5]))
@@ -27,10 +30,10 @@ class Network:
     def __init__(self):
         self.tokens = []
 
-    def __call__(self, x_TC, t_S, labels_S, sizes_S2, cu_seqlens):
+    def __call__(self, x_TC, t_S, pack):
         self.tokens.append(len(x_TC))
-        per_image = t_S + 10 * labels_S + 100 * sizes_S2[:, 0]
-        return x_TC * per_image.repeat_interleave(cu_seqlens.diff())[:, None]
+        per_image = t_S + 10 * pack.labels_S + 100 * pack.sizes_S2[:, 0]
+        return x_TC * per_image.repeat_interleave(pack.cu_seqlens.diff())[:, None]
 
 
 def function(network, **guidance):
@@ -78,17 +81,18 @@ class Published:
             decouple=settings.get("decouple", False),
             original_length=settings.get("ori_max_pe_len", 16),
         )
-        self.config = ModelConfig(
+        self.config = FitConfig(
             depth=settings["depth"],
             hidden_size=settings["hidden_size"],
             num_heads=settings["num_heads"],
             num_classes=settings["num_classes"],
             rope=rope,
         )
-        self.model = FiT(self.config, ParallelConfig())
+        self.model = build_network(self.config, ParallelConfig())
         with torch.no_grad():
-            for key, parameter in self.model.named_parameters():
-                parameter.copy_(tp_shard(parameter, from_published(key, self.tensors[f"param.{key}"], self.config)))
+            parameters = dict(self.model.named_parameters())
+            for entry in parameter_table(self.config):
+                parameters[entry.name].copy_(from_published(entry, self.tensors[f"param.{entry.name}"]))
         self.sizes_S2 = self.tensors["size"]
         self.lengths = self.sizes_S2.prod(1).tolist()
 
@@ -99,7 +103,10 @@ class Published:
         starts = torch.tensor([0, *self.lengths[:images]]).cumsum(0).int()
         shape = PackShape(self.tensors["y"][:images], self.sizes_S2[:images], starts)
         settings = GuidanceConfig(**guidance)
-        return guided(self.model, shape, settings, no_class=10, patch_size=2, model_time=lambda t: t)
+        network = lambda x, t, pack: self.model(  # noqa: E731
+            x, t, pack.labels_S, pack_layout(pack.sizes_S2, pack.cu_seqlens, x.device)
+        )[-1]
+        return guided(network, shape, settings, no_class=10, patch_size=2, model_time=lambda t: t)
 
 
 @pytest.fixture(scope="module", params=["fitv2_tiny", "fitv2_hr_tiny"])

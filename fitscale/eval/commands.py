@@ -4,7 +4,7 @@ import argparse
 from dataclasses import asdict, replace
 
 from fitscale.config.errors import UserError
-from fitscale.config.schema import Config, RopeConfig, SamplingConfig
+from fitscale.config.schema import Config, ModelConfig, SamplingConfig
 from fitscale.eval.evaluate import EvaluationOptions, evaluate_run
 from fitscale.eval.folder import check_samples_folder, write_samples
 from fitscale.eval.generate import (
@@ -32,8 +32,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
         raise UserError(f"--count: {arguments.count} is too small, the least is 1")
     requests = [Request(i, labels[i % len(labels)], rows, cols) for i in range(arguments.count)]
     sampling = with_sampler(config.sampling, arguments.method, arguments.steps, arguments.guidance, arguments.power)
-    config = replace(config, sampling=sampling)  # checks that the method goes with the model
-    rope = _rope(config, arguments)
+    config = replace(config, sampling=sampling, model=_model(config, arguments))  # checks that they go together
     size = f"{arguments.height}x{arguments.width}"
     out = arguments.out or run.samples / _name(arguments, checkpoint.step, weights, sampling)
     check_samples_folder(out)
@@ -44,10 +43,10 @@ def run_sample(arguments: argparse.Namespace) -> None:
         "height": arguments.height,
         "width": arguments.width,
         "seed": arguments.seed,
-        "rope": asdict(rope),
+        "model": asdict(config.model),
         "sampling": asdict(sampling),
     }
-    model = load_model(config, checkpoint.weights(weights), arguments.device, rope)
+    model = load_model(config, checkpoint.weights(weights), arguments.device)
     drawn = generate(model, config, sampling, requests, arguments.seed)
     title = f"{config.run.name} step {checkpoint.step} {weights} {size}"
     nfe = write_samples(out, drawn, [request.label for request in requests], settings, title)
@@ -65,12 +64,13 @@ def _name(arguments: argparse.Namespace, step: int, weights: str, sampling: Samp
     return "_".join(parts)
 
 
-def _rope(config: Config, arguments: argparse.Namespace) -> RopeConfig:
+def _model(config: Config, arguments: argparse.Namespace) -> ModelConfig:
+    """The run's model, with positions as asked for."""
     if arguments.decouple and arguments.rope is None:
         raise UserError("--decouple: goes with --rope")
     if arguments.rope is None:
-        return config.model.rope
-    return replace(config.model.rope, method=arguments.rope, decouple=arguments.decouple)
+        return config.model
+    return config.model.with_positions(arguments.rope, arguments.decouple)
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
@@ -85,7 +85,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         features=arguments.features or config.evaluation.features,
         reference=arguments.reference or config.evaluation.reference,
         sampling=with_sampler(config.sampling, arguments.method, arguments.steps, arguments.guidance, arguments.power),
-        rope=_rope(config, arguments),
+        model=_model(config, arguments),
         size=_size(arguments),
         seed=arguments.seed,
         device=arguments.device,

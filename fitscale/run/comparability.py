@@ -6,7 +6,7 @@ words: the evaluation writes them into evaluations.jsonl, and who asks what is s
 
 from typing import Any
 
-from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, RopeConfig, SamplingConfig
+from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, SamplingConfig
 
 DATA = ("data",)  # the shards: of the held-out images, or of the labels and sizes that are generated
 FILES = ("data", "features", "reference")
@@ -39,12 +39,17 @@ def sample_key(
     config: Config,
     weights: str,
     sampling: SamplingConfig,
-    rope: RopeConfig,
+    positions: str,
     samples: int,
     size: tuple[int, int] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Of what is measured on `samples` generated images; `size` is (height, width), None for those of the data set."""
+    """Of what is measured on `samples` generated images.
+
+    Args:
+        positions: as `ModelConfig.positions` calls them.
+        size: (height, width) in pixels, None for those of the data set.
+    """
     latent = config.data.latent
     adaptive = sampling.method in ADAPTIVE_SAMPLERS
     return {
@@ -56,7 +61,7 @@ def sample_key(
         "guidance_channels": sampling.guidance.channels,
         "guidance_power": sampling.guidance.power,
         "decoder": latent.kind if latent.vae is None else latent.vae,
-        "rope": rope.method + (" decoupled" if rope.decouple else ""),
+        "rope": positions,
         "resolution": "dataset" if size is None else "x".join(map(str, size)),
         "samples": samples,
         "seed": seed,
@@ -71,5 +76,5 @@ def is_as_configured(config: Config, metric: str, key: dict[str, Any]) -> bool:
     if metric == "validation_loss":
         asked = validation_key(config, weights)
     else:
-        asked = sample_key(config, weights, config.sampling, config.model.rope, evaluation.samples)
+        asked = sample_key(config, weights, config.sampling, config.model.positions, evaluation.samples)
     return key == asked | {name: key.get(name) for name in hashes} and all(key.get(name) for name in hashes)

@@ -1,7 +1,7 @@
 """Training, from a config to a finished run directory.
 
 1. Open the shards' index; check config, data and run directory before anything is written.
-2. Build FiT, AdamW with its averages, and the DeepSpeed engine; resume from the newest complete checkpoint.
+2. Build the network, AdamW with its averages, and the DeepSpeed engine; resume from the newest complete checkpoint.
 3. For every step: the batch plan's packs of this rank -> loss of each pack -> backward -> one optimizer step.
 4. Log; save at the checkpoint and evaluation steps; keep what evaluation needs.
 
@@ -30,9 +30,10 @@ from fitscale.data.batch_plan import BatchPlan
 from fitscale.data.loader import Pack, StepBatch, make_loader
 from fitscale.flow.loss import image_weights, make_objective
 from fitscale.model import flops
-from fitscale.model.fit import FiT
-from fitscale.model.initial import initial_items
-from fitscale.model.published import read_items
+from fitscale.model.build import build_network
+from fitscale.model.common.layout import pack_layout
+from fitscale.model.init import initial_items
+from fitscale.model.weights import read_items
 from fitscale.parallel.collective import on_rank_zero
 from fitscale.parallel.groups import Topology, init_parallel
 from fitscale.parallel.layers import set_value
@@ -84,7 +85,7 @@ class Trainer:
     ) -> None:
         self.config, self.run, self.plan, self.topology = config, run, plan, topology
         self.last_step = min(config.run.steps, until or config.run.steps)
-        self.objective = make_objective(config.flow, config.model.num_classes)
+        self.objective = make_objective(config.flow, config.model)
         self.totals: dict[str, Any] = dict.fromkeys(TOTALS, 0)
         self.evaluation_steps = set(config.evaluation.steps(config.run.steps))
         keep_steps = self.evaluation_steps | {config.run.steps}
@@ -105,10 +106,10 @@ class Trainer:
         return found
 
     def _build_engine(self, found: Checkpoint | None) -> Any:
-        """FiT (weights of `found`, of `run.init_weights` or fresh), its optimizer, and DeepSpeed around both."""
+        """The network (weights of `found`, `run.init_weights` or fresh), its optimizer, and DeepSpeed around both."""
         config = self.config
         with building(config.parallel, config.optim, self.topology):
-            model = FiT(config.model, config.parallel)
+            model = build_network(config.model, config.parallel)
         start = found.weights("raw") if found else config.run.init_weights
         for parameter, piece in read_items(model, Path(start)) if start else initial_items(model, config.run.seed):
             set_value(parameter, piece)
@@ -293,8 +294,9 @@ class Trainer:
             seed=self.config.run.seed,
             step=step,
         )
-        output_TC = self.engine(inputs.x_TC, inputs.t_S, inputs.labels_S, pack.sizes_S2, pack.cu_seqlens)
-        loss_S = self.objective.loss_S(output_TC, inputs, pack.cu_seqlens)
+        layout = pack_layout(pack.sizes_S2, pack.cu_seqlens, device, self.config.parallel.sequence_parallel)
+        outputs = self.engine(inputs.x_TC, inputs.t_S, inputs.labels_S, layout)
+        loss_S = self.objective.loss_S(outputs, inputs, pack.cu_seqlens)
         weight_S = image_weights(self.config.loss.reduction, pack.cu_seqlens, pack.slots_S, images, tokens).to(device)
         return loss_S, (weight_S * loss_S).sum()
 
