@@ -8,6 +8,8 @@ from typing import Any
 
 from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, RopeConfig, SamplingConfig
 
+# How ddpm and ddim spaced their steps before `sampling.spacing`: their keys name none. So keys stay comparable.
+_UNNAMED_SPACING = {"ddpm": "linspace", "ddim": "trailing"}
 DATA = ("data",)  # the shards: of the held-out images, or of the labels and sizes that are generated
 FILES = ("data", "features", "reference")
 
@@ -45,7 +47,7 @@ def sample_key(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Of what is measured on `samples` generated images; `size` is (height, width), None for those of the data set."""
-    latent = config.data.latent
+    latent, spacing = config.data.latent, sampling.timestep_spacing
     adaptive = sampling.method in ADAPTIVE_SAMPLERS
     return {
         "weights": weights,
@@ -53,13 +55,14 @@ def sample_key(
         "steps": sampling.steps,
         "tolerances": [sampling.rtol, sampling.atol] if adaptive else None,
         "guidance": sampling.guidance.scale,
-        "guidance_channels": sampling.guidance.channels,
+        "guidance_channels": sampling.guidance.guided_channels(config.model.in_channels),
         "guidance_power": sampling.guidance.power,
         "decoder": latent.kind if latent.vae is None else latent.vae,
         "rope": rope.method + (" decoupled" if rope.decouple else ""),
         "resolution": "dataset" if size is None else "x".join(map(str, size)),
         "samples": samples,
         "seed": seed,
+        **({} if spacing == _UNNAMED_SPACING.get(sampling.method) else {"spacing": spacing}),
     }
 
 
