@@ -4,7 +4,7 @@
 raises `UserError` with the key's full path and the values that would be valid.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import gcd
 
 from fitscale.config.checks import at_least, between, choice
@@ -14,6 +14,9 @@ from fitscale.config.schema_data import DataConfig
 ODE_SAMPLERS = ("euler", "heun", "dopri5", "sde")
 DDPM_SAMPLERS = ("ddpm", "ddim")
 ADAPTIVE_SAMPLERS = ("dopri5",)  # choose their steps from the error over all that they integrate
+SPACINGS = ("linspace", "leading", "trailing")
+_PUBLISHED_SPACING = {"ddpm": "linspace", "ddim": "leading"}  # respacing "N" and "ddimN" of FiT v1's and DiT's code
+_OWN_TIMES = {"rectified": "logit_normal", "ddpm": "uniform"}
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,26 @@ class FlowConfig:
     """The generative process that is learned."""
 
     kind: str = "rectified"  # rectified: velocity of a straight path; ddpm: epsilon with learned sigma (FiT)
-    time_distribution: str = "logit_normal"
+    time_distribution: str | None = None  # logit_normal or uniform; None = the kind's own (ddpm: uniform)
     label_drop: float = 0.1  # share of labels replaced by "no class" in training
 
     def __post_init__(self) -> None:
         choice("flow.kind", self.kind, ("rectified", "ddpm"))
-        choice("flow.time_distribution", self.time_distribution, ("logit_normal", "uniform"))
+        choice("flow.time_distribution", self.times, ("logit_normal", "uniform"))
         between("flow.label_drop", self.label_drop, 0.0, 1.0)
+
+    @property
+    def times(self) -> str:
+        """`time_distribution`, or the kind's own."""
+        return self.time_distribution or _OWN_TIMES[self.kind]
+
+    def check_new_run(self) -> None:
+        """Raises UserError for what runs of earlier versions hold, and can go on with, but no new run may have."""
+        if self.kind == "ddpm" and self.times != "uniform":
+            raise UserError(
+                f"flow.time_distribution: {self.times} does not go with flow.kind = ddpm, which draws its "
+                "steps uniformly; leave it out, or give uniform"
+            )
 
 
 @dataclass(frozen=True)
@@ -117,7 +133,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its schedule, and the averages of the weights."""
+    """AdamW, its schedule, and the EMA of the weights."""
 
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
@@ -214,12 +230,16 @@ class GuidanceConfig:
     """Classifier-free guidance."""
 
     scale: float = 1.0  # 1 = no guidance
-    channels: int = 3  # guidance acts on the first so many channels of the latent (published: 3 of 4)
+    channels: int | None = None  # guidance acts on the first so many of the latent's; None = all, but at most 3 (of 4)
     power: float = 0.0  # exponent p of the power-cosine scale; 0 = constant scale
 
     def __post_init__(self) -> None:
-        at_least("sampling.guidance.channels", self.channels, 1)
+        at_least("sampling.guidance.channels", self.guided_channels(1), 1)
         at_least("sampling.guidance.power", self.power, 0.0)
+
+    def guided_channels(self, in_channels: int) -> int:
+        """How many of `in_channels` are guided: as the published code has it (3 of 4) unless `channels` says so."""
+        return min(3, in_channels) if self.channels is None else self.channels
 
 
 @dataclass(frozen=True)
@@ -228,6 +248,7 @@ class SamplingConfig:
 
     method: str = "euler"
     steps: int = 50  # integration steps (for dopri5: output points, its step size is its own)
+    spacing: str | None = None  # which of the 1000 steps ddpm and ddim take; None = published: linspace, leading
     rtol: float = 1e-3  # dopri5
     atol: float = 1e-6  # dopri5
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
@@ -235,6 +256,15 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         choice("sampling.method", self.method, ODE_SAMPLERS + DDPM_SAMPLERS)
         at_least("sampling.steps", self.steps, 1)
+        if self.spacing is not None:
+            choice("sampling.spacing", self.spacing, SPACINGS)
+            if self.method not in DDPM_SAMPLERS:
+                raise UserError(f"sampling.spacing: goes with {' and '.join(DDPM_SAMPLERS)}, not with {self.method}")
+
+    @property
+    def timestep_spacing(self) -> str | None:
+        """`spacing`, or the published one; None for methods that take no steps of a DDPM."""
+        return self.spacing or _PUBLISHED_SPACING.get(self.method)
 
 
 @dataclass(frozen=True)
@@ -288,6 +318,7 @@ class RunConfig:
     steps: int = 400000
     device: str = "auto"  # auto = cuda where there is one
     init_weights: str | None = None  # safetensors in the published names to start from
+    reset: list[str] = field(default_factory=list)  # of init_weights: names that contain one of these start afresh
     log_every: int = 1  # steps between lines of metrics.jsonl
 
     def __post_init__(self) -> None:
@@ -295,6 +326,8 @@ class RunConfig:
         at_least("run.seed", self.seed, 0)
         at_least("run.steps", self.steps, 1)
         at_least("run.log_every", self.log_every, 1)
+        if self.reset and self.init_weights is None:
+            raise UserError("run.reset: needs run.init_weights; without them every parameter starts afresh")
 
 
 @dataclass(frozen=True)
@@ -317,6 +350,8 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
+        # config.yaml of a run names what was used, whatever a later version's default is
+        object.__setattr__(self, "flow", replace(self.flow, time_distribution=self.flow.times))
         self._check_flow()
         self._check_tensor_parallel()
 
@@ -331,11 +366,9 @@ class Config:
             raise UserError(
                 f"sampling.method: {self.sampling.method} cannot sample flow.kind = {kind}; valid: {', '.join(valid)}"
             )
-        if self.sampling.guidance.channels > self.model.in_channels:
-            raise UserError(
-                f"sampling.guidance.channels: {self.sampling.guidance.channels} is more than model.in_channels = "
-                f"{self.model.in_channels}"
-            )
+        in_channels, guided = self.model.in_channels, self.sampling.guidance.guided_channels(self.model.in_channels)
+        if guided > in_channels:
+            raise UserError(f"sampling.guidance.channels: {guided} is more than model.in_channels = {in_channels}")
 
     def _check_tensor_parallel(self) -> None:
         tp, divides = self.parallel.tensor_parallel_size, self.model.tp_divides

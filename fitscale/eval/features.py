@@ -8,9 +8,10 @@ serves every kind of image. Images of different sizes are fed in groups of one s
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from fitscale.config.errors import UserError
 from fitscale.data.pictures import rgb
 
 BATCH = 64  # images per call
+
+Image = TypeVar("Image")
 
 
 class FeatureNet:
@@ -73,6 +76,13 @@ class FeatureNet:
                 f"{_first_line(error)}"
             ) from error
         return answer.double().cpu().numpy()
+
+
+def batched(images: Iterable[Image]) -> Iterator[list[Image]]:
+    """Runs of images, as many as are worth looking at together."""
+    rest = iter(images)
+    while batch := list(islice(rest, 4 * BATCH)):
+        yield batch
 
 
 def _first_line(error: Exception) -> str:

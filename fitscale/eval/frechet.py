@@ -28,17 +28,14 @@ class Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self.mean_F: np.ndarray = np.zeros(0)
-        self.scatter_FF: np.ndarray = np.zeros((0, 0))
+        self.mean_F: np.ndarray = np.zeros(1)
+        self.scatter_FF: np.ndarray = np.zeros((1, 1))
 
     def add(self, features_NF: np.ndarray) -> None:
         features_NF = np.asarray(features_NF, dtype=np.float64)
         mean_F, number = features_NF.mean(0), len(features_NF)
         centred_NF = features_NF - mean_F
         scatter_FF = centred_NF.T @ centred_NF
-        if self.count == 0:
-            self.count, self.mean_F, self.scatter_FF = number, mean_F, scatter_FF
-            return
         total, gap_F = self.count + number, mean_F - self.mean_F
         self.scatter_FF = self.scatter_FF + scatter_FF + np.outer(gap_F, gap_F) * (self.count * number / total)
         self.mean_F = self.mean_F + gap_F * (number / total)

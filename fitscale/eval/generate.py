@@ -8,22 +8,21 @@ Shape suffixes: T tokens of a pack, S images of a pack, C numbers in a token.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
-from fitscale.config.schema import Config, ParallelConfig, SamplingConfig
+from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, ParallelConfig, SamplingConfig
 from fitscale.data.encode import Decoder, unpatchify
 from fitscale.flow.guidance import Network, PackShape, guided, network_evaluations
 from fitscale.flow.loss import make_objective
 from fitscale.flow.path import INITIAL_NOISE, image_noise
-from fitscale.flow.sampler import ImageNoise, one_image_per_pack, sample
+from fitscale.flow.sampler import ImageNoise, sample
 from fitscale.model.build import build_network
 from fitscale.model.common.layout import PackLayout, pack_layout
 from fitscale.model.weights import load_weights
@@ -78,7 +77,8 @@ def find_checkpoint(run: RunDir, step: int | None) -> Checkpoint:
     if not found:
         raise UserError(f"{run.path}: no complete checkpoint there yet")
     if step is not None and step not in found:
-        raise UserError(f"--step: {run.path} has no complete checkpoint of step {step}; it has {_listed(found)}")
+        there = ", ".join(map(str, found))
+        raise UserError(f"--step: {run.path} has no complete checkpoint of step {step}; it has {there}")
     return found[max(found) if step is None else step]
 
 
@@ -90,7 +90,7 @@ def weights_name(config: Config, checkpoint: Checkpoint, name: str) -> str:
     """
     full = full_weights_name(config, name)
     if full not in checkpoint.weight_names():
-        raise UserError(f"--weights: {checkpoint.path} has no {name}; it has {_listed(checkpoint.weight_names())}")
+        raise UserError(f"--weights: {checkpoint.path} has no {name}; it has {', '.join(checkpoint.weight_names())}")
     return full
 
 
@@ -121,7 +121,7 @@ def generate(
     """
     device = next(model.parameters()).device
     decoder = Decoder(config.data.latent, device)
-    limit = 0 if one_image_per_pack(sampling.method) else config.batch.pack_tokens
+    limit = 0 if sampling.method in ADAPTIVE_SAMPLERS else config.batch.pack_tokens  # 0: one image a pack
     for pack in _packs(requests, limit):
         tokens_TC, nfe = _sample_pack(model, config, sampling, pack, seed)
         parts = tokens_TC.split([request.tokens for request in pack])
@@ -210,20 +210,3 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
     if outside or not labels:
         raise UserError(f"--classes: {text!r} is out of range; the model's classes are 0 to {num_classes - 1}")
     return labels
-
-
-def with_sampler(
-    sampling: SamplingConfig, method: str | None, steps: int | None, guidance: float | None, power: float | None
-) -> SamplingConfig:
-    """`sampling` with what is not None replaced."""
-    chosen: dict[str, Any] = {"method": method, "steps": steps}
-    chosen_guidance: dict[str, Any] = {"scale": guidance, "power": power}
-    return replace(_replaced(sampling, chosen), guidance=_replaced(sampling.guidance, chosen_guidance))
-
-
-def _replaced(section: Any, chosen: dict[str, Any]) -> Any:
-    return replace(section, **{key: value for key, value in chosen.items() if value is not None})
-
-
-def _listed(names: object) -> str:
-    return ", ".join(str(name) for name in names) or "none"  # type: ignore[attr-defined]

@@ -8,7 +8,6 @@ What had to be computed is kept in the run directory, under a name made of the f
 """
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +18,15 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from fitscale.config.errors import UserError
+from fitscale.config.files import replacing
 from fitscale.config.schema_data import LatentConfig
 from fitscale.data.encode import Decoder, to_float
 from fitscale.data.index import Index, open_index
 from fitscale.data.reader import ShardReader
-from fitscale.eval.features import FeatureNet
+from fitscale.eval.features import FeatureNet, batched
 from fitscale.eval.frechet import Moments, Statistics
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -83,19 +82,11 @@ def _cached(identity: str, net: FeatureNet, cache: Path, images, count: int) -> 
     if kept.is_file():
         return Reference(_from_npz(kept, net).statistics, identity)
     moments = Moments()
-    batch: list[np.ndarray] = []
-    for image in tqdm(images(), total=count, desc="reference", unit="image", mininterval=5):
-        batch.append(image)
-        if len(batch) == BATCH:
-            moments.add(net.features(batch))
-            batch = []
-    if batch:
+    for batch in batched(tqdm(images(), total=count, desc="reference", unit="image", mininterval=5)):
         moments.add(net.features(batch))
     statistics = moments.statistics()
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    temporary = kept.with_name(f".{kept.name}.{os.getpid()}.tmp.npz")
-    np.savez(temporary, mu=statistics.mean_F, sigma=statistics.cov_FF)
-    temporary.replace(kept)
+    with replacing(kept) as temporary:
+        np.savez(temporary, mu=statistics.mean_F, sigma=statistics.cov_FF)
     return Reference(statistics, identity)
 
 

@@ -2,8 +2,8 @@
 
 A guided call evaluates the network once on a doubled pack (every image with its label, then every image with "no
 class") and moves the conditional answer away from the unconditional one. As in the published FiT code, only the first
-`channels` of the latent's channels are guided (3 of 4); the others keep the conditional answer. In a token the channel
-is the slowest index, (c p1 p2), so the guided numbers are its first columns.
+channels of the latent are guided (3 of 4 unless `channels` says so); the others keep the conditional answer. In a token
+the channel is the slowest index, (c p1 p2), so the guided numbers are its first columns.
 
 Shape suffixes: T tokens of a pack, S images of a pack, C numbers in a token, 2 (row, column).
 """
@@ -67,7 +67,6 @@ def guided(
         pack.sizes_S2.repeat(2, 1),
         torch.cat([pack.cu_seqlens, pack.cu_seqlens[1:] + pack.cu_seqlens[-1]]),
     )
-    columns = guidance.channels * patch_size**2
 
     def plain(x_TC: Tensor, t: float | Tensor) -> Tensor:
         t_S = _times(t, pack, x_TC)
@@ -76,6 +75,7 @@ def guided(
     def doubled(x_TC: Tensor, t: float | Tensor) -> Tensor:
         t_S = _times(t, pack, x_TC)
         with_class, without = network(x_TC.repeat(2, 1), model_time(t_S).repeat(2), twice).chunk(2)
+        columns = guidance.guided_channels(x_TC.shape[1] // patch_size**2) * patch_size**2
         scale_T1 = per_token(guidance_scale(guidance, t_S), pack.cu_seqlens, len(x_TC))
         moved = without[:, :columns] + scale_T1 * (with_class[:, :columns] - without[:, :columns])
         return torch.cat([moved, with_class[:, columns:]], dim=1)

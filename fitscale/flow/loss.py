@@ -23,6 +23,8 @@ from fitscale.flow.path import PADDING_SLOT, draws, interpolate, lengths_of, per
 
 DDPM_STEPS = 1000
 DDPM_BETAS = (1e-4, 0.02)
+DDPM_BETA = torch.linspace(*DDPM_BETAS, DDPM_STEPS, dtype=torch.float64)
+DDPM_ALPHAS_CUMPROD = torch.cumprod(1 - DDPM_BETA, dim=0)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Objective(ABC):
             slots_S.tolist(),
             lengths_of(cu_seqlens).tolist(),
             tokens_TC.shape[1],
-            time_distribution=self.flow.time_distribution,
+            time_distribution=self.flow.times,
             label_drop=self.flow.label_drop,
         )
         device = tokens_TC.device
@@ -121,24 +123,24 @@ class DdpmEpsilon(Objective):
 
     def __init__(self, flow: FlowConfig, model: ModelConfig) -> None:
         super().__init__(flow, model)
-        beta = torch.linspace(*DDPM_BETAS, DDPM_STEPS, dtype=torch.float64)
-        keep = torch.cumprod(1 - beta, dim=0)  # the papers' alpha bar
-        before = torch.cat([torch.ones(1, dtype=torch.float64), keep[:-1]])
-        posterior = beta * (1 - before) / (1 - keep)
-        posterior[0] = posterior[1]  # the variance at step 0 is 0; its logarithm is needed
-        self.signal = keep.sqrt()
-        self.noise = (1 - keep).sqrt()
-        self.epsilon_to_mean = beta / ((1 - keep).sqrt() * (1 - beta).sqrt())
-        self.shrink = 1 / (1 - beta).sqrt()
-        self.log_least = posterior.log()
+        beta, alphas_cumprod = DDPM_BETA, DDPM_ALPHAS_CUMPROD
+        alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+        posterior_variance = beta * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
+        posterior_variance[0] = posterior_variance[1]  # at step 0 it is 0; its logarithm is needed
+        self.sqrt_alphas_cumprod = alphas_cumprod.sqrt()
+        self.sqrt_one_minus_alphas_cumprod = (1 - alphas_cumprod).sqrt()
+        self.sqrt_recip_alphas = 1 / (1 - beta).sqrt()
+        self.epsilon_to_mean = beta / ((1 - alphas_cumprod).sqrt() * (1 - beta).sqrt())
+        self.log_least = posterior_variance.log()
         self.log_most = beta.log()
 
     def prepare_at(
         self, tokens_TC: Tensor, labels_S: Tensor, cu_seqlens: Tensor, t_S: Tensor, noise_TC: Tensor
     ) -> Inputs:
         step_S = self.model_time(t_S)
-        signal_T1, noise_T1 = self._at(step_S, cu_seqlens, len(tokens_TC), self.signal, self.noise)
-        return Inputs(signal_T1 * tokens_TC + noise_T1 * noise_TC, step_S, labels_S, noise_TC)
+        scales = (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
+        data_T1, noise_T1 = self._at(step_S, cu_seqlens, len(tokens_TC), *scales)
+        return Inputs(data_T1 * tokens_TC + noise_T1 * noise_TC, step_S, labels_S, noise_TC)
 
     def model_time(self, t_S: Tensor) -> Tensor:
         step = ((1 - t_S.double()) * DDPM_STEPS + 1e-4).floor()  # 1e-4: t = 1 - k / 1000 is step k in spite of rounding
@@ -151,9 +153,10 @@ class DdpmEpsilon(Objective):
 
     def _bound(self, epsilon_TC: Tensor, variance_TC: Tensor, inputs: Inputs, cu_seqlens: Tensor) -> Tensor:
         """One term of the variational bound, bits (T, C): KL at steps above 0, the decoder's likelihood at step 0."""
-        tables = (self.log_least, self.log_most, self.epsilon_to_mean, self.signal, self.noise, self.shrink)
+        scales = (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod, self.sqrt_recip_alphas)
+        tables = (*scales, self.epsilon_to_mean, self.log_least, self.log_most)
         rows = self._at(inputs.t_S, cu_seqlens, len(epsilon_TC), *tables)
-        log_least, log_most, to_mean, signal, noise, shrink = rows
+        data_T1, noise_T1, recip_T1, to_mean, log_least, log_most = rows
         place_TC = (variance_TC + 1) / 2
         log_variance_TC = place_TC * log_most + (1 - place_TC) * log_least
         gap_TC = to_mean * (epsilon_TC - inputs.target)  # between the means of p and q
@@ -161,8 +164,8 @@ class DdpmEpsilon(Objective):
             log_variance_TC - log_least - 1 + (log_least - log_variance_TC).exp()
             + gap_TC.square() * (-log_variance_TC).exp()
         )  # fmt: skip
-        data_TC = (inputs.x_TC - noise * inputs.target) / signal
-        mean_TC = shrink * inputs.x_TC - to_mean * epsilon_TC
+        data_TC = (inputs.x_TC - noise_T1 * inputs.target) / data_T1
+        mean_TC = recip_T1 * inputs.x_TC - to_mean * epsilon_TC
         step_T1 = per_token(inputs.t_S, cu_seqlens, len(epsilon_TC))
         return torch.where(step_T1 == 0, _decoder_nats(data_TC, mean_TC, log_variance_TC), kl_TC) / math.log(2)
 

@@ -31,13 +31,7 @@ class ColumnLinear(ColumnParallelLinear):
     """
 
     def __init__(self, in_features: int, out_features: int, sequence_parallel: bool) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            config=_megatron_config(sequence_parallel),
-            init_method=_leave,
-            skip_bias_add=True,
-        )
+        super().__init__(in_features, out_features, **_settings(sequence_parallel))
         self.register_state_dict_post_hook(_drop_extra_state)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -49,15 +43,8 @@ class RowLinear(RowParallelLinear):
     """Linear whose input features are split over TP: (T, in/tp) -> (T, out), or (T/tp, out) under SP."""
 
     def __init__(self, in_features: int, out_features: int, sequence_parallel: bool) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            config=_megatron_config(sequence_parallel),
-            init_method=_leave,
-            bias=True,
-            input_is_parallel=True,
-            skip_bias_add=True,
-        )
+        settings = _settings(sequence_parallel)
+        super().__init__(in_features, out_features, bias=True, input_is_parallel=True, **settings)
         self.register_state_dict_post_hook(_drop_extra_state)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -138,17 +125,15 @@ def set_value(param: Tensor, shard: Tensor) -> None:
         param.data.copy_(shard)
 
 
-def _leave(weight: Tensor) -> None:
-    """An initialisation that does nothing."""
-
-
-def _megatron_config(sequence_parallel: bool) -> ModelParallelConfig:
-    return ModelParallelConfig(
+def _settings(sequence_parallel: bool) -> dict[str, Any]:
+    """What both linears are to megatron-core: weights that it leaves as they are, a bias that it leaves to us."""
+    config = ModelParallelConfig(
         tensor_model_parallel_size=tp_size(),
         sequence_parallel=sequence_parallel,
         use_cpu_initialization=True,
         gradient_accumulation_fusion=False,
     )
+    return {"config": config, "init_method": lambda weight: None, "skip_bias_add": True}
 
 
 def _drop_extra_state(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

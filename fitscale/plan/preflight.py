@@ -11,6 +11,7 @@ from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
 from fitscale.data.batch_plan import BatchPlan, open_plan
 from fitscale.data.index import Index
+from fitscale.model.inventory import inventory
 
 
 def open_data(config: Config) -> BatchPlan:
@@ -18,7 +19,7 @@ def open_data(config: Config) -> BatchPlan:
 
     Raises:
         UserError: no shards are named or there, or they do not fit the model: channels, classes, kind of latents,
-            sizes, an image larger than a pack.
+            sizes, an image larger than a pack. Or parameters are named that the model does not have.
     """
     if not config.data.sources:
         raise UserError("data.shards: must be given, in a config file or as data.shards=PATH")
@@ -27,6 +28,7 @@ def open_data(config: Config) -> BatchPlan:
     for stream in plan.streams:
         _require_same_latents(config, stream.index)
     plan.require_fit(config.batch.pack_tokens, pad_multiple(config))
+    _require_names(config)
     return plan
 
 
@@ -48,6 +50,14 @@ def require_files(config: Config) -> None:
 def pad_multiple(config: Config) -> int:
     """Packs are padded to a multiple of this: the config's, and one that sequence parallelism can cut."""
     return math.lcm(config.batch.pad_multiple, config.parallel.tensor_parallel_size)
+
+
+def _require_names(config: Config) -> None:
+    names = [parameter.name for parameter in inventory(config.model)]
+    for key, parts in (("optim.trainable", config.optim.trainable), ("run.reset", config.run.reset)):
+        for part in parts:
+            if not any(part in name for name in names):
+                raise UserError(f"{key}: {part!r} is part of no parameter's name")
 
 
 def _require_same_latents(config: Config, index: Index) -> None:

@@ -68,7 +68,7 @@ def check_claim(config: Config) -> RunDir:
 
     Raises:
         UserError: no run.dir; the folder belongs to another config (the differing keys are listed), or holds something
-            else.
+            else; a new run with settings that only runs of earlier versions may have.
     """
     if not config.run.dir:
         raise UserError("run.dir: must be given, e.g. run.dir=runs/b (the directory that records the run)")
@@ -77,6 +77,8 @@ def check_claim(config: Config) -> RunDir:
         _check_same(run, config)
     elif run.path.is_dir() and any(run.path.iterdir()):
         raise UserError(f"run.dir: {run.path} is not empty and holds no config.yaml; choose another folder")
+    else:
+        config.flow.check_new_run()
     return run
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, SamplingConfig
 
+# How ddpm and ddim spaced their steps before `sampling.spacing`: their keys name none. So keys stay comparable.
+_UNNAMED_SPACING = {"ddpm": "linspace", "ddim": "trailing"}
 DATA = ("data",)  # the shards: of the held-out images, or of the labels and sizes that are generated
 FILES = ("data", "features", "reference")
 
@@ -50,7 +52,7 @@ def sample_key(
         positions: as `ModelConfig.positions` calls them.
         size: (height, width) in pixels, None for those of the data set.
     """
-    latent = config.data.latent
+    latent, spacing = config.data.latent, sampling.timestep_spacing
     adaptive = sampling.method in ADAPTIVE_SAMPLERS
     return {
         "weights": weights,
@@ -58,13 +60,14 @@ def sample_key(
         "steps": sampling.steps,
         "tolerances": [sampling.rtol, sampling.atol] if adaptive else None,
         "guidance": sampling.guidance.scale,
-        "guidance_channels": sampling.guidance.channels,
+        "guidance_channels": sampling.guidance.guided_channels(config.model.in_channels),
         "guidance_power": sampling.guidance.power,
         "decoder": latent.kind if latent.vae is None else latent.vae,
         "rope": positions,
         "resolution": "dataset" if size is None else "x".join(map(str, size)),
         "samples": samples,
         "seed": seed,
+        **({} if spacing == _UNNAMED_SPACING.get(sampling.method) else {"spacing": spacing}),
     }
 
 
