@@ -11,7 +11,7 @@ from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
 from fitscale.data.batch_plan import BatchPlan, open_plan
 from fitscale.data.index import Index
-from fitscale.model.inventory import inventory
+from fitscale.model.backbone import parameter_table
 
 
 def open_data(config: Config) -> BatchPlan:
@@ -53,7 +53,7 @@ def pad_multiple(config: Config) -> int:
 
 
 def _require_names(config: Config) -> None:
-    names = [parameter.name for parameter in inventory(config.model)]
+    names = [parameter.name for parameter in parameter_table(config.model)]
     for key, parts in (("optim.trainable", config.optim.trainable), ("run.reset", config.run.reset)):
         for part in parts:
             if not any(part in name for name in names):
