@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config, to_yaml
-from fitscale.config.schema import Config, EvaluationConfig, ModelConfig
+from fitscale.config.schema import Config, EvaluationConfig
+from fitscale.model.fit.config import FitConfig
 from fitscale.run.claim import claim
 from fitscale.run.comparability import sample_key
 from fitscale.run.layout import RunDir
@@ -72,7 +73,7 @@ def test_files_merge_left_to_right_and_overrides_win(tmp_path):
         (["model.depth=deep"], ["model.depth", "deep"]),
         (["optim.lr=[1]"], ["optim.lr"]),
         (["run.name=[a"], ["run.name=[a", "not valid YAML"]),
-        (["model=3"], ["model=3", "ModelConfig"]),
+        (["model=3"], ["model=3", "FitConfig"]),
         (["nowhere.yaml"], ["nowhere.yaml", "no such config file"]),
         (["model.num_heads=7"], ["model.hidden_size: 768", "model.num_heads = 7"]),
         (["model.hidden_size=72", "model.num_heads=12"], ["head dimension of 6", "multiple of 4"]),
@@ -83,7 +84,7 @@ def test_files_merge_left_to_right_and_overrides_win(tmp_path):
         (["parallel.zero_stage=4"], ["parallel.zero_stage", "0, 1, 2, 3"]),
         (["parallel.tensor_parallel_size=5"], ["parallel.tensor_parallel_size", "num_heads = 12", "valid: 1, 2, 4"]),
         (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "2 or more"]),
-        (["flow.kind=ddpm"], ["flow.kind", "fitv2: rectified"]),
+        (["flow.kind=ddpm"], ["flow.kind", "fitv2; valid: rectified"]),
         (["sampling.method=ddim"], ["sampling.method", "euler"]),
         (["sampling.guidance.channels=5"], ["sampling.guidance.channels", "in_channels = 4"]),
         (["sampling.guidance.channels=0"], ["sampling.guidance.channels", "the least is 1"]),
@@ -165,10 +166,10 @@ def test_a_key_is_what_it_was_before_spacing_had_a_name():
 
 
 def test_derived_sizes_follow_the_family():
-    fitv2 = ModelConfig(family="fitv2", hidden_size=1152, num_heads=16)
+    fitv2 = FitConfig(family="fitv2", hidden_size=1152, num_heads=16)
     assert (fitv2.head_dim, fitv2.mlp_hidden_size, fitv2.adaln_rank, fitv2.out_channels) == (72, 3072, 288, 4)
-    fit = ModelConfig(family="fit", hidden_size=1152, num_heads=16)
-    assert (fit.mlp_hidden_size, fit.adaln_rank, fit.out_channels, fit.qk_norm) == (4608, None, 8, False)
+    fit = FitConfig(family="fit", hidden_size=1152, num_heads=16)
+    assert (fit.mlp_hidden_size, fit.adaln_rank, fit.out_channels, fit.is_v2) == (4608, None, 8, False)
     assert fitv2.token_channels == 16
 
 

@@ -138,7 +138,7 @@ def test_sample_writes_images_a_sheet_and_an_npz(run, tmp_path):
         assert np.array_equal(np.asarray(image.convert("RGB")), images[0])
     settings = json.loads((out / "samples.json").read_text())
     assert settings["nfe"] == [4] * 5 and settings["network_evaluations"] == [8] * 5
-    assert settings["rope"]["method"] == "ntk-aware" and settings["sampling"]["guidance"]["power"] == 2
+    assert settings["model"]["rope"]["method"] == "ntk-aware" and settings["sampling"]["guidance"]["power"] == 2
 
 
 def test_a_second_sample_replaces_the_first_whole(run, tmp_path):

@@ -13,7 +13,7 @@ from fitscale.config.schema import ParallelConfig, SamplingConfig
 from fitscale.data.pictures import write_contact_sheet
 from fitscale.eval.folder import SHEET_IMAGES, write_samples
 from fitscale.eval.generate import Generated, Request, generate, parse_classes, patches
-from fitscale.model.fit import FiT
+from fitscale.model.build import build_network
 from fitscale.parallel.groups import init_parallel
 from tests.tiny import OVERRIDES
 
@@ -32,7 +32,7 @@ def random_model(config):
     """A tiny network of random weights, so that every input shows in the output."""
     init_parallel(ParallelConfig(), "cpu")
     torch.manual_seed(0)
-    model = FiT(config.model, ParallelConfig())
+    model = build_network(config.model, ParallelConfig())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(

@@ -59,7 +59,7 @@ layouts: {large: {nodes: 2}, large-low: {nodes: 4, tasks_per_node: 1}}
 
 def test_cost_counts_every_image_with_its_own_tokens(tmp_path):
     small = cells(load(tmp_path))[0].config
-    by_hand = sum(6 * (flops.linear_macs(small.model, n) + flops.attention_macs(small.model, n)) for n in (16, 64))
+    by_hand = sum(6 * (flops.linear_macs(small.model, n) + flops.mixing_macs(small.model, n)) for n in (16, 64))
     assert train_flops(small, tokens) == pytest.approx(by_hand / 2 * 8 * 100)
 
 

@@ -1,5 +1,7 @@
 """Samplers on data N(mean, spread^2), where the velocity and the answer are known in closed form."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,14 +12,15 @@ from fitscale.config.errors import UserError
 from fitscale.config.schema import SamplingConfig
 from fitscale.flow.path import INITIAL_NOISE, image_noise
 from fitscale.flow.sampler import ImageNoise, ddpm_timesteps, sample
+from tests.dormand_prince import integrate
 
 MEAN, SPREAD = 0.4, 0.3
 
 
-def gaussian_velocity(x, t):
-    """Velocity of the straight path to N(MEAN, SPREAD^2): E[data - noise | x_t]."""
-    variance = t**2 * SPREAD**2 + (1 - t) ** 2
-    return MEAN + (t * SPREAD**2 - (1 - t)) / variance * (x - t * MEAN)
+def gaussian_velocity(x, t, spread=SPREAD):
+    """Velocity of the straight path to N(MEAN, spread^2): E[data - noise | x_t]."""
+    variance = t**2 * spread**2 + (1 - t) ** 2
+    return MEAN + (t * spread**2 - (1 - t)) / variance * (x - t * MEAN)
 
 
 def run(method, steps, *, seed=0, indices=(0,), lengths=(64,), model_fn=gaussian_velocity, **settings):
@@ -46,6 +49,21 @@ def test_dopri5_follows_its_tolerances():
     assert (coarse.x_TC - exact(noise)).abs().max() < 2e-2
     assert (fine.x_TC - exact(noise)).abs().max() < 1e-4
     assert coarse.nfe < fine.nfe
+
+
+@pytest.mark.parametrize(
+    ("spread", "rtol", "refused"), [(0.3, 1e-3, 0), (0.3, 1e-5, 1), (0.1, 1e-3, 3), (0.1, 1e-5, 6), (0.05, 1e-5, 7)]
+)
+def test_dopri5_takes_and_refuses_the_steps_of_its_method(spread, rtol, refused):
+    """In float64, where no decision is close enough to 1 for rounding to turn it."""
+    velocity = partial(gaussian_velocity, spread=spread)
+    noise = image_noise(0, 0, (0,), (64,), 4, stream=INITIAL_NOISE).double()
+    sampling = SamplingConfig("dopri5", 2, rtol=rtol, atol=1e-6)
+    ours, theirs = sample(velocity, noise, sampling, ImageNoise(0, (0,), (64,))), integrate(velocity, noise, rtol, 1e-6)
+    assert sum(ratio > 1 for ratio in theirs.ratios) == refused
+    assert min(abs(ratio - 1) for ratio in theirs.ratios) > 0.01
+    assert ours.nfe == 2 + 6 * len(theirs.lengths)
+    torch.testing.assert_close(ours.x_TC, theirs.x_TC, atol=1e-9, rtol=0)
 
 
 def test_dopri5_takes_one_image_at_a_time():

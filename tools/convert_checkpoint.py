@@ -20,8 +20,7 @@ from fitscale.config.errors import UserError
 from fitscale.config.program import exit_code
 
 if TYPE_CHECKING:
-    from fitscale.config.schema import ModelConfig
-    from fitscale.model.export import StoredTensor
+    from fitscale.model.weights import StoredTensor
 
     Source = tuple[dict[str, StoredTensor], dict[str, str]]  # tensors by name, metadata
 
@@ -47,7 +46,7 @@ def convert(options: argparse.Namespace) -> None:
 def run_source(options: argparse.Namespace) -> "Source":
     """One set of weights of a run's checkpoint."""
     from fitscale.eval.generate import find_checkpoint, open_run, weights_name
-    from fitscale.model.export import list_tensors
+    from fitscale.model.weights import list_tensors
 
     if options.source.is_file():
         raise UserError(f"{options.source}: a file, no run directory; for published weights give --config MODEL.yaml")
@@ -61,7 +60,7 @@ def run_source(options: argparse.Namespace) -> "Source":
 def published_source(options: argparse.Namespace) -> "Source":
     """Published weights, if they are those of the model that --config says."""
     from fitscale.config.load import load_config
-    from fitscale.model.export import list_state_dict, list_tensors
+    from fitscale.model.weights import check_keys, list_state_dict, list_tensors
 
     source: Path = options.source
     model = load_config(options.config).model
@@ -70,35 +69,20 @@ def published_source(options: argparse.Namespace) -> "Source":
         if value is not None and not valid:
             raise UserError(f"{name}: {source} has nothing to choose from; it goes with a run directory")
     tensors = list_state_dict(source, options.weights) if pickled else list_tensors(source)
-    _check_model(model, tensors, source)
+    check_keys(model, tensors, source)
     weights = {"weights": options.weights} if options.weights else {}
     return tensors, {"model": _as_json(asdict(model)), **weights, "source": source.name}
-
-
-def _check_model(model: "ModelConfig", tensors: "dict[str, StoredTensor]", source: Path) -> None:
-    """Raises UserError if names or shapes are not the model's, which is built without memory for its weights."""
-    import torch
-
-    from fitscale.config.schema import ParallelConfig
-    from fitscale.model.fit import FiT
-    from fitscale.model.published import check_keys
-    from fitscale.parallel.groups import init_parallel
-
-    init_parallel(ParallelConfig(), "cpu")
-    with torch.device("meta"):
-        network = FiT(model, ParallelConfig())
-    check_keys(network, {name: tensor.shape for name, tensor in tensors.items()}, source)
 
 
 def _write_with_progress(out: Path, tensors: "dict[str, StoredTensor]", dtype: str, metadata: dict[str, str]) -> int:
     """Write the file; returns the bytes of its tensors."""
     from tqdm import tqdm
 
-    from fitscale.model.export import num_bytes, write_tensors
+    from fitscale.model.weights import num_bytes, write_tensors
 
     total = sum(num_bytes(tensor.shape, dtype) for tensor in tensors.values())
     with tqdm(total=total, desc=out.name, unit="B", unit_scale=True) as bar:
-        write_tensors(out, tensors, dtype, metadata, bar.update)
+        write_tensors(out, tensors, metadata, dtype, bar.update)
     return total
 
 

@@ -8,8 +8,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from fitscale.config.checks import choice
 from fitscale.config.errors import UserError
-from fitscale.config.schema import Config
+from fitscale.config.schema import MODEL_CONFIGS, Config, ModelConfig
 
 Schema = TypeVar("Schema")
 
@@ -20,19 +21,36 @@ def load_config(arguments: list[str]) -> Config:
     Raises:
         UserError: a file is missing or no YAML, a key is unknown, a value has the wrong type or cannot be right.
     """
-    return load_schema(Config, arguments)
+    sources = _read_all(arguments)
+    models = [content.get("model") for _, content in sources]
+    families = [model.family for model in models if OmegaConf.is_dict(model) and "family" in model]
+    family = families[-1] if families else ModelConfig.family
+    choice("model.family", family, tuple(MODEL_CONFIGS))
+    schema = OmegaConf.structured(Config)
+    OmegaConf.set_readonly(schema, False)
+    schema.model = MODEL_CONFIGS[family]
+    OmegaConf.set_readonly(schema, True)
+    return _merge(schema, sources)
 
 
 def load_schema(schema: type[Schema], arguments: list[str]) -> Schema:
-    """`load_config` for any frozen dataclass (a sweep, a cluster profile)."""
-    merged = OmegaConf.structured(schema)
-    for argument in sorted(arguments, key=_is_override):
+    """`load_config` for any other frozen dataclass (a sweep, a cluster profile)."""
+    return _merge(OmegaConf.structured(schema), _read_all(arguments))
+
+
+def _read_all(arguments: list[str]) -> list[tuple[str, Any]]:
+    """(argument, its content): files first, then overrides."""
+    return [(argument, _read(argument)) for argument in sorted(arguments, key=_is_override)]
+
+
+def _merge(merged: Any, sources: list[tuple[str, Any]]) -> Any:
+    for argument, content in sources:
         try:
-            merged = OmegaConf.merge(merged, _read(argument))
+            merged = OmegaConf.merge(merged, content)
         except OmegaConfBaseException as error:
             raise UserError(f"{argument}: {_explain(error)}") from error
     try:
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+        return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(_explain(error)) from error
 

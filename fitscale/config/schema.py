@@ -11,7 +11,6 @@ from fitscale.config.checks import at_least, between, choice
 from fitscale.config.errors import UserError
 from fitscale.config.schema_data import DataConfig
 
-ROPE_METHODS = ("normal", "linear", "ntk-aware", "ntk-aware-pro1", "ntk-aware-pro2", "ntk-by-parts", "yarn")
 ODE_SAMPLERS = ("euler", "heun", "dopri5", "sde")
 DDPM_SAMPLERS = ("ddpm", "ddim")
 ADAPTIVE_SAMPLERS = ("dopri5",)  # choose their steps from the error over all that they integrate
@@ -21,23 +20,12 @@ _OWN_TIMES = {"rectified": "logit_normal", "ddpm": "uniform"}
 
 
 @dataclass(frozen=True)
-class RopeConfig:
-    """2-D rotary position embedding and how it is stretched beyond the sizes trained on."""
-
-    theta: float = 10000.0
-    method: str = "normal"
-    decouple: bool = False  # scale rows and columns by their own lengths (the papers' "Vision" variants)
-    original_length: int = 16  # patches per axis that the model was trained on
-
-    def __post_init__(self) -> None:
-        choice("model.rope.method", self.method, ROPE_METHODS)
-        at_least("model.rope.theta", self.theta, 1.0)
-        at_least("model.rope.original_length", self.original_length, 1)
-
-
-@dataclass(frozen=True)
 class ModelConfig:
-    """One FiT; `family` decides everything in which FiTv2 and FiT (v1) differ."""
+    """What every backbone's config has; `family` names the backbone, whose own class adds the rest (`fitscale.model`).
+
+    How a backbone divides over tensor-parallel ranks, which objective it learns and what its network answers are
+    properties that its class overrides.
+    """
 
     name: str = "b"
     family: str = "fitv2"
@@ -47,20 +35,13 @@ class ModelConfig:
     patch_size: int = 2  # side of a square patch, in latent pixels
     in_channels: int = 4  # channels of a latent (VAE) or of an image (pixels)
     num_classes: int = 1000  # without the extra "no class" row
-    rope: RopeConfig = field(default_factory=RopeConfig)
 
     def __post_init__(self) -> None:
-        choice("model.family", self.family, ("fitv2", "fit"))
         for key in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "num_classes"):
             at_least(f"model.{key}", getattr(self, key), 1)
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"model.hidden_size: {self.hidden_size} is not a multiple of model.num_heads = {self.num_heads}"
-            )
-        if self.head_dim % 4:
-            raise UserError(
-                f"model.hidden_size: {self.hidden_size} / model.num_heads {self.num_heads} gives a head dimension of "
-                f"{self.head_dim}; 2-D RoPE needs a multiple of 4 (a row and a column half, each of pairs)"
             )
 
     @property
@@ -68,28 +49,36 @@ class ModelConfig:
         return self.hidden_size // self.num_heads
 
     @property
-    def mlp_hidden_size(self) -> int:
-        """Width of the SwiGLU: floor(2/3 * 4d) for FiTv2, 4d for FiT."""
-        return self.hidden_size * 8 // 3 if self.family == "fitv2" else 4 * self.hidden_size
-
-    @property
-    def adaln_rank(self) -> int | None:
-        """Rank of AdaLN-LoRA (FiTv2); None where every block has its own full AdaLN (FiT)."""
-        return self.hidden_size // 4 if self.family == "fitv2" else None
-
-    @property
-    def qk_norm(self) -> bool:
-        return self.family == "fitv2"
-
-    @property
     def token_channels(self) -> int:
         """Numbers in one input token: patch_size^2 * in_channels."""
         return self.patch_size**2 * self.in_channels
 
     @property
-    def out_channels(self) -> int:
-        """Channels predicted per latent pixel: twice the input where sigma is learned (FiT)."""
-        return self.in_channels if self.family == "fitv2" else 2 * self.in_channels
+    def objective(self) -> str:
+        """The `flow.kind` that the network is made for."""
+        return "rectified"
+
+    @property
+    def tp_divides(self) -> dict[str, int]:
+        """What a tensor-parallel size has to divide, by key."""
+        return {"num_heads": self.num_heads}
+
+    @property
+    def scales(self) -> tuple[tuple[int, float], ...]:
+        """(pixels along a side that one number of the output stands for, weight in the loss) of every output."""
+        return ((1, 1.0),)
+
+    @property
+    def positions(self) -> str:
+        """Where the network's knowledge of positions comes from, for the comparability key."""
+        return "own"
+
+    def with_positions(self, method: str, decouple: bool) -> "ModelConfig":
+        """The same weights with RoPE stretched by `method`, to generate at sizes beyond those trained on."""
+        raise UserError(f"--rope: models of family {self.family} have no RoPE to stretch")
+
+
+MODEL_CONFIGS: dict[str, type[ModelConfig]] = {}  # by family; filled by the registry of backbones, fitscale.model
 
 
 @dataclass(frozen=True)
@@ -346,7 +335,7 @@ class Config:
     """Everything that decides a run's result, and its layout."""
 
     run: RunConfig = field(default_factory=RunConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=lambda: MODEL_CONFIGS[ModelConfig.family]())
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
@@ -367,9 +356,11 @@ class Config:
         self._check_tensor_parallel()
 
     def _check_flow(self) -> None:
-        kind, family = self.flow.kind, self.model.family
-        if (kind == "ddpm") != (family == "fit"):
-            raise UserError(f"flow.kind: {kind} does not go with model.family = {family}; fitv2: rectified, fit: ddpm")
+        kind, model = self.flow.kind, self.model
+        if kind != model.objective:
+            raise UserError(
+                f"flow.kind: {kind} does not go with model.family = {model.family}; valid: {model.objective}"
+            )
         valid = DDPM_SAMPLERS if kind == "ddpm" else ODE_SAMPLERS
         if self.sampling.method not in valid:
             raise UserError(
@@ -380,10 +371,10 @@ class Config:
             raise UserError(f"sampling.guidance.channels: {guided} is more than model.in_channels = {in_channels}")
 
     def _check_tensor_parallel(self) -> None:
-        tp = self.parallel.tensor_parallel_size
-        for key, value in (("num_heads", self.model.num_heads), ("mlp_hidden_size", self.model.mlp_hidden_size)):
+        tp, divides = self.parallel.tensor_parallel_size, self.model.tp_divides
+        for key, value in divides.items():
             if value % tp:
-                common = gcd(self.model.num_heads, self.model.mlp_hidden_size)
+                common = gcd(*divides.values())
                 valid = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
                 raise UserError(
                     f"parallel.tensor_parallel_size: model.{key} = {value} does not divide by {tp}; valid: {valid}"

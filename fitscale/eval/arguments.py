@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from fitscale.config.schema import DDPM_SAMPLERS, ODE_SAMPLERS, ROPE_METHODS, SPACINGS
+from fitscale.config.schema import DDPM_SAMPLERS, ODE_SAMPLERS, SPACINGS
+from fitscale.model.common.rope_config import ROPE_METHODS
 
 
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from fitscale.config.errors import UserError
-from fitscale.config.schema import Config, RopeConfig, SamplingConfig
+from fitscale.config.schema import Config, ModelConfig, SamplingConfig
 from fitscale.eval.evaluate import EvaluationOptions, evaluate_run
 from fitscale.eval.folder import check_samples_folder, write_samples
 from fitscale.eval.generate import (
@@ -32,7 +32,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
     if arguments.count < 1:
         raise UserError(f"--count: {arguments.count} is too small, the least is 1")
     requests = [Request(i, labels[i % len(labels)], rows, cols) for i in range(arguments.count)]
-    rope = _rope(config, arguments)
+    config = replace(config, model=_model(config, arguments))
     out = arguments.out or run.samples / _name(arguments, checkpoint.step, weights, config.sampling)
     check_samples_folder(out)
     settings = {
@@ -42,10 +42,10 @@ def run_sample(arguments: argparse.Namespace) -> None:
         "height": arguments.height,
         "width": arguments.width,
         "seed": arguments.seed,
-        "rope": asdict(rope),
+        "model": asdict(config.model),
         "sampling": asdict(config.sampling),
     }
-    model = load_model(config, checkpoint.weights(weights), arguments.device, rope)
+    model = load_model(config, checkpoint.weights(weights), arguments.device)
     drawn = generate(model, config, config.sampling, requests, arguments.seed)
     title = f"{config.run.name} step {checkpoint.step} {weights} {arguments.height}x{arguments.width}"
     nfe = write_samples(out, drawn, [request.label for request in requests], settings, title)
@@ -75,12 +75,13 @@ def _replaced(section: Any, chosen: dict[str, Any]) -> Any:
     return replace(section, **{key: value for key, value in chosen.items() if value is not None})
 
 
-def _rope(config: Config, arguments: argparse.Namespace) -> RopeConfig:
+def _model(config: Config, arguments: argparse.Namespace) -> ModelConfig:
+    """The run's model, with positions as asked for."""
     if arguments.decouple and arguments.rope is None:
         raise UserError("--decouple: goes with --rope")
     if arguments.rope is None:
-        return config.model.rope
-    return replace(config.model.rope, method=arguments.rope, decouple=arguments.decouple)
+        return config.model
+    return config.model.with_positions(arguments.rope, arguments.decouple)
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
@@ -91,8 +92,9 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     names = ("weights", "samples", "features", "reference")
     evaluation = _replaced(config.evaluation, {name: getattr(arguments, name) for name in names})
     config = replace(config, sampling=_sampling(config.sampling, arguments), evaluation=evaluation)
-    rope, size = _rope(config, arguments), _size(arguments)
-    options = EvaluationOptions(rope, size, arguments.seed, arguments.device, arguments.force)
+    options = EvaluationOptions(
+        _model(config, arguments), _size(arguments), arguments.seed, arguments.device, arguments.force
+    )
     for step in _evaluation_steps(config, run) if arguments.step is None else [arguments.step]:
         for row in evaluate_run(config, run, step, options):
             error = "" if row["standard_error"] is None else f" +- {row['standard_error']:.2g}"

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from fitscale.config.errors import UserError
 from fitscale.config.files import append_jsonl, read_jsonl
-from fitscale.config.schema import Config, RopeConfig
+from fitscale.config.schema import Config, ModelConfig
 from fitscale.data.batch_plan import BatchPlan, open_plan
 from fitscale.data.loader import Pack, make_loader
 from fitscale.eval.features import FeatureNet, batched
@@ -32,7 +32,7 @@ from fitscale.eval.reference import data_identity, load_reference
 from fitscale.flow.loss import make_objective
 from fitscale.flow.path import VALIDATION, image_noise, lengths_of
 from fitscale.model import flops
-from fitscale.model.fit import FiT
+from fitscale.model.common.layout import pack_layout
 from fitscale.run.comparability import sample_key, validation_key
 from fitscale.run.layout import Checkpoint, RunDir
 
@@ -43,7 +43,7 @@ VALIDATION_SEED = 0  # of the held-out images' choice and noise: the same for ev
 class EvaluationOptions:
     """What of an evaluation no config says; `size` is (height, width) in pixels, None for those of the data set."""
 
-    rope: RopeConfig
+    model: ModelConfig  # as trained, or with other positions
     size: tuple[int, int] | None = None
     seed: int = 0
     device: str = "auto"
@@ -53,7 +53,7 @@ class EvaluationOptions:
 def evaluate_run(config: Config, run: RunDir, step: int, options: EvaluationOptions) -> Iterator[dict[str, Any]]:
     """Measure the checkpoint of `step` as `config` asks; yields the rows as they are added to evaluations.jsonl.
 
-    What is there already, under the same key, is not measured again unless `options.force`. `options.rope` is for the
+    What is there already, under the same key, is not measured again unless `options.force`. `options.model` is for the
     generated images; the validation loss is that of the model as it was trained.
 
     Raises:
@@ -77,7 +77,7 @@ class _Evaluation:
         self.done = [(row["step"], row["metric"], row["weights"], row["key"]) for row in done]
 
     @cached_property
-    def model(self) -> FiT:
+    def model(self) -> torch.nn.Module:
         return load_model(self.config, self.checkpoint.weights(self.weights), self.options.device)
 
     @cached_property
@@ -107,7 +107,13 @@ class _Evaluation:
         net = FeatureNet(features, "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
         reference = load_reference(Path(evaluation.reference), net, config.data.latent, self.run.path)
         key = sample_key(
-            config, self.weights, config.sampling, options.rope, evaluation.samples, options.size, options.seed
+            config,
+            self.weights,
+            config.sampling,
+            options.model.positions,
+            evaluation.samples,
+            options.size,
+            options.seed,
         )
         key |= self.data | {"features": net.identity[:16], "reference": reference.identity[:16]}
         classifies = net.num_scores == config.model.num_classes
@@ -124,7 +130,7 @@ class _Evaluation:
     def _generate(self, net: FeatureNet, classifies: bool) -> tuple[Moments, np.ndarray, float]:
         """Features' moments of all samples, which were recognised, and the mean number of function evaluations."""
         requests = self._requests()
-        self.model.rope = self.options.rope  # after the validation loss, which is the trained model's
+        self.model.config = self.options.model  # type: ignore[assignment] # after the validation loss, which is the trained model's
         moments, right, nfe = Moments(), [], []
         drawn = generate(self.model, self.config, self.config.sampling, requests, self.options.seed)
         bar = tqdm(drawn, total=len(requests), desc=f"step {self.checkpoint.step} samples", unit="image", mininterval=5)
@@ -169,18 +175,19 @@ class _Evaluation:
 
 
 @torch.no_grad()
-def validation_losses(model: FiT, config: Config) -> np.ndarray:
+def validation_losses(model: torch.nn.Module, config: Config) -> np.ndarray:
     """Loss of each held-out image (S,), mean over `validation_times` fixed times (k + 1/2) / K.
 
     Noise comes from (fixed seed, k, image); the times are uniform whatever the training drew, so that runs with
     different time distributions can be compared.
     """
     times = config.evaluation.validation_times
-    objective = make_objective(config.flow, config.model.num_classes)
+    objective = make_objective(config.flow, config.model)
     device = next(model.parameters()).device
     losses: dict[int, float] = {}
     for pack in _validation_packs(config):
         lengths, slots = lengths_of(pack.cu_seqlens).tolist(), pack.slots_S.tolist()
+        layout = pack_layout(pack.sizes_S2, pack.cu_seqlens, device)
         total_S = torch.zeros(len(slots), dtype=torch.float64)
         for k in range(times):
             noise_TC = image_noise(VALIDATION_SEED, k, slots, lengths, pack.tokens_TC.shape[1], stream=VALIDATION)
@@ -188,8 +195,8 @@ def validation_losses(model: FiT, config: Config) -> np.ndarray:
             inputs = objective.prepare_at(
                 pack.tokens_TC.to(device), pack.labels_S.to(device), pack.cu_seqlens, t_S, noise_TC.to(device)
             )
-            output_TC = model(inputs.x_TC, inputs.t_S, inputs.labels_S, pack.sizes_S2, pack.cu_seqlens)
-            total_S += objective.loss_S(output_TC, inputs, pack.cu_seqlens).double().cpu()
+            outputs = model(inputs.x_TC, inputs.t_S, inputs.labels_S, layout)
+            total_S += objective.loss_S(outputs, inputs, pack.cu_seqlens).double().cpu()
         losses.update(zip(slots, (total_S / times).tolist(), strict=True))
     losses.pop(-1, None)  # padding
     return np.array([losses[slot] for slot in sorted(losses)])

@@ -1,6 +1,6 @@
 """Images from a checkpoint: any size, any class, image i from (seed, i) alone.
 
-1. `open_run` reads the run's config and finds the checkpoint; `load_model` builds FiT with one of its sets of weights.
+1. `open_run` reads the run's config and finds the checkpoint; `load_model` builds the network with one of its weights.
 2. `generate` deals the requests into packs of at most `pack_tokens`, draws each image's noise, and integrates a pack.
 3. Tokens become arrays, arrays become images (pixels, or through the VAE).
 
@@ -9,6 +9,7 @@ Shape suffixes: T tokens of a pack, S images of a pack, C numbers in a token.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,15 @@ import torch
 
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
-from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, ParallelConfig, RopeConfig, SamplingConfig
+from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, ParallelConfig, SamplingConfig
 from fitscale.data.encode import Decoder, unpatchify
-from fitscale.flow.guidance import PackShape, guided, network_evaluations
+from fitscale.flow.guidance import Network, PackShape, guided, network_evaluations
 from fitscale.flow.loss import make_objective
 from fitscale.flow.path import INITIAL_NOISE, image_noise
 from fitscale.flow.sampler import ImageNoise, sample
-from fitscale.model.fit import FiT
-from fitscale.model.published import load_weights
+from fitscale.model.build import build_network
+from fitscale.model.common.layout import PackLayout, pack_layout
+from fitscale.model.weights import load_weights
 from fitscale.parallel.groups import init_parallel, launched_ranks
 from fitscale.run.comparability import full_weights_name
 from fitscale.run.layout import Checkpoint, RunDir
@@ -92,8 +94,8 @@ def weights_name(config: Config, checkpoint: Checkpoint, name: str) -> str:
     return full
 
 
-def load_model(config: Config, weights: Path, device: str, rope: RopeConfig | None = None) -> FiT:
-    """FiT in this process, ready to sample: in bf16 if the run was trained so and there is a GPU, else in fp32.
+def load_model(config: Config, weights: Path, device: str) -> torch.nn.Module:
+    """The network in this process, ready to sample: in bf16 if the run was trained so and there is a GPU, else in fp32.
 
     Raises:
         UserError: started as one of several ranks, each of which would do, and write, the same.
@@ -101,9 +103,8 @@ def load_model(config: Config, weights: Path, device: str, rope: RopeConfig | No
     if launched_ranks() > 1:  # before they join, or the first to leave ends another's joining with a traceback
         raise UserError(f"sampling and evaluation run in one process, not under torchrun with {launched_ranks()}")
     topology = init_parallel(ParallelConfig(), device)
-    model = FiT(config.model, ParallelConfig())
+    model = build_network(config.model, ParallelConfig())
     load_weights(model, weights)
-    model.rope = rope or config.model.rope
     bf16 = config.parallel.precision == "bf16" and topology.device.type == "cuda"
     dtype = torch.bfloat16 if bf16 else torch.float32
     return model.to(topology.device, dtype).eval().requires_grad_(False)
@@ -111,7 +112,7 @@ def load_model(config: Config, weights: Path, device: str, rope: RopeConfig | No
 
 @torch.no_grad()
 def generate(
-    model: FiT, config: Config, sampling: SamplingConfig, requests: Sequence[Request], seed: int
+    model: torch.nn.Module, config: Config, sampling: SamplingConfig, requests: Sequence[Request], seed: int
 ) -> Iterator[Generated]:
     """The images of `requests`, pack by pack; within a pack in the order given.
 
@@ -142,7 +143,7 @@ def _packs(requests: Sequence[Request], limit: int) -> Iterator[list[Request]]:
 
 
 def _sample_pack(
-    model: FiT, config: Config, sampling: SamplingConfig, pack: list[Request], seed: int
+    model: torch.nn.Module, config: Config, sampling: SamplingConfig, pack: list[Request], seed: int
 ) -> tuple[torch.Tensor, int]:
     device = next(model.parameters()).device
     indices, lengths = [request.index for request in pack], [request.tokens for request in pack]
@@ -153,15 +154,25 @@ def _sample_pack(
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
     )
     model_fn = guided(
-        model,
+        _network(model, device),
         shape,
         sampling.guidance,
         no_class=config.model.num_classes,
         patch_size=config.model.patch_size,
-        model_time=make_objective(config.flow, config.model.num_classes).model_time,
+        model_time=make_objective(config.flow, config.model).model_time,
     )
     drawn = sample(model_fn, noise_TC, sampling, ImageNoise(seed, indices, lengths))
     return drawn.x_TC, drawn.nfe
+
+
+def _network(model: torch.nn.Module, device: torch.device) -> Network:
+    """The model as samplers call it; a pack's layout is worked out once for all their calls."""
+
+    @cache
+    def layout(pack: PackShape) -> PackLayout:
+        return pack_layout(pack.sizes_S2, pack.cu_seqlens, device)
+
+    return lambda x_TC, t_S, pack: model(x_TC, t_S, pack.labels_S, layout(pack))[-1]
 
 
 def patches(config: Config, height: int, width: int) -> tuple[int, int]:

@@ -11,13 +11,14 @@ Shape suffixes: T tokens of a pack, S images of a pack, C numbers in a token.
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from fitscale.config.schema import FlowConfig
+from fitscale.config.schema import FlowConfig, ModelConfig
 from fitscale.flow.path import PADDING_SLOT, draws, interpolate, lengths_of, per_token, velocity
 
 DDPM_STEPS = 1000
@@ -37,11 +38,10 @@ class Inputs:
 
 
 class Objective(ABC):
-    """What is learned. `num_classes` is the label that stands for "no class"."""
+    """What is learned, by a network that answers at the scales of `model`; label `num_classes` is "no class"."""
 
-    def __init__(self, flow: FlowConfig, num_classes: int) -> None:
-        self.flow = flow
-        self.num_classes = num_classes
+    def __init__(self, flow: FlowConfig, model: ModelConfig) -> None:
+        self.flow, self.model = flow, model
 
     def prepare(
         self, tokens_TC: Tensor, labels_S: Tensor, slots_S: Tensor, cu_seqlens: Tensor, seed: int, step: int
@@ -57,7 +57,7 @@ class Objective(ABC):
             label_drop=self.flow.label_drop,
         )
         device = tokens_TC.device
-        labels_S = torch.where(drawn.drop_S.to(device), self.num_classes, labels_S.to(device))
+        labels_S = torch.where(drawn.drop_S.to(device), self.model.num_classes, labels_S.to(device))
         return self.prepare_at(tokens_TC, labels_S, cu_seqlens, drawn.t_S.to(device), drawn.noise_TC.to(device))
 
     @abstractmethod
@@ -70,9 +70,26 @@ class Objective(ABC):
     def model_time(self, t_S: Tensor) -> Tensor:
         """Flow time in [0, 1] in the unit that the network takes."""
 
-    def loss_S(self, output_TC: Tensor, inputs: Inputs, cu_seqlens: Tensor) -> Tensor:
-        """Loss of every image (S,), float32: mean over its tokens and channels."""
-        return segment_mean(self.token_loss(output_TC.float(), inputs, cu_seqlens), cu_seqlens)
+    def loss_S(self, outputs: Sequence[Tensor], inputs: Inputs, cu_seqlens: Tensor) -> Tensor:
+        """Loss of every image (S,), float32: mean over its tokens and channels, summed over the scales.
+
+        Args:
+            outputs: the network's, one (T, numbers) a scale.
+        """
+        losses_T = (
+            weight * self.token_loss(output_TC.float(), self._at_scale(inputs, scale), cu_seqlens)
+            for output_TC, (scale, weight) in zip(outputs, self.model.scales, strict=True)
+        )
+        return segment_mean(sum(losses_T, torch.zeros((), device=inputs.x_TC.device)), cu_seqlens)
+
+    def _at_scale(self, inputs: Inputs, scale: int) -> Inputs:
+        """With a target of one number for `scale` x `scale` pixels: their sum / scale, so that noise keeps its variance
+        (DiMR, arXiv 2406.09416)."""
+        if scale == 1:
+            return inputs
+        side = self.model.patch_size // scale
+        pixels = inputs.target.unflatten(1, (-1, side, scale, side, scale))
+        return replace(inputs, target=pixels.sum((3, 5)).flatten(1) / scale)
 
     @abstractmethod
     def token_loss(self, output_TC: Tensor, inputs: Inputs, cu_seqlens: Tensor) -> Tensor:
@@ -104,8 +121,8 @@ class DdpmEpsilon(Objective):
     (noise); flow time t maps to step floor(1000 (1 - t)), so uniform t gives uniform steps.
     """
 
-    def __init__(self, flow: FlowConfig, num_classes: int) -> None:
-        super().__init__(flow, num_classes)
+    def __init__(self, flow: FlowConfig, model: ModelConfig) -> None:
+        super().__init__(flow, model)
         beta, alphas_cumprod = DDPM_BETA, DDPM_ALPHAS_CUMPROD
         alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
         posterior_variance = beta * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
@@ -158,9 +175,9 @@ class DdpmEpsilon(Objective):
         return [per_token(table[index_S].float().to(step_S.device), cu_seqlens, tokens) for table in tables]
 
 
-def make_objective(flow: FlowConfig, num_classes: int) -> Objective:
-    """The objective of a config; labels equal to `num_classes` mean "no class"."""
-    return {"rectified": RectifiedFlow, "ddpm": DdpmEpsilon}[flow.kind](flow, num_classes)
+def make_objective(flow: FlowConfig, model: ModelConfig) -> Objective:
+    """The objective of a config."""
+    return {"rectified": RectifiedFlow, "ddpm": DdpmEpsilon}[flow.kind](flow, model)
 
 
 def segment_mean(values_T: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -92,46 +92,37 @@ def tp_size() -> int:
     return parallel_state.get_tensor_model_parallel_world_size()
 
 
-def full_shape(param: Tensor) -> tuple[int, ...]:
-    """Shape of a parameter over all TP ranks, before ZeRO-3 partitioned it."""
-    shape = list(getattr(param, "ds_shape", param.shape))
-    if _is_split(param):
-        shape[param.partition_dim] *= tp_size()  # type: ignore[attr-defined]
-    return tuple(shape)
+def gather_tp(value: Tensor, split: int | None) -> Tensor:
+    """`value`, this rank's shard of a tensor that is split in dimension `split`, joined over TP on every TP rank.
 
-
-def gather_tp(param: Tensor, value: Tensor) -> Tensor:
-    """`value`, this rank's piece laid out as `param` (its weight, average, gradient), joined over TP on every TP rank.
-
-    A collective operation of the TP group; `value` must be on the group's device.
+    A collective operation of the TP group; `value` must be on the group's device. None: it is whole already.
     """
-    if not _is_split(param):
+    if split is None or tp_size() == 1:
         return value
-    pieces = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(tp_size())]
-    dist.all_gather(pieces, value.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
-    return torch.cat(pieces, dim=param.partition_dim)  # type: ignore[attr-defined]
+    shards = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(tp_size())]
+    dist.all_gather(shards, value.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    return torch.cat(shards, dim=split)
 
 
-def tp_shard(param: Tensor, full: Tensor) -> Tensor:
-    """This rank's piece of a full tensor: the inverse of `gather_tp`."""
-    if not _is_split(param):
-        return full
-    return full.chunk(tp_size(), dim=param.partition_dim)[tp_rank()]  # type: ignore[attr-defined]
+def tp_shard(full: Tensor, split: int | None) -> Tensor:
+    """This rank's shard of a full tensor: the inverse of `gather_tp`."""
+    return full if split is None else full.chunk(tp_size(), dim=split)[tp_rank()]
 
 
-def set_value(param: Tensor, piece: Tensor) -> None:
-    """Set a parameter to this rank's piece; under ZeRO-3, to the part of it that this rank keeps. Local."""
+def split_of(param: Tensor) -> int | None:
+    """The dimension in which megatron-core's layers split a parameter over TP; None if every rank has all of it."""
+    return param.partition_dim if getattr(param, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
+
+
+def set_value(param: Tensor, shard: Tensor) -> None:
+    """Set a parameter to this rank's shard; under ZeRO-3, to the part of it that this rank keeps. Local."""
     if hasattr(param, "ds_tensor"):
         kept = param.ds_tensor
         start = kept.ds_numel * parallel_state.get_data_parallel_rank()
-        part = piece.flatten()[start : start + kept.ds_numel]
+        part = shard.flatten()[start : start + kept.ds_numel]
         kept.data[: len(part)].copy_(part)
     else:
-        param.data.copy_(piece)
-
-
-def _is_split(param: Tensor) -> bool:
-    return tp_size() > 1 and getattr(param, "tensor_model_parallel", False)
+        param.data.copy_(shard)
 
 
 def _settings(sequence_parallel: bool) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The only door to DeepSpeed: the engine, and full fp32 tensors gathered from its partitions.
 
-    FiT + AdamWEMA -> make_engine -> engine(inputs), engine.backward(loss), engine.step()
+    network + AdamWEMA -> make_engine -> engine(inputs), engine.backward(loss), engine.step()
                                          |
                       gather_dp(engine, parameter, key) -> one whole fp32 tensor, on every data-parallel rank
 

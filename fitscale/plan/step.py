@@ -22,7 +22,7 @@ from fitscale.data.packing import Packing, padded, split
 from fitscale.data.sizes import token_shares
 from fitscale.model import flops
 from fitscale.plan.devices import Device
-from fitscale.plan.memory import RankMemory, rank_memory, recomputed_blocks
+from fitscale.plan.memory import RankMemory, rank_memory, recomputed_share
 from fitscale.plan.preflight import pad_multiple
 from fitscale.plan.traffic import Traffic, exposed_seconds, step_traffic
 
@@ -153,7 +153,7 @@ def plan(config: Config, machine: Machine, images: Images, utilisation: float) -
 
 def computed_flops(config: Config, train_flops: float, packing: Packing) -> float:
     """FLOPs that all devices would compute if each did as much as the dearest: with padding and recomputed blocks."""
-    again = recomputed_blocks(config) / config.model.depth / flops.TRAIN_PASSES
+    again = recomputed_share(config) / flops.TRAIN_PASSES
     return train_flops * (1 + again) * (1 + packing.stats.imbalance) / (1 - packing.stats.padding_share)
 
 
@@ -207,9 +207,8 @@ def _resolve(config: Config, machine: Machine) -> Config:
 
 
 def _tensor_parallel_sizes(config: Config, machine: Machine) -> list[int]:
-    heads, width = config.model.num_heads, config.model.mlp_hidden_size
-    most = min(machine.gpus, machine.gpus_per_node)
-    return [tp for tp in range(1, most + 1) if not (machine.gpus % tp or heads % tp or width % tp)]
+    most, divided = min(machine.gpus, machine.gpus_per_node), [machine.gpus, *config.model.tp_divides.values()]
+    return [tp for tp in range(1, most + 1) if not any(number % tp for number in divided)]
 
 
 def _check(tp_size: int, machine: Machine) -> None:

@@ -6,7 +6,7 @@ words: the evaluation writes them into evaluations.jsonl, and who asks what is s
 
 from typing import Any
 
-from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, RopeConfig, SamplingConfig
+from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, SamplingConfig
 
 # How ddpm and ddim spaced their steps before `sampling.spacing`: their keys name none. So keys stay comparable.
 _UNNAMED_SPACING = {"ddpm": "linspace", "ddim": "trailing"}
@@ -41,12 +41,17 @@ def sample_key(
     config: Config,
     weights: str,
     sampling: SamplingConfig,
-    rope: RopeConfig,
+    positions: str,
     samples: int,
     size: tuple[int, int] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Of what is measured on `samples` generated images; `size` is (height, width), None for those of the data set."""
+    """Of what is measured on `samples` generated images.
+
+    Args:
+        positions: as `ModelConfig.positions` calls them.
+        size: (height, width) in pixels, None for those of the data set.
+    """
     latent, spacing = config.data.latent, sampling.timestep_spacing
     adaptive = sampling.method in ADAPTIVE_SAMPLERS
     return {
@@ -58,7 +63,7 @@ def sample_key(
         "guidance_channels": sampling.guidance.guided_channels(config.model.in_channels),
         "guidance_power": sampling.guidance.power,
         "decoder": latent.kind if latent.vae is None else latent.vae,
-        "rope": rope.method + (" decoupled" if rope.decouple else ""),
+        "rope": positions,
         "resolution": "dataset" if size is None else "x".join(map(str, size)),
         "samples": samples,
         "seed": seed,
@@ -74,5 +79,5 @@ def is_as_configured(config: Config, metric: str, key: dict[str, Any]) -> bool:
     if metric == "validation_loss":
         asked = validation_key(config, weights)
     else:
-        asked = sample_key(config, weights, config.sampling, config.model.rope, evaluation.samples)
+        asked = sample_key(config, weights, config.sampling, config.model.positions, evaluation.samples)
     return key == asked | {name: key.get(name) for name in hashes} and all(key.get(name) for name in hashes)

@@ -23,7 +23,7 @@ from typing import Any
 
 from fitscale.config.errors import UserError
 from fitscale.config.schema import ModelConfig
-from fitscale.model.published import read_items
+from fitscale.model.weights import read_items
 from fitscale.parallel.zero import fill_optimizer_state, set_tensor
 from fitscale.run.comparability import ema_name
 from fitscale.run.layout import Checkpoint, RunDir, read_checkpoint
@@ -73,6 +73,8 @@ def newest_checkpoint(run: RunDir) -> Checkpoint | None:
 def require_same_model(checkpoint: Checkpoint, model: ModelConfig) -> None:
     """Raises UserError, with the differing keys, if `checkpoint` is of another model than `model`."""
     saved, wanted = checkpoint.meta["model"], asdict(model)
+    # What an earlier version did not know yet has its default there.
+    saved = asdict(type(model)()) | saved
     keys = [key for key in {**saved, **wanted} if saved.get(key) != wanted.get(key)]
     if keys:
         differing = ", ".join(f"model.{key}: {saved.get(key)} there, {wanted.get(key)} here" for key in keys)

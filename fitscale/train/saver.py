@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fitscale.model.published import published_items, save_weights
+from fitscale.model.weights import published_items, stored, write_tensors
 from fitscale.parallel.zero import gather_dp
 from fitscale.run.attempt import Attempt
 from fitscale.train.checkpoint import MOMENTS, complete, fsync, prune_checkpoints, tensor_sets
@@ -108,7 +108,8 @@ class _Save(threading.Thread):
     def _write(self) -> None:
         about = {"model": json.dumps(self.meta["model"]), "step": str(self.meta["step"])}
         for name, items in self.tensors.items():
-            save_weights(self.temporary / name / f"{self.rank:05d}.safetensors", items, about)
+            path = self.temporary / name / f"{self.rank:05d}.safetensors"
+            write_tensors(path, {key: stored(tensor) for key, tensor in items.items()}, about)
         self._marker(self.rank).touch()
 
     def _marker(self, rank: int) -> Path:

@@ -15,6 +15,7 @@ from fitscale.data.batch_plan import BatchPlan
 from fitscale.data.loader import Pack, StepBatch
 from fitscale.flow.loss import image_weights, make_objective
 from fitscale.model import flops
+from fitscale.model.common.layout import pack_layout
 from fitscale.parallel.groups import Topology
 from fitscale.parallel.zero import optimizer_step
 from fitscale.train.health import StepHealth, Watchdog
@@ -32,7 +33,7 @@ class Stepper:
 
     def __init__(self, config: Config, engine: Any, plan: BatchPlan, topology: Topology, watchdog: Watchdog) -> None:
         self.config, self.engine, self.plan, self.topology = config, engine, plan, topology
-        self.objective = make_objective(config.flow, config.model.num_classes)
+        self.objective = make_objective(config.flow, config.model)
         self.health, self.watchdog, self.timer = StepHealth(config.health), watchdog, PhaseTimer(topology.device)
         self.totals: dict[str, Any] = dict.fromkeys(TOTALS, 0)
 
@@ -86,8 +87,9 @@ class Stepper:
             seed=self.config.run.seed,
             step=step,
         )
-        output_TC = self.engine(inputs.x_TC, inputs.t_S, inputs.labels_S, pack.sizes_S2, pack.cu_seqlens)
-        loss_S = self.objective.loss_S(output_TC, inputs, pack.cu_seqlens)
+        layout = pack_layout(pack.sizes_S2, pack.cu_seqlens, device, self.config.parallel.sequence_parallel)
+        outputs = self.engine(inputs.x_TC, inputs.t_S, inputs.labels_S, layout)
+        loss_S = self.objective.loss_S(outputs, inputs, pack.cu_seqlens)
         weight_S = image_weights(self.config.loss.reduction, pack.cu_seqlens, pack.slots_S, images, tokens).to(device)
         return loss_S, (weight_S * loss_S).sum()
 

@@ -1,7 +1,7 @@
 """Training, from a config to a finished run directory.
 
 1. Open the shards' index; check config, data and run directory before anything is written.
-2. Build FiT, AdamW with its EMA, and the DeepSpeed engine; resume from the newest complete checkpoint.
+2. Build the network, AdamW with its EMA, and the DeepSpeed engine; resume from the newest complete checkpoint.
 3. For every step: the batch plan's packs of this rank -> one optimizer step (step.py).
 4. Log; save at the checkpoint and evaluation steps; keep what evaluation needs.
 """
@@ -24,9 +24,9 @@ from fitscale.config.schema import Config
 from fitscale.data.batch_plan import BatchPlan
 from fitscale.data.loader import StepBatch, make_loader
 from fitscale.model import flops
-from fitscale.model.fit import FiT
-from fitscale.model.initial import initial_items
-from fitscale.model.published import read_items
+from fitscale.model.build import build_network
+from fitscale.model.init import initial_items
+from fitscale.model.weights import read_items
 from fitscale.parallel.collective import on_rank_zero
 from fitscale.parallel.groups import Topology, init_parallel
 from fitscale.parallel.layers import set_value
@@ -94,10 +94,10 @@ class Trainer:
                 rewind_metrics(run.metrics, self.totals["step"])
 
     def _build_engine(self, found: Checkpoint | None) -> Any:
-        """FiT (weights of `found`, of `run.init_weights` or fresh), its optimizer, and DeepSpeed around both."""
+        """The network (weights of `found`, `run.init_weights` or fresh), its optimizer, and DeepSpeed around both."""
         config = self.config
         with building(config.parallel, config.optim, self.topology):
-            model = FiT(config.model, config.parallel)
+            model = build_network(config.model, config.parallel)
         start = found.weights("raw") if found else config.run.init_weights
         for parameter, piece in read_items(model, Path(start)) if start else initial_items(model, config.run.seed):
             set_value(parameter, piece)

@@ -18,7 +18,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fitscale.config.schema import RopeConfig
+from fitscale.model.common.rope_config import RopeConfig
+
+Rope = tuple[Tensor, Tensor]  # cosines and sines, (tokens, K) each
 
 # Rotations within the trained length between which a blend goes from one rule to the next (from many to few), as in
 # the papers' code; the middle pair is blended over less than one rotation.
@@ -27,7 +29,7 @@ _NTK_TO_LINEAR_ROTATIONS = (1.25, 0.75)
 _BASE_TO_NTK_ROTATIONS = (16.0, 2.0)
 
 
-def rope_tables(config: RopeConfig, head_dim: int, rows: int, cols: int) -> tuple[Tensor, Tensor]:
+def rope_tables(config: RopeConfig, head_dim: int, rows: int, cols: int) -> Rope:
     """Cosines and sines for an image of rows x cols patches, each float32 (rows * cols, head_dim) on the CPU."""
     longest = max(rows, cols)
     row_length, col_length = (rows, cols) if config.decouple else (longest, longest)
@@ -39,13 +41,17 @@ def rope_tables(config: RopeConfig, head_dim: int, rows: int, cols: int) -> tupl
 
 
 @lru_cache(maxsize=512)
-def cached_rope_tables(
-    config: RopeConfig, head_dim: int, rows: int, cols: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def cached_rope_tables(config: RopeConfig, head_dim: int, rows: int, cols: int, device: torch.device) -> Rope:
     """`rope_tables` on `device`, remembered: a data set has few sizes, and training meets them at every step."""
     with torch.inference_mode(False):  # or tables first met while sampling could not serve training
         cos, sin = rope_tables(config, head_dim, rows, cols)
         return cos.to(device), sin.to(device)
+
+
+def pack_rope(config: RopeConfig, head_dim: int, sizes: list[tuple[int, int]], device: torch.device) -> Rope:
+    """The tables of a pack of images of `sizes` (rows, columns), one after the other: (T, K) each."""
+    tables = [cached_rope_tables(config, head_dim, rows, cols, device) for rows, cols in sizes]
+    return torch.cat([cos for cos, _ in tables]), torch.cat([sin for _, sin in tables])
 
 
 def rotate(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
