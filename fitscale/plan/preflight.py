@@ -53,11 +53,11 @@ def pad_multiple(config: Config) -> int:
 
 
 def _require_names(config: Config) -> None:
-    names = [parameter.name for parameter in parameter_table(config.model)]
-    for key, parts in (("optim.trainable", config.optim.trainable), ("run.reset", config.run.reset)):
-        for part in parts:
-            if not any(part in name for name in names):
-                raise UserError(f"{key}: {part!r} is part of no parameter's name")
+    table = parameter_table(config.model)
+    for key, patterns in (("optim.trainable", config.optim.trainable), ("run.reset", config.run.reset)):
+        for pattern in patterns:
+            if not any(entry.matches([pattern]) for entry in table):
+                raise UserError(f"{key}: {pattern!r} is part of no parameter's name")
 
 
 def _require_same_latents(config: Config, index: Index) -> None:

@@ -34,8 +34,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def tensor_sets(ema_decays: list[float]) -> dict[str, str | None]:
     """Folder in the checkpoint -> key in the optimizer's state (None: the weights themselves)."""
-    averages = {f"weights/{ema_name(decay)}": ema_name(decay) for decay in ema_decays}
-    return {"weights/raw": None, **averages, **{f"optimizer/{name}": name for name in MOMENTS}}
+    ema = {f"weights/{ema_name(decay)}": ema_name(decay) for decay in ema_decays}
+    return {"weights/raw": None, **ema, **{f"optimizer/{name}": name for name in MOMENTS}}
 
 
 def complete(folder: Path, meta: dict[str, Any]) -> None:
@@ -82,7 +82,7 @@ def require_same_model(checkpoint: Checkpoint, model: ModelConfig) -> None:
 
 
 def load_optimizer(checkpoint: Checkpoint, engine: Any, ema_decays: list[float]) -> None:
-    """Set the optimizer's fp32 weights, averages and moments; the module was built with `weights/raw` already."""
+    """Set the optimizer's fp32 weights, EMA and moments; the module was built with `weights/raw` already."""
     fill_optimizer_state(engine, checkpoint.meta["optimizer_steps"])
     for folder, key in tensor_sets(ema_decays).items():
         for parameter, value in read_items(engine.module, checkpoint.path / folder):

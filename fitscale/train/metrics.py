@@ -21,6 +21,7 @@ from fitscale.plan.devices import device_reported_as
 from fitscale.run.attempt import Attempt
 from fitscale.run.layout import RunDir
 
+COUNTED = ("step", "images", "tokens", "train_flops")
 WAITING_SHARE = 0.1  # of the time: more is worth a word,
 WAITING_LONGEST_S = 1.0  # and so is a single wait of more than this
 
@@ -43,15 +44,14 @@ class Monitor:
     """Rank 0's window on a run."""
 
     def __init__(
-        self, config: Config, attempt: Attempt, first_step: int, world_size: int, device: torch.device
+        self, config: Config, attempt: Attempt, totals: dict[str, Any], world_size: int, device: torch.device
     ) -> None:
-        self.attempt = attempt
-        self.world_size, self.peak = world_size, peak_flops_per_s(device)
-        self.bar = tqdm(total=config.run.steps, initial=first_step, desc=config.run.name, unit="step", mininterval=1.0)
+        self.attempt, self.world_size, self.peak = attempt, world_size, peak_flops_per_s(device)
+        name, done = config.run.name, totals["step"]
+        self.bar = tqdm(total=config.run.steps, initial=done, desc=name, unit="step", mininterval=1.0)
         self.wandb = _start_wandb(config, attempt.run)
-        self.since = time.perf_counter()
-        self.logged: dict[str, float] = {"step": first_step}
         self.waiting_for_data = False
+        self.start_counting(totals)
 
     def log(self, row: dict[str, Any], phases: dict[str, float]) -> None:
         """Write one row of metrics and one of speed.
@@ -78,26 +78,25 @@ class Monitor:
             self.wandb.log({**row, **speed}, step=row["step"])
 
     def _speed(self, row: dict[str, Any]) -> dict[str, Any]:
-        now = time.perf_counter()
-        seconds = now - self.since
-        per_s = {key: (row[key] - self.logged.get(key, 0)) / seconds for key in ("images", "tokens", "train_flops")}
-        steps = row["step"] - self.logged["step"]
-        self.since, self.logged = now, {key: row[key] for key in ("step", "images", "tokens", "train_flops")}
+        since, logged = self.since, self.logged
+        self.start_counting(row)
+        seconds = self.since - since
+        steps, images, tokens, train_flops = (row[key] - logged[key] for key in COUNTED)
         return {
             "step": row["step"],
             "attempt": self.attempt.number,
             "time_unix_s": time.time(),
             "step_s": seconds / steps,
-            "images_per_s": per_s["images"],
-            "tokens_per_s": per_s["tokens"],
-            "flops_per_s": per_s["train_flops"],
-            "mfu": per_s["train_flops"] / (self.peak * self.world_size) if self.peak else None,
+            "images_per_s": images / seconds,
+            "tokens_per_s": tokens / seconds,
+            "flops_per_s": train_flops / seconds,
+            "mfu": train_flops / seconds / (self.peak * self.world_size) if self.peak else None,
         }
 
     def start_counting(self, totals: dict[str, Any]) -> None:
         """Begin to measure speed, from these totals on."""
         self.since = time.perf_counter()
-        self.logged = {key: totals[key] for key in ("step", "images", "tokens", "train_flops")}
+        self.logged = {key: totals[key] for key in COUNTED}
 
     def close(self) -> None:
         self.bar.close()
@@ -138,21 +137,14 @@ def _start_wandb(config: Config, run: RunDir) -> Any:
         return None
     import wandb
 
+    identity = run.path / "wandb_id"  # one wandb run per run directory, over all its restarts
+    if not identity.exists():
+        write_atomic(identity, uuid.uuid4().hex[:8])
     return wandb.init(
-        mode=config.wandb.mode,  # type: ignore[arg-type]
-        project=config.wandb.project,
-        entity=config.wandb.entity,
+        **asdict(config.wandb),
         name=config.run.name,
-        id=_wandb_id(run),
+        id=identity.read_text(),
         resume="allow",
         dir=run.path,
         config=asdict(config),
     )
-
-
-def _wandb_id(run: RunDir) -> str:
-    """One wandb run per run directory, over all its restarts."""
-    path = run.path / "wandb_id"
-    if not path.exists():
-        write_atomic(path, uuid.uuid4().hex[:8])
-    return path.read_text()
