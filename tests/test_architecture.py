@@ -34,7 +34,7 @@ def _may_know_rooms() -> dict[str, list[str]]:
     for rooms in ORDER:
         known = [*found]
         found |= dict.fromkeys([rooms] if isinstance(rooms, str) else rooms, known)
-    found["cli"] = [*found["cli"], "prepare"]
+    found["cli"] = found["api"] = [*found["cli"], "prepare"]
     return found | BELOW
 
 
