@@ -6,10 +6,10 @@ import pytest
 from scipy.linalg import sqrtm
 
 from fitscale.config.errors import UserError
-from fitscale.scaling.fid import ema_rule, infinity, tuned_guidance
-from fitscale.scaling.refusal import Refusal
-from fitscale.scaling.select import select
-from fitscale.scaling.table import validate
+from fitscale.scaling.rows.fid import ema_rule, infinity, tuned_guidance
+from fitscale.scaling.rows.refusals import Refusal
+from fitscale.scaling.rows.selection import select
+from fitscale.scaling.rows.table import validate
 from tests.programs import run_tool
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fitscale.scaling.holdout import folds, hold_out
-from fitscale.scaling.refusal import Refusal
+from fitscale.scaling.fit.holdout import folds, hold_out
+from fitscale.scaling.rows.refusals import Refusal
 from tests.programs import run_tool
 
 

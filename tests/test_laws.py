@@ -5,11 +5,11 @@ import pandas as pd
 import pytest
 from scipy.optimize import approx_fprime, least_squares
 
-from fitscale.scaling.fitting import Loss, _refuse_no_fit, fit_law
-from fitscale.scaling.laws import LAWS, NO_FLOOR, OFFSET, POWER
-from fitscale.scaling.points import chosen
-from fitscale.scaling.refusal import Refusal
-from fitscale.scaling.uncertainty import floor_profile
+from fitscale.scaling.fit.fitting import Loss, _refuse_no_fit, fit_law
+from fitscale.scaling.fit.laws import LAWS, NO_FLOOR, OFFSET, POWER
+from fitscale.scaling.fit.uncertainty import floor_profile
+from fitscale.scaling.rows.fitted_points import chosen
+from fitscale.scaling.rows.refusals import Refusal
 
 COMPUTE = np.geomspace(2e17, 6e19, 12)
 TRUTH = {"power": lambda c: 40 * (c / 1e18) ** -0.31, "offset": lambda c: 30 * (c / 1e18) ** -0.42 + 5.5}

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fitscale.scaling.check import correlation
-from fitscale.scaling.foreign import read_foreign
-from fitscale.scaling.holdout import hold_out
-from fitscale.scaling.isoflop import Optimum, fit_exponent, isoflop
+from fitscale.scaling.fit.holdout import hold_out
+from fitscale.scaling.fit.isoflop import Optimum, fit_exponent, isoflop
+from fitscale.scaling.rows.check import correlation
+from fitscale.scaling.rows.column_map import read_foreign
 from tests.programs import run_tool
 
 DATA = Path(__file__).parent / "data" / "scaling"

@@ -11,8 +11,8 @@ from fitscale.config.errors import UserError
 from fitscale.config.files import append_jsonl
 from fitscale.config.load import load_config
 from fitscale.model import flops
-from fitscale.scaling.runs import collect, load_table
-from fitscale.scaling.table import data_hash, key_columns, read_table, validate, write_table
+from fitscale.scaling.rows.runs import collect, load_table
+from fitscale.scaling.rows.table import data_hash, key_columns, read_table, validate, write_table
 from tests.synthetic_runs import KEY, TOKENS, write_sweep
 
 

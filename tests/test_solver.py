@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import least_squares
 
-from fitscale.scaling.solver import solve
+from fitscale.scaling.fit.solver import solve
 
 X_N = np.linspace(10, 11, 30)  # far from 0: level and slope are strongly correlated
 FREE = np.array([np.inf, np.inf])

@@ -11,14 +11,14 @@ import pandas as pd
 import pytest
 
 from fitscale.config.errors import UserError
-from fitscale.scaling.fitting import Loss
-from fitscale.scaling.refusal import Refusal
-from fitscale.scaling.report import fit_record, write_report
-from fitscale.scaling.runs import collect
-from fitscale.scaling.select import select
-from fitscale.scaling.study import Question, study
-from fitscale.scaling.table import validate
-from fitscale.scaling.wording import number, report_content, size_table
+from fitscale.scaling.fit.fitting import Loss
+from fitscale.scaling.fit.study import Question, study
+from fitscale.scaling.report.content import number, report_content, size_table
+from fitscale.scaling.report.files import fit_record, write_report
+from fitscale.scaling.rows.refusals import Refusal
+from fitscale.scaling.rows.runs import collect
+from fitscale.scaling.rows.selection import select
+from fitscale.scaling.rows.table import validate
 from tests.programs import run_tool
 from tests.sample_folders import write_samples
 from tests.synthetic_runs import write_sweep

@@ -4,11 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fitscale.scaling.fitting import fit_law, refit
-from fitscale.scaling.laws import OFFSET, POWER
-from fitscale.scaling.noise import estimate
-from fitscale.scaling.points import chosen
-from fitscale.scaling.uncertainty import covariance, fit_noise, new_run_KN, resample
+from fitscale.scaling.fit.fitting import fit_law, refit
+from fitscale.scaling.fit.laws import OFFSET, POWER
+from fitscale.scaling.fit.noise import estimate
+from fitscale.scaling.fit.uncertainty import covariance, fit_noise, new_run_KN, resample
+from fitscale.scaling.rows.fitted_points import chosen
 
 RUN_NOISE, POINT_NOISE = 0.02, 0.015
 TARGET = pd.DataFrame({"train_flops": [4.5e20]})

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from fitscale.config.program import exit_code
-from fitscale.scaling.fitting import Fit, Loss, best_of
-from fitscale.scaling.laws import ADDITIVE
-from fitscale.scaling.uncertainty import resample
+from fitscale.scaling.fit.fitting import Fit, Loss, best_of
+from fitscale.scaling.fit.laws import ADDITIVE
+from fitscale.scaling.fit.uncertainty import resample
 
 POINTS, STARTS, RESAMPLES, LIMIT = 245, 4500, 4000, 60.0
 EXPONENTS = np.linspace(0.1, 1.5, 15)

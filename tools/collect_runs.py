@@ -43,9 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def collect_runs(options: argparse.Namespace) -> int:
     """Write and/or check the table, and say what it holds."""
-    from fitscale.scaling.arguments import writing
-    from fitscale.scaling.check import problems, summary
-    from fitscale.scaling.table import write_table
+    from fitscale.scaling.rows.check import problems, summary
+    from fitscale.scaling.rows.options import writing
+    from fitscale.scaling.rows.table import write_table
 
     if not options.output and not options.check:
         raise UserError("nothing to do: give -o FILE, or --check")
@@ -67,8 +67,8 @@ def _derived(table: "pd.DataFrame", options: argparse.Namespace) -> "pd.DataFram
     """The table with the rows that were asked for besides the measured ones."""
     import pandas as pd
 
-    from fitscale.scaling.fid import ema_rule, infinity, tuned_guidance
-    from fitscale.scaling.table import validate
+    from fitscale.scaling.rows.fid import ema_rule, infinity, tuned_guidance
+    from fitscale.scaling.rows.table import validate
 
     if options.ema_share is not None:
         table = ema_rule(table, options.ema_share)
@@ -81,8 +81,8 @@ def _derived(table: "pd.DataFrame", options: argparse.Namespace) -> "pd.DataFram
 
 
 def _table(runs: list[Path], columns: Path | None) -> "pd.DataFrame":
-    from fitscale.scaling.foreign import read_foreign
-    from fitscale.scaling.runs import load_table
+    from fitscale.scaling.rows.column_map import read_foreign
+    from fitscale.scaling.rows.runs import load_table
 
     if columns is None:
         return load_table(runs)

@@ -15,8 +15,8 @@ from fitscale.config.errors import UserError
 from fitscale.config.program import exit_code
 
 if TYPE_CHECKING:
-    from fitscale.scaling.samples import SampleFolder
-    from fitscale.scaling.study import Question, Study
+    from fitscale.scaling.fit.study import Question, Study
+    from fitscale.scaling.report.samples import SampleFolder
 
 FITTED, REFUSED, CAUTIONS = 0, 2, 3
 LEAST_RESAMPLES = 20  # one of them beyond either end of a 90 % interval
@@ -29,10 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def fit_scaling(options: argparse.Namespace) -> int:
     """Fit, write the report, print it in short; the exit code of this program's description."""
-    from fitscale.scaling.arguments import require_at_least, writing
-    from fitscale.scaling.report import write_report
-    from fitscale.scaling.runs import load_table
-    from fitscale.scaling.study import study
+    from fitscale.scaling.fit.study import study
+    from fitscale.scaling.report.files import write_report
+    from fitscale.scaling.rows.options import require_at_least, writing
+    from fitscale.scaling.rows.runs import load_table
 
     require_at_least(options, resamples=LEAST_RESAMPLES, seed=0)
     if options.huber is not None and not options.huber > 0:
@@ -50,7 +50,7 @@ def fit_scaling(options: argparse.Namespace) -> int:
 
 def _sample_folders(options: argparse.Namespace, answer: "Study") -> list["SampleFolder"]:
     """Those asked for, or those inside the run directories whose checkpoint is a row of the study."""
-    from fitscale.scaling.samples import find_folders, read_folder, row_of
+    from fitscale.scaling.report.samples import find_folders, read_folder, row_of
 
     if options.samples or not len(answer.rows):
         return [read_folder(path) for path in options.samples]
@@ -62,9 +62,9 @@ def _sample_folders(options: argparse.Namespace, answer: "Study") -> list["Sampl
 
 
 def _question(options: argparse.Namespace) -> "Question":
-    from fitscale.scaling.arguments import conditions
-    from fitscale.scaling.fitting import Loss
-    from fitscale.scaling.study import Question
+    from fitscale.scaling.fit.fitting import Loss
+    from fitscale.scaling.fit.study import Question
+    from fitscale.scaling.rows.options import conditions
 
     return Question(
         metric=options.metric,
@@ -82,7 +82,7 @@ def _question(options: argparse.Namespace) -> "Question":
 
 
 def _say(answer: "Study") -> None:
-    from fitscale.scaling.wording import report_content
+    from fitscale.scaling.report.content import report_content
 
     for refusal in answer.refusals:
         print(f"refused ({refusal.code}): {refusal.message}", file=sys.stderr)
@@ -93,8 +93,8 @@ def _say(answer: "Study") -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from fitscale.scaling.arguments import add_row_options
-    from fitscale.scaling.study import CHOICES
+    from fitscale.scaling.fit.study import CHOICES
+    from fitscale.scaling.rows.options import add_row_options
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_row_options(parser)

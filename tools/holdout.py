@@ -18,10 +18,10 @@ def main(arguments: list[str] | None = None) -> int:
 def holdout(options: argparse.Namespace) -> int:
     """Print (and write) the errors and the ranking; a refusal is a user's error."""
     from fitscale.config.files import write_atomic
-    from fitscale.scaling.arguments import conditions, writing
-    from fitscale.scaling.holdout import hold_out
-    from fitscale.scaling.runs import load_table
-    from fitscale.scaling.select import select
+    from fitscale.scaling.fit.holdout import hold_out
+    from fitscale.scaling.rows.options import conditions, writing
+    from fitscale.scaling.rows.runs import load_table
+    from fitscale.scaling.rows.selection import select
 
     where, table = conditions(options.where), load_table(options.runs)
     selection = select(table, options.metric, where, options.from_step, options.drop_missing)
@@ -46,9 +46,9 @@ def holdout(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from fitscale.scaling.arguments import add_row_options
-    from fitscale.scaling.holdout import BY
-    from fitscale.scaling.laws import LAWS
+    from fitscale.scaling.fit.holdout import BY
+    from fitscale.scaling.fit.laws import LAWS
+    from fitscale.scaling.rows.options import add_row_options
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_row_options(parser)

@@ -18,7 +18,7 @@ from fitscale.config.errors import UserError
 from fitscale.config.program import exit_code
 
 if TYPE_CHECKING:
-    from fitscale.scaling.planner import Economics, Outlook, Plan, Prior
+    from fitscale.scaling.fit.planner import Economics, Outlook, Plan, Prior
 
 MODELS = Path(__file__).parents[1] / "configs" / "model"
 RECIPE = "configs/recipe/fitv2_256.yaml"
@@ -32,8 +32,8 @@ def run(options: argparse.Namespace) -> int:
     """Print the plan; write the sweep's YAML if asked."""
     from fitscale.config.files import write_atomic
     from fitscale.model import flops
-    from fitscale.scaling.arguments import model_named, require_at_least, writing
-    from fitscale.scaling.planner import plan
+    from fitscale.scaling.fit.planner import plan
+    from fitscale.scaling.rows.options import model_named, require_at_least, writing
 
     require_at_least(options, points=1, first_step=1, tokens=1, batch=1, samples=2, nfe=1, target_steps=1, seed=0)
     economics = _economics(options)
@@ -115,7 +115,7 @@ def _missing(options: argparse.Namespace) -> dict[str, str]:
 
 
 def _economics(options: argparse.Namespace) -> "Economics":
-    from fitscale.scaling.planner import PEAK_FLOPS, Economics
+    from fitscale.scaling.fit.planner import PEAK_FLOPS, Economics
 
     if not 0 < options.mfu <= 1:
         raise UserError(f"--mfu {options.mfu}: a utilisation lies above 0 and at most at 1")
@@ -132,10 +132,10 @@ def _economics(options: argparse.Namespace) -> "Economics":
 
 
 def _prior(options: argparse.Namespace) -> "Prior":
-    from fitscale.scaling.arguments import conditions
-    from fitscale.scaling.planner import Prior, assumed
-    from fitscale.scaling.runs import load_table
-    from fitscale.scaling.study import Question, study
+    from fitscale.scaling.fit.planner import Prior, assumed
+    from fitscale.scaling.fit.study import Question, study
+    from fitscale.scaling.rows.options import conditions
+    from fitscale.scaling.rows.runs import load_table
 
     if not options.prior:
         if options.where or options.from_step or options.drop_missing:
@@ -158,8 +158,8 @@ def _prior(options: argparse.Namespace) -> "Prior":
 
 
 def _parser() -> argparse.ArgumentParser:
-    from fitscale.scaling.arguments import add_filter_options
-    from fitscale.scaling.planner import PEAK_FLOPS
+    from fitscale.scaling.fit.planner import PEAK_FLOPS
+    from fitscale.scaling.rows.options import add_filter_options
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from fitscale.config.schema import ModelConfig
-    from fitscale.scaling.predict import Target
+    from fitscale.scaling.fit.prediction import Target
 
 MODELS = Path(__file__).parents[1] / "configs" / "model"
 
@@ -32,11 +32,11 @@ def run(options: argparse.Namespace) -> int:
     import json
 
     from fitscale.config.files import write_atomic
-    from fitscale.scaling.arguments import conditions, require_at_least, writing
-    from fitscale.scaling.predict import describe, predict
-    from fitscale.scaling.runs import load_table
-    from fitscale.scaling.select import select
-    from fitscale.scaling.study import Question
+    from fitscale.scaling.fit.prediction import describe, predict
+    from fitscale.scaling.fit.study import Question
+    from fitscale.scaling.rows.options import conditions, require_at_least, writing
+    from fitscale.scaling.rows.runs import load_table
+    from fitscale.scaling.rows.selection import select
 
     require_at_least(options, steps=1, batch=1, tokens=1, seed=0)
     table = load_table(options.runs)
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _target(options: argparse.Namespace, rows: "pd.DataFrame") -> "Target":
     """The run that is asked about; what is not said of it is as in `rows`, the runs that it is predicted from."""
-    from fitscale.scaling.predict import batch_of, target, tokens_of
+    from fitscale.scaling.fit.prediction import batch_of, target, tokens_of
 
     batch = batch_of(rows) if options.batch is None else options.batch
     tokens, squared = tokens_of(rows) if options.tokens is None else (options.tokens, options.tokens**2)
@@ -78,7 +78,7 @@ def _target(options: argparse.Namespace, rows: "pd.DataFrame") -> "Target":
 
 def _model(size: list[str]) -> "ModelConfig":
     from fitscale.config.load import load_config
-    from fitscale.scaling.arguments import model_named
+    from fitscale.scaling.rows.options import model_named
 
     if len(size) == 1 and not size[0].endswith((".yaml", ".yml")):
         return model_named(size[0], MODELS)
@@ -86,8 +86,8 @@ def _model(size: list[str]) -> "ModelConfig":
 
 
 def _parser() -> argparse.ArgumentParser:
-    from fitscale.scaling.arguments import add_row_options
-    from fitscale.scaling.laws import LAWS
+    from fitscale.scaling.fit.laws import LAWS
+    from fitscale.scaling.rows.options import add_row_options
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_row_options(parser)

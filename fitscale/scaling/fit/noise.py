@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fitscale.scaling.solver import Array
+from fitscale.scaling.fit.solver import Array
 
 SINGULAR = 1e8  # two sums of squares whose expectations are this close to proportional hold one variance, not two
 LEAST_VARIANCE, LARGEST_VARIANCE = 1e-14, 100.0  # a factor of e^10 from run to run says nothing of a metric

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
 
-from fitscale.scaling.solver import Array
+from fitscale.scaling.fit.solver import Array
 
 STEEPEST = 10.0  # bound of every exponent
 EXPONENTS = {1: np.geomspace(0.03, 3.0, 12), 2: np.geomspace(0.05, 1.5, 7)}  # starts, by the number of exponents

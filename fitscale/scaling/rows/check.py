@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from fitscale.scaling.table import key_columns
+from fitscale.scaling.rows.table import key_columns
 
 HIGHER_IS_BETTER = ("recognised",)
 NEVER_MISSING = ("run", "size", "value", "train_flops", "parameters", "step", "images")

@@ -11,10 +11,10 @@ import pandas as pd
 from fitscale.config.errors import UserError
 from fitscale.config.schema import ModelConfig
 from fitscale.model import flops
-from fitscale.scaling.fitting import fit_law
-from fitscale.scaling.refusal import Refusal
-from fitscale.scaling.study import LawResult, Question, Study, refuse_far, study
-from fitscale.scaling.uncertainty import LEVELS, new_run_KN
+from fitscale.scaling.fit.fitting import fit_law
+from fitscale.scaling.fit.study import LawResult, Question, Study, refuse_far, study
+from fitscale.scaling.fit.uncertainty import LEVELS, new_run_KN
+from fitscale.scaling.rows.refusals import Refusal
 
 SAME_TOKENS = 1.05  # means of runs on the same images differ by which of them they have seen
 

@@ -4,10 +4,10 @@ import pandas as pd
 import pytest
 
 from fitscale.config.errors import UserError
-from fitscale.scaling.check import correlation, problems
-from fitscale.scaling.foreign import read_foreign
-from fitscale.scaling.runs import collect
-from fitscale.scaling.table import validate
+from fitscale.scaling.rows.check import correlation, problems
+from fitscale.scaling.rows.column_map import read_foreign
+from fitscale.scaling.rows.runs import collect
+from fitscale.scaling.rows.table import validate
 from tests.programs import run_tool
 from tests.synthetic_runs import write_sweep
 

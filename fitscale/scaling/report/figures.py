@@ -5,9 +5,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fitscale.scaling.isoflop import IsoFlop
-from fitscale.scaling.laws import COMPUTE
-from fitscale.scaling.plotting import (
+from fitscale.scaling.fit.isoflop import IsoFlop
+from fitscale.scaling.fit.laws import COMPUTE
+from fitscale.scaling.fit.study import LawResult, Study
+from fitscale.scaling.fit.uncertainty import new_run_KN
+from fitscale.scaling.report.axes import (
     COMPUTE_LABEL,
     Images,
     decorate,
@@ -17,8 +19,6 @@ from fitscale.scaling.plotting import (
     readable,
     rendered,
 )
-from fitscale.scaling.study import LawResult, Study
-from fitscale.scaling.uncertainty import new_run_KN
 
 HELD_OUT = ("crimson", "darkorange", "deeppink", "saddlebrown")
 MOST_NAMED = 12  # held-out points; more names would hide them
@@ -105,7 +105,7 @@ def isoflop_curves(study: Study, iso: IsoFlop) -> Images:
     """Metric against size for every budget with an optimum, and the line of optima."""
     from matplotlib import colormaps
 
-    from fitscale.scaling.isoflop import slices_of_runs
+    from fitscale.scaling.fit.isoflop import slices_of_runs
 
     figure = new_figure()
     axes = figure.add_subplot()

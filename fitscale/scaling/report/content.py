@@ -5,14 +5,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fitscale.scaling.fitting import Fit
-from fitscale.scaling.isoflop import IsoFlop, Optimum
-from fitscale.scaling.laws import COMPUTE, SURFACE
-from fitscale.scaling.noise import Noise
-from fitscale.scaling.optimum import optimal_sizes
-from fitscale.scaling.plotting import readable
-from fitscale.scaling.study import LawResult, Question, Study
-from fitscale.scaling.table import data_hash
+from fitscale.scaling.fit.fitting import Fit
+from fitscale.scaling.fit.isoflop import IsoFlop, Optimum
+from fitscale.scaling.fit.laws import COMPUTE, SURFACE
+from fitscale.scaling.fit.noise import Noise
+from fitscale.scaling.fit.optimal_size import optimal_sizes
+from fitscale.scaling.fit.study import LawResult, Question, Study
+from fitscale.scaling.report.axes import readable
+from fitscale.scaling.rows.table import data_hash
 
 GUIDANCE = "key_guidance"
 SHOWN = ("validation_loss", "fd", "recognised")  # metrics with a column in the table of sizes, if evaluated

@@ -18,7 +18,7 @@ import pandas as pd
 import yaml
 
 from fitscale.config.errors import UserError
-from fitscale.scaling.table import validate
+from fitscale.scaling.rows.table import validate
 
 
 def read_foreign(path: Path, column_map: Path) -> pd.DataFrame:

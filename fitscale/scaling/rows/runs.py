@@ -18,7 +18,7 @@ from fitscale.config.load import load_config
 from fitscale.config.schema import Config, ModelConfig
 from fitscale.model import flops
 from fitscale.run.layout import RunDir
-from fitscale.scaling.table import COLUMNS, KEY, read_table, validate
+from fitscale.scaling.rows.table import COLUMNS, KEY, read_table, validate
 
 COPIED = (
     "step",

@@ -17,10 +17,10 @@ import pandas as pd
 from fitscale.config.schema import EvaluationConfig, ModelConfig
 from fitscale.model import flops
 from fitscale.plan.devices import DEVICES
-from fitscale.scaling.fitting import Fit, Loss, in_order, refit
-from fitscale.scaling.laws import OFFSET
-from fitscale.scaling.refusal import Refusal
-from fitscale.scaling.solver import Array
+from fitscale.scaling.fit.fitting import Fit, Loss, in_order, refit
+from fitscale.scaling.fit.laws import OFFSET
+from fitscale.scaling.fit.solver import Array
+from fitscale.scaling.rows.refusals import Refusal
 
 PEAK_FLOPS = {name: device.peak_flops_per_s for name, device in DEVICES.items()}
 GAMMAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from fitscale.config.errors import UserError
-from fitscale.scaling.refusal import Refusal
-from fitscale.scaling.table import key_columns
+from fitscale.scaling.rows.refusals import Refusal
+from fitscale.scaling.rows.table import key_columns
 
 LEAST_COUNTS = 3
 SAMPLES, GUIDANCE, WEIGHTS = "key_samples", "key_guidance", "key_weights"

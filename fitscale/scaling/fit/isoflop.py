@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from scipy.interpolate import Akima1DInterpolator
 
-from fitscale.scaling.refusal import Refusal
-from fitscale.scaling.solver import Array
+from fitscale.scaling.fit.solver import Array
+from fitscale.scaling.rows.refusals import Refusal
 
 SAME_BUDGET = 1.1  # rows whose compute differs by less belong to one budget
 LEAST_SIZES = 4

@@ -9,11 +9,11 @@ import pytest
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
 from fitscale.model import flops
-from fitscale.scaling.predict import batch_of, describe, predict, target, tokens_of
-from fitscale.scaling.refusal import Refusal
-from fitscale.scaling.runs import collect
-from fitscale.scaling.study import Question
-from fitscale.scaling.table import write_table
+from fitscale.scaling.fit.prediction import batch_of, describe, predict, target, tokens_of
+from fitscale.scaling.fit.study import Question
+from fitscale.scaling.rows.refusals import Refusal
+from fitscale.scaling.rows.runs import collect
+from fitscale.scaling.rows.table import write_table
 from tests.programs import run_tool
 from tests.synthetic_runs import TOKENS, write_sweep
 

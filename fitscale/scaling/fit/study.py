@@ -13,14 +13,11 @@ import numpy as np
 import pandas as pd
 
 from fitscale.config.errors import UserError
-from fitscale.scaling.fitting import Fit, Loss, fit_law
-from fitscale.scaling.isoflop import METHODS, IsoFlop, isoflop, slices_of_runs
-from fitscale.scaling.laws import COMPUTE, LAWS, Law
-from fitscale.scaling.points import chosen
-from fitscale.scaling.refusal import Caution, Refusal
-from fitscale.scaling.select import Selection, select, size_order
-from fitscale.scaling.solver import Array
-from fitscale.scaling.uncertainty import (
+from fitscale.scaling.fit.fitting import Fit, Loss, fit_law
+from fitscale.scaling.fit.isoflop import METHODS, IsoFlop, isoflop, slices_of_runs
+from fitscale.scaling.fit.laws import COMPUTE, LAWS, Law
+from fitscale.scaling.fit.solver import Array
+from fitscale.scaling.fit.uncertainty import (
     FEW_RUNS,
     FloorProfile,
     Resamples,
@@ -29,6 +26,9 @@ from fitscale.scaling.uncertainty import (
     new_run_KN,
     resample,
 )
+from fitscale.scaling.rows.fitted_points import chosen
+from fitscale.scaling.rows.refusals import Caution, Refusal
+from fitscale.scaling.rows.selection import Selection, select, size_order
 
 FAR = 10.0  # a prediction at more than this many times the fitted compute must be asked for
 CHOICES = (*LAWS, "isoflop")

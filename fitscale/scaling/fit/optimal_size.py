@@ -7,10 +7,10 @@ to the table. The best N minimises the law along that line. Only sizes within th
 import numpy as np
 import pandas as pd
 
-from fitscale.scaling.fitting import Fit
-from fitscale.scaling.isoflop import Optimum
-from fitscale.scaling.refusal import Refusal
-from fitscale.scaling.solver import Array
+from fitscale.scaling.fit.fitting import Fit
+from fitscale.scaling.fit.isoflop import Optimum
+from fitscale.scaling.fit.solver import Array
+from fitscale.scaling.rows.refusals import Refusal
 
 FINE = 2001
 

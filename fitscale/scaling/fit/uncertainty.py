@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from fitscale.scaling.fitting import Fit, exp, in_order, refit
-from fitscale.scaling.noise import Noise, estimate
-from fitscale.scaling.solver import Array
+from fitscale.scaling.fit.fitting import Fit, exp, in_order, refit
+from fitscale.scaling.fit.noise import Noise, estimate
+from fitscale.scaling.fit.solver import Array
 
 LEVELS = (0.5, 0.9)
 FEW_RUNS = 4  # with fewer the luck of a run is hardly known, and intervals are wide for it

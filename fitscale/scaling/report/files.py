@@ -13,13 +13,13 @@ import pandas as pd
 
 from fitscale.config.errors import UserError
 from fitscale.config.files import write_atomic
-from fitscale.scaling.figures import figures
-from fitscale.scaling.isoflop import IsoFlop
-from fitscale.scaling.samples import SampleFolder, placed, samples_along_the_curve
-from fitscale.scaling.study import LawResult, Study
-from fitscale.scaling.table import data_hash
-from fitscale.scaling.templates import HTML, MARKDOWN
-from fitscale.scaling.wording import parameter_intervals, report_content
+from fitscale.scaling.fit.isoflop import IsoFlop
+from fitscale.scaling.fit.study import LawResult, Study
+from fitscale.scaling.report.content import parameter_intervals, report_content
+from fitscale.scaling.report.figures import figures
+from fitscale.scaling.report.samples import SampleFolder, placed, samples_along_the_curve
+from fitscale.scaling.report.templates import HTML, MARKDOWN
+from fitscale.scaling.rows.table import data_hash
 
 PACKAGES = ("numpy", "scipy", "pandas")
 

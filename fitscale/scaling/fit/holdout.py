@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from fitscale.scaling.fitting import fit_law
-from fitscale.scaling.laws import COMPUTE, LAWS, Law
-from fitscale.scaling.points import chosen
-from fitscale.scaling.refusal import Refusal
-from fitscale.scaling.select import size_order
+from fitscale.scaling.fit.fitting import fit_law
+from fitscale.scaling.fit.laws import COMPUTE, LAWS, Law
+from fitscale.scaling.rows.fitted_points import chosen
+from fitscale.scaling.rows.refusals import Refusal
+from fitscale.scaling.rows.selection import size_order
 
 BY = ("size", "compute", "step")
 CUTS = (8, 4, 2)

@@ -9,7 +9,7 @@ from fitscale.config.checks import at_least
 from fitscale.config.errors import UserError, cannot_write
 from fitscale.config.load import load_config
 from fitscale.config.schema import ModelConfig
-from fitscale.scaling.points import POINTS
+from fitscale.scaling.rows.fitted_points import POINTS
 
 
 def add_row_options(parser: argparse.ArgumentParser) -> None:

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares
 
-from fitscale.scaling.laws import Law
-from fitscale.scaling.refusal import Refusal
-from fitscale.scaling.solver import Array, solve
+from fitscale.scaling.fit.laws import Law
+from fitscale.scaling.fit.solver import Array, solve
+from fitscale.scaling.rows.refusals import Refusal
 
 LEAST_REACHED = 0.05
 SAME_DIRECTION = 1e-10  # a smaller singular value of the scaled Jacobian is a direction that changes nothing

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from fitscale.config.errors import UserError
-from fitscale.scaling.refusal import Caution, Refusal
-from fitscale.scaling.table import COLUMNS, key_columns
+from fitscale.scaling.rows.refusals import Caution, Refusal
+from fitscale.scaling.rows.table import COLUMNS, key_columns
 
 NEEDED = ("run", "size", "value", "train_flops")
 

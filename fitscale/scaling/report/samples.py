@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 
 from fitscale.config.errors import UserError
-from fitscale.scaling.figures import draw_runs
-from fitscale.scaling.plotting import (
+from fitscale.scaling.fit.solver import Array
+from fitscale.scaling.fit.study import Study
+from fitscale.scaling.report.axes import (
     COMPUTE_LABEL,
     Images,
     decorate,
@@ -25,8 +26,7 @@ from fitscale.scaling.plotting import (
     readable,
     rendered,
 )
-from fitscale.scaling.solver import Array
-from fitscale.scaling.study import Study
+from fitscale.scaling.report.figures import draw_runs
 
 SHOWN = 8  # images of a folder, in two columns
 MOST_FOLDERS = 10
