@@ -4,9 +4,9 @@ import pandas as pd
 import pytest
 
 from fitscale.config.errors import UserError
-from fitscale.scaling.rows.check import correlation, problems
-from fitscale.scaling.rows.column_map import read_foreign
+from fitscale.scaling.rows.column_map import read_mapped
 from fitscale.scaling.rows.runs import collect
+from fitscale.scaling.rows.selection import correlation, problems
 from fitscale.scaling.rows.table import validate
 from tests.programs import run_tool
 from tests.synthetic_runs import write_sweep
@@ -36,7 +36,7 @@ def files(tmp_path, text=WANDB, columns=MAP):
 
 
 def test_a_wandb_export_becomes_a_runs_table(tmp_path):
-    table = read_foreign(*files(tmp_path))
+    table = read_mapped(*files(tmp_path))
     assert list(zip(table["run"], table["metric"], table["value"], strict=True)) == [
         ("a", "fd", 40.5),
         ("b", "fd", 30.25),
@@ -63,11 +63,11 @@ def test_a_wandb_export_becomes_a_runs_table(tmp_path):
 )
 def test_wrong_maps_are_named(tmp_path, columns, message):
     with pytest.raises(UserError, match=message):
-        read_foreign(*files(tmp_path, columns=columns))
+        read_mapped(*files(tmp_path, columns=columns))
 
 
 def test_check_finds_what_would_stop_a_fit(tmp_path):
-    table = read_foreign(*files(tmp_path))
+    table = read_mapped(*files(tmp_path))
     found = problems(table)
     assert "fd: key_sampler differs, choose one before fitting: euler, heun" in found
     broken = validate(table.assign(value=[0.0, None, 0.6, 0.7, 1.0], status="unfinished"))

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy.optimize import approx_fprime, least_squares
 
-from fitscale.scaling.fit.fitting import Loss, _refuse_no_fit, fit_law
+from fitscale.scaling.fit.fitting import ResidualLoss, _refuse_no_fit, fit_law
 from fitscale.scaling.fit.laws import LAWS, NO_FLOOR, OFFSET, POWER
 from fitscale.scaling.fit.uncertainty import floor_profile
 from fitscale.scaling.rows.fitted_points import chosen
@@ -88,7 +88,7 @@ def test_jacobian_is_the_derivative(name):
 @pytest.mark.parametrize("huber", [None, 0.02])
 def test_the_minimum_is_scipys(huber):
     data = noisy()
-    fit = fit_law(OFFSET, data, Loss(huber=huber))
+    fit = fit_law(OFFSET, data, ResidualLoss(huber=huber))
     x, _ = OFFSET.centred(data)
     y = np.log(data["value"].to_numpy())
     theirs = least_squares(
@@ -182,10 +182,10 @@ def test_replicates_stand_or_fall_together_on_the_frontier():
 
 def test_floor_profile_says_when_the_floor_is_not_identified():
     clear = fit_law(OFFSET, noisy(sigma=0.005))
-    profile = floor_profile(clear, noisy(sigma=0.005))
+    profile = floor_profile(clear)
     assert profile.identified and profile.low < 5.5 < profile.high
     short = rows(TRUTH["offset"](COMPUTE[:5]) * np.exp(np.random.default_rng(3).normal(0, 0.02, 5)), COMPUTE[:5])
-    vague = floor_profile(fit_law(OFFSET, short), short)
+    vague = floor_profile(fit_law(OFFSET, short))
     assert not vague.identified and vague.low == 0.0
 
 
@@ -194,7 +194,7 @@ def test_the_floors_profile_is_that_of_lmfit():
 
     data = noisy(sigma=0.004, seed=1).assign(run=[f"r{i}" for i in range(12)])  # no correlation: the plain F profile
     fit = fit_law(OFFSET, data)
-    profile = floor_profile(fit, data)
+    profile = floor_profile(fit)
     x = OFFSET.centred(data)[0][:, 0]
     y = np.log(data["value"].to_numpy())
     values = dict(zip(("ln_a", "b", "e"), fit.theta_P, strict=True))

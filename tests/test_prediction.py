@@ -10,7 +10,7 @@ from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
 from fitscale.model import flops
 from fitscale.scaling.fit.prediction import batch_of, describe, predict, target, tokens_of
-from fitscale.scaling.fit.study import Question
+from fitscale.scaling.fit.question import Question
 from fitscale.scaling.rows.refusals import Refusal
 from fitscale.scaling.rows.runs import collect
 from fitscale.scaling.rows.table import write_table

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from fitscale.config.errors import UserError
-from fitscale.scaling.fit.study import Question, study
+from fitscale.scaling.fit.question import Question
+from fitscale.scaling.fit.study import study
 from fitscale.scaling.report.samples import find_folders, mosaic, placed, read_folder, samples_along_the_curve
 from fitscale.scaling.rows.runs import collect
 from tests.programs import run_tool

@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 
 from fitscale.config.errors import UserError
-from fitscale.scaling.fit.fitting import Loss
-from fitscale.scaling.fit.study import Question, study
+from fitscale.scaling.fit.fitting import ResidualLoss
+from fitscale.scaling.fit.question import Question
+from fitscale.scaling.fit.study import study
 from fitscale.scaling.report.content import number, report_content, size_table
 from fitscale.scaling.report.files import fit_record, write_report
 from fitscale.scaling.rows.refusals import Refusal
@@ -116,7 +117,7 @@ def test_an_exponent_without_an_interval_is_reported_as_such(tmp_path):
 
 def test_the_report_says_how_each_law_was_fitted(table, tmp_path):
     question = Question(laws=("power", "additive"), extrapolate=True, resamples=10)
-    usual, linear = (study(table, asked) for asked in (question, replace(question, loss=Loss("linear", 0.5))))
+    usual, linear = (study(table, asked) for asked in (question, replace(question, loss=ResidualLoss("linear", 0.5))))
     said = {law["name"]: law["fitted"] for law in report_content(usual)["laws"]}
     assert said["power"] == "Fitted by least squares on ln(fd), points weighted alike (frontier points)"
     assert said["additive"] == "Fitted by least squares on ln(fd), points weighted alike (all points)"

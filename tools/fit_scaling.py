@@ -15,7 +15,8 @@ from fitscale.config.errors import UserError
 from fitscale.config.program import exit_code
 
 if TYPE_CHECKING:
-    from fitscale.scaling.fit.study import Question, Study
+    from fitscale.scaling.fit.question import Question
+    from fitscale.scaling.fit.study import Study
     from fitscale.scaling.report.samples import SampleFolder
 
 FITTED, REFUSED, CAUTIONS = 0, 2, 3
@@ -23,8 +24,7 @@ LEAST_RESAMPLES = 20  # one of them beyond either end of a 90 % interval
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    return exit_code(lambda: fit_scaling(options))
+    return exit_code(lambda: fit_scaling(_parser().parse_args(arguments)))
 
 
 def fit_scaling(options: argparse.Namespace) -> int:
@@ -62,50 +62,36 @@ def _sample_folders(options: argparse.Namespace, answer: "Study") -> list["Sampl
 
 
 def _question(options: argparse.Namespace) -> "Question":
-    from fitscale.scaling.fit.fitting import Loss
-    from fitscale.scaling.fit.study import Question
-    from fitscale.scaling.rows.options import conditions
+    from fitscale.scaling.fit.fitting import ResidualLoss
+    from fitscale.scaling.fit.question import question
 
-    return Question(
-        metric=options.metric,
-        laws=tuple(dict.fromkeys(options.law)),
-        points=options.points,
-        hold_out=() if options.hold_out == ["none"] else tuple(options.hold_out),
-        where=conditions(options.where),
-        from_step=options.from_step,
-        drop_missing=options.drop_missing,
-        extrapolate=options.extrapolate,
-        loss=Loss("linear" if options.linear else "log", options.huber),
-        resamples=options.resamples,
-        seed=options.seed,
-    )
+    hold_out = () if options.hold_out == ["none"] else tuple(options.hold_out)
+    return question(options, hold_out=hold_out, loss=ResidualLoss("linear" if options.linear else "log", options.huber))
 
 
 def _say(answer: "Study") -> None:
-    from fitscale.scaling.report.content import report_content
+    from fitscale.scaling.report.content import headline
 
     for refusal in answer.refusals:
         print(f"refused ({refusal.code}): {refusal.message}", file=sys.stderr)
     for caution in answer.cautions:
         print(f"caution ({caution.code}): {caution.message}", file=sys.stderr)
-    for headline in report_content(answer)["headlines"]:
-        print(headline)
+    for result in answer.results:
+        print(headline(answer, result))
 
 
 def _parser() -> argparse.ArgumentParser:
+    from fitscale.scaling.fit.question import add_draw_options, add_law_options
     from fitscale.scaling.fit.study import CHOICES
-    from fitscale.scaling.rows.options import add_row_options
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_row_options(parser)
+    add_law_options(parser, CHOICES)
+    add_draw_options(parser)
     add = parser.add_argument
-    add("--law", nargs="+", choices=CHOICES, default=["offset", "power"], help="laws; the best is shown first")
     add("--hold-out", nargs="+", default=["largest"], metavar="SIZE", help="sizes to predict: largest, none or names")
-    add("--extrapolate", action="store_true", help="agree to predictions at more than 10 times the fitted compute")
-    add("--resamples", type=int, default=4000, help="times that the luck of all runs is drawn anew (default: 4000)")
+    add("--resamples", type=int, default=4000, help="times that all runs are drawn anew (default: 4000)")
     add("--huber", type=float, metavar="DELTA", help="Huber's loss with this corner instead of squares")
     add("--linear", action="store_true", help="residuals of the metric itself instead of its logarithm")
-    add("--seed", type=int, default=0, help="seed of the resampling")
     add(
         "--samples",
         nargs="+",

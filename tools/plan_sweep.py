@@ -18,7 +18,7 @@ from fitscale.config.errors import UserError
 from fitscale.config.program import exit_code
 
 if TYPE_CHECKING:
-    from fitscale.scaling.fit.planner import Economics, Outlook, Plan, Prior
+    from fitscale.scaling.fit.planner import Economics, Outlook, Prior, SweepPlan
 
 MODELS = Path(__file__).parents[1] / "configs" / "model"
 RECIPE = "configs/recipe/fitv2_256.yaml"
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _lines(answer: "Plan", economics: "Economics", options: argparse.Namespace) -> list[str]:
+def _lines(answer: "SweepPlan", economics: "Economics", options: argparse.Namespace) -> list[str]:
     from fitscale.model import flops
 
     lines = [f"{'cell':<14}{'parameters':>14}{'steps':>11}{'training FLOPs':>16}{'GPU-hours':>11}  evaluated at steps"]
@@ -77,7 +77,7 @@ def _interval(outlook: "Outlook") -> str:
     return f"{outlook.low - 1:+.1%} to {outlook.high - 1:+.1%}"
 
 
-def _sweep_yaml(answer: "Plan", options: argparse.Namespace) -> str:
+def _sweep_yaml(answer: "SweepPlan", options: argparse.Namespace) -> str:
     from fitscale.config.load import to_yaml
     from fitscale.jobs.sweep import SweepConfig
 
@@ -133,28 +133,20 @@ def _economics(options: argparse.Namespace) -> "Economics":
 
 def _prior(options: argparse.Namespace) -> "Prior":
     from fitscale.scaling.fit.planner import Prior, assumed
-    from fitscale.scaling.fit.study import Question, study
-    from fitscale.scaling.rows.options import conditions
+    from fitscale.scaling.fit.question import question
+    from fitscale.scaling.fit.study import study
     from fitscale.scaling.rows.runs import load_table
 
     if not options.prior:
         if options.where or options.from_step or options.drop_missing:
             raise UserError("--where, --from-step and --drop-missing go with --prior")
         return assumed()
-    question = Question(
-        metric=options.metric,
-        laws=("offset",),
-        hold_out=(),
-        where=conditions(options.where),
-        from_step=options.from_step,
-        drop_missing=options.drop_missing,
-    )
-    answer = study(load_table(options.prior), question)
+    asked = question(options, laws=("offset",), points="frontier", hold_out=())
+    answer = study(load_table(options.prior), asked)
     if not answer.results:
         raise answer.refusals[0]
-    result = answer.results[0]
-    noise = result.resamples.noise
-    return Prior(result.fit, noise.run**0.5, noise.point**0.5)
+    fit = answer.results[0].fit
+    return Prior(fit, fit.noise.run**0.5, fit.noise.point**0.5)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -33,26 +33,14 @@ def run(options: argparse.Namespace) -> int:
 
     from fitscale.config.files import write_atomic
     from fitscale.scaling.fit.prediction import describe, predict
-    from fitscale.scaling.fit.study import Question
-    from fitscale.scaling.rows.options import conditions, require_at_least, writing
+    from fitscale.scaling.fit.question import question
+    from fitscale.scaling.rows.options import require_at_least, writing
     from fitscale.scaling.rows.runs import load_table
-    from fitscale.scaling.rows.selection import select
 
     require_at_least(options, steps=1, batch=1, tokens=1, seed=0)
-    table = load_table(options.runs)
-    question = Question(
-        metric=options.metric,
-        laws=tuple(options.law),
-        points=options.points,
-        where=conditions(options.where),
-        from_step=options.from_step,
-        drop_missing=options.drop_missing,
-        extrapolate=options.extrapolate,
-        seed=options.seed,
-    )
-    chosen = select(table, question.metric, question.where, question.from_step, question.drop_missing)
-    goal = _target(options, chosen.rows)
-    predictions, study = predict(table, question, goal)
+    table, asked = load_table(options.runs), question(options)
+    goal = _target(options, asked.select(table).rows)
+    predictions, study = predict(table, asked, goal)
     for note in [*study.refusals, *study.cautions]:
         print(f"{note.code}: {note.message}", file=sys.stderr)
     print(f"{goal.size}: {goal.parameters:,} parameters, {goal.images:,} images, {goal.train_flops:.3g} training FLOPs")
@@ -86,19 +74,16 @@ def _model(size: list[str]) -> "ModelConfig":
 
 
 def _parser() -> argparse.ArgumentParser:
-    from fitscale.scaling.fit.laws import LAWS
-    from fitscale.scaling.rows.options import add_row_options
+    from fitscale.scaling.fit.question import add_draw_options, add_law_options
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_row_options(parser)
+    add_law_options(parser)
+    add_draw_options(parser)
     add = parser.add_argument
     add("--size", nargs="+", required=True, metavar="SIZE", help="a name in configs/model, or YAML files and overrides")
     add("--steps", type=int, required=True, help="optimizer steps")
     add("--batch", type=int, help="images per step (default: that of the runs)")
     add("--tokens", type=float, help="tokens per image, all alike (default: those of the runs)")
-    add("--law", nargs="+", choices=LAWS, default=["offset", "power"])
-    add("--extrapolate", action="store_true", help="agree to more than 10 times the fitted compute")
-    add("--seed", type=int, default=0, help="seed of the resampling")
     add("-o", "--output", type=Path, help="JSON file for the predictions")
     return parser
 

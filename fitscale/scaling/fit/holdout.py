@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from fitscale.scaling.fit.fitting import fit_law
-from fitscale.scaling.fit.laws import COMPUTE, LAWS, Law
-from fitscale.scaling.rows.fitted_points import chosen
+from fitscale.scaling.fit.laws import LAWS
+from fitscale.scaling.fit.study import divide, predicted, used_by
 from fitscale.scaling.rows.refusals import Refusal
 from fitscale.scaling.rows.selection import size_order
 
@@ -37,7 +37,7 @@ class HoldOut:
 
 
 def hold_out(rows: pd.DataFrame, by: str, laws: tuple[str, ...], points: str) -> HoldOut:
-    """Predict every fold of `rows` (one selection, select.py) with every law.
+    """Predict every fold of `rows` (one selection, rows/selection.py) with every law.
 
     Raises:
         Refusal: there is no fold, or none tests any law.
@@ -46,64 +46,45 @@ def hold_out(rows: pd.DataFrame, by: str, laws: tuple[str, ...], points: str) ->
     parts = folds(rows, by)
     if not parts:
         raise Refusal("too_few_points", f"hold-out by {by}: nothing can be held out and still leave enough to fit")
-    for fold, known, unseen in parts:
+    for fold, part, held_out in parts:
+        divided = divide(part, held_out, points if by != "step" else "all")
         for name in laws:
             try:
-                errors = _errors(LAWS[name], known, unseen, points if by != "step" else "all")
+                fit = fit_law(LAWS[name], used_by(LAWS[name], divided), spare=0)
                 fitted[name] += 1
-                _refuse_untested(errors, points)
-                found.append(errors.assign(fold=fold, law=name))
+                errors = predicted(fit, divided)
+                if not errors["chosen"].any():
+                    where = "on the frontier" if points == "frontier" else "the last of its run"
+                    text = f"fitted, but no held-out point is {where}: nothing here tests it"
+                    raise Refusal("not_on_frontier", text)
+                found.append(errors[errors["chosen"]].assign(fold=fold, law=name))
             except Refusal as refusal:
                 refusals.append((fold, name, refusal))
     if not found:
         which = "tested" if fitted else "fitted"
         raise Refusal("too_few_points", f"hold-out by {by}: no law could be {which}; the first: {refusals[0][2]}")
     errors = pd.concat(found, ignore_index=True)
-    shares = {name: count / len(parts) for name, count in fitted.items()}
-    return HoldOut(errors, _ranking(errors, shares), refusals)
+    return HoldOut(errors, _ranking(errors, {name: count / len(parts) for name, count in fitted.items()}), refusals)
 
 
-def folds(rows: pd.DataFrame, by: str) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
-    """Name, known rows and unseen rows of every fold."""
+def folds(rows: pd.DataFrame, by: str) -> list[tuple[str, pd.DataFrame, pd.Series]]:
+    """Name, rows, and which of them are held out, of every fold."""
     if by == "size":
         order = size_order(rows)
-        groups = [(size, rows["size"].isin(order[:index]), rows["size"] == size) for index, size in enumerate(order)]
-        return [(f"size {name}", rows[known], rows[unseen]) for name, known, unseen in groups[2:]]
+        parts = [(size, rows[rows["size"].isin(order[: index + 1])]) for index, size in enumerate(order)]
+        return [(f"size {size}", part, part["size"] == size) for size, part in parts[2:]]
     if by == "compute":
         flops = rows["train_flops"]
-        return [
-            (f"beyond 1/{cut} of the compute", rows[flops <= flops.max() / cut], rows[flops > flops.max() / cut])
-            for cut in CUTS
-            if (flops <= flops.max() / cut).sum() > 2
-        ]
-    runs = [(str(name), run.sort_values("train_flops")) for name, run in rows.groupby("run", sort=True)]
-    return [(f"last of {name}", run.iloc[:-1], run.iloc[-1:]) for name, run in runs if len(run) > 2]
-
-
-def _errors(law: Law, known: pd.DataFrame, unseen: pd.DataFrame, points: str) -> pd.DataFrame:
-    """The law's error at the unseen points that it speaks of: all of them, if it is one of size and data."""
-    rows, used = unseen, known
-    if law.inputs == COMPUTE:
-        rows = unseen[chosen(pd.concat([known, unseen]), points).loc[unseen.index]]
-        used = known[chosen(known, points)]
-    fit = fit_law(law, used, spare=0)
-    rows = rows[["run", "size", "step", "train_flops", "parameters", "images", "value"]]
-    predicted = fit.metric(rows) if len(rows) else np.zeros(0)
-    return rows.assign(predicted=predicted, error=predicted / rows["value"] - 1)
-
-
-def _refuse_untested(errors: pd.DataFrame, points: str) -> None:
-    if errors.empty:
-        where = "on the frontier" if points == "frontier" else "the last of its run"
-        raise Refusal("not_on_frontier", f"fitted, but no held-out point is {where}: nothing here tests it")
+        cuts = [cut for cut in CUTS if (flops <= flops.max() / cut).sum() > 2]
+        return [(f"beyond 1/{cut} of the compute", rows, flops > flops.max() / cut) for cut in cuts]
+    runs = [(name, run.sort_values("train_flops")) for name, run in rows.groupby("run", sort=True) if len(run) > 2]
+    return [(f"last of {name}", run, pd.Series([False] * (len(run) - 1) + [True], run.index)) for name, run in runs]
 
 
 def _ranking(errors: pd.DataFrame, folds_fitted: dict[str, float]) -> pd.DataFrame:
     everywhere = errors.groupby("fold")["law"].nunique()
     common = everywhere[everywhere == errors["law"].nunique()].index
     compared = errors[errors["fold"].isin(common)] if len(common) else errors
-    logs = compared.assign(size_of_error=np.abs(np.log1p(compared["error"])))
-    by_law = logs.groupby("law")["size_of_error"]
-    table = pd.DataFrame({"mean_error": by_law.mean(), "worst_error": by_law.max()})
-    table["folds_fitted"] = table.index.map(folds_fitted)
-    return table.sort_values("mean_error").reset_index()
+    sizes_of_errors = np.log1p(compared["error"]).abs().groupby(compared["law"])
+    ranking = sizes_of_errors.agg(mean_error="mean", worst_error="max").sort_values("mean_error")
+    return ranking.assign(folds_fitted=ranking.index.map(folds_fitted)).reset_index()

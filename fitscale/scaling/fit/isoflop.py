@@ -4,11 +4,12 @@
 2. Akima's interpolation of ln(metric) over ln(N) finds the minimum (Porian et al. 2024); a parabola, the usual
    choice, moves exponents by up to .03, and is fitted to compare.
 3. Each optimum's uncertainty comes from redrawing the noise of its points; the exponent is a weighted regression.
-   It has no interval where budgets share runs, whose luck moves several optima at once, nor with four sizes, which do
-   not tell noise from shape.
+   It has no interval where budgets share runs, whose deviations move several optima at once, nor with four sizes,
+   which do not tell noise from shape.
 A budget whose minimum lies at the smallest or largest size, or that has none, is refused by name.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,13 +17,15 @@ import pandas as pd
 from scipy.interpolate import Akima1DInterpolator
 
 from fitscale.scaling.fit.solver import Array
+from fitscale.scaling.fit.uncertainty import central
 from fitscale.scaling.rows.refusals import Refusal
 
 SAME_BUDGET = 1.1  # rows whose compute differs by less belong to one budget
 LEAST_SIZES = 4
 FINE = 2001
 DRAWS = 200
-METHODS = ("akima", "parabola")
+
+Method = Callable[[Array, Array], tuple[float, float]]  # ln(parameters), ln(metric) -> both at the best size
 
 
 @dataclass(frozen=True)
@@ -55,36 +58,35 @@ def isoflop(slices: pd.DataFrame, method: str = "akima", seed: int = 0) -> IsoFl
     Raises:
         Refusal: fewer than two budgets have an optimum.
     """
-    curves = {
-        budget: _curve(slices[slices["budget"] == budget]) for budget in np.unique(slices["budget"].to_numpy(float))
-    }
+    curves = {budget: _curve(slices[slices["budget"] == budget]) for budget in np.unique(slices["budget"])}
     noise = _noise([curve for curve in curves.values() if len(curve[0]) > LEAST_SIZES])
     optima, draws, refusals = [], [], []
     for index, (budget, (x_N, y_N)) in enumerate(curves.items()):
-        rng = np.random.default_rng([seed, index])
         try:
-            optimum, draws_K = _optimum(float(budget), x_N, y_N, method, noise or 0.0, rng)
+            rng = np.random.default_rng([seed, index])
+            optimum, draws_K = _optimum(budget, x_N, y_N, METHODS[method], noise or 0.0, rng)
         except Refusal as refusal:
             refusals.append(refusal)
             continue
         optima.append(optimum)
         draws.append(draws_K)
     if len(optima) < 2:
-        raise Refusal(
-            "too_few_points",
-            f"isoflop: {len(optima)} budgets have an optimum, two are needed; " + "; ".join(map(str, refusals)),
-        )
+        what = f"isoflop: {len(optima)} budgets have an optimum, two are needed"
+        raise Refusal("too_few_points", f"{what}; {'; '.join(map(str, refusals))}")
     exponent, constant = fit_exponent(optima)
     no_interval = _no_interval(slices, noise)
-    interval = None if no_interval else _interval(optima, np.array(draws).T)
-    return IsoFlop(method, exponent, interval, no_interval, float(np.exp(constant)), optima, refusals)
+    interval = None if no_interval else central(fit_exponent(optima, np.array(draws))[0])
+    return IsoFlop(method, float(exponent), interval, no_interval, float(np.exp(constant)), optima, refusals)
 
 
-def _interval(optima: list[Optimum], logs_KB: Array) -> tuple[float, float]:
-    """90 % of the exponents of redrawn optima, ln(parameters) per draw and budget."""
-    budgets, spreads = [optimum.budget for optimum in optima], [optimum.spread for optimum in optima]
-    low, high = np.quantile([_line(budgets, logs_B, spreads)[0] for logs_B in logs_KB], [0.05, 0.95])
-    return float(low), float(high)
+def fit_exponent(optima: list[Optimum], logs: Array | None = None) -> Array:
+    """Exponent and ln(coefficient) of N*(C), every optimum weighted by its own spread.
+
+    `logs`: other ln(parameters) for the optima, (B,) or (B, K); with K of them the result is (2, K).
+    """
+    logs = np.log([optimum.parameters for optimum in optima]) if logs is None else logs
+    weights = [1 / optimum.spread for optimum in optima]
+    return np.polyfit(np.log([optimum.budget for optimum in optima]), logs, 1, w=weights)
 
 
 def _no_interval(slices: pd.DataFrame, noise: float | None) -> str | None:
@@ -92,14 +94,8 @@ def _no_interval(slices: pd.DataFrame, noise: float | None) -> str | None:
     if noise is None:
         return f"no budget has more than {LEAST_SIZES} sizes, too few to tell noise from the shape of the curve"
     if "run" in slices and (slices.groupby("run")["budget"].nunique() > 1).any():
-        return "the budgets share runs, whose luck moves several optima at once"
+        return "the budgets share runs, whose deviations move several optima at once"
     return None
-
-
-def fit_exponent(optima: list[Optimum]) -> tuple[float, float]:
-    """Exponent and ln(coefficient) of N*(C), every optimum weighted by its own spread."""
-    logs = np.log([optimum.parameters for optimum in optima])
-    return _line([optimum.budget for optimum in optima], logs, [optimum.spread for optimum in optima])
 
 
 def slices_of_runs(rows: pd.DataFrame, budgets: int = 6) -> pd.DataFrame:
@@ -124,30 +120,23 @@ def _is_budget(rows: pd.DataFrame) -> bool:
 
 
 def _cut(rows: pd.DataFrame, budgets: int) -> pd.DataFrame:
-    runs = [run.sort_values("train_flops") for _, run in rows.groupby("run", sort=True) if len(run) > 1]
     grid = np.geomspace(rows["train_flops"].min(), rows["train_flops"].max(), 400)
-    reached = [
-        flops for flops in grid if len({run["size"].iloc[0] for run in runs if _covers(run, flops)}) >= LEAST_SIZES
-    ]
-    if not reached:
+    curves = [_along(run, grid) for _, run in rows.groupby("run", sort=True) if len(run) > 1]
+    cuts = pd.concat(curves) if curves else rows.iloc[:0].assign(budget=0.0)
+    sizes = cuts.groupby("budget", sort=True)["size"].nunique()
+    reached = sizes.index[sizes >= LEAST_SIZES]
+    if reached.empty:
         raise Refusal("too_few_points", f"isoflop: no compute is reached by {LEAST_SIZES} sizes at least")
-    chosen = sorted({reached[round(i * (len(reached) - 1) / (budgets - 1))] for i in range(budgets)})
-    return pd.DataFrame(
-        [
-            {"budget": budget, "value": _at(run, budget)} | run.iloc[0][["run", "parameters"]].to_dict()
-            for budget in chosen
-            for run in runs
-            if _covers(run, budget)
-        ]
-    )
+    chosen = reached[[round(i * (len(reached) - 1) / (budgets - 1)) for i in range(budgets)]]
+    return cuts.loc[cuts["budget"].isin(chosen), ["budget", "run", "parameters", "value"]]
 
 
-def _covers(run: pd.DataFrame, flops: float) -> bool:
-    return bool(run["train_flops"].min() <= flops <= run["train_flops"].max())
-
-
-def _at(run: pd.DataFrame, flops: float) -> float:
-    return float(np.exp(np.interp(np.log(flops), np.log(run["train_flops"]), np.log(run["value"]))))
+def _along(run: pd.DataFrame, grid: Array) -> pd.DataFrame:
+    """The metric at every compute of `grid` that the run has passed."""
+    logs = run[["train_flops", "value"]].sort_values("train_flops").astype(float).apply(np.log)
+    value = np.exp(np.interp(np.log(grid), logs["train_flops"], logs["value"], left=np.nan, right=np.nan))
+    of_run = run.iloc[0][["run", "size", "parameters"]].to_dict()
+    return pd.DataFrame({"budget": grid, "value": value, **of_run}).dropna()
 
 
 def _curve(rows: pd.DataFrame) -> tuple[Array, Array]:
@@ -157,31 +146,22 @@ def _curve(rows: pd.DataFrame) -> tuple[Array, Array]:
 
 
 def _optimum(
-    budget: float, x_N: Array, y_N: Array, method: str, noise: float, rng: np.random.Generator
+    budget: float, x_N: Array, y_N: Array, find: Method, noise: float, rng: np.random.Generator
 ) -> tuple[Optimum, Array]:
+    where = f"isoflop: budget {budget:.3g}"
     if len(x_N) < LEAST_SIZES:
-        raise Refusal("too_few_points", f"isoflop: budget {budget:.3g} has {len(x_N)} sizes, {LEAST_SIZES} are needed")
-    find = _akima if method == "akima" else _parabola
+        raise Refusal("too_few_points", f"{where} has {len(x_N)} sizes, {LEAST_SIZES} are needed")
     best, value = find(x_N, y_N)
-    _refuse_outside(budget, best, x_N)
-    draws_K = np.array([find(x_N, y_N + rng.normal(0, noise, len(y_N)))[0] for _ in range(DRAWS)])
-    draws_K = np.clip(draws_K, x_N[0], x_N[-1])
-    above = int(np.searchsorted(x_N, best))
-    between = x_N[above] - x_N[above - 1]
-    spread = max(float(np.std(draws_K)), between / np.sqrt(12))  # no finer than the gap
-    return Optimum(budget, float(np.exp(best)), float(np.exp(value)), spread, len(x_N)), draws_K
-
-
-def _refuse_outside(budget: float, best: float, x_N: Array) -> None:
     if np.isinf(best):
-        raise Refusal(
-            "concave_optimum", f"isoflop: budget {budget:.3g}: the curve over size opens downward, no optimum"
-        )
+        raise Refusal("concave_optimum", f"{where}: the curve over size opens downward, no optimum")
     if not x_N[0] < best < x_N[-1]:
         which = "smallest" if best <= x_N[0] else "largest"
-        raise Refusal(
-            "edge_optimum", f"isoflop: budget {budget:.3g}: the {which} size is the best, so the optimum lies outside"
-        )
+        raise Refusal("edge_optimum", f"{where}: the {which} size is the best, so the optimum lies outside")
+    draws_K = np.array([find(x_N, y_N + rng.normal(0, noise, len(y_N)))[0] for _ in range(DRAWS)])
+    draws_K = np.clip(draws_K, x_N[0], x_N[-1])
+    gap = np.diff(x_N)[np.searchsorted(x_N, best) - 1]
+    spread = max(float(np.std(draws_K)), gap / np.sqrt(12))  # no finer than the gap between two sizes
+    return Optimum(budget, float(np.exp(best)), float(np.exp(value)), spread, len(x_N)), draws_K
 
 
 def _akima(x_N: Array, y_N: Array) -> tuple[float, float]:
@@ -210,6 +190,4 @@ def _noise(curves: list[tuple[Array, Array]]) -> float | None:
     return float(np.median(misses)) / 0.6745 / np.sqrt(1.5) if misses else None
 
 
-def _line(budgets: list[float], logs: Array, spreads: list[float]) -> tuple[float, float]:
-    slope, constant = np.polyfit(np.log(budgets), logs, 1, w=1 / np.array(spreads))
-    return float(slope), float(constant)
+METHODS: dict[str, Method] = {"akima": _akima, "parabola": _parabola}

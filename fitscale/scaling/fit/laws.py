@@ -20,7 +20,7 @@ from scipy.optimize import nnls
 
 from fitscale.scaling.fit.solver import Array
 
-STEEPEST = 10.0  # bound of every exponent
+STEEPEST, LEAST_EXPONENT = 10.0, 1e-4  # bounds of every exponent
 EXPONENTS = {1: np.geomspace(0.03, 3.0, 12), 2: np.geomspace(0.05, 1.5, 7)}  # starts, by the number of exponents
 FLOORS = np.array([0.02, 0.3, 0.6, 0.8, 0.9, 0.97])  # starts, as shares of the best metric
 NO_FLOOR = 1e-300  # a floor of 0 on the logarithmic scale
@@ -36,14 +36,13 @@ class Term:
 
 @dataclass(frozen=True)
 class Law:
-    """A sum of terms; the last parameter is the floor where there is one. `lower`, `upper` bound every parameter."""
+    """A sum of terms; the last parameter is the floor where there is one."""
 
     name: str
     formula: str
     inputs: tuple[str, ...]  # columns of the runs table
     parameters: tuple[str, ...]
     terms: tuple[Term, ...]
-    least_exponent: float
 
     @property
     def floor(self) -> bool:
@@ -55,18 +54,15 @@ class Law:
         return sorted({exponent for term in self.terms for _, exponent in term.slopes})
 
     @property
-    def lower(self) -> Array:
-        bounds = np.full(len(self.parameters), -np.inf)
-        bounds[self.exponents] = self.least_exponent
+    def bounds(self) -> tuple[Array, Array]:
+        """Least and largest value of every parameter: without a floor an exponent below 0 is possible, and refused."""
+        upper = np.full(len(self.parameters), np.inf)
+        lower = -upper
+        upper[self.exponents] = STEEPEST
+        lower[self.exponents] = LEAST_EXPONENT if self.floor else -STEEPEST
         if self.floor:
-            bounds[-1] = 0.0
-        return bounds
-
-    @property
-    def upper(self) -> Array:
-        bounds = np.full(len(self.parameters), np.inf)
-        bounds[self.exponents] = STEEPEST
-        return bounds
+            lower[-1] = 0.0
+        return lower, upper
 
     def centred(self, rows: pd.DataFrame, centre_F: Array | None = None) -> tuple[Array, Array]:
         """The law's inputs as x_NF = ln(input) - centre, and the centre (by default the mean over the rows)."""
@@ -102,13 +98,8 @@ class Law:
         count = len(self.exponents)
         grid = EXPONENTS[count] if exponents is None else exponents
         shares = floors if self.floor else np.zeros(1)
-        return np.array(
-            [
-                self._start(x_NF, np.exp(y_N), slopes, share)
-                for slopes in product(grid, repeat=count)
-                for share in shares
-            ]
-        )
+        starts = product(product(grid, repeat=count), shares)
+        return np.array([self._start(x_NF, np.exp(y_N), slopes, share) for slopes, share in starts])
 
     def _start(self, x_NF: Array, metric_N: Array, slopes: tuple[float, ...], share: float) -> Array:
         theta = np.zeros(len(self.parameters))
@@ -131,15 +122,14 @@ class Law:
 
 
 COMPUTE, SURFACE = ("train_flops",), ("parameters", "images")
-POWER = Law("power", "a (C/C0)^-b", COMPUTE, ("ln_a", "b"), (Term(0, ((0, 1),)),), -STEEPEST)
-OFFSET = Law("offset", "a (C/C0)^-b + e", COMPUTE, ("ln_a", "b", "e"), (Term(0, ((0, 1),)),), 1e-4)
+POWER = Law("power", "a (C/C0)^-b", COMPUTE, ("ln_a", "b"), (Term(0, ((0, 1),)),))
+OFFSET = Law("offset", "a (C/C0)^-b + e", COMPUTE, ("ln_a", "b", "e"), POWER.terms)
 ADDITIVE = Law(
     "additive",
     "a (N/N0)^-alpha + b (D/D0)^-beta + e",
     SURFACE,
     ("ln_a", "alpha", "ln_b", "beta", "e"),
     (Term(0, ((0, 1),)), Term(2, ((1, 3),))),
-    1e-4,
 )
 TIED = Law(
     "tied",
@@ -147,7 +137,6 @@ TIED = Law(
     SURFACE,
     ("ln_a", "alpha", "ln_b", "e"),
     (Term(0, ((0, 1),)), Term(2, ((1, 1),))),
-    1e-4,
 )
 SEPARABLE = Law(
     "separable",
@@ -155,6 +144,5 @@ SEPARABLE = Law(
     SURFACE,
     ("ln_a", "alpha", "beta", "e"),
     (Term(0, ((0, 1), (1, 2))),),
-    1e-4,
 )
 LAWS = {law.name: law for law in (POWER, OFFSET, ADDITIVE, TIED, SEPARABLE)}

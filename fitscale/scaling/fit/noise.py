@@ -1,4 +1,4 @@
-"""How far measurements scatter around a law: the luck of a run, and that of a checkpoint.
+"""How far measurements scatter around a law: the variance between runs, and that between checkpoints of a run.
 
 Residuals of ln(metric) are taken as  r = u[run] + v[point]. Both variances come from the scatter between and within
 runs, corrected for what the fit absorbed (method of moments); few runs say little about u, so every resample draws the
@@ -73,9 +73,19 @@ def estimate(residual_N: Array, jacobian_NP: Array, run_N: NDArray[np.str_]) -> 
     return Noise(run, point, sums_22, squares_2, degrees)
 
 
+def scattered(rng: np.random.Generator, log_N: Array, run_N: NDArray[np.str_], run_K: Array, point_K: Array) -> Array:
+    """ln(metric)_KN of K measurements of points at `log_N`: a deviation for every run, and one for every point.
+
+    `run_K` and `point_K` are the variances of each measurement.
+    """
+    names, group_N = np.unique(run_N, return_inverse=True)
+    of_runs_KN = rng.normal(size=(len(run_K), len(names)))[:, group_N] * np.sqrt(run_K)[:, None]
+    return log_N + of_runs_KN + rng.normal(size=of_runs_KN.shape) * np.sqrt(point_K)[:, None]
+
+
 def _of_runs_alone(residual_N: Array, left_NN: Array, shared_NN: Array) -> Noise:
     freedom = max(float(np.trace(left_NN)), 1.0)
-    seen = float(np.sum(left_NN * shared_NN))  # how much of a run's luck the fit leaves in the residuals
+    seen = float(np.sum(left_NN * shared_NN))  # how much of a run's deviation the fit leaves in the residuals
     seen = seen if seen * SINGULAR > freedom else freedom  # nothing of it: a single run
     squares = max(float(residual_N @ residual_N), LEAST_VARIANCE * seen)
     sums_22, squares_2 = np.array([[seen, freedom], [0.0, 0.0]]), np.array([squares, 0.0])

@@ -1,7 +1,7 @@
 """Which runs to pay for: a grid under a budget, and the interval that it will give for the target.
 
 1. One run per size serves every budget (constant learning rate): its evaluations are log-spaced in steps. The largest
-   size is the one to hold out, the second smallest is run twice to measure luck.
+   size is the one to hold out, the second smallest is run twice to measure the variance between runs.
 2. Steps go as parameters^-gamma, scaled to fill the budget; every gamma is simulated, the narrowest interval wins.
 3. A simulation draws the sweep's measurements from an assumed law with run and checkpoint noise, fits the law again and
    predicts the target. Dropping or repeating a cell is simulated the same way.
@@ -9,6 +9,7 @@
 Costs are training and sampling for the Frechet distance, in device-hours at a given utilisation.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,9 +18,10 @@ import pandas as pd
 from fitscale.config.schema import EvaluationConfig, ModelConfig
 from fitscale.model import flops
 from fitscale.plan.devices import DEVICES
-from fitscale.scaling.fit.fitting import Fit, Loss, in_order, refit
+from fitscale.scaling.fit.fitting import Fit, FittedPoints, ResidualLoss
 from fitscale.scaling.fit.laws import OFFSET
 from fitscale.scaling.fit.solver import Array
+from fitscale.scaling.fit.uncertainty import central, refits
 from fitscale.scaling.rows.refusals import Refusal
 
 PEAK_FLOPS = {name: device.peak_flops_per_s for name, device in DEVICES.items()}
@@ -61,7 +63,7 @@ class Economics:
 
 
 @dataclass(frozen=True)
-class Cell:
+class PlannedRun:
     """One planned run."""
 
     name: str
@@ -80,7 +82,6 @@ class Outlook:
 
     low: float
     high: float
-    failed: float  # share of simulated sweeps whose law ended at a bound
 
     @property
     def width(self) -> float:
@@ -89,10 +90,10 @@ class Outlook:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """A grid of runs with its cost, its outlook for the target, and what changing one cell would do."""
 
-    cells: list[Cell]
+    cells: list[PlannedRun]
     hours: float
     gamma: float
     outlook: Outlook
@@ -106,12 +107,14 @@ def assumed() -> Prior:
 
     Noise: 2 % between runs and 1.5 % between checkpoints of a run.
     """
+    none = FittedPoints(np.zeros((0, 1)), np.zeros(0), np.zeros(0, dtype=str), np.log([1e20]))
     theta_P = np.array([np.log(9.54), 0.518, 5.74])
-    fit = Fit(OFFSET, Loss(), theta_P, np.log([1e20]), 0.0, 0, 1.0, 5)
-    return Prior(fit, 0.02, 0.015)
+    return Prior(Fit(OFFSET, ResidualLoss(), none, theta_P, objective=0.0, starts=0, reached=1.0), 0.02, 0.015)
 
 
-def plan(models: list[ModelConfig], hours: float, economics: Economics, prior: Prior, target: float, seed: int) -> Plan:
+def plan(
+    models: list[ModelConfig], hours: float, economics: Economics, prior: Prior, target: float, seed: int
+) -> SweepPlan:
     """The grid for `models` (ascending) under `hours` device-hours that predicts `target` training FLOPs best.
 
     Raises:
@@ -123,24 +126,26 @@ def plan(models: list[ModelConfig], hours: float, economics: Economics, prior: P
     affordable = [(gamma, cells) for gamma, cells in grids if cells]
     if not affordable:
         raise Refusal("too_few_points", _too_small(models, hours, economics))
-    outlooks = [outlook(cells, economics, prior, target, seed) for _, cells in affordable]
-    best = min(range(len(outlooks)), key=lambda index: outlooks[index].width)
-    gamma, cells = affordable[best]
-    largest = models[-1].name
-    smaller = [cell for cell in cells if cell.model.name != largest]
-    held_out_flops = max(economics.train_flops(cell.model, cell.steps) for cell in cells if cell.model.name == largest)
-    return Plan(
+
+    def simulate(cells: list[PlannedRun], costs: Economics = economics, goal: float = target) -> Outlook:
+        return outlook(cells, costs, prior, goal, seed)
+
+    options = [(gamma, cells, simulate(cells)) for gamma, cells in affordable]
+    gamma, cells, best = min(options, key=lambda option: option[2].width)
+    largest = [cell for cell in cells if cell.model == models[-1]]
+    held_out_flops = max(economics.train_flops(cell.model, cell.steps) for cell in largest)
+    return SweepPlan(
         cells=cells,
         hours=sum(cell.hours(economics) for cell in cells),
         gamma=gamma,
-        outlook=outlooks[best],
-        held_out=largest,
-        held_out_outlook=outlook(smaller, economics, prior, held_out_flops, seed),
-        changes=_changes(cells, economics, prior, target, seed),
+        outlook=best,
+        held_out=models[-1].name,
+        held_out_outlook=simulate([cell for cell in cells if cell not in largest], goal=held_out_flops),
+        changes=_changes(cells, economics, simulate),
     )
 
 
-def grid(models: list[ModelConfig], hours: float, economics: Economics, gamma: float) -> list[Cell]:
+def grid(models: list[ModelConfig], hours: float, economics: Economics, gamma: float) -> list[PlannedRun]:
     """Cells with steps ~ parameters^-gamma that cost at most `hours`; empty if a run ends within twice the warm-up."""
     shares = np.array([flops.parameters(model) for model in models], dtype=float) ** -gamma
     low, high = 0.0, 1e12 / shares.max()
@@ -152,13 +157,13 @@ def grid(models: list[ModelConfig], hours: float, economics: Economics, gamma: f
     return cells if all(cell.steps >= 2 * economics.first_step for cell in cells) else []
 
 
-def _cells(models: list[ModelConfig], steps: Array, most: int) -> list[Cell]:
+def _cells(models: list[ModelConfig], steps: Array, most: int) -> list[PlannedRun]:
     rounded = [max(int(min(count, most) // STEP_UNIT) * STEP_UNIT, STEP_UNIT) for count in steps]
-    runs = [Cell(model.name, model, 0, count) for model, count in zip(models, rounded, strict=True)]
+    runs = [PlannedRun(model.name, model, 0, count) for model, count in zip(models, rounded, strict=True)]
     return [*runs, replace(runs[1], name=f"{runs[1].name}-seed1", seed=1)]
 
 
-def measurements(cells: list[Cell], economics: Economics) -> pd.DataFrame:
+def measurements(cells: list[PlannedRun], economics: Economics) -> pd.DataFrame:
     """The rows that the sweep will yield: run, size, train_flops; the value is yet unknown."""
     rows = [
         {"run": cell.name, "size": cell.model.name, "train_flops": economics.train_flops(cell.model, step)}
@@ -169,44 +174,35 @@ def measurements(cells: list[Cell], economics: Economics) -> pd.DataFrame:
 
 
 def outlook(
-    cells: list[Cell], economics: Economics, prior: Prior, target: float, seed: int, count: int = 1000
+    cells: list[PlannedRun], economics: Economics, prior: Prior, target: float, seed: int, count: int = 1000
 ) -> Outlook:
     """Simulate `count` sweeps and predict a new measurement at `target` training FLOPs from each."""
     rows = measurements(cells, economics)
-    rows = in_order(prior.fit.law, rows.assign(value=prior.fit.metric(rows)))
-    x_NF, _ = prior.fit.law.centred(rows, prior.fit.centre_F)
+    law, centre_F = prior.fit.law, prior.fit.points.centre_F
+    fit = replace(prior.fit, points=FittedPoints.of(law, rows.assign(value=prior.fit.metric(rows)), centre_F))
     rng = np.random.default_rng(seed)
-    names, group_N = np.unique(rows["run"].to_numpy(dtype=str), return_inverse=True)
-    luck_KN = rng.normal(0, prior.run_noise, (count, len(names)))[:, group_N]
-    y_KN = np.log(rows["value"].to_numpy()) + luck_KN + rng.normal(0, prior.point_noise, (count, len(rows)))
-    theta_KP, _ = refit(prior.fit.law, x_NF, y_KN, np.repeat(prior.fit.theta_P[None], count, axis=0), prior.fit.loss)
+    theta_KP = refits(fit, rng, np.full(count, prior.run_noise**2), np.full(count, prior.point_noise**2))
     goal = pd.DataFrame({"train_flops": [target]})
     new_K = rng.normal(0, np.hypot(prior.run_noise, prior.point_noise), count)
-    ratio_K = new_K - (prior.fit.log_metric(goal, theta_KP)[:, 0] - prior.fit.log_metric(goal)[0])
-    low, high = np.exp(np.quantile(ratio_K, [0.05, 0.95]))
-    bound = prior.fit.law.lower
-    failed = float(np.mean((theta_KP <= bound + 1e-9).any(axis=1)))
-    return Outlook(float(low), float(high), failed)
+    ratio_K = new_K - (fit.log_metric(goal, theta_KP)[:, 0] - fit.log_metric(goal)[0])
+    low, high = central(np.exp(ratio_K))
+    return Outlook(low, high)
 
 
 def _changes(
-    cells: list[Cell], economics: Economics, prior: Prior, target: float, seed: int
+    cells: list[PlannedRun], economics: Economics, simulate: Callable[..., Outlook]
 ) -> list[tuple[str, float, Outlook]]:
-    def simulate(grid: list[Cell], costs: Economics) -> Outlook:
-        return outlook(grid, costs, prior, target, seed)
-
     found = []
     for cell in cells:
         rest = [other for other in cells if other is not cell]
         if len({other.model.name for other in rest}) >= 2:
-            found.append((f"without {cell.name}", -cell.hours(economics), simulate(rest, economics)))
+            found.append((f"without {cell.name}", -cell.hours(economics), simulate(rest)))
     for cell in [cell for cell in cells if cell.seed == 0]:
         again = replace(cell, name=f"{cell.name}-again", seed=9)
-        found.append((f"{cell.name} once more", cell.hours(economics), simulate([*cells, again], economics)))
+        found.append((f"{cell.name} once more", cell.hours(economics), simulate([*cells, again])))
     denser = replace(economics, points=economics.points + 2)
     more = sum(cell.hours(denser) - cell.hours(economics) for cell in cells)
-    found.append((f"{denser.points} evaluations a run", more, simulate(cells, denser)))
-    return found
+    return [*found, (f"{denser.points} evaluations a run", more, simulate(cells, denser))]
 
 
 def _too_small(models: list[ModelConfig], hours: float, economics: Economics) -> str:

@@ -3,6 +3,7 @@
 Laws of compute speak of the frontier: their prediction holds if the target is among the best for its compute.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,8 +13,10 @@ from fitscale.config.errors import UserError
 from fitscale.config.schema import ModelConfig
 from fitscale.model import flops
 from fitscale.scaling.fit.fitting import fit_law
-from fitscale.scaling.fit.study import LawResult, Question, Study, refuse_far, study
-from fitscale.scaling.fit.uncertainty import LEVELS, new_run_KN
+from fitscale.scaling.fit.laws import COMPUTE, SURFACE
+from fitscale.scaling.fit.question import Question
+from fitscale.scaling.fit.study import LawResult, Study, refuse_far, study
+from fitscale.scaling.fit.uncertainty import LEVELS, central, new_run_KN
 from fitscale.scaling.rows.refusals import Refusal
 
 SAME_TOKENS = 1.05  # means of runs on the same images differ by which of them they have seen
@@ -97,48 +100,28 @@ def predict(table: pd.DataFrame, question: Question, goal: Target) -> tuple[list
     whole = study(table, replace(question, hold_out=()))
     if not whole.results:
         raise whole.refusals[0]
-    _refuse_other_kind(whole.rows, goal)
-    refuse_far(whole.rows["train_flops"].max(), goal.train_flops, question.extrapolate)
-    tested = _tested(table, question)
-    return [_prediction(result, whole, goal, question.seed, tested) for result in whole.results], whole
-
-
-def _refuse_other_kind(rows: pd.DataFrame, goal: Target) -> None:
-    """`study` has refused rows of mixed kinds; a table that does not say of which kind it is cannot be compared."""
     for column, wanted in (("family", goal.family), ("patch", goal.patch)):
-        found = rows[column].dropna().unique()
+        found = whole.rows[column].dropna().unique()  # one at most, or `study` refuses; none where nobody says
         if len(found) and found[0] != wanted:
-            raise Refusal(
-                "mixed_models",
-                f"--size {goal.size}: {column} is {wanted}, the runs' is {found[0]}, and they follow different laws",
-            )
-
-
-def _tested(table: pd.DataFrame, question: Question) -> dict[str, tuple[str, float]]:
-    """Held-out size and error at its last checkpoint, per law that could be tested."""
+            what = f"--size {goal.size}: {column} is {wanted}, the runs' is {found[0]}"
+            raise Refusal("mixed_models", f"{what}, and they follow different laws")
+    refuse_far(whole.rows["train_flops"].max(), goal.train_flops, question.extrapolate)
     test = study(table, replace(question, hold_out=("largest",), extrapolate=True))
-    return {
-        result.fit.law.name: (str(last["size"]), float(last["error"]))
-        for result in test.results
-        for last in [result.predictions.sort_values("train_flops").iloc[-1]]
-    }
+    tested = {result.name: result.predictions.sort_values("train_flops").iloc[-1] for result in test.results}
+    return [_prediction(result, whole, goal, tested.get(result.name)) for result in whole.results], whole
 
 
-def _prediction(
-    result: LawResult, whole: Study, goal: Target, seed: int, tested: dict[str, tuple[str, float]]
-) -> Prediction:
-    row = pd.DataFrame([{name: float(getattr(goal, name)) for name in ("parameters", "images", "train_flops")}])
-    draws_K = new_run_KN(result.fit, result.resamples, row, seed)[:, 0]
-    name = result.fit.law.name
-    held_out, error = tested.get(name, (None, None))
+def _prediction(result: LawResult, whole: Study, goal: Target, tested: pd.Series | None) -> Prediction:
+    row = pd.DataFrame([{name: float(getattr(goal, name)) for name in (*COMPUTE, *SURFACE)}])
+    draws_K = new_run_KN(result.fit, result.resamples, row, whole.question.seed)[:, 0]
     return Prediction(
-        law=name,
+        law=result.name,
         median=float(np.median(draws_K)),
-        intervals={level: result.resamples.interval(draws_K, level) for level in LEVELS},
+        intervals={level: central(draws_K, level) for level in LEVELS},
         compute_ratio=goal.train_flops / float(whole.rows["train_flops"].max()),
         parameter_ratio=goal.parameters / float(whole.rows["parameters"].max()),
-        held_out=held_out,
-        held_out_error=error,
+        held_out=None if tested is None else str(tested["size"]),
+        held_out_error=None if tested is None else float(tested["error"]),
         without_a_run=_without_a_run(result, row),
     )
 
@@ -147,30 +130,23 @@ def _without_a_run(result: LawResult, row: pd.DataFrame) -> dict[str, float]:
     """Sensitivity to outliers: the fit repeated without each run in turn."""
     found = {}
     for run in sorted(result.used["run"].unique()):
-        try:
+        with suppress(Refusal):
             fit = fit_law(result.fit.law, result.used[result.used["run"] != run], result.fit.loss)
-        except Refusal:
-            continue
-        found[str(run)] = float(fit.metric(row)[0])
+            found[str(run)] = float(fit.metric(row)[0])
     return found
 
 
 def describe(prediction: Prediction, metric: str) -> str:
     """One line for people."""
-    low, high = prediction.intervals[0.9]
-    inner_low, inner_high = prediction.intervals[0.5]
-    tested = (
-        "never tested on a held-out size"
-        if prediction.held_out_error is None
-        else f"with {prediction.held_out} held out it erred by {prediction.held_out_error:+.1%}"
-    )
-    without = prediction.without_a_run
-    influence = (
-        f"; without one run it would be {min(without.values()):.4g} to {max(without.values()):.4g}, "
-        f"most changed by {max(without, key=lambda run: abs(np.log(without[run] / prediction.median)))}"
-        if without
-        else ""
-    )
+    (inner_low, inner_high), (low, high) = (prediction.intervals[level] for level in LEVELS)
+    tested = "never tested on a held-out size"
+    if prediction.held_out_error is not None:
+        tested = f"with {prediction.held_out} held out it erred by {prediction.held_out_error:+.1%}"
+    influence = ""
+    if without := prediction.without_a_run:
+        most = max(without, key=lambda run: abs(np.log(without[run] / prediction.median)))
+        span = f"{min(without.values()):.4g} to {max(without.values()):.4g}"
+        influence = f"; without one run it would be {span}, most changed by {most}"
     return (
         f"{prediction.law} law: {metric} {prediction.median:.4g}, 50 % {inner_low:.4g} to {inner_high:.4g}, 90 % "
         f"{low:.4g} to {high:.4g}; {prediction.compute_ratio:.2g} times the largest fitted compute and "

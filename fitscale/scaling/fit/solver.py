@@ -1,4 +1,4 @@
-"""Many small weighted least-squares problems at once: Levenberg-Marquardt, batched over K starts or resamples.
+"""Many small least-squares problems at once: Levenberg-Marquardt, batched over K starts or resamples.
 
 scipy solves one problem at a time; a bootstrap or a multi-start of thousands of fits with few parameters is one array
 computation here, and takes seconds. Shapes: K problems, N points, P parameters.
@@ -19,56 +19,48 @@ ROUNDS = 500
 
 @dataclass(frozen=True)
 class Problems:
-    """K problems that share a model: data, weights, and the box that holds the parameters.
+    """K problems that share a model: data, and the box that holds the parameters.
 
-    Where the box has no width the parameter is held fixed. The loss rho(r) is r^2, or with `huber` = d: r^2 up to
-    |r| = d, then 2 d |r| - d^2.
+    Where the box has no width the parameter is held fixed. The loss rho(r) is Huber's with its corner at d: r^2 up to
+    |r| = d, then 2 d |r| - d^2; with an infinite d it is r^2.
     """
 
     y_KN: Array
-    weight_KN: Array
     lower_KP: Array
     upper_KP: Array
-    huber: float | None
+    corner: float
 
     def take(self, indices: NDArray[np.int64]) -> "Problems":
         """Those of the problems."""
-        y, weight, lower, upper = (a[indices] for a in (self.y_KN, self.weight_KN, self.lower_KP, self.upper_KP))
-        return Problems(y, weight, lower, upper, self.huber)
+        return Problems(self.y_KN[indices], self.lower_KP[indices], self.upper_KP[indices], self.corner)
 
     def objective(self, prediction_KN: Array) -> Array:
-        """Weighted mean of rho over the points, for every problem."""
+        """Mean of rho over the points, for every problem."""
         size = np.abs(self.y_KN - prediction_KN)
-        rho = (
-            size**2
-            if self.huber is None
-            else np.where(size <= self.huber, size**2, self.huber * (2 * size - self.huber))
-        )
-        return np.sum(self.weight_KN * rho, axis=1) / np.sum(self.weight_KN, axis=1)
+        inner = np.minimum(size, self.corner)
+        return np.mean(inner * (2 * size - inner), axis=1)
 
     def slope_weights(self, residual_KN: Array) -> Array:
         """Weights with which r has the gradient of rho(r)."""
-        if self.huber is None:
-            return self.weight_KN
-        return self.weight_KN * np.minimum(1.0, self.huber / np.maximum(np.abs(residual_KN), 1e-300))
+        return np.minimum(1.0, self.corner / np.maximum(np.abs(residual_KN), 1e-300))
 
 
 def solve(
-    model: Model, theta_KP: Array, y: Array, weight_KN: Array, lower: Array, upper: Array, huber: float | None = None
+    model: Model, theta_KP: Array, y: Array, lower: Array, upper: Array, huber: float | None = None
 ) -> tuple[Array, Array]:
-    """Minimise the weighted mean of rho(y - prediction) inside the box [lower, upper], for every k on its own.
+    """Minimise the mean of rho(y - prediction) inside the box [lower, upper], for every k on its own.
 
     `y` is (N,) or (K, N); `lower` and `upper` are (P,) or (K, P).
 
     Returns:
         theta_KP at the minimum, and its objective_K (in units of y^2).
     """
+    count, corner = len(theta_KP), np.inf if huber is None else huber
     lower_KP, upper_KP = (np.broadcast_to(bound, theta_KP.shape) for bound in (lower, upper))
-    problems = Problems(np.broadcast_to(y, weight_KN.shape), weight_KN, lower_KP, upper_KP, huber)
+    problems = Problems(np.broadcast_to(y, (count, y.shape[-1])), lower_KP, upper_KP, corner)
     theta_KP = np.clip(theta_KP, lower_KP, upper_KP)
-    objective_K = np.full(len(theta_KP), np.nan)
-    damping_K = np.full(len(theta_KP), 1e-2)
-    active = np.arange(len(theta_KP))
+    objective_K, damping_K = np.full(count, np.nan), np.full(count, 1e-2)
+    active = np.arange(count)
     for _ in range(ROUNDS):
         if not len(active):
             break

@@ -5,6 +5,7 @@ Refusals and cautions come first. A floor that the data do not identify is repor
 
 import base64
 import json
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fitscale.config.errors import UserError
 from fitscale.config.files import write_atomic
 from fitscale.scaling.fit.isoflop import IsoFlop
 from fitscale.scaling.fit.study import LawResult, Study
+from fitscale.scaling.fit.uncertainty import covariance
 from fitscale.scaling.report.content import parameter_intervals, report_content
 from fitscale.scaling.report.figures import figures
 from fitscale.scaling.report.samples import SampleFolder, placed, samples_along_the_curve
@@ -50,70 +52,51 @@ def write_report(study: Study, out: Path, folders: list[SampleFolder]) -> list[P
 
 
 def fit_record(study: Study) -> dict[str, Any]:
-    """The study as plain numbers: enough to repeat it and to predict from it. A missing number is null."""
-    question = study.question
-    return {
-        "metric": question.metric,
-        "points": question.points,
+    """The question and its answer as plain numbers: enough to repeat it and to predict from it. Missing is null."""
+    return asdict(study.question) | {
         "held_out": study.held_out,
-        "where": question.where,
-        "from_step": question.from_step,
-        "drop_missing": question.drop_missing,
-        "loss": vars(question.loss),
         "key": study.key,
-        "seed": question.seed,
-        "resamples": question.resamples,
         "data_sha256": data_hash(study.table),
         "versions": {name: _version(name) for name in ("fitscale", *PACKAGES)},
         "refusals": [{"code": refusal.code, "message": refusal.message} for refusal in study.refusals],
-        "cautions": [{"code": caution.code, "message": caution.message} for caution in study.cautions],
+        "cautions": [vars(caution) for caution in study.cautions],
         "laws": [_law_record(result) for result in study.results],
         "isoflop": [_isoflop_record(iso) for iso in study.isoflops],
     }
 
 
 def _law_record(result: LawResult) -> dict[str, Any]:
-    fit, noise = result.fit, result.resamples.noise
+    fit = result.fit
     return {
         "law": fit.law.name,
         "formula": fit.law.formula,
         "reference": fit.reference(),
         "parameters": fit.named(),
         "intervals_90": parameter_intervals(result),
-        "covariance": {"parameters": list(fit.law.parameters), "matrix": result.covariance_PP.tolist()},
+        "covariance": {"parameters": list(fit.law.parameters), "matrix": covariance(fit).tolist()},
         "floor": None if result.floor is None else vars(result.floor),
         "objective": fit.objective,
-        "points": fit.points,
-        "runs": result.resamples.runs,
+        "points": len(fit.points.y_N),
+        "runs": fit.points.runs,
         "starts": fit.starts,
         "starts_reached": fit.reached,
-        "noise": {"run": noise.run**0.5, "checkpoint": noise.point**0.5},
+        "noise": {"run": fit.noise.run**0.5, "checkpoint": fit.noise.point**0.5},
         "mean_held_out_error": result.error,
         "predictions": json.loads(result.predictions.to_json(orient="records", double_precision=15)),
     }
 
 
 def _isoflop_record(iso: IsoFlop) -> dict[str, Any]:
-    return {
-        "method": iso.method,
-        "exponent": iso.exponent,
-        "interval_90": iso.interval_90,
-        "no_interval": iso.no_interval,
-        "coefficient": iso.coefficient,
-        "optima": [vars(optimum) for optimum in iso.optima],
-        "refused_budgets": [refusal.message for refusal in iso.refusals],
-    }
+    record = vars(iso) | {"optima": [vars(optimum) for optimum in iso.optima]}
+    refusals = record.pop("refusals")
+    return record | {"refused_budgets": [str(refusal) for refusal in refusals]}
 
 
 def _render(template: str, content: dict[str, Any], escape: bool) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        autoescape=escape,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
+        autoescape=escape, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.from_string(template).render(content)
 

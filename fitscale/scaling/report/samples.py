@@ -15,17 +15,8 @@ import pandas as pd
 from fitscale.config.errors import UserError
 from fitscale.scaling.fit.solver import Array
 from fitscale.scaling.fit.study import Study
-from fitscale.scaling.report.axes import (
-    COMPUTE_LABEL,
-    Images,
-    decorate,
-    limits,
-    logarithmic,
-    new_figure,
-    power_of_ten,
-    readable,
-    rendered,
-)
+from fitscale.scaling.report import canvas
+from fitscale.scaling.report.content import readable
 from fitscale.scaling.report.figures import draw_runs
 
 SHOWN = 8  # images of a folder, in two columns
@@ -96,21 +87,20 @@ def row_of(rows: pd.DataFrame, folder: SampleFolder) -> pd.Series | None:
     return None if match.empty else match.iloc[0]
 
 
-def samples_along_the_curve(study: Study, folders: list[tuple[SampleFolder, pd.Series]]) -> Images:
+def samples_along_the_curve(study: Study, folders: list[tuple[SampleFolder, pd.Series]]) -> canvas.Images:
     """The runs' curves above; beneath, one column of images a folder, tied to its checkpoint's point."""
     shown = folders[:: -(-len(folders) // MOST_FOLDERS)]
-    figure = new_figure(max(8.5, 1.25 * len(shown)), 7.6)
+    figure = canvas.new_figure(max(8.5, 1.25 * len(shown)), 7.6)
     grid = figure.add_gridspec(2, len(shown), height_ratios=[1.0, 1.15])
     axes = figure.add_subplot(grid[0, :])
-    logarithmic(axes.xaxis, *limits(study.rows["train_flops"]), scientific=True)
-    logarithmic(axes.yaxis, *limits(study.rows["value"]))
+    canvas.over_compute(axes, study.rows)
     draw_runs(axes, study, study.rows)
     name = readable(study.question.metric)
-    decorate(axes, f"Samples along the curve: {name} against training compute", COMPUTE_LABEL, name)
+    canvas.decorate(axes, f"Samples along the curve: {name} against training compute", canvas.COMPUTE_LABEL, name)
     _clear_below(axes)
     for column, (folder, row) in enumerate(shown):
         _draw_column(figure, axes, figure.add_subplot(grid[1, column]), folder, row)
-    return rendered(figure)
+    return canvas.rendered(figure)
 
 
 def _clear_below(axes: Any) -> None:
@@ -130,7 +120,7 @@ def _draw_column(figure: Any, curve: Any, axes: Any, folder: SampleFolder, row: 
     axes.set_anchor("N")
     value, compute = float(row["value"]), float(row["train_flops"])
     axes.set_title(
-        f"{row['size']}, {folder.step:,} steps\n{value:.4g} at\n{power_of_ten(compute, 2)} FLOPs", fontsize=8
+        f"{row['size']}, {folder.step:,} steps\n{value:.4g} at\n{canvas.power_of_ten(compute, 2)} FLOPs", fontsize=8
     )
     how = f"{folder.height} x {folder.width} pixels\nguidance {folder.guidance:g}"
     axes.text(0.5, -0.02, how, transform=axes.transAxes, fontsize=8, color="0.3", ha="center", va="top")

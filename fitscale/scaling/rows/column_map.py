@@ -21,7 +21,7 @@ from fitscale.config.errors import UserError
 from fitscale.scaling.rows.table import validate
 
 
-def read_foreign(path: Path, column_map: Path) -> pd.DataFrame:
+def read_mapped(path: Path, column_map: Path) -> pd.DataFrame:
     """The runs table in the CSV at `path`, as `column_map` names its columns; a missing cell stays missing.
 
     Raises:

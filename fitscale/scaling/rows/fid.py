@@ -30,9 +30,8 @@ def infinity(rows: pd.DataFrame) -> pd.DataFrame:
     groups = [group for _, group in rows.groupby(identity, dropna=False, sort=False)]
     whole = [group for group in groups if group["samples"].nunique() >= LEAST_COUNTS]
     if not whole:
-        raise Refusal(
-            "too_few_points", f"no checkpoint is measured at {LEAST_COUNTS} sample counts, as FID-infinity needs"
-        )
+        text = f"no checkpoint is measured at {LEAST_COUNTS} sample counts, as FID-infinity needs"
+        raise Refusal("too_few_points", text)
     return pd.concat([_extrapolated(group) for group in whole], ignore_index=True)
 
 
@@ -57,7 +56,7 @@ def tuned_guidance(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def ema_rule(rows: pd.DataFrame, share: float) -> pd.DataFrame:
-    """Of every checkpoint the average whose length, 1 / (1 - decay) steps, is nearest to `share` of its training.
+    """Of every checkpoint the EMA whose length, 1 / (1 - decay) steps, is nearest to `share` of its training.
 
     A fixed share is fair across budgets, where a fixed decay favours one of them. The key says `ema <share>`.
 
@@ -72,9 +71,7 @@ def ema_rule(rows: pd.DataFrame, share: float) -> pd.DataFrame:
         raise Refusal("no_rows", "no row has weights named ema_<decay>")
     rows, decay = rows[decay.notna()], decay.dropna()
     if missing := int(rows["step"].isna().sum()):
-        raise UserError(
-            f"column step is missing in {missing} of {len(rows)} rows, and an average's share depends on it"
-        )
+        raise UserError(f"column step is missing in {missing} of {len(rows)} rows, and an EMA's share depends on it")
     rows = rows.assign(_miss=np.abs(np.log((1 - decay) * rows["step"].astype(float) * share)))
     nearest = rows.groupby(_identity(rows, without=(WEIGHTS, "weights")), dropna=False, sort=False)["_miss"].idxmin()
     return rows.loc[nearest].drop(columns="_miss").assign(**{WEIGHTS: f"ema {share:g} of training"})
@@ -88,12 +85,9 @@ def _identity(rows: pd.DataFrame, without: tuple[str, ...]) -> list[str]:
 def _extrapolated(group: pd.DataFrame) -> pd.DataFrame:
     """The line through (1 / samples, value), every point weighted by its samples, at 1 / samples = 0."""
     x_N = 1 / group["samples"].to_numpy(dtype=float)
-    design_N2 = np.stack([np.ones_like(x_N), x_N], axis=1) / np.sqrt(x_N)[:, None]
-    target_N = group["value"].to_numpy(dtype=float) / np.sqrt(x_N)
-    solution, _, _, _ = np.linalg.lstsq(design_N2, target_N, rcond=None)
-    residual_N = target_N - design_N2 @ solution
-    variance = residual_N @ residual_N / (len(x_N) - 2)
-    error = np.sqrt(variance * np.linalg.inv(design_N2.T @ design_N2)[0, 0])
+    values_N = group["value"].to_numpy(dtype=float)
+    (_, value), covariance_22 = np.polyfit(x_N, values_N, 1, w=1 / np.sqrt(x_N), cov=True)
     row = group.iloc[[int(np.argmin(x_N))]]
     keys = {SAMPLES: "infinity"} if SAMPLES in group else {}
-    return row.assign(metric=row["metric"] + "_infinity", value=solution[0], standard_error=error, **keys)
+    error = np.sqrt(covariance_22[1, 1])
+    return row.assign(metric=row["metric"] + "_infinity", value=value, standard_error=error, **keys)

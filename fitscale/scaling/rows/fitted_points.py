@@ -24,8 +24,8 @@ def chosen(rows: pd.DataFrame, points: str) -> pd.Series:
 def frontier(rows: pd.DataFrame) -> pd.Series:
     """Lower envelope: True where nothing with as little compute has a value as low.
 
-    Replicates stand or fall together, by their geometric mean: the luckier of two seeds alone would be a minimum of
-    two, better than what a run gets on average, and would hide how far runs scatter.
+    Replicates stand or fall together, by their geometric mean: the better of two seeds alone would be a minimum of
+    two, below what a run gets on average, and would hide how far runs scatter.
     """
     cell = _replicates(rows)
     logs = rows[["train_flops", "value"]].astype(float).apply(np.log)

@@ -1,4 +1,4 @@
-"""Command-line options that the tools of the analysis share: which rows of which runs are asked about."""
+"""What the tools of the analysis share: options that choose rows, and how mistakes in options are told."""
 
 import argparse
 from collections.abc import Iterable, Iterator
@@ -9,19 +9,16 @@ from fitscale.config.checks import at_least
 from fitscale.config.errors import UserError, cannot_write
 from fitscale.config.load import load_config
 from fitscale.config.schema import ModelConfig
-from fitscale.scaling.rows.fitted_points import POINTS
 
 
-def add_row_options(parser: argparse.ArgumentParser) -> None:
-    """RUNS, --points, and the options of `add_filter_options`."""
+def add_runs_option(parser: argparse.ArgumentParser) -> None:
+    """RUNS, for `load_table`."""
     runs = "run directories, folders of them, or one .csv or .parquet table"
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help=runs)
-    parser.add_argument("--points", choices=POINTS, default="frontier", help="rows that laws of compute speak of")
-    add_filter_options(parser)
 
 
 def add_filter_options(parser: argparse.ArgumentParser) -> None:
-    """--metric, --where, --from-step and --drop-missing."""
+    """--metric, --where, --from-step and --drop-missing, for `select`."""
     add = parser.add_argument
     add("--metric", default="fd", help="metric (default: fd)")
     add("--where", action="append", default=[], metavar="COLUMN=VALUE", help="keep only such rows; may be repeated")

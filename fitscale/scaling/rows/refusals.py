@@ -1,35 +1,23 @@
-"""What the analysis says instead of a number: a refusal (no result), or a caution (a result to be read with care)."""
+"""What the analysis says instead of a number: a refusal (no result), or a caution (a result to be read with care).
 
+docs/scaling.md has the reason of every code and what helps.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from fitscale.config.errors import UserError
 
-REFUSALS = {
-    "no_rows": "no row has the metric that was asked for",
-    "mixed_keys": "rows that were measured in different ways",
-    "mixed_models": "rows of different model families or patch sizes",
-    "missing_values": "rows without a run, size, metric or training FLOPs",
-    "non_positive": "values that have no logarithm",
-    "conflicting_rows": "one measurement with two different values",
-    "one_size": "sizes are needed to say what size does",
-    "too_few_points": "a law with as many parameters as points fits anything",
-    "no_improvement": "the metric does not fall with compute",
-    "at_bound": "the best fit lies at the edge of what was searched",
-    "at_start": "the fit never left its starting point",
-    "unstable_fit": "fewer than 5 % of the starting points lead to the fit",
-    "not_identified": "many sets of parameters fit equally well",
-    "edge_optimum": "the best size of a budget lies outside the sizes tried",
-    "concave_optimum": "a budget without a minimum over size",
-    "not_on_frontier": "no held-out point is one that a law of compute speaks of",
-    "extrapolation": "a prediction further out than was agreed to",
-}
+OfRows = Literal["no_rows", "mixed_keys", "mixed_models", "missing_values", "non_positive", "conflicting_rows"]
+OfAFit = Literal["too_few_points", "no_improvement", "at_bound", "at_start", "unstable_fit", "not_identified"]
+OfSizes = Literal["one_size", "edge_optimum", "concave_optimum", "not_on_frontier", "extrapolation"]
 
 
 class Refusal(UserError):
-    """The data do not hold what was asked. `code` is one of `REFUSALS`; the text says why and what would help."""
+    """The data do not hold what was asked: a code, and a text that says why and what would help."""
 
-    def __init__(self, code: str, message: str) -> None:
-        assert code in REFUSALS, code
+    def __init__(self, code: OfRows | OfAFit | OfSizes, message: str) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
@@ -41,3 +29,8 @@ class Caution:
 
     code: str
     message: str
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first `most` names with commas, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -20,24 +20,21 @@ from fitscale.model import flops
 from fitscale.run.layout import RunDir
 from fitscale.scaling.rows.table import COLUMNS, KEY, read_table, validate
 
-COPIED = (
-    "step",
-    "images",
-    "train_flops",
-    "paper_flops",
-    "device_hours",
-    "weights",
-    "metric",
-    "value",
-    "standard_error",
-    "samples",
-    "nfe",
-)
-
 
 def find_runs(paths: list[Path]) -> list[RunDir]:
-    """The run directories at `paths` or directly inside them, without repeats, in order of their path."""
-    found = {run.path.resolve(): run for path in paths for run in _runs_at(path)}
+    """The run directories at `paths` or directly inside them, without repeats, in order of their path.
+
+    Raises:
+        UserError: a path is none and holds none.
+    """
+    found: dict[Path, RunDir] = {}
+    for path in paths:
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        candidates = map(RunDir, [path] if RunDir(path).config.is_file() else inside)
+        runs = {run.path.resolve(): run for run in candidates if run.config.is_file()}
+        if not runs:
+            raise UserError(f"{path}: neither a run directory (with config.yaml) nor a folder of run directories")
+        found |= runs
     return [found[path] for path in sorted(found)]
 
 
@@ -48,10 +45,9 @@ def collect(paths: list[Path]) -> pd.DataFrame:
         UserError: a path holds no run directory, or one of its files cannot be read.
     """
     runs = find_runs(paths)
-    base = _common_parent(runs)
+    base = os.path.commonpath([run.path.resolve().parent for run in runs])
     rows = [row for run in runs for row in run_rows(run, str(run.path.resolve().relative_to(base)))]
-    table = pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
-    return validate(table, ", ".join(map(str, paths)))
+    return validate(pd.DataFrame(rows, columns=None if rows else list(COLUMNS)), ", ".join(map(str, paths)))
 
 
 def load_table(paths: list[Path]) -> pd.DataFrame:
@@ -63,36 +59,32 @@ def load_table(paths: list[Path]) -> pd.DataFrame:
 
 
 def run_rows(run: RunDir, name: str) -> list[dict[str, Any]]:
-    """One row per line of the run's evaluations.jsonl; `name` goes into the column `run`."""
-    evaluations = _evaluations(run)
-    config = load_config([str(run.config)])
-    shared = _run_columns(run, config, evaluations) | {"run": name}
-    return [shared | _evaluation_columns(config.model, evaluation) for evaluation in evaluations]
+    """One row per line of the run's evaluations.jsonl; `name` goes into the column `run`.
 
-
-def _runs_at(path: Path) -> list[RunDir]:
-    if RunDir(path).config.is_file():
-        return [RunDir(path)]
-    inside = [RunDir(folder) for folder in sorted(path.iterdir()) if folder.is_dir()] if path.is_dir() else []
-    found = [run for run in inside if run.config.is_file()]
-    if not found:
-        raise UserError(f"{path}: neither a run directory (with config.yaml) nor a folder of run directories")
-    return found
-
-
-def _common_parent(runs: list[RunDir]) -> str:
-    return os.path.commonpath([run.path.resolve().parent for run in runs])
-
-
-def _evaluations(run: RunDir) -> list[dict[str, Any]]:
+    What a line says of its columns is overruled by what the run's config says of them.
+    """
     try:
-        return read_jsonl(run.evaluations)
+        evaluations = read_jsonl(run.evaluations)
     except ValueError as error:
         raise UserError(f"{run.evaluations}: not JSON lines: {error}") from error
+    config = load_config([str(run.config)])
+    shared = _run_columns(run, config, evaluations) | {"run": name}
+    return [
+        {column: evaluation.get(column) for column in COLUMNS}
+        | {KEY + entry: _text(value) for entry, value in (evaluation.get("key") or {}).items()}
+        | _work_per_image(config.model, evaluation)
+        | shared
+        for evaluation in evaluations
+    ]
 
 
 def _run_columns(run: RunDir, config: Config, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        environment = json.loads(run.environment.read_text()) if run.environment.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{run.environment}: not JSON: {error}") from error
     model = config.model
+    steps = [checkpoint.step for checkpoint in run.checkpoints()] + [row["step"] for row in evaluations]
     return {
         "family": model.family,
         "size": model.name,
@@ -104,29 +96,9 @@ def _run_columns(run: RunDir, config: Config, evaluations: list[dict[str, Any]])
         "batch": config.batch.global_batch_size,
         "seed": config.run.seed,
         "lr": config.optim.lr,
-        "device": _environment(run).get("device"),
-        "status": "finished" if _last_step(run, evaluations) >= config.run.steps else "unfinished",
+        "device": environment.get("device"),
+        "status": "finished" if max(steps, default=0) >= config.run.steps else "unfinished",
     }
-
-
-def _environment(run: RunDir) -> dict[str, Any]:
-    try:
-        return json.loads(run.environment.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{run.environment}: not JSON: {error}") from error
-
-
-def _last_step(run: RunDir, evaluations: list[dict[str, Any]]) -> int:
-    saved = [checkpoint.step for checkpoint in run.checkpoints()]
-    return max(saved + [evaluation["step"] for evaluation in evaluations], default=0)
-
-
-def _evaluation_columns(model: ModelConfig, evaluation: dict[str, Any]) -> dict[str, Any]:
-    columns = {name: evaluation.get(name) for name in COPIED}
-    key = {KEY + name: _text(value) for name, value in (evaluation.get("key") or {}).items()}
-    return columns | _work_per_image(model, evaluation) | key
 
 
 def _work_per_image(model: ModelConfig, evaluation: dict[str, Any]) -> dict[str, float | None]:
@@ -137,7 +109,7 @@ def _work_per_image(model: ModelConfig, evaluation: dict[str, Any]) -> dict[str,
     """
     images, tokens, train = (evaluation.get(name) for name in ("images", "tokens", "train_flops"))
     if not images or not tokens:
-        return {"tokens_per_image": None, "linear_macs": None, "attention_macs": None}
+        return {}
     per_token, _ = flops.cost(model)
     linear = flops.linear_macs(model, 0) + per_token * tokens / images
     attention = train / (6 * images) - linear if train else None

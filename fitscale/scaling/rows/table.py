@@ -5,7 +5,6 @@ key: how the number was measured. Rows whose keys differ must not be fitted toge
 """
 
 import hashlib
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,16 +12,19 @@ from typing import Literal
 import pandas as pd
 
 from fitscale.config.errors import UserError
-from fitscale.config.files import write_atomic
+from fitscale.config.files import replacing
 
 KEY = "key_"
+
+
+Dtype = Literal["string", "Int64", "float64"]
 
 
 @dataclass(frozen=True)
 class Column:
     """A column's pandas type (nullable) and what it holds."""
 
-    dtype: Literal["string", "Int64", "float64"]
+    dtype: Dtype
     meaning: str
 
 
@@ -83,14 +85,13 @@ def key_columns(table: pd.DataFrame) -> list[str]:
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a validated table to `path`, whole or not at all; .csv or .parquet."""
-    if path.suffix == ".parquet":
-        buffer = io.BytesIO()
-        table.to_parquet(buffer, index=False)
-        write_atomic(path, buffer.getvalue())
-    elif path.suffix == ".csv":
-        write_atomic(path, table.to_csv(index=False))
-    else:
+    if path.suffix not in (".csv", ".parquet"):
         raise UserError(f"{path}: a runs table is written as .csv or .parquet")
+    with replacing(path) as temporary:
+        if path.suffix == ".parquet":
+            table.to_parquet(temporary, index=False)
+        else:
+            table.to_csv(temporary, index=False)
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -99,7 +100,10 @@ def read_table(path: Path) -> pd.DataFrame:
         if path.suffix == ".parquet":
             table = pd.read_parquet(path)
         else:
-            table = pd.read_csv(path, dtype=_text_columns(path), float_precision="round_trip")
+            texts = {name for name, column in COLUMNS.items() if column.dtype == "string"}
+            header = pd.read_csv(path, nrows=0).columns
+            dtypes = {name: "string" for name in header if name in texts or name.startswith(KEY)}
+            table = pd.read_csv(path, dtype=dtypes, float_precision="round_trip")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable runs table: {error}") from error
     return validate(table, str(path))
@@ -111,13 +115,7 @@ def data_hash(table: pd.DataFrame) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _text_columns(path: Path) -> dict[str, str]:
-    header = pd.read_csv(path, nrows=0).columns
-    texts = {name for name, column in COLUMNS.items() if column.dtype == "string"}
-    return {name: "string" for name in header if name in texts or name.startswith(KEY)}
-
-
-def _typed(table: pd.DataFrame, name: str, dtype: Literal["string", "Int64", "float64"], source: str) -> pd.Series:
+def _typed(table: pd.DataFrame, name: str, dtype: Dtype, source: str) -> pd.Series:
     if name not in table.columns:
         return pd.Series(pd.NA if dtype != "float64" else float("nan"), index=table.index, dtype=dtype, name=name)
     try:

@@ -9,14 +9,7 @@ from typing import Any
 import pandas as pd
 
 COMPUTE_LABEL = "training compute (FLOPs: 6 x MACs x images)"
-NAMES = {"fd": "Fréchet distance", "fid": "FID", "validation_loss": "validation loss", "recognised": "share recognised"}
-
 Images = dict[str, bytes]  # png, svg
-
-
-def readable(metric: str) -> str:
-    """A metric's name for people; the name itself where there is no better one."""
-    return NAMES.get(metric, metric)
 
 
 def new_figure(width: float = 8.5, height: float = 5.2) -> Any:
@@ -27,6 +20,12 @@ def new_figure(width: float = 8.5, height: float = 5.2) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def over_compute(axes: Any, rows: pd.DataFrame, heights: tuple[float, float] | None = None) -> None:
+    """Make both axes logarithmic, for the training FLOPs of `rows` and their values (or what lies in `heights`)."""
+    logarithmic(axes.xaxis, *limits(rows["train_flops"]), scientific=True)
+    logarithmic(axes.yaxis, *(heights or limits(rows["value"])))
 
 
 def logarithmic(axis: Any, low: float, high: float, scientific: bool = False) -> None:
