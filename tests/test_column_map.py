@@ -1,15 +1,9 @@
-"""Other people's tables: column maps, and the list of problems."""
+"""Other people's tables by column maps."""
 
-import pandas as pd
 import pytest
 
 from fitscale.config.errors import UserError
 from fitscale.scaling.rows.column_map import read_mapped
-from fitscale.scaling.rows.runs import collect
-from fitscale.scaling.rows.selection import correlation, problems
-from fitscale.scaling.rows.table import validate
-from tests.programs import run_tool
-from tests.synthetic_runs import write_sweep
 
 WANDB = """Name,_step,eval/fd,eval/loss,params_m,images,gmacs,sampler
 a,1000,40.5,0.61,10,64000,1.5,euler
@@ -64,35 +58,3 @@ def test_a_wandb_export_becomes_a_runs_table(tmp_path):
 def test_wrong_maps_are_named(tmp_path, columns, message):
     with pytest.raises(UserError, match=message):
         read_mapped(*files(tmp_path, columns=columns))
-
-
-def test_check_finds_what_would_stop_a_fit(tmp_path):
-    table = read_mapped(*files(tmp_path))
-    found = problems(table)
-    assert "fd: key_sampler differs, choose one before fitting: euler, heun" in found
-    broken = validate(table.assign(value=[0.0, None, 0.6, 0.7, 1.0], status="unfinished"))
-    text = "\n".join(problems(broken))
-    nameless = "\n".join(problems(broken.assign(run=broken["run"].where(broken["metric"] != "fd"), size=None)))
-    assert "fd: run is missing in 2 of 2 rows" in nameless and "fd: size is missing in 2 of 2 rows" in nameless
-    assert "fd: value is missing in 1 of 2 rows" in text and "fd: value is not above 0 in 1 rows" in text
-    assert "validation_loss: the last checkpoint is not the best in a" in text and "unfinished runs: a, b" in text
-
-
-def test_a_sound_sweep_has_no_problems(tmp_path):
-    write_sweep(tmp_path, lambda flops, _: 50 * (flops / 1e12) ** -0.3)
-    table = collect([tmp_path])
-    assert problems(table) == []
-    assert correlation(table[table["metric"] == "fd"]) < -0.9
-    guided = table.assign(value=table["value"] / 10, key_guidance="2.0")
-    both = problems(pd.concat([guided, table], ignore_index=True))
-    assert any("key_guidance differs" in problem for problem in both) and "not the best" not in "".join(both)
-
-
-def test_check_from_the_shell(tmp_path):
-    export, columns = files(tmp_path)
-    command = ["collect_runs", str(export), "--columns", str(columns), "--check"]
-    done = run_tool(*command)
-    assert done.returncode == 3 and "fd: 2 rows of 2 runs" in done.stdout and "problem: fd: key_sampler" in done.stdout
-    nothing = run_tool(*command[:-1])
-    assert nothing.returncode == 2 and "nothing to do" in nothing.stderr
-    assert pd.read_csv(export).shape == (3, 8)

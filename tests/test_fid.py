@@ -1,4 +1,4 @@
-"""FID-infinity, tuned guidance and the rule for averages, on rows of a runs table."""
+"""FID-infinity, tuned guidance and the rule for the EMA, on rows of a runs table."""
 
 import numpy as np
 import pandas as pd
@@ -57,7 +57,7 @@ def test_tuned_guidance_is_the_least_and_shows_its_cost():
     assert len(select(pd.concat([table, tuned_guidance(table)]), "fd", {"key_guidance": "1"}).rows) == 1
 
 
-def test_averages_of_a_constant_share_of_training():
+def test_the_ema_of_a_constant_share_of_training():
     table = rows(
         step=[1000, 1000, 100000, 100000],
         weights=["ema_0.99", "ema_0.9999"] * 2,

@@ -73,8 +73,8 @@ def test_the_promised_interval_is_that_of_an_independent_simulation(planned):
     truth = prior.fit.metric(rows)
     ratios = []
     while len(ratios) < 500:
-        luck = {run: rng.normal(0, prior.run_noise) for run in sorted(rows["run"].unique())}
-        noise = rows["run"].map(luck) + rng.normal(0, prior.point_noise, len(rows))
+        of_runs = {run: rng.normal(0, prior.run_noise) for run in sorted(rows["run"].unique())}
+        noise = rows["run"].map(of_runs) + rng.normal(0, prior.point_noise, len(rows))
         try:
             fit = fit_law(OFFSET, rows.assign(value=truth * np.exp(noise)))
         except Refusal:
