@@ -12,12 +12,12 @@ from fitscale.jobs.ladder import cells
 from fitscale.jobs.sweep import SweepConfig
 from fitscale.model import flops
 from fitscale.run.progress import wanted_metrics
-from fitscale.scaling.fitting import fit_law
-from fitscale.scaling.laws import OFFSET
-from fitscale.scaling.planner import PEAK_FLOPS, Economics, assumed, grid, measurements, plan
-from fitscale.scaling.refusal import Refusal
-from fitscale.scaling.runs import collect
-from fitscale.scaling.table import write_table
+from fitscale.scaling.fit.fitting import fit_law
+from fitscale.scaling.fit.laws import OFFSET
+from fitscale.scaling.fit.planner import PEAK_FLOPS, Economics, assumed, grid, measurements, plan
+from fitscale.scaling.rows.refusals import Refusal
+from fitscale.scaling.rows.runs import collect
+from fitscale.scaling.rows.table import write_table
 from tests.programs import run_tool
 from tests.synthetic_runs import write_sweep
 
@@ -73,8 +73,8 @@ def test_the_promised_interval_is_that_of_an_independent_simulation(planned):
     truth = prior.fit.metric(rows)
     ratios = []
     while len(ratios) < 500:
-        luck = {run: rng.normal(0, prior.run_noise) for run in sorted(rows["run"].unique())}
-        noise = rows["run"].map(luck) + rng.normal(0, prior.point_noise, len(rows))
+        of_runs = {run: rng.normal(0, prior.run_noise) for run in sorted(rows["run"].unique())}
+        noise = rows["run"].map(of_runs) + rng.normal(0, prior.point_noise, len(rows))
         try:
             fit = fit_law(OFFSET, rows.assign(value=truth * np.exp(noise)))
         except Refusal:
