@@ -144,7 +144,7 @@ def _layout(one: Plan) -> dict[str, str]:
         "step": f"{len(tokens_B)} images, {int(tokens_B.sum()):,} tokens "
         f"({tokens_B.mean():.1f} each, {one.images.source})",
         "packs": f"{stats.packs_per_rank} a rank, the longest {one.longest_pack:,} tokens; "
-        f"padding {stats.padding_share:.1%}, dearest rank {stats.imbalance:.1%} above the mean",
+        f"padding {stats.padding_share:.1%}, most loaded rank {stats.imbalance:.1%} above the mean",
     }
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
-from fitscale.data.packing import Packing, padded, split
+from fitscale.data.packing import Packing, flops_of, padded, split
 from fitscale.data.sizes import token_shares
 from fitscale.model import flops
 from fitscale.plan.devices import Device
@@ -123,10 +123,9 @@ def plan(config: Config, machine: Machine, images: Images, utilisation: float) -
     _check(config.parallel.tensor_parallel_size, machine)
     dp_size = machine.gpus // config.parallel.tensor_parallel_size
     multiple, tokens_B = pad_multiple(config), images.tokens_B
-    linear, square = flops.cost(config.model)
     packing = split(
         tokens_B,
-        linear * tokens_B + square * tokens_B.astype(float) ** 2,
+        flops_of(tokens_B, flops.cost(config.model)),
         dp_size=dp_size,
         pack_tokens=config.batch.pack_tokens,
         pad_multiple=multiple,
@@ -152,7 +151,7 @@ def plan(config: Config, machine: Machine, images: Images, utilisation: float) -
 
 
 def computed_flops(config: Config, train_flops: float, packing: Packing) -> float:
-    """FLOPs that all devices would compute if each did as much as the dearest: with padding and recomputed blocks."""
+    """FLOPs of all devices if each did as much as the most loaded: with padding and recomputed blocks."""
     again = recomputed_blocks(config) / config.model.depth / flops.TRAIN_PASSES
     return train_flops * (1 + again) * (1 + packing.stats.imbalance) / (1 - packing.stats.padding_share)
 
