@@ -19,7 +19,7 @@ from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
 from fitscale.data.batch_plan import OpenIndex
 from fitscale.data.index import open_index
-from fitscale.data.packing import Packing, padded, split
+from fitscale.data.packing import Packing, macs_of, padded, split
 from fitscale.data.sizes import token_shares
 from fitscale.model import flops
 from fitscale.plan.layout import Machine, dp_size, resolve_precision
@@ -109,10 +109,9 @@ def plan(config: Config, machine: Machine, images: Images, utilisation: float) -
     """
     config = resolve_precision(config, machine.has_gpus)
     ranks, multiple, tokens_B = dp_size(config, machine), pad_multiple(config), images.tokens_B
-    linear, square = flops.cost(config.model)
     packing = split(
         tokens_B,
-        linear * tokens_B + square * tokens_B.astype(float) ** 2,
+        macs_of(tokens_B, flops.cost(config.model)),
         dp_size=ranks,
         pack_tokens=config.batch.pack_tokens,
         pad_multiple=multiple,
