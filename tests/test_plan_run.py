@@ -16,8 +16,9 @@ from fitscale.config.load import load_config, to_yaml
 from fitscale.model import flops
 from fitscale.model.backbone import parameter_table
 from fitscale.plan.devices import DEVICES, device_reported_as, find_device
+from fitscale.plan.layout import Machine, layouts
 from fitscale.plan.memory import activation_bytes, rank_memory, recomputed_blocks
-from fitscale.plan.step import Machine, layouts, measured_utilisation, plan, typical_images
+from fitscale.plan.step import measured_utilisation, plan, typical_images
 from fitscale.plan.traffic import step_traffic
 from tests.shard_sets import LATENTS, indexed_set
 

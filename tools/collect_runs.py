@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fitscale.config.errors import UserError
+from fitscale.config.errors import UserError, writing
 from fitscale.config.program import exit_code
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def collect_runs(options: argparse.Namespace) -> int:
     """Write and/or check the table, and say what it holds."""
-    from fitscale.scaling.arguments import writing
     from fitscale.scaling.check import problems, summary
     from fitscale.scaling.table import write_table
 

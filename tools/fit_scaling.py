@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fitscale.config.errors import UserError
+from fitscale.config.errors import UserError, writing
 from fitscale.config.program import exit_code
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def fit_scaling(options: argparse.Namespace) -> int:
     """Fit, write the report, print it in short; the exit code of this program's description."""
-    from fitscale.scaling.arguments import require_at_least, writing
+    from fitscale.scaling.arguments import require_at_least
     from fitscale.scaling.report import write_report
     from fitscale.scaling.runs import load_table
     from fitscale.scaling.study import study

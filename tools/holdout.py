@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from fitscale.config.errors import writing
 from fitscale.config.program import exit_code
 
 
@@ -18,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
 def holdout(options: argparse.Namespace) -> int:
     """Print (and write) the errors and the ranking; a refusal is a user's error."""
     from fitscale.config.files import write_atomic
-    from fitscale.scaling.arguments import conditions, writing
+    from fitscale.scaling.arguments import conditions
     from fitscale.scaling.holdout import hold_out
     from fitscale.scaling.runs import load_table
     from fitscale.scaling.select import select

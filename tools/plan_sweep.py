@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fitscale.config.errors import UserError
+from fitscale.config.errors import UserError, writing
 from fitscale.config.program import exit_code
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     """Print the plan; write the sweep's YAML if asked."""
     from fitscale.config.files import write_atomic
     from fitscale.model import flops
-    from fitscale.scaling.arguments import model_named, require_at_least, writing
+    from fitscale.scaling.arguments import model_named, require_at_least
     from fitscale.scaling.planner import plan
 
     require_at_least(options, points=1, first_step=1, tokens=1, batch=1, samples=2, nfe=1, target_steps=1, seed=0)

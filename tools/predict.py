@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fitscale.config.errors import writing
 from fitscale.config.program import exit_code
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     import json
 
     from fitscale.config.files import write_atomic
-    from fitscale.scaling.arguments import conditions, require_at_least, writing
+    from fitscale.scaling.arguments import conditions, require_at_least
     from fitscale.scaling.predict import describe, predict
     from fitscale.scaling.runs import load_table
     from fitscale.scaling.select import select

@@ -15,5 +15,6 @@ def build_network(model: ModelConfig, parallel: ParallelConfig) -> nn.Module:
     network = backbone_of(model).build(model, parallel)
     built = {name: split_of(param) for name, param in network.named_parameters()}
     table = {entry.name: entry.split for entry in parameter_table(model)}
-    assert built == table, f"network and table of {model.family} differ: {sorted(built.items() ^ table.items())}"
+    differing = sorted(name for name, _ in built.items() ^ table.items())
+    assert not differing, f"network and table of {model.family} differ in {', '.join(differing)}"
     return network

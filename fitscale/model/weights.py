@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fitscale.config.errors import UserError, cannot_write
+from fitscale.config.errors import UserError, writing
 from fitscale.config.files import replacing
 from fitscale.config.schema import ModelConfig
 from fitscale.model.backbone import Parameter, parameter_table
@@ -185,14 +185,11 @@ def write_tensors(
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    try:
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            file.write(_header({name: tensors[name].shape for name in sorted(tensors)}, dtype, metadata))
-            for name in sorted(tensors):
-                tensor = tensors[name].read().to("cpu", DTYPES[dtype])
-                progress(file.write(tensor.reshape(-1).view(torch.uint8).numpy().data))
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    with writing(path), replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(_header({name: tensors[name].shape for name in sorted(tensors)}, dtype, metadata))
+        for name in sorted(tensors):
+            tensor = tensors[name].read().to("cpu", DTYPES[dtype])
+            progress(file.write(tensor.reshape(-1).view(torch.uint8).numpy().data))
 
 
 def num_bytes(shape: tuple[int, ...], dtype: str) -> int:

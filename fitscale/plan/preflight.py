@@ -9,12 +9,12 @@ from pathlib import Path
 
 from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
-from fitscale.data.batch_plan import BatchPlan, open_plan
-from fitscale.data.index import Index
+from fitscale.data.batch_plan import BatchPlan, OpenIndex, open_plan
+from fitscale.data.index import Index, open_index
 from fitscale.model.backbone import parameter_table
 
 
-def open_data(config: Config) -> BatchPlan:
+def open_data(config: Config, open_index: OpenIndex = open_index) -> BatchPlan:
     """The batch plan of the training images.
 
     Raises:
@@ -24,7 +24,9 @@ def open_data(config: Config) -> BatchPlan:
     if not config.data.sources:
         raise UserError("data.shards: must be given, in a config file or as data.shards=PATH")
     batch, patch_size = config.batch.global_batch_size, config.model.patch_size
-    plan = open_plan(config.data, seed=config.run.seed, global_batch_size=batch, patch_size=patch_size)
+    plan = open_plan(
+        config.data, seed=config.run.seed, global_batch_size=batch, patch_size=patch_size, open_index=open_index
+    )
     for stream in plan.streams:
         _require_same_latents(config, stream.index)
     plan.require_fit(config.batch.pack_tokens, pad_multiple(config))

@@ -1,12 +1,11 @@
 """Command-line options that the tools of the analysis share: which rows of which runs are asked about."""
 
 import argparse
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from fitscale.config.checks import at_least
-from fitscale.config.errors import UserError, cannot_write
+from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
 from fitscale.config.schema import ModelConfig
 from fitscale.scaling.points import POINTS
@@ -51,19 +50,6 @@ def require_at_least(options: argparse.Namespace, **least: float) -> None:
     for name, value in least.items():
         if getattr(options, name) is not None:
             at_least(f"--{name.replace('_', '-')}", getattr(options, name), value)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Around what writes `path`.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise cannot_write(path, error) from error
 
 
 def model_named(name: str, folder: Path) -> ModelConfig:

@@ -4,7 +4,6 @@ import platform
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -14,17 +13,10 @@ from fitscale.config.schema import Config
 from fitscale.data.batch_plan import BatchPlan
 from fitscale.model import flops
 from fitscale.parallel.groups import Topology
+from fitscale.plan.layout import in_words
 from fitscale.plan.memory import state_bytes
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "webdataset")
-
-
-def resolve(config: Config, device: torch.device) -> Config:
-    """Replace `auto` precision by what it means on `device`."""
-    if config.parallel.precision != "auto":
-        return config
-    precision = "bf16" if device.type == "cuda" else "fp32"
-    return replace(config, parallel=replace(config.parallel, precision=precision))
 
 
 def environment(topology: Topology) -> dict[str, Any]:
@@ -65,8 +57,7 @@ def start_table(config: Config, topology: Topology, plan: BatchPlan, first_step:
         "images": f"{_images(config, plan)} for training, {tokens_per_image:.1f} tokens each on average",
         "batch": f"{batch} images, about {tokens_per_image * batch:,.0f} tokens, {step_flops:.3g} FLOP a step",
         "state": f"{state_bytes(config, topology.dp_size) / 2**30:.3f} GiB a rank (weights, gradients, optimizer, EMA)",
-        "layout": f"dp {topology.dp_size} x tp {topology.tp_size}{' + sp' if parallel.sequence_parallel else ''}, "
-        f"ZeRO {parallel.zero_stage}, {parallel.precision}, {_device_name(topology.device)}",
+        "layout": f"{in_words(parallel, topology.dp_size)}, {parallel.precision}, {_device_name(topology.device)}",
         "steps": f"{first_step:,} to {config.run.steps:,}",
         "run": config.run.dir,
     }

@@ -31,6 +31,7 @@ from fitscale.parallel.collective import on_rank_zero
 from fitscale.parallel.groups import Topology, init_parallel
 from fitscale.parallel.layers import set_value
 from fitscale.parallel.zero import building, make_engine
+from fitscale.plan.layout import resolve_precision
 from fitscale.plan.preflight import open_data, pad_multiple
 from fitscale.run.attempt import begin_attempt
 from fitscale.run.claim import claim
@@ -59,7 +60,7 @@ def train(config: Config, until: int | None = None) -> None:
     plan = open_data(config)
     timeout = timedelta(minutes=config.health.timeout_min)
     topology = init_parallel(config.parallel, config.run.device, timeout)
-    config = start.resolve(config, topology.device)
+    config = resolve_precision(config, topology.device.type == "cuda")
     run = on_rank_zero(lambda: claim(config))
     Trainer(config, run, plan, topology, until).run_to_end()
 
