@@ -60,11 +60,12 @@ class Model:
         most = self.config.model.num_classes
         if wrong := [label for label in labels if not 0 <= label <= most]:
             raise UserError(f"labels: {wrong[0]} is not one of 0 to {most - 1}, or {most} for no class")
-        config = _replaced(self.config, sampling=_replaced(self.config.sampling, steps=steps, method=method))
-        sampling = replace(config.sampling, guidance=_replaced(config.sampling.guidance, scale=guidance))
+        sampling = _replaced(self.config.sampling, steps=steps, method=method)
+        sampling = replace(sampling, guidance=_replaced(sampling.guidance, scale=guidance))
+        config = replace(self.config, sampling=sampling)
         rows, cols = patches(config, height, width)
         requests = [Request(i, label, rows, cols) for i, label in enumerate(labels)]
-        drawn = {one.index: one.image for one in generate(self.network, config, sampling, requests, seed)}
+        drawn = {one.index: one.image for one in generate(self.network, config, requests, seed)}
         return [
             Image.fromarray(drawn[i].squeeze(2) if drawn[i].shape[2] == 1 else drawn[i]) for i in range(len(labels))
         ]

@@ -156,7 +156,7 @@ def test_guidance_acts_on_three_channels_of_four_and_on_all_of_fewer():
 def test_a_key_is_what_it_was_before_spacing_had_a_name():
     def key(*arguments):
         config = load(*arguments)
-        return sample_key(config, "raw", config.sampling, config.model.rope, 50)
+        return sample_key(config, "raw")
 
     assert key()["guidance_channels"] == 3
     assert "spacing" not in key() | key(*FIT_V1)  # ddpm: spaced as ever

@@ -26,13 +26,12 @@ def run_sample(arguments: argparse.Namespace) -> None:
     config, run = open_run(arguments.run)
     checkpoint = find_checkpoint(run, arguments.step)
     weights = weights_name(config, checkpoint, arguments.weights or config.evaluation.weights)
-    config = replace(config, sampling=_sampling(config.sampling, arguments))
+    config = replace(config, sampling=_sampling(config.sampling, arguments), model=_model(config, arguments))
     rows, cols = patches(config, arguments.height, arguments.width)
     labels = parse_classes(arguments.classes, config.model.num_classes)
     if arguments.count < 1:
         raise UserError(f"--count: {arguments.count} is too small, the least is 1")
     requests = [Request(i, labels[i % len(labels)], rows, cols) for i in range(arguments.count)]
-    config = replace(config, model=_model(config, arguments))
     out = arguments.out or run.samples / _name(arguments, checkpoint.step, weights, config.sampling)
     check_samples_folder(out)
     settings = {
@@ -46,7 +45,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
         "sampling": asdict(config.sampling),
     }
     model = load_model(config, checkpoint.weights(weights), arguments.device)
-    drawn = generate(model, config, config.sampling, requests, arguments.seed)
+    drawn = generate(model, config, requests, arguments.seed)
     title = f"{config.run.name} step {checkpoint.step} {weights} {arguments.height}x{arguments.width}"
     nfe = write_samples(out, drawn, [request.label for request in requests], settings, title)
     drawn_in = f"{len(nfe)} images, {sum(nfe) / len(nfe):g} function evaluations each, in {out}"
@@ -92,16 +91,15 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     names = ("weights", "samples", "features", "reference")
     evaluation = _replaced(config.evaluation, {name: getattr(arguments, name) for name in names})
     config = replace(config, sampling=_sampling(config.sampling, arguments), evaluation=evaluation)
-    options = EvaluationOptions(
-        _model(config, arguments), _size(arguments), arguments.seed, arguments.device, arguments.force
-    )
+    model, size = _model(config, arguments), _size(arguments)
+    options = EvaluationOptions(model, size, arguments.seed, arguments.device, arguments.force)
     for step in _evaluation_steps(config, run) if arguments.step is None else [arguments.step]:
         for row in evaluate_run(config, run, step, options):
-            error = "" if row["standard_error"] is None else f" +- {row['standard_error']:.2g}"
-            nfe = (
-                "" if row["nfe"] is None else f"  ({row['samples']} samples, {row['nfe']:g} function evaluations each)"
-            )
-            print(f"step {step:>8}  {row['weights']}  {row['metric']:<16}{row['value']:.5g}{error}{nfe}", flush=True)
+            text = f"step {step:>8}  {row['weights']}  {row['metric']:<16}{row['value']:.5g}"
+            text += "" if row["standard_error"] is None else f" +- {row['standard_error']:.2g}"
+            nfe = row["nfe"]
+            text += "" if nfe is None else f"  ({row['samples']} samples, {nfe:g} function evaluations each)"
+            print(text, flush=True)
 
 
 def _size(arguments: argparse.Namespace) -> tuple[int, int] | None:

@@ -11,7 +11,7 @@ results with equal keys may be fitted or ranked together.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from fitscale.config.files import append_jsonl, read_jsonl
 from fitscale.config.schema import Config, ModelConfig
 from fitscale.data.batch_plan import BatchPlan, open_plan
 from fitscale.data.loader import Pack, make_loader
-from fitscale.eval.features import FeatureNet, batched
+from fitscale.eval.features import AT_ONCE, FeatureNet, batched
 from fitscale.eval.frechet import Moments, frechet_distance
 from fitscale.eval.generate import Request, find_checkpoint, generate, load_model, patches, weights_name
 from fitscale.eval.reference import data_identity, load_reference
@@ -75,6 +75,7 @@ class _Evaluation:
     def __post_init__(self) -> None:
         done = [] if self.options.force else read_jsonl(self.run.evaluations)
         self.done = [(row["step"], row["metric"], row["weights"], row["key"]) for row in done]
+        self.generated = replace(self.config, model=self.options.model)
 
     @cached_property
     def model(self) -> torch.nn.Module:
@@ -106,15 +107,7 @@ class _Evaluation:
             raise UserError("evaluation.reference: needed with evaluation.features: an image folder, shards or .npz")
         net = FeatureNet(features, "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
         reference = load_reference(Path(evaluation.reference), net, config.data.latent, self.run.path)
-        key = sample_key(
-            config,
-            self.weights,
-            config.sampling,
-            options.model.positions,
-            evaluation.samples,
-            options.size,
-            options.seed,
-        )
+        key = sample_key(self.generated, self.weights, options.size, options.seed)
         key |= self.data | {"features": net.identity[:16], "reference": reference.identity[:16]}
         classifies = net.num_scores == config.model.num_classes
         wanted = [name for name in ("fd", *["recognised"] * classifies) if self._pending(name, key)]
@@ -130,11 +123,11 @@ class _Evaluation:
     def _generate(self, net: FeatureNet, classifies: bool) -> tuple[Moments, np.ndarray, float]:
         """Features' moments of all samples, which were recognised, and the mean number of function evaluations."""
         requests = self._requests()
-        self.model.config = self.options.model  # type: ignore[assignment] # after the validation loss, which is the trained model's
+        self.model.config = self.generated.model  # type: ignore[assignment] # after the validation loss: as trained
         moments, right, nfe = Moments(), [], []
-        drawn = generate(self.model, self.config, self.config.sampling, requests, self.options.seed)
+        drawn = generate(self.model, self.generated, requests, self.options.seed)
         bar = tqdm(drawn, total=len(requests), desc=f"step {self.checkpoint.step} samples", unit="image", mininterval=5)
-        for batch in batched(bar):
+        for batch in batched(bar, AT_ONCE):
             images = [image.image for image in batch]
             moments.add(net.features(images))
             nfe += [image.nfe for image in batch]

@@ -16,11 +16,10 @@ from fitscale.config.errors import UserError
 
 @dataclass(frozen=True)
 class Statistics:
-    """`mean_F` and the unbiased covariance `cov_FF` of `count` feature vectors (None where unknown)."""
+    """Mean `mean_F` and unbiased covariance `cov_FF` of feature vectors."""
 
     mean_F: np.ndarray
     cov_FF: np.ndarray
-    count: int | None = None
 
 
 class Moments:
@@ -49,7 +48,7 @@ class Moments:
         """
         if self.count < 2:
             raise UserError(f"a Frechet distance needs 2 or more images on either side, not {self.count}")
-        return Statistics(self.mean_F, self.scatter_FF / (self.count - 1), self.count)
+        return Statistics(self.mean_F, self.scatter_FF / (self.count - 1))
 
 
 def frechet_distance(first: Statistics, second: Statistics) -> float:

@@ -17,7 +17,7 @@ import torch
 
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
-from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, ParallelConfig, SamplingConfig
+from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, ParallelConfig
 from fitscale.data.encode import Decoder, unpatchify
 from fitscale.flow.guidance import Network, PackShape, guided, network_evaluations
 from fitscale.flow.loss import make_objective
@@ -111,23 +111,21 @@ def load_model(config: Config, weights: Path, device: str) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def generate(
-    model: torch.nn.Module, config: Config, sampling: SamplingConfig, requests: Sequence[Request], seed: int
-) -> Iterator[Generated]:
-    """The images of `requests`, pack by pack; within a pack in the order given.
+def generate(model: torch.nn.Module, config: Config, requests: Sequence[Request], seed: int) -> Iterator[Generated]:
+    """The images of `requests` by `config.sampling`, pack by pack; within a pack in the order given.
 
     An image depends on (seed, its index) and on its label and size; its neighbours change it by rounding alone, as
     does the machine.
     """
     device = next(model.parameters()).device
     decoder = Decoder(config.data.latent, device)
-    limit = 0 if sampling.method in ADAPTIVE_SAMPLERS else config.batch.pack_tokens  # 0: one image a pack
+    limit = 0 if config.sampling.method in ADAPTIVE_SAMPLERS else config.batch.pack_tokens  # 0: one image a pack
     for pack in _packs(requests, limit):
-        tokens_TC, nfe = _sample_pack(model, config, sampling, pack, seed)
+        tokens_TC, nfe = _sample_pack(model, config, pack, seed)
         parts = tokens_TC.split([request.tokens for request in pack])
         for request, part_TC in zip(pack, parts, strict=True):
             latent = unpatchify(part_TC, request.rows, request.cols, config.model.patch_size)
-            yield Generated(request.index, decoder(latent), nfe, nfe * network_evaluations(sampling.guidance))
+            yield Generated(request.index, decoder(latent), nfe, nfe * network_evaluations(config.sampling.guidance))
 
 
 def _packs(requests: Sequence[Request], limit: int) -> Iterator[list[Request]]:
@@ -142,9 +140,7 @@ def _packs(requests: Sequence[Request], limit: int) -> Iterator[list[Request]]:
         yield pack
 
 
-def _sample_pack(
-    model: torch.nn.Module, config: Config, sampling: SamplingConfig, pack: list[Request], seed: int
-) -> tuple[torch.Tensor, int]:
+def _sample_pack(model: torch.nn.Module, config: Config, pack: list[Request], seed: int) -> tuple[torch.Tensor, int]:
     device = next(model.parameters()).device
     indices, lengths = [request.index for request in pack], [request.tokens for request in pack]
     noise_TC = image_noise(seed, 0, indices, lengths, config.model.token_channels, stream=INITIAL_NOISE).to(device)
@@ -156,12 +152,12 @@ def _sample_pack(
     model_fn = guided(
         _network(model, device),
         shape,
-        sampling.guidance,
+        config.sampling.guidance,
         no_class=config.model.num_classes,
         patch_size=config.model.patch_size,
         model_time=make_objective(config.flow, config.model).model_time,
     )
-    drawn = sample(model_fn, noise_TC, sampling, ImageNoise(seed, indices, lengths))
+    drawn = sample(model_fn, noise_TC, config.sampling, ImageNoise(seed, indices, lengths))
     return drawn.x_TC, drawn.nfe
 
 

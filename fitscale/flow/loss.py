@@ -47,16 +47,8 @@ class Objective(ABC):
         self, tokens_TC: Tensor, labels_S: Tensor, slots_S: Tensor, cu_seqlens: Tensor, seed: int, step: int
     ) -> Inputs:
         """Inputs of a training step; chance comes from (seed, step, slot) alone. All on the device of `tokens_TC`."""
-        drawn = draws(
-            seed,
-            step,
-            slots_S.tolist(),
-            lengths_of(cu_seqlens).tolist(),
-            tokens_TC.shape[1],
-            time_distribution=self.flow.times,
-            label_drop=self.flow.label_drop,
-        )
-        device = tokens_TC.device
+        slots, lengths, device = slots_S.tolist(), lengths_of(cu_seqlens).tolist(), tokens_TC.device
+        drawn = draws(seed, step, slots, lengths, tokens_TC.shape[1], self.flow.times, self.flow.label_drop)
         labels_S = torch.where(drawn.drop_S.to(device), self.model.num_classes, labels_S.to(device))
         return self.prepare_at(tokens_TC, labels_S, cu_seqlens, drawn.t_S.to(device), drawn.noise_TC.to(device))
 

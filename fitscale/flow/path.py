@@ -39,25 +39,18 @@ def image_generator(seed: int, step: int, slot: int, stream: int = TRAIN) -> np.
 
 
 def draws(
-    seed: int,
-    step: int,
-    slots: Sequence[int],
-    lengths: Sequence[int],
-    channels: int,
-    *,
-    time_distribution: str,
-    label_drop: float,
+    seed: int, step: int, slots: Sequence[int], lengths: Sequence[int], channels: int, times: str, label_drop: float
 ) -> Draws:
     """Time, label drop and noise of every image of a pack, on the CPU.
 
     Args:
         slots: S positions in the global batch; `PADDING_SLOT` gets time 0, no drop and zero noise.
         lengths: S token counts.
-        time_distribution: "logit_normal" (sigmoid of a standard normal) or "uniform".
+        times: "logit_normal" (sigmoid of a standard normal) or "uniform".
         label_drop: probability that a label is dropped.
     """
     generators = _generators(seed, step, slots, TRAIN)
-    t_S = [_time(generator, time_distribution) if generator else 0.0 for generator in generators]
+    t_S = [_time(generator, times) if generator else 0.0 for generator in generators]
     drop_S = [generator is not None and generator.random() < label_drop for generator in generators]
     noise_TC = _normal(generators, lengths, channels)
     return Draws(torch.tensor(t_S, dtype=torch.float32), torch.tensor(drop_S, dtype=torch.bool), noise_TC)

@@ -30,9 +30,10 @@ class ColumnLinear(ColumnParallelLinear):
     The weight is set by whoever owns the model; megatron-core's own initialisation only marks how it is cut.
     """
 
+    get_extra_state = nn.Module.get_extra_state  # none: megatron-core's is empty, for Transformer Engine
+
     def __init__(self, in_features: int, out_features: int, sequence_parallel: bool) -> None:
         super().__init__(in_features, out_features, **_settings(sequence_parallel))
-        self.register_state_dict_post_hook(_drop_extra_state)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         out, bias = super().forward(x)
@@ -42,10 +43,11 @@ class ColumnLinear(ColumnParallelLinear):
 class RowLinear(RowParallelLinear):
     """Linear whose input features are split over TP: (T, in/tp) -> (T, out), or (T/tp, out) under SP."""
 
+    get_extra_state = nn.Module.get_extra_state  # none: megatron-core's is empty, for Transformer Engine
+
     def __init__(self, in_features: int, out_features: int, sequence_parallel: bool) -> None:
         settings = _settings(sequence_parallel)
         super().__init__(in_features, out_features, bias=True, input_is_parallel=True, **settings)
-        self.register_state_dict_post_hook(_drop_extra_state)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         out, bias = super().forward(x)
@@ -134,8 +136,3 @@ def _settings(sequence_parallel: bool) -> dict[str, Any]:
         gradient_accumulation_fusion=False,
     )
     return {"config": config, "init_method": lambda weight: None, "skip_bias_add": True}
-
-
-def _drop_extra_state(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """megatron-core adds an empty entry for Transformer Engine, which is no weight."""
-    state.pop(f"{prefix}_extra_state", None)

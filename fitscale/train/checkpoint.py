@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fitscale.config.errors import UserError
+from fitscale.config.files import write_atomic
 from fitscale.config.schema import ModelConfig
 from fitscale.model.weights import read_items
 from fitscale.parallel.zero import fill_optimizer_state, set_tensor
@@ -43,10 +44,8 @@ def complete(folder: Path, meta: dict[str, Any]) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         fsync(path)
-    marker = folder / "COMPLETE"
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    marker.write_text(json.dumps({**meta, "files": sizes}, indent=1))
-    fsync(marker)
+    write_atomic(folder / "COMPLETE", json.dumps({**meta, "files": sizes}, indent=1))
     for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
         fsync(path)
 

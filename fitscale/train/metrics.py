@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from fitscale.config.files import append_jsonl, read_jsonl, write_atomic
 from fitscale.config.schema import Config
+from fitscale.parallel.groups import Topology
 from fitscale.plan.devices import device_reported_as
 from fitscale.run.attempt import Attempt
 from fitscale.run.layout import RunDir
@@ -43,10 +44,8 @@ def rewind_metrics(path: Path, step: int) -> None:
 class Monitor:
     """Rank 0's window on a run."""
 
-    def __init__(
-        self, config: Config, attempt: Attempt, totals: dict[str, Any], world_size: int, device: torch.device
-    ) -> None:
-        self.attempt, self.world_size, self.peak = attempt, world_size, peak_flops_per_s(device)
+    def __init__(self, config: Config, attempt: Attempt, totals: dict[str, Any], topology: Topology) -> None:
+        self.attempt, self.world_size, self.peak = attempt, topology.world_size, peak_flops_per_s(topology.device)
         name, done = config.run.name, totals["step"]
         self.bar = tqdm(total=config.run.steps, initial=done, desc=name, unit="step", mininterval=1.0)
         self.wandb = _start_wandb(config, attempt.run)
@@ -72,7 +71,9 @@ class Monitor:
         self.bar.set_postfix(_postfix(row, speed), refresh=False)
         self.bar.update(row["step"] - self.bar.n)
         if speed["waiting_for_data"] and not self.waiting_for_data:
-            self.bar.write(f"steps {first_step} to {row['step']}: {_waiting(speed)}", file=sys.stderr)
+            text = f"steps {first_step} to {row['step']}: waiting for data took {_waiting_share(speed)} of the time, "
+            text += f"at the longest {speed['data_wait_longest_s']:.1f} s (rank {speed['data_wait_rank']}); "
+            self.bar.write(f"{text}throughput.jsonl tells when it goes on", file=sys.stderr)
         self.waiting_for_data = speed["waiting_for_data"]
         if self.wandb is not None:
             self.wandb.log({**row, **speed}, step=row["step"])
@@ -106,30 +107,25 @@ class Monitor:
 
 def is_waiting(speed: dict[str, Any]) -> bool:
     """Whether a row of throughput.jsonl shows that training waited for data, and not only for a moment."""
-    return bool(
-        speed["data_wait_s"] > WAITING_SHARE * speed["step_s"] or speed["data_wait_longest_s"] > WAITING_LONGEST_S
-    )
+    long = speed["data_wait_longest_s"] > WAITING_LONGEST_S
+    return long or speed["data_wait_s"] > WAITING_SHARE * speed["step_s"]
 
 
-def _waiting(speed: dict[str, Any]) -> str:
-    return (
-        f"waiting for data took {speed['data_wait_s'] / speed['step_s']:.0%} of the time, at the longest "
-        f"{speed['data_wait_longest_s']:.1f} s (rank {speed['data_wait_rank']}); throughput.jsonl tells when it goes on"
-    )
+def _waiting_share(speed: dict[str, Any]) -> str:
+    return f"{speed['data_wait_s'] / speed['step_s']:.0%}"
 
 
 def _postfix(row: dict[str, Any], speed: dict[str, Any]) -> dict[str, str]:
-    mfu = {} if speed["mfu"] is None else {"MFU": f"{speed['mfu']:.1%}"}
-    waiting = {"waiting for data": f"{speed['data_wait_s'] / speed['step_s']:.0%}"} if speed["waiting_for_data"] else {}
-    return {
-        **waiting,
+    shown = {
+        "waiting for data": _waiting_share(speed) if speed["waiting_for_data"] else "",
         "loss": "skipped" if row["loss"] is None else f"{row['loss']:.4f}",
         "img/s": f"{speed['images_per_s']:.0f}",
         "tok/s": f"{speed['tokens_per_s']:.0f}",
-        **mfu,
+        "MFU": "" if speed["mfu"] is None else f"{speed['mfu']:.1%}",
         "pad": f"{row['padding_share']:.1%}",
         "imbalance": f"{row['imbalance']:.1%}",
     }
+    return {name: text for name, text in shown.items() if text}
 
 
 def _start_wandb(config: Config, run: RunDir) -> Any:

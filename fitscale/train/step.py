@@ -79,14 +79,8 @@ class Stepper:
     def _loss(self, pack: Pack, step: int, images: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of every image of the pack (S,), and the pack's share of the global batch's loss."""
         device = self.topology.device  # sizes and lengths stay on the host, which needs them
-        inputs = self.objective.prepare(
-            pack.tokens_TC.to(device),
-            pack.labels_S.to(device),
-            pack.slots_S,
-            pack.cu_seqlens,
-            seed=self.config.run.seed,
-            step=step,
-        )
+        tokens_TC, labels_S, seed = pack.tokens_TC.to(device), pack.labels_S.to(device), self.config.run.seed
+        inputs = self.objective.prepare(tokens_TC, labels_S, pack.slots_S, pack.cu_seqlens, seed, step)
         layout = pack_layout(pack.sizes_S2, pack.cu_seqlens, device, self.config.parallel.sequence_parallel)
         outputs = self.engine(inputs.x_TC, inputs.t_S, inputs.labels_S, layout)
         loss_S = self.objective.loss_S(outputs, inputs, pack.cu_seqlens)

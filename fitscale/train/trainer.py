@@ -142,7 +142,7 @@ class Trainer:
         with self.attempt.writing():
             write_atomic(self.run.environment, json.dumps(start.environment(self.topology), indent=1))
         print(start.start_table(self.config, self.topology, self.plan, self.totals["step"]), flush=True)
-        return Monitor(self.config, self.attempt, self.totals, self.topology.world_size, self.topology.device)
+        return Monitor(self.config, self.attempt, self.totals, self.topology)
 
     def _take_steps(self, monitor: Monitor | None) -> signal.Signals | None:
         """All steps, or those until the ranks agree on a signal, which is returned: that step is saved then."""
