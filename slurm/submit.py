@@ -88,7 +88,7 @@ def read_profile(path: str) -> ClusterConfig:
 
 def script_and_plan(profile: ClusterConfig, one: Allocation) -> str:
     """The batch script of the training, and what `fitscale plan` says of it."""
-    executor = launch.make_executor(profile, one.run, one.plan.machine, one.config.run.name)
+    executor = launch.make_executor(profile, one, TrainJob(one.run.absolute, one.config.run.steps))
     source = Utilisation(profile.utilisation, f"of profile {profile.name}")
     return "\n".join(["", launch.batch_script(executor), *detail(one.plan, source)])
 

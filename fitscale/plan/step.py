@@ -146,14 +146,15 @@ def measured_utilisation(steps_s: float, config: Config, machine: Machine, image
     Raises:
         UserError: the run's communication alone is planned to take longer.
     """
-    low, high = 1e-6, 1e3
-    if plan(config, machine, images, high).step_s > steps_s:
+    from scipy.optimize import brentq
+
+    def late_s(log_share: float) -> float:
+        return plan(config, machine, images, math.exp(log_share)).step_s - steps_s
+
+    low, high = math.log(1e-6), math.log(1e3)
+    if late_s(high) > 0:
         raise UserError(
             f"--measured: steps of {steps_s:.3g} s are shorter than the communication planned for that run; "
             "check --gpus-per-node"
         )
-    for _ in range(100):
-        middle = math.sqrt(low * high)
-        too_slow = plan(config, machine, images, middle).step_s > steps_s
-        low, high = (middle, high) if too_slow else (low, middle)
-    return math.sqrt(low * high)
+    return math.exp(brentq(late_s, low, high))
