@@ -8,8 +8,7 @@ import pytest
 
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config, load_schema
-from fitscale.jobs.ladder import cells
-from fitscale.jobs.sweep import SweepConfig
+from fitscale.jobs.sweep import SweepConfig, cells
 from fitscale.model import flops
 from fitscale.run.progress import wanted_metrics
 from fitscale.scaling.fit.fitting import fit_law
@@ -116,9 +115,9 @@ def test_plan_sweep_from_the_shell_writes_a_sweep(tmp_path):
     files = ("--features", "inception.pt", "--reference", "in256.npz", "--shards", "shards/in256")
     done = run_tool(*command, *files)
     assert done.returncode == 0 and "add to base" not in done.stdout
-    for cell in cells(load_schema(SweepConfig, [str(out)])):
-        assert wanted_metrics(cell.config) == ["fd"] and cell.config.data.shards == "shards/in256"
-        assert (cell.config.evaluation.features, cell.config.evaluation.reference) == ("inception.pt", "in256.npz")
+    for config in cells(load_schema(SweepConfig, [str(out)])):
+        assert wanted_metrics(config) == ["fd"] and config.data.shards == "shards/in256"
+        assert (config.evaluation.features, config.evaluation.reference) == ("inception.pt", "in256.npz")
     failed = run_tool(*command, "--target", "huge")
     assert failed.returncode == 2 and "error: size huge: not one of" in failed.stderr
 
