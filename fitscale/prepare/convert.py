@@ -71,11 +71,25 @@ def is_finished(job: Conversion, out: Path) -> bool:
         if out.is_file() or any(name != "job.json" and not name.startswith(".") for name in names):
             raise UserError(f"{out}: is not empty and holds no shards begun by this tool; choose another folder")
         return False
-    held, wanted = json.loads(record.read_text()), asdict(job)
-    differing = [f"{key} {held.get(key)!r}, not {value!r}" for key, value in wanted.items() if held.get(key) != value]
-    if differing:
-        raise UserError(f"{out}: was begun with other options ({'; '.join(differing)}); choose another folder")
+    _check_record(record, asdict(job))
     return (out / "index.json").is_file()
+
+
+def _check_record(record: Path, mine: dict[str, Any]) -> None:
+    """Raise UserError unless the `job.json` at `record` says what `mine` does."""
+    held = json.loads(record.read_text())
+    differing = [key for key, value in mine.items() if key in held and held[key] != value]
+    if not mine.keys() <= held.keys():
+        begun = "by an earlier version, whose order is not known"
+    elif "listing" in differing:
+        begun = f"with other images ({held['items']} then, {mine['items']} now), labels or keys in {mine['source']}"
+    elif "dtype" in differing:
+        begun = f"with an encoder in {held['dtype']}, this worker's is in {mine['dtype']} (CUDA bfloat16, CPU float32)"
+    elif differing:
+        begun = f"with other options ({'; '.join(f'{key} {held[key]!r}, not {mine[key]!r}' for key in differing)})"
+    else:
+        return
+    raise UserError(f"{record.parent}: was begun {begun}; go on as it was begun, or choose another folder")
 
 
 class Converter:
@@ -134,24 +148,10 @@ class Converter:
         """Write `job.json`, or make sure that the worker who did lists the same items and encodes alike."""
         record = self.out / "job.json"
         mine = asdict(self.job) | {"items": len(self.source), "listing": self.source.fingerprint, "dtype": self.dtype}
-        if not record.is_file():
+        if record.is_file():
+            _check_record(record, mine)
+        else:
             write_atomic(record, json.dumps(mine, indent=1) + "\n")
-            return
-        held = json.loads(record.read_text())
-        if not mine.keys() <= held.keys():
-            raise UserError(
-                f"{self.out}: was begun by an earlier version, whose order is not known; choose another folder"
-            )
-        if held["listing"] != mine["listing"]:
-            raise UserError(
-                f"{self.out}: was begun with other images ({held['items']} then, {mine['items']} now), labels or keys "
-                f"in {self.job.source}; restore them, or choose another folder"
-            )
-        if held["dtype"] != self.dtype:
-            raise UserError(
-                f"{self.out}: was begun with an encoder in {held['dtype']}, this worker's is in {self.dtype}: "
-                "on CUDA it is bfloat16, on a CPU float32 (--device)"
-            )
 
     def _meta(self) -> ShardSetMeta:
         recipe: dict[str, Any] = {
@@ -191,9 +191,9 @@ class Converter:
         _save_part(self._part(chunk), scan_shard(shard, self.meta) if good else None, rejected)
 
     def _prepare(self, item: Item) -> tuple[Item, list[Picture] | Rejected]:
+        if isinstance(item.label, Rejected):
+            return item, item.label
         try:
-            if item.label is None:
-                raise Rejected(item.problem)
             return item, pictures(item.read(), self.job.side)
         except Rejected as reason:
             return item, reason
@@ -206,7 +206,7 @@ class Converter:
         encoded = iter(self._encode([picture for _, found in good for picture in found]))
         samples = []
         for item, found in good:
-            assert item.label is not None
+            assert isinstance(item.label, int)
             arrays = [self._stored(next(encoded), item.key, number) for number in range(len(found))]
             variants = [Variant(array, one.kind, one.flip) for array, one in zip(arrays, found, strict=True)]
             samples.append(Sample(item.key, item.label, variants))

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
+from fitscale.config.errors import UserError
+
 MULTIPLE = 16  # image pixels: a patch of 2 x 2 latent pixels, 8 image pixels each
 RESIZE = "Pillow Lanczos, antialiased"
 MAX_PIXELS = 2**28  # of a source image; more is taken for a decompression bomb
 TOO_LARGE = f"too large: more than {MAX_PIXELS:,} pixels"
 
 
-class Rejected(ValueError):
+class Rejected(UserError):
     """An image that cannot be used; the text is the reason."""
 
 
