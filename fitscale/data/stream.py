@@ -129,7 +129,7 @@ class ImageStream:
         return rows[np.logical_or.reduceat(allowed, first - first[0])]
 
     def _random(self, purpose: int, a: int, b: int, count: int) -> np.ndarray:
-        return random_words(self.seed, purpose + self.number * PURPOSES, a, b, count)
+        return philox(self.seed, purpose + self.number * PURPOSES, a, b).random_raw(count)
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards in their order, and the position in the epoch where each window ends."""
@@ -151,10 +151,10 @@ class ImageStream:
         return images[stable_order(self._random(IMAGE_ORDER, epoch, window, len(images)))]
 
 
-def random_words(seed: int, purpose: int, a: int, b: int, count: int) -> np.ndarray:
-    """`count` random uint64, a pure function of the other arguments (each below 2^64)."""
-    counter = np.array([0, 0, a, b], dtype=np.uint64)
-    return np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64), counter=counter).random_raw(count)
+def philox(seed: int, purpose: int, a: int, b: int) -> np.random.Philox:
+    """Random words that are a pure function of the arguments (each below 2^64)."""
+    key, counter = np.array([seed, purpose], dtype=np.uint64), np.array([0, 0, a, b], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=counter)
 
 
 def stable_order(words: np.ndarray) -> np.ndarray:
