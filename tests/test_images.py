@@ -107,14 +107,14 @@ def test_pixels_are_stored_exactly(folder, pixels):
         expected = pictures(path.read_bytes(), 256)
         assert [(kind, flip) for kind, flip, _ in variants] == [(one.kind, one.flip) for one in expected]
         for (_, _, array), picture in zip(variants, expected, strict=True):
-            np.testing.assert_array_equal(array.transpose(1, 2, 0), picture.pixels_HW3)
+            np.testing.assert_array_equal(array, picture.array_CHW)
             assert array.shape[1] % 16 == array.shape[2] % 16 == 0 and array[0].size <= 256**2
     import torch
 
     from fitscale.data.encode import to_float
 
     trained_on = torch.from_numpy(to_float(variants[0][2]))
-    np.testing.assert_array_equal(decoder(trained_on), expected[0].pixels_HW3)
+    np.testing.assert_array_equal(decoder(trained_on), expected[0].array_CHW.transpose(1, 2, 0))
 
 
 def test_every_broken_file_is_rejected_with_its_reason(pixels):
@@ -203,9 +203,10 @@ def test_moments_are_the_vaes_posterior_whatever_was_batched(folder, vae, tmp_pa
     for path in sorted(folder.glob("class1/*"))[:6]:
         _, variants = stored[key_hash(str(path.relative_to(folder).with_suffix("")))]
         for (kind, flip, moments), picture in zip(variants, pictures(path.read_bytes(), 256), strict=True):
-            height, width, _ = picture.pixels_HW3.shape
+            _, height, width = picture.array_CHW.shape
             assert (kind, flip, moments.shape) == (picture.kind, picture.flip, (8, height // 8, width // 8))
-            np.testing.assert_allclose(moments, encoder(np.stack([picture.pixels_HW3]))[0], atol=2e-3)
+            pixels_BHW3 = np.stack([picture.array_CHW.transpose(1, 2, 0)])
+            np.testing.assert_allclose(moments, encoder(pixels_BHW3)[0], atol=2e-3)
 
 
 def test_store_sample_draws_one_latent(folder, vae, tmp_path):
@@ -259,13 +260,13 @@ def _sources(folder: Path, tmp: Path) -> dict[str, Path]:
 
 def test_every_kind_of_source_gives_the_same_images(folder, tmp_path):
     expected = sorted(
-        (n % 3, pictures(encoded(photograph(n, 40 + n, 50), "PNG"), 256)[0].pixels_HW3.tobytes()) for n in range(6)
+        (n % 3, pictures(encoded(photograph(n, 40 + n, 50), "PNG"), 256)[0].array_CHW.tobytes()) for n in range(6)
     )
     for name, source in _sources(folder, tmp_path).items():
         out = tmp_path / "out" / name
         done = run_tool("make_shards", "images", source, out, "--encoder", "pixels")
         assert done.returncode == 0, (name, done.stderr)
-        found = [(label, v[0][2].transpose(1, 2, 0).tobytes()) for label, v in by_key(out).values()]
+        found = [(label, v[0][2].tobytes()) for label, v in by_key(out).values()]
         assert sorted(found) == expected, name
         assert open_index(out).meta.num_classes == 3
 

@@ -36,7 +36,7 @@ def indices(tmp_path_factory: pytest.TempPathFactory) -> list[Index]:
 
 def mixture(indices: list[Index], weights: list[float], batch: int = 24, **limits: SourceConfig) -> BatchPlan:
     streams = [
-        ImageStream(index, **SETTINGS, number=number, limits=limits.get(f"limits{number}"))
+        ImageStream(index, **SETTINGS, number=number, limits=limits.get(f"limits{number}", SourceConfig()))
         for number, index in enumerate(indices)
     ]
     return BatchPlan(streams, seed=3, global_batch_size=batch, weights=weights)

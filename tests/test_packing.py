@@ -120,7 +120,7 @@ def loads(tokens: np.ndarray, dp_size: int) -> list[int]:
 
 
 def test_swaps_mend_what_dealing_by_size_leaves():
-    """Dealing these to three ranks, dearest first, makes one of 110; 50 + 40, 50 + 40 and 30 + 30 + 30 are even."""
+    """Dealing these to three ranks, costliest first, makes one of 110; 50 + 40, 50 + 40 and 30 + 30 + 30 are even."""
     tokens = np.array([50, 50, 40, 40, 30, 30, 30])
     assert loads(tokens, 3) == [90, 90, 90]
 

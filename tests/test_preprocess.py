@@ -39,23 +39,23 @@ def test_area_is_limited_and_the_aspect_ratio_kept(height, width, side):
 )
 def test_sizes_and_variants(height, width, side, expected):
     found = pictures(encoded(photograph(0, height, width), "BMP"), side)
-    assert [(one.kind, *one.pixels_HW3.shape[:2]) for one in found if not one.flip] == expected
-    assert all(one.pixels_HW3.shape[2] == 3 and one.pixels_HW3.dtype == np.uint8 for one in found)
+    assert [(one.kind, *one.array_CHW.shape[1:]) for one in found if not one.flip] == expected
+    assert all(one.array_CHW.shape[0] == 3 and one.array_CHW.dtype == np.uint8 for one in found)
 
 
 def test_a_small_image_keeps_its_pixels():
     image = photograph(3, 57, 83)
     found, _ = pictures(encoded(image, "PNG"), 256)
-    np.testing.assert_array_equal(found.pixels_HW3, np.asarray(image)[4:52, 1:81])
+    np.testing.assert_array_equal(found.array_CHW.transpose(1, 2, 0), np.asarray(image)[4:52, 1:81])
 
 
 def test_large_images_are_resized_with_lanczos():
     image = photograph(4, 600, 800)
     resize, _, crop, _ = pictures(encoded(image, "PNG"), 256)
     lanczos = np.asarray(image.resize((295, 221), Image.Resampling.LANCZOS))
-    np.testing.assert_array_equal(resize.pixels_HW3, lanczos[6:214, 3:291])
+    np.testing.assert_array_equal(resize.array_CHW.transpose(1, 2, 0), lanczos[6:214, 3:291])
     covering = np.asarray(image.resize((341, 256), Image.Resampling.LANCZOS))
-    np.testing.assert_array_equal(crop.pixels_HW3, covering[:, 42:298])
+    np.testing.assert_array_equal(crop.array_CHW.transpose(1, 2, 0), covering[:, 42:298])
 
 
 def test_flips_are_variants_of_their_own():
@@ -63,8 +63,8 @@ def test_flips_are_variants_of_their_own():
     assert [(one.kind, one.flip) for one in found] == [
         *(("resize", False), ("resize", True), ("crop", False), ("crop", True))
     ]
-    np.testing.assert_array_equal(found[1].pixels_HW3, found[0].pixels_HW3[:, ::-1])
-    np.testing.assert_array_equal(found[3].pixels_HW3, found[2].pixels_HW3[:, ::-1])
+    np.testing.assert_array_equal(found[1].array_CHW, found[0].array_CHW[..., ::-1])
+    np.testing.assert_array_equal(found[3].array_CHW, found[2].array_CHW[..., ::-1])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -13,13 +13,12 @@ from pyarrow import parquet
 from fitscale.config.errors import UserError
 from fitscale.data.index import open_index
 from fitscale.prepare.convert import Conversion, Converter
-from fitscale.prepare.listing import Source
 from fitscale.prepare.preprocess import Rejected
 from fitscale.prepare.sources import list_source
 from tests.photographs import encoded, photograph, tar
 
 
-def listed(path: Path) -> list[tuple[str, int | None]]:
+def listed(path: Path) -> list[tuple[str, int | Rejected]]:
     """Key and label of every image."""
     source = list_source(path)
     return [(item.key, item.label) for item in source.items(0, len(source))]
@@ -59,10 +58,6 @@ def test_an_items_bytes_are_its_own(tmp_path):
     assert source.classes == ["a", "a.x", "b"] and source.num_classes == 3
 
 
-def problems(source: Source) -> list[str]:
-    return [item.problem for item in source.items(0, len(source))]
-
-
 def test_flat_class_tars_are_classes_of_their_own(tmp_path):
     """ImageNet's layout: a tar a class, without folders inside."""
     for name in ("n01440764", "n01443537"):
@@ -74,8 +69,8 @@ def test_flat_class_tars_are_classes_of_their_own(tmp_path):
 
 def test_one_tar_without_labels_has_no_class(tmp_path):
     source = list_source(tar(tmp_path / "a.tar", {"1.png": b"x", "2.png": b"x", "2.cls": b"5"}))
-    (first, second), (problem, _) = source.items(0, 2), problems(source)
-    assert (first.label, second.label) == (None, 5) and problem.startswith("no label: ")
+    first, second = source.items(0, 2)
+    assert isinstance(first.label, Rejected) and str(first.label).startswith("no label: ") and second.label == 5
 
 
 def test_names_and_numbers_are_not_mixed_as_labels(tmp_path):
@@ -116,8 +111,9 @@ def test_links_to_nothing_and_to_a_folder_above_are_refused(tmp_path):
 
 def test_an_image_beside_class_folders_has_no_class(tmp_path):
     source = list_source(write(tmp_path, "0.png", "a/1.png"))
-    assert [item.label for item in source.items(0, 2)] == [None, 0] and source.classes == ["a"]
-    assert problems(source)[0] == "no label: it is in no class folder, though there are some"
+    beside, inside = source.items(0, 2)
+    assert str(beside.label) == "no label: it is in no class folder, though there are some"
+    assert inside.label == 0 and source.classes == ["a"]
 
 
 def test_a_folder_without_folders_is_one_class_in_the_order_of_names(tmp_path):

@@ -19,7 +19,7 @@ from fitscale.config.schema_data import DataConfig
 from fitscale.data.index import Index, open_index
 from fitscale.data.packing import padded
 from fitscale.data.storage import Cache
-from fitscale.data.stream import LATENT_NOISE, VARIANT_CHOICE, ImageStream, random_words
+from fitscale.data.stream import LATENT_NOISE, VARIANT_CHOICE, ImageStream, philox
 
 OpenIndex = Callable[[str, Cache], Index]  # functools.cache(open_index) where one command reads a shard set twice
 
@@ -60,7 +60,7 @@ class BatchPlan:
     def step(self, n: int) -> GlobalBatch:
         """The global batch of optimizer step `n`, counted from 0."""
         before, after = self.next_places(n - 1), self.next_places(n)
-        draws_B = random_words(self.seed, VARIANT_CHOICE, n, 0, self.global_batch_size) >> np.uint64(32)
+        draws_B = philox(self.seed, VARIANT_CHOICE, n, 0).random_raw(self.global_batch_size) >> np.uint64(32)
         parts, slot = [], 0
         for source, (start, end) in enumerate(zip(before, after, strict=True)):
             count = end - start
@@ -88,8 +88,7 @@ class BatchPlan:
 
     def latent_generator(self, step: int, slot: int) -> np.random.Generator:
         """The noise with which a stored posterior becomes the latent of (step, slot)."""
-        key, counter = np.array([self.seed, LATENT_NOISE], np.uint64), np.array([0, 0, step, slot], np.uint64)
-        return np.random.Generator(np.random.Philox(key=key, counter=counter))
+        return np.random.Generator(philox(self.seed, LATENT_NOISE, step, slot))
 
 
 def open_plan(

@@ -21,19 +21,9 @@ import numpy as np
 from fitscale.config.errors import UserError
 from fitscale.config.files import replacing, write_atomic
 from fitscale.data.index import IMAGE, VARIANT, Index, IndexMeta, Shard, key_hash, map_index, open_index
-from fitscale.data.shards import (
-    DTYPES,
-    KINDS,
-    Sample,
-    ShardSetMeta,
-    Variant,
-    check_sample,
-    read_meta,
-    shard_files,
-    split_name,
-    tar_members,
-)
+from fitscale.data.shards import DTYPES, KINDS, Sample, ShardSetMeta, Variant, check_sample, read_meta, shard_files
 from fitscale.data.storage import Storage, checksum_of
+from fitscale.data.tars import split_name, tar_members
 
 Member = tuple[str, int, bytes]  # name, offset of its data, its data
 VariantRow = tuple[Any, ...]  # as VARIANT
@@ -72,7 +62,8 @@ def build_index(folder: str | Path, scanned: Iterable[Scanned] | None = None) ->
         (folder / "index.json").unlink(missing_ok=True)
     counted = tuple((height, width, count) for (height, width), count in sorted(sizes.items()))
     whole = IndexMeta(**asdict(meta), shards=tuple(shards), sizes=counted)
-    _check_unique(map_index(Storage(str(folder)), whole))
+    storage = Storage(str(folder))
+    _check_unique(map_index(storage, whole, storage.local))
     write_atomic(folder / "index.json", json.dumps(asdict(whole), indent=1) + "\n")
     return open_index(folder)
 

@@ -16,6 +16,7 @@ import os
 import zlib
 from bisect import bisect_left
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -25,8 +26,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from fitscale.config.errors import UserError
-from fitscale.data.shards import DTYPES, ShardSetMeta, tar_members
+from fitscale.data.shards import DTYPES, ShardSetMeta
 from fitscale.data.storage import Cache, Storage
+from fitscale.data.tars import tar_members
 
 VERSION = 1
 OPEN_SHARDS = 64  # files a reader keeps open
@@ -172,7 +174,7 @@ def open_index(location: str | Path, cache: Cache | None = None) -> Index:
             raise UserError(
                 f"{path}: the shard has {size} bytes, its index says {shard.bytes}; truncated, or index stale"
             )
-    return map_index(storage, meta)
+    return map_index(storage, meta, storage.local)
 
 
 def _open_remote(storage: Storage) -> Index:
@@ -181,14 +183,10 @@ def _open_remote(storage: Storage) -> Index:
         meta = _read_index(storage.fetch("index.json"))  # the remote one may be newer than the copy
         contents = hashlib.blake2b("".join(shard.checksum for shard in meta.shards).encode(), digest_size=8)
         storage = replace(storage, version=contents.hexdigest())
-        for name in ("images.npy", "variants.npy"):
-            storage.local(name)
         try:
-            return map_index(storage, meta)
+            return map_index(storage, meta, storage.local)
         except UserError:
-            for name in ("images.npy", "variants.npy"):
-                storage.fetch(name)
-            return map_index(storage, meta)
+            return map_index(storage, meta, storage.fetch)
     except FileNotFoundError as error:
         raise UserError(f"{storage.location}: holds no index (index.json, images.npy, variants.npy)") from error
 
@@ -213,10 +211,11 @@ def _read_index(path: Path) -> IndexMeta:
         raise UserError(f"{path}: not an index ({error}); {remedy}") from error
 
 
-def map_index(storage: Storage, meta: IndexMeta) -> Index:
-    """The index `meta` with the rows that lie beside it mapped; UserError if they do not go with it."""
-    images = _map_rows(storage.folder / "images.npy", IMAGE, meta.num_images)
-    return Index(storage, meta, images, _map_rows(storage.folder / "variants.npy", VARIANT, meta.num_variants))
+def map_index(storage: Storage, meta: IndexMeta, get: Callable[[str], Path]) -> Index:
+    """The index `meta` with its rows mapped from the files that `get` gets; UserError if they do not go with it."""
+    images, variants = get("images.npy"), get("variants.npy")
+    rows = _map_rows(images, IMAGE, meta.num_images), _map_rows(variants, VARIANT, meta.num_variants)
+    return Index(storage, meta, *rows)
 
 
 def _map_rows(path: Path, dtype: np.dtype, rows: int) -> np.memmap:

@@ -151,12 +151,9 @@ class _Steps(Dataset[Any]):
         batch = self.plan.step(step)
         for prefetcher, place in zip(self.prefetchers, self.plan.next_places(step), strict=True):
             prefetcher.fetch_after(place)
+        cost_B = macs_of(batch.tokens_B, self.cost)
         packing = split(
-            batch.tokens_B,
-            macs_of(batch.tokens_B, self.cost),
-            dp_size=self.dp_size,
-            pack_tokens=self.pack_tokens,
-            pad_multiple=self.pad_multiple,
+            batch.tokens_B, cost_B, dp_size=self.dp_size, pack_tokens=self.pack_tokens, pad_multiple=self.pad_multiple
         )
         mine = packing.packs[self.dp_rank]
         sizes_B2 = np.stack([batch.rows_B, batch.cols_B], axis=1)

@@ -65,7 +65,10 @@ def split(tokens_B: np.ndarray, cost_B: np.ndarray, *, dp_size: int, pack_tokens
         raise UserError(
             f"batch.pack_tokens: the image in slot {slot} has {tokens_B[slot]} tokens, the limit is {limit}"
         )
-    ranks = _balance_ranks(cost_B, dp_size)
+    costliest_first = np.argsort(-cost_B, kind="stable")
+    rank_B, loads = deal(cost_B[costliest_first], dp_size)
+    ranks = [costliest_first[places].tolist() for places in _groups(rank_B, dp_size)]
+    _even_out(ranks, cost_B, loads)
     tokens_R = np.bincount(_owners(ranks, len(tokens_B)), tokens_B, minlength=dp_size)
     count = max(1, -(-int(tokens_R.max()) // limit))
     packs = [[slots] for slots in ranks] if count == 1 else _cut(ranks, tokens_B, cost_B, limit, count)
@@ -74,15 +77,6 @@ def split(tokens_B: np.ndarray, cost_B: np.ndarray, *, dp_size: int, pack_tokens
     arrays = _groups(pack_B, dp_size * count)
     stats = _stats(pack_B, tokens_B, cost_B, pad_multiple, dp_size, count)
     return Packing([arrays[rank * count : (rank + 1) * count] for rank in range(dp_size)], stats)
-
-
-def _balance_ranks(cost_B: np.ndarray, dp_size: int) -> list[list[int]]:
-    """Slots of each rank (LPT, then swaps)."""
-    costliest_first = np.argsort(-cost_B, kind="stable")
-    rank_B, loads = deal(cost_B[costliest_first], dp_size)
-    ranks = [costliest_first[places].tolist() for places in _groups(rank_B, dp_size)]
-    _even_out(ranks, cost_B, loads)
-    return ranks
 
 
 def deal(cost_B: np.ndarray, dp_size: int) -> tuple[np.ndarray, np.ndarray]:

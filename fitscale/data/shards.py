@@ -1,4 +1,4 @@
-"""webdataset shards of tokens-to-be: writing them, and what their tars hold.
+"""Writing webdataset shards of tokens-to-be.
 
 1. An image comes as a `Sample`: key, class label, and its variants (latents of a VAE, or plain pixels).
 2. It is checked, and encoded to `<key>.json` and one `<key>.<n>.npy` per variant.
@@ -11,9 +11,8 @@ are.
 
 import json
 import re
-import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -179,37 +178,3 @@ def _encoded(sample: Sample) -> dict[str, Any]:
     arrays = [np.ascontiguousarray(v.array_CHW, v.array_CHW.dtype.newbyteorder("<")) for v in sample.variants]
     files = {f"{number}.npy": array for number, array in enumerate(arrays)}
     return {"__key__": sample.key, "json": {"label": int(sample.label), "variants": described}, **files}
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Key and extension of a tar's member by webdataset's rule: the key ends at the first dot of the file's name."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension
-
-
-def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar, in their order.
-
-    tarfile takes a damaged or overwritten header, and a file cut between two members, for the end of the archive; here
-    the end must be there, and nothing behind it.
-
-    Raises:
-        UserError: it is no tar, or is truncated or corrupt; names the member after which.
-    """
-    last = "the start"
-    with open(path, "rb") as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while member := tar.next():
-                    tar.members = []  # type: ignore[attr-defined]  # or it keeps them all
-                    last = member.name
-                    yield member
-                file.seek(tar.offset)
-                if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                    raise tarfile.ReadError("the tar's end is missing")
-                while block := file.read(2**20):
-                    if block.strip(tarfile.NUL):
-                        raise tarfile.ReadError("more data follow the tar's end")
-        except tarfile.TarError as error:
-            raise UserError(f"{path}: truncated or corrupt after {last}, or no tar: {error}") from error

@@ -14,8 +14,7 @@ import hashlib
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -70,7 +69,11 @@ class Storage:
         """
         path = self.folder / name
         if self.remote and not _is_held(path, size):
-            with _lock(self.cache.folder.expanduser(), path):
+            locks = self.cache.folder.expanduser() / "locks"
+            locks.mkdir(parents=True, exist_ok=True)
+            with open(locks / f"{zlib.crc32(str(path).encode()) % LOCKS:04d}", "w") as lock:
+                with contextlib.suppress(OSError):  # where the file system knows no locks, go without
+                    fcntl.flock(lock, fcntl.LOCK_EX)
                 if not _is_held(path, size):  # another process may have been faster
                     self.fetch(name, size, checksum)
         return path
@@ -140,17 +143,6 @@ def _copy(url: str, path: Path, size: int | None) -> None:
     store.get_file(remote, str(path))
     if size not in (None, came := path.stat().st_size):
         raise OSError(f"{came} bytes came, the index says {size}")
-
-
-@contextmanager
-def _lock(cache: Path, path: Path) -> Iterator[None]:
-    """Hold the machine's lock for fetching `path`; where the file system knows no locks, go without."""
-    folder = cache / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{zlib.crc32(str(path).encode()) % LOCKS:04d}", "w") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def evict(folder: Path, limit: float, keep: Path) -> None:

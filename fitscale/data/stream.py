@@ -22,12 +22,6 @@ EVERY_IMAGE = SourceConfig()
 PURPOSES = 256  # draws of source k of a mixture are for purpose + k * PURPOSES
 
 
-@dataclass(frozen=True)
-class _Epoch:
-    shards: np.ndarray  # in their order
-    window_ends: np.ndarray  # position in the epoch where each window ends
-
-
 @dataclass(eq=False)
 class ImageStream:
     """One split of a shard set; every image that has a variant `limits` uses exactly once per epoch.
@@ -56,7 +50,9 @@ class ImageStream:
                 f"data.holdout_fraction: {self.holdout_fraction} leaves no image for split {split} of the "
                 f"{index.meta.num_images} images in {index.storage.location}"
             )
-        self._counts = self._count_allowed() if self.limits.limited else self._stored
+        self._counts = self._stored
+        if self.limits.limited:  # images that have a variant within the limits; one pass over the index
+            self._counts = np.array([len(self._rows_of(shard)) for shard in range(len(held_out))])
         self.num_images = int(self._counts.sum())
         if self.num_images == 0:
             wanted = f"{self.limits.min_tokens} to {self.limits.max_tokens or 'any number of'} tokens"
@@ -81,22 +77,24 @@ class ImageStream:
         """Rows of `index.images`: start .. start + count - 1 of the stream; int64 (count,)."""
         parts = [np.zeros(0, dtype=np.int64)]
         while count > 0:
-            epoch, position = divmod(start, self.num_images)
-            window = int(np.searchsorted(self._epoch(epoch).window_ends, position, side="right"))
+            epoch, window, left = self._locate(start)
             images = self._window(epoch, window)
-            begin = len(images) - int(self._epoch(epoch).window_ends[window]) + position
-            parts.append(images[begin : begin + count])
+            parts.append(images[len(images) - left :][:count])
             start, count = start + len(parts[-1]), count - len(parts[-1])
         return np.concatenate(parts)
 
     def shards_ahead(self, place: int) -> list[Shard]:
         """The shards of the window after the one that image `place` of the stream is in, of this epoch or the next."""
-        epoch, position = divmod(place, self.num_images)
-        ends = self._epoch(epoch).window_ends
-        window = int(np.searchsorted(ends, position, side="right")) + 1
-        if window == len(ends):
-            epoch, window = epoch + 1, 0
+        epoch, window, left = self._locate(place)
+        epoch, window, _ = self._locate(place + left)
         return [self.index.meta.shards[shard] for shard in self._members(epoch, window).tolist()]
+
+    def _locate(self, place: int) -> tuple[int, int, int]:
+        """Epoch and window of image `place` of the stream, and how many images the window has from there on."""
+        epoch, position = divmod(place, self.num_images)
+        _, window_ends = self._epoch(epoch)
+        window = int(np.searchsorted(window_ends, position, side="right"))
+        return epoch, window, int(window_ends[window]) - position
 
     def variants(self, images_B: np.ndarray, draws_B: np.ndarray) -> np.ndarray:
         """A variant of each image, rows of `index.variants`; `draws_B` are uniform uint64 below 2^32."""
@@ -127,28 +125,22 @@ class ImageStream:
         first = self.index.images["first_variant"][start:end].astype(np.int64)
         last = int(first[-1] + self.index.images[end - 1]["variants"])
         allowed = self._allowed(slice(int(first[0]), last))
+        self.index.release()
         return rows[np.logical_or.reduceat(allowed, first - first[0])]
 
-    def _count_allowed(self) -> np.ndarray:
-        """Images of each shard that have a variant within the limits; one pass over the index."""
-        counts = np.zeros_like(self._stored)
-        for shard in range(len(counts)):
-            counts[shard] = len(self._rows_of(shard))
-            self.index.release()
-        return counts
-
     def _random(self, purpose: int, a: int, b: int, count: int) -> np.ndarray:
-        return random_words(self.seed, purpose + self.number * PURPOSES, a, b, count)
+        return philox(self.seed, purpose + self.number * PURPOSES, a, b).random_raw(count)
 
-    def _make_epoch(self, epoch: int) -> _Epoch:
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards in their order, and the position in the epoch where each window ends."""
         shards = stable_order(self._random(SHARD_ORDER, epoch, 0, len(self._counts)))
         ends = np.cumsum(self._counts[shards])
         last = np.minimum(np.arange(0, len(shards), self.window_shards) + self.window_shards, len(shards)) - 1
-        return _Epoch(shards, ends[last])
+        return shards, ends[last]
 
     def _members(self, epoch: int, window: int) -> np.ndarray:
         """The numbers of a window's shards."""
-        return self._epoch(epoch).shards[window * self.window_shards : (window + 1) * self.window_shards]
+        return self._epoch(epoch)[0][window * self.window_shards : (window + 1) * self.window_shards]
 
     def _make_window(self, epoch: int, window: int) -> np.ndarray:
         self.index.release()  # the rows of the window before this one
@@ -159,10 +151,10 @@ class ImageStream:
         return images[stable_order(self._random(IMAGE_ORDER, epoch, window, len(images)))]
 
 
-def random_words(seed: int, purpose: int, a: int, b: int, count: int) -> np.ndarray:
-    """`count` random uint64, a pure function of the other arguments (each below 2^64)."""
-    counter = np.array([0, 0, a, b], dtype=np.uint64)
-    return np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64), counter=counter).random_raw(count)
+def philox(seed: int, purpose: int, a: int, b: int) -> np.random.Philox:
+    """Random words that are a pure function of the arguments (each below 2^64)."""
+    key, counter = np.array([seed, purpose], dtype=np.uint64), np.array([0, 0, a, b], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=counter)
 
 
 def stable_order(words: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fitscale.config.errors import UserError
-from fitscale.data.shards import split_name, tar_members
+from fitscale.data.tars import split_name, tar_members
 from fitscale.prepare.listing import Label, read_listed
 from fitscale.prepare.preprocess import Rejected, first_line
 
@@ -147,9 +147,8 @@ def _images_of(file: Path, group: int) -> Any:
 
     try:
         return parquet.ParquetFile(file).read_row_group(group, ["image"])["image"]
-    except MemoryError:
-        raise
     except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the file system; pyarrow's own have no number
+        # an OSError of the file system has a number, pyarrow's own have none; its error of memory is both kinds
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
             raise
         return Rejected(f"the Parquet row group is damaged: {first_line(error)}")

@@ -15,7 +15,7 @@ import json
 import shutil
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from fitscale.data.build_index import Scanned, build_index, scan_shard
 from fitscale.data.index import key_hash
 from fitscale.data.shards import Sample, ShardSetMeta, Variant, shard_path, write_meta, write_shard
 from fitscale.prepare.listing import Item
-from fitscale.prepare.preprocess import MULTIPLE, RESIZE, Picture, Rejected, pictures
+from fitscale.prepare.preprocess import MULTIPLE, RESIZE, Rejected, pictures
 from fitscale.prepare.sources import list_source
 
 STORES = ("moments", "sample")
@@ -71,11 +71,25 @@ def is_finished(job: Conversion, out: Path) -> bool:
         if out.is_file() or any(name != "job.json" and not name.startswith(".") for name in names):
             raise UserError(f"{out}: is not empty and holds no shards begun by this tool; choose another folder")
         return False
-    held, wanted = json.loads(record.read_text()), asdict(job)
-    differing = [f"{key} {held.get(key)!r}, not {value!r}" for key, value in wanted.items() if held.get(key) != value]
-    if differing:
-        raise UserError(f"{out}: was begun with other options ({'; '.join(differing)}); choose another folder")
+    _check_record(record, asdict(job))
     return (out / "index.json").is_file()
+
+
+def _check_record(record: Path, mine: dict[str, Any]) -> None:
+    """Raise UserError unless the `job.json` at `record` says what `mine` does."""
+    held = json.loads(record.read_text())
+    differing = [key for key, value in mine.items() if key in held and held[key] != value]
+    if not mine.keys() <= held.keys():
+        begun = "by an earlier version, whose order is not known"
+    elif "listing" in differing:
+        begun = f"with other images ({held['items']} then, {mine['items']} now), labels or keys in {mine['source']}"
+    elif "dtype" in differing:
+        begun = f"with an encoder in {held['dtype']}, this worker's is in {mine['dtype']} (CUDA bfloat16, CPU float32)"
+    elif differing:
+        begun = f"with other options ({'; '.join(f'{key} {held[key]!r}, not {mine[key]!r}' for key in differing)})"
+    else:
+        return
+    raise UserError(f"{record.parent}: was begun {begun}; go on as it was begun, or choose another folder")
 
 
 class Converter:
@@ -134,24 +148,10 @@ class Converter:
         """Write `job.json`, or make sure that the worker who did lists the same items and encodes alike."""
         record = self.out / "job.json"
         mine = asdict(self.job) | {"items": len(self.source), "listing": self.source.fingerprint, "dtype": self.dtype}
-        if not record.is_file():
+        if record.is_file():
+            _check_record(record, mine)
+        else:
             write_atomic(record, json.dumps(mine, indent=1) + "\n")
-            return
-        held = json.loads(record.read_text())
-        if not mine.keys() <= held.keys():
-            raise UserError(
-                f"{self.out}: was begun by an earlier version, whose order is not known; choose another folder"
-            )
-        if held["listing"] != mine["listing"]:
-            raise UserError(
-                f"{self.out}: was begun with other images ({held['items']} then, {mine['items']} now), labels or keys "
-                f"in {self.job.source}; restore them, or choose another folder"
-            )
-        if held["dtype"] != self.dtype:
-            raise UserError(
-                f"{self.out}: was begun with an encoder in {held['dtype']}, this worker's is in {self.dtype}: "
-                "on CUDA it is bfloat16, on a CPU float32 (--device)"
-            )
 
     def _meta(self) -> ShardSetMeta:
         recipe: dict[str, Any] = {
@@ -173,7 +173,7 @@ class Converter:
 
     def _convert(self, chunk: int, pool: ThreadPoolExecutor, bar: tqdm) -> None:  # type: ignore[type-arg]
         """Write one shard and then its part, unless another worker has done so meanwhile."""
-        good: list[tuple[Item, list[Picture]]] = []
+        good: list[tuple[Item, list[Variant]]] = []
         rejected = []
         size = self.job.images_per_shard
         for item, found in pool.map(self._prepare, self.source.items(chunk * size, (chunk + 1) * size)):
@@ -190,10 +190,10 @@ class Converter:
             write_shard(shard, samples, self.meta)
         _save_part(self._part(chunk), scan_shard(shard, self.meta) if good else None, rejected)
 
-    def _prepare(self, item: Item) -> tuple[Item, list[Picture] | Rejected]:
+    def _prepare(self, item: Item) -> tuple[Item, list[Variant] | Rejected]:
+        if isinstance(item.label, Rejected):
+            return item, item.label
         try:
-            if item.label is None:
-                raise Rejected(item.problem)
             return item, pictures(item.read(), self.job.side)
         except Rejected as reason:
             return item, reason
@@ -202,38 +202,38 @@ class Converter:
                 f"{item.name}: memory was too short to decode it; start again, with more memory or fewer --threads"
             ) from error
 
-    def _samples(self, good: list[tuple[Item, list[Picture]]]) -> list[Sample]:
-        encoded = iter(self._encode([picture for _, found in good for picture in found]))
+    def _samples(self, good: list[tuple[Item, list[Variant]]]) -> list[Sample]:
+        encoded = iter(self._encode([variant for _, found in good for variant in found]))
         samples = []
         for item, found in good:
-            assert item.label is not None
-            arrays = [self._stored(next(encoded), item.key, number) for number in range(len(found))]
-            variants = [Variant(array, one.kind, one.flip) for array, one in zip(arrays, found, strict=True)]
+            assert isinstance(item.label, int)
+            variants = [self._stored(variant, next(encoded), item.key, n) for n, variant in enumerate(found)]
             samples.append(Sample(item.key, item.label, variants))
         return samples
 
-    def _encode(self, found: list[Picture]) -> list[np.ndarray]:
-        """The encoder's arrays, or plain pixels (3, height, width); pictures of one shape are batched."""
-        encode = self.encoder or (lambda pixels_BHW3: pixels_BHW3.transpose(0, 3, 1, 2))
+    def _encode(self, found: list[Variant]) -> list[np.ndarray]:
+        """The encoder's arrays, in batches of one shape; without an encoder the pixels as they are."""
+        if self.encoder is None:
+            return [variant.array_CHW for variant in found]
         by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for place, picture in enumerate(found):
-            by_shape[picture.pixels_HW3.shape].append(place)
+        for place, variant in enumerate(found):
+            by_shape[variant.array_CHW.shape].append(place)
         encoded: dict[int, np.ndarray] = {}
         for places in by_shape.values():
             for start in range(0, len(places), self.job.batch_size):
                 batch = places[start : start + self.job.batch_size]
-                arrays = encode(np.stack([found[place].pixels_HW3 for place in batch]))
-                encoded.update(zip(batch, arrays, strict=True))
+                pixels_BHW3 = np.stack([found[place].array_CHW.transpose(1, 2, 0) for place in batch])
+                encoded.update(zip(batch, self.encoder(pixels_BHW3), strict=True))
         return [encoded[place] for place in range(len(found))]
 
-    def _stored(self, moments: np.ndarray, key: str, variant: int) -> np.ndarray:
-        """What is stored of an array of the encoder: itself, or one latent drawn for this key and variant."""
-        if self.encoder is None or self.job.store == "moments":
-            return moments
-        from fitscale.data.encode import draw_latent
+    def _stored(self, variant: Variant, array: np.ndarray, key: str, number: int) -> Variant:
+        """The variant with the encoder's array: its moments, or one latent drawn for this key and number."""
+        if self.encoder is not None and self.job.store == "sample":
+            from fitscale.data.encode import draw_latent
 
-        generator = np.random.Generator(np.random.Philox(key=np.array([key_hash(key), variant], dtype=np.uint64)))
-        return draw_latent(moments, generator).astype(np.float16)
+            generator = np.random.Generator(np.random.Philox(key=np.array([key_hash(key), number], dtype=np.uint64)))
+            array = draw_latent(array, generator).astype(np.float16)
+        return replace(variant, array_CHW=array)
 
     def _join(self) -> None:
         """Make the folder a shard set. Two workers may end at once: one does it, the other finds it done."""

@@ -27,16 +27,12 @@ _EXACT = ("utf-8", "surrogatepass")  # gives file names back that are not UTF-8
 
 @dataclass(frozen=True)
 class Item:
-    """One image to be: its key (unique in the source), label, name for people, and a function that reads its bytes.
-
-    `label` is None, and `problem` says why, where it could not be found out.
-    """
+    """One image to be: its key (unique in the source), label or why it has none, name for people, and its bytes."""
 
     key: str
-    label: int | None
+    label: int | Rejected
     name: str
     read: Callable[[], bytes]
-    problem: str = ""
 
 
 class Reader(Protocol):
@@ -59,12 +55,12 @@ class Source:
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self._text, self._ends, self._problems = bytearray(), array("Q"), dict[int, str]()
+        self._text, self._ends, self._unlabelled = bytearray(), array("Q"), dict[int, Rejected]()
         labels, hashes, ids = array("i"), array("Q"), dict[str, int]()
         numbered = ""  # a record whose label is a number
         for record, label in reader.records():
             if isinstance(label, Rejected):
-                self._problems[len(labels)] = str(label)
+                self._unlabelled[len(labels)] = label
                 labels.append(NO_LABEL)
             elif isinstance(label, str):
                 labels.append(ids.setdefault(label, len(ids)))
@@ -98,10 +94,10 @@ class Source:
 
     def _item(self, number: int) -> Item:
         record = self._text[self._ends[number - 1] if number else 0 : self._ends[number]].decode(*_EXACT)
-        copies, label = int(self._copies[number]) if self._copies is not None else 0, int(self._labels[number])
         key, name, read = self._open(record)
-        key += f"~{copies + 1}" if copies else ""
-        return Item(key, None if label == NO_LABEL else label, name, read, self._problems.get(number, ""))
+        if self._copies is not None and self._copies[number]:
+            key += f"~{self._copies[number] + 1}"
+        return Item(key, self._unlabelled.get(number, int(self._labels[number])), name, read)
 
     def _open(self, record: str) -> tuple[str, str, Callable[[], bytes]]:
         key, name, read = self._reader.open(record)

@@ -10,10 +10,12 @@ Each variant is flipped before it is encoded, not after: a VAE's latent of a fli
 
 import io
 import warnings
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from fitscale.config.errors import UserError
+from fitscale.data.shards import Variant
 
 MULTIPLE = 16  # image pixels: a patch of 2 x 2 latent pixels, 8 image pixels each
 RESIZE = "Pillow Lanczos, antialiased"
@@ -21,21 +23,13 @@ MAX_PIXELS = 2**28  # of a source image; more is taken for a decompression bomb
 TOO_LARGE = f"too large: more than {MAX_PIXELS:,} pixels"
 
 
-class Rejected(ValueError):
+class Rejected(UserError):
     """An image that cannot be used; the text is the reason."""
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One variant of an image before encoding: uint8 (height, width, 3), its kind (`resize` or `crop`), if mirrored."""
-
-    pixels_HW3: np.ndarray
-    kind: str
-    flip: bool = False
-
-
-def pictures(data: bytes, side: int) -> list[Picture]:
-    """The variants of an image file for target side `side`, a multiple of 16; each is followed by its mirror image.
+def pictures(data: bytes, side: int) -> list[Variant]:
+    """The variants of an image file for target side `side`, a multiple of 16: uint8 pixels, not yet encoded, of kind
+    `resize` or `crop`; each is followed by its mirror image.
 
     Raises:
         Rejected: it is no image, it is damaged, or a side is too short.
@@ -48,7 +42,7 @@ def pictures(data: bytes, side: int) -> list[Picture]:
         shorter = min(height, width)
         covering = round(height * side / shorter), round(width * side / shorter)
         found.append((_fit(image, *covering, crop=side), "crop"))
-    drawn = [(Picture(pixels, kind), Picture(pixels[:, ::-1], kind, flip=True)) for pixels, kind in found]
+    drawn = [(Variant(pixels, kind), Variant(pixels[..., ::-1], kind, flip=True)) for pixels, kind in found]
     return [variant for pair in drawn for variant in pair]
 
 
@@ -103,11 +97,11 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _fit(image: Image.Image, height: int, width: int, crop: int | None = None) -> np.ndarray:
-    """Resize to (height, width), then keep the centre: a `crop` square, or the largest multiples of 16."""
+    """Resize to (height, width), then keep the centre: a `crop` square, or the largest multiples of 16. (3, h, w)."""
     keep_height, keep_width = (crop or side // MULTIPLE * MULTIPLE for side in (height, width))
     if not keep_height or not keep_width:
         raise Rejected(f"too narrow: {width} x {height} pixels within the area limit, a side is below {MULTIPLE}")
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     top, left = (height - keep_height) // 2, (width - keep_width) // 2
-    return np.asarray(image.crop((left, top, left + keep_width, top + keep_height)))
+    return np.asarray(image.crop((left, top, left + keep_width, top + keep_height))).transpose(2, 0, 1)

@@ -36,8 +36,14 @@ def run_data(arguments: argparse.Namespace) -> None:
     print(f"tokens per image\n{text_histogram(drawn.tokens, drawn.draws)}")
     aspects = text_histogram(100 * drawn.cols / drawn.rows, drawn.draws)
     print(f"aspect ratio, width / height, in percent\n{aspects}")
-    print(_labels(label_counts(index)))
-    print(_waste(index, arguments))
+    counts = label_counts(index)
+    spread = f"least {counts.min()}, median {np.median(counts):.0f}, most {counts.max()}"
+    empty = f"; {(counts == 0).sum()} classes have none" if not counts.all() else ""
+    print(f"labels: {len(counts)} classes; images a class: {spread}{empty}")
+    print(f"global batches of {arguments.batch} images over {arguments.ranks} ranks: padding, time lost by all ranks")
+    found = wasted(index, arguments.patch_size, arguments.batch, arguments.ranks, arguments.pack_tokens)
+    for name, one in found.items():
+        print(f"  {name:<24}{one.padding_share:7.1%}{one.time_lost:9.1%}")
     out: Path = arguments.out or index.storage.folder / "report"
     plot_histogram(out / "tokens.png", drawn.tokens, drawn.draws, "tokens per image", "draws an epoch")
     if index.meta.kind == "vae" and arguments.vae is None:
@@ -78,23 +84,6 @@ def _counts(index: Index, drawn: DrawnSizes) -> str:
         f"  {len(meta.sizes):,} sizes; most drawn, in patches (rows x cols): {common}\n"
         f"  tokens: least {drawn.tokens.min()}, mean {mean:.1f}, most {drawn.tokens.max()}"
     )
-
-
-def _labels(counts: np.ndarray) -> str:
-    empty = int((counts == 0).sum())
-    return (
-        f"labels: {len(counts)} classes; images a class: least {counts.min()}, median {np.median(counts):.0f}, "
-        f"most {counts.max()}" + (f"; {empty} classes have none" if empty else "")
-    )
-
-
-def _waste(index: Index, arguments: argparse.Namespace) -> str:
-    found = wasted(index, arguments.patch_size, arguments.batch, arguments.ranks, arguments.pack_tokens)
-    lines = [
-        f"global batches of {arguments.batch} images over {arguments.ranks} ranks: padding, time lost by all ranks"
-    ]
-    lines += [f"  {name:<24}{one.padding_share:7.1%}{one.time_lost:9.1%}" for name, one in found.items()]
-    return "\n".join(lines)
 
 
 def write_summary(folder: Path) -> None:

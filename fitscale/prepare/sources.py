@@ -23,7 +23,7 @@ from fitscale.prepare.listing import Label, Reader, Source, read_listed
 from fitscale.prepare.preprocess import Rejected
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".avif", ".ppm")
-
+CONTAINERS: dict[str, type[Tars] | type[Parquets]] = {".tar": Tars, ".parquet": Parquets}
 NO_FILE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -45,10 +45,8 @@ def list_source(path: Path) -> Source:
 
 
 def _reader(file: Path) -> Reader:
-    if file.suffix == ".tar":
-        return Tars([file])
-    if file.suffix == ".parquet":
-        return Parquets([file])
+    if file.suffix in CONTAINERS:
+        return CONTAINERS[file.suffix]([file])
     if file.suffix in (".txt", ".tsv"):
         return List(file)
     raise UserError(f"{file}: a source is a folder, or a file ending in .tar, .parquet, .txt, .tsv")
@@ -57,35 +55,35 @@ def _reader(file: Path) -> Reader:
 def _list_folder(path: Path) -> Source:
     folder = Folder(path)
     source = Source(folder)
-    kinds = {"tars": folder.tars, "Parquet files": folder.tables, "images": folder.images}
+    kinds = {f"{suffix} files": files for suffix, files in folder.containers.items()} | {"images": folder.images}
     found = [f"{kind} ({files[0]})" for kind, files in kinds.items() if files]
     if len(found) > 1:
         raise UserError(f"{path}: holds {' and '.join(found)}; a source holds one of these")
-    if folder.tars:
-        return Source(Tars([path / file for file in folder.tars]))
-    if folder.tables:
-        return Source(Parquets([path / file for file in folder.tables]))
+    for suffix, files in folder.containers.items():
+        if files:
+            return Source(CONTAINERS[suffix]([path / file for file in files]))
     return source
 
 
 class Folder:
     """A folder of images, in class folders or without. A record is a path in it.
 
-    Listing also finds out what kind of folder it is: `tars` and `tables` are no records, `images` holds one example.
+    Listing also finds out what kind of folder it is: `containers` are no records, `images` holds one example.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tars, self.tables, self.images = list[str](), list[str](), list[str]()
+        self.images = list[str]()
+        self.containers: dict[str, list[str]] = {suffix: [] for suffix in CONTAINERS}
 
     def records(self) -> Iterator[tuple[str, Label]]:
         flat: Label = 0
-        if any(is_folder for _, is_folder, _ in _entries(str(self.folder))):
+        if any(path.is_dir() for path in self.folder.iterdir()):
             flat = Rejected("no label: it is in no class folder, though there are some")
         for record in _walk(str(self.folder), "", ()):
             suffix = os.path.splitext(record)[1]
-            if suffix in (".tar", ".parquet"):
-                (self.tars if suffix == ".tar" else self.tables).append(record)
+            if suffix in CONTAINERS:
+                self.containers[suffix].append(record)
                 continue
             if not self.images and suffix.lower() in IMAGES:
                 self.images.append(record)
@@ -106,19 +104,15 @@ def _walk(root: str, inside: str, above: tuple[tuple[int, int], ...]) -> Iterato
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in above:
         raise UserError(f"{folder.rstrip('/')}: a link to a folder that holds it")
-    for name, is_folder, is_file in _entries(folder):
+    with os.scandir(folder) as entries:
+        found = sorted((entry.name, entry.is_dir(), entry.is_file()) for entry in entries)
+    for name, is_folder, is_file in found:
         if is_folder:
             yield from _walk(root, f"{inside}{name}/", (*above, (status.st_dev, status.st_ino)))
         elif not name.startswith("."):
             if not is_file:
                 raise UserError(f"{folder}{name}: neither a file nor a folder (a link to nothing?)")
             yield inside + name
-
-
-def _entries(folder: str) -> list[tuple[str, bool, bool]]:
-    """Name, whether it is a folder, and whether a file, of all that a folder holds."""
-    with os.scandir(folder) as entries:
-        return sorted((entry.name, entry.is_dir(), entry.is_file()) for entry in entries)
 
 
 class List(Folder):
@@ -136,20 +130,16 @@ class List(Folder):
                     yield name.removeprefix("./"), number_of(label.strip() or "0", "the list's label")
 
     def read(self, record: str) -> bytes:
-        path = self.folder / record
-        data = read_listed(lambda: _bytes_if_any(path), str(path))
-        if isinstance(data, Rejected):
-            raise data
-        return data
+        return read_listed(partial(_read_named, self.folder / record), str(self.folder / record))
 
 
-def _bytes_if_any(path: Path) -> bytes | Rejected:
-    """The bytes of a file that somebody has named, or why there is no such file."""
+def _read_named(path: Path) -> bytes:
+    """The bytes of a file that somebody has named; Rejected if there is no such file."""
     try:
         return path.read_bytes()
     except ValueError as error:  # the name holds a zero byte
-        return Rejected(f"cannot be read: {error}")
+        raise Rejected(f"cannot be read: {error}") from error
     except OSError as error:
         if error.errno in NO_FILE:
-            return Rejected(f"cannot be read: {error.strerror}")
+            raise Rejected(f"cannot be read: {error.strerror}") from error
         raise

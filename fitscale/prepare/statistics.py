@@ -96,14 +96,14 @@ def wasted(index: Index, patch_size: int, batch: int, dp_size: int, pack_tokens:
     """
     settings = {"patch_size": patch_size, "window_shards": 16, "holdout_fraction": 0.0}
     plan, cost = single_plan(index, seed=0, global_batch_size=batch, **settings), (1.0, 1 / 20000)
-    found: dict[str, list[Waste]] = {"packs": [], "padded to the longest": [], "batches of one shape": []}
-    for n in range(STEPS):
-        step = plan.step(n)
+    wastes = []
+    for step in map(plan.step, range(STEPS)):
         tokens, shapes = step.tokens_B, step.rows_B << 16 | step.cols_B
-        found["packs"].append(packed(tokens, cost, dp_size, max(pack_tokens, int(tokens.max()))))
-        found["padded to the longest"].append(padded_to_longest(tokens, cost, dp_size))
-        found["batches of one shape"].append(bucketed(shapes, tokens, cost, dp_size, pack_tokens))
-    return {name: Waste(*np.mean([astuple(one) for one in steps], axis=0)) for name, steps in found.items()}
+        packs = packed(tokens, cost, dp_size, max(pack_tokens, int(tokens.max())))
+        buckets = bucketed(shapes, tokens, cost, dp_size, pack_tokens)
+        wastes.append([astuple(one) for one in (packs, padded_to_longest(tokens, cost, dp_size), buckets)])
+    names = ("packs", "padded to the longest", "batches of one shape")
+    return {name: Waste(*means) for name, means in zip(names, np.mean(wastes, axis=0), strict=True)}
 
 
 def packed(tokens_B: np.ndarray, cost: Cost, dp_size: int, pack_tokens: int) -> Waste:
