@@ -12,9 +12,8 @@ from pathlib import Path
 from fitscale.config.program import exit_code
 from fitscale.eval.arguments import add_data_arguments, add_evaluate_arguments, add_sample_arguments
 
-CONFIG_HELP = "YAML files, merged left to right, and dotted key=value overrides, which win over the files"
-
 Command = Callable[[argparse.Namespace], None]
+Arguments = Callable[[argparse.ArgumentParser], None]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,36 +30,33 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: fitscale train configs/model/b.yaml configs/recipe/fitv2_256.yaml run.dir=runs/b",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    config = _add(commands, "config", _config, "print a resolved config as YAML", "configs/model/b.yaml optim.lr=2e-4")
-    config.add_argument("config", nargs="+", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
-    data = _add(commands, "data", _data, "show what is in a shard set", "data/in1k_256 --verify")
-    add_data_arguments(data)
-    train = _add(
-        commands,
-        "train",
-        _train,
-        "train a model, or go on with its newest checkpoint",
-        "configs/demo/digits.yaml configs/demo/s.yaml data.shards=demo/shards run.dir=runs/digits",
-    )
-    train.add_argument("config", nargs="+", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
-    plan = _add(
-        commands,
-        "plan",
-        _plan,
-        "memory, communication and time of a run before it is started",
-        "configs/model/xxl.yaml configs/recipe/fitv2_256.yaml --gpus 8 --gpu h100",
-    )
-    _add_plan_arguments(plan)
-    sample = _add(commands, "sample", _sample, "draw images from a run", "runs/b --height 256 --width 256 --count 16")
-    add_sample_arguments(sample)
-    evaluate = _add(commands, "evaluate", _evaluate, "measure a run's checkpoints", "runs/b")
-    add_evaluate_arguments(evaluate)
+
+    def add(command: Command, arguments: Arguments, summary: str, example: str) -> None:
+        name = command.__name__.removeprefix("_")
+        epilog = f"example: fitscale {name} {example}"
+        own = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=epilog)
+        own.set_defaults(command=command)
+        arguments(own)
+
+    example = "configs/demo/digits.yaml configs/demo/s.yaml data.shards=demo/shards run.dir=runs/digits"
+    add(_config, _add_config, "print a resolved config as YAML", "configs/model/b.yaml optim.lr=2e-4")
+    add(_data, add_data_arguments, "show what is in a shard set", "data/in1k_256 --verify")
+    add(_train, _add_config, "train a model, or go on with its newest checkpoint", example)
+    example = "configs/model/xxl.yaml configs/recipe/fitv2_256.yaml --gpus 8 --gpu h100"
+    add(_plan, _add_plan_arguments, "memory, communication and time of a run before it is started", example)
+    add(_sample, add_sample_arguments, "draw images from a run", "runs/b --height 256 --width 256 --count 16")
+    add(_evaluate, add_evaluate_arguments, "measure a run's checkpoints", "runs/b")
     return parser
 
 
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    help = "YAML files, merged left to right, and dotted key=value overrides, which win over the files"
+    parser.add_argument("config", nargs="+", metavar="CONFIG|KEY=VALUE", help=help)
+
+
 def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
     add = parser.add_argument
-    add("config", nargs="+", metavar="CONFIG|KEY=VALUE", help=CONFIG_HELP)
     add("--gpus", type=int, help="search the layouts of so many GPUs; parallel.KEY=VALUE stays as given")
     add("--gpu", default="h100", help="kind of device: h100, h200, a100, b200, mi300x, cpu (default: h100)")
     add("--mfu", type=float, default=0.4, help="share of the peak reached while computing (default: 0.4)")
@@ -68,17 +64,6 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpus-per-node", type=int, default=8, help="default: 8")
     add("--best", type=int, default=5, help="layouts to list (default: 5)")
     add("--target-steps", type=int, help="steps to plan for (default: run.steps)")
-
-
-def _add(commands: argparse._SubParsersAction, name: str, command: Command, summary: str, example: str):  # type: ignore[type-arg]
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=f"example: fitscale {name} {example}",
-    )
-    parser.set_defaults(command=command)
-    return parser
 
 
 def _config(arguments: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ from fitscale.jobs.job import TrainJob
 from fitscale.jobs.profile import ClusterConfig
 from fitscale.jobs.submission import Submission, look_at
 from fitscale.jobs.sweep import LayoutConfig
-from fitscale.plan.report import Utilisation, detail
+from fitscale.plan.report import detail
 from fitscale.run.claim import check_claim, claim, claimed
 
 POLL_S = 2.0
@@ -88,9 +88,8 @@ def read_profile(path: str) -> ClusterConfig:
 
 def script_and_plan(profile: ClusterConfig, one: Allocation) -> str:
     """The batch script of the training, and what `fitscale plan` says of it."""
-    executor = launch.make_executor(profile, one.run, one.plan.machine, one.config.run.name)
-    source = Utilisation(profile.utilisation, f"of profile {profile.name}")
-    return "\n".join(["", launch.batch_script(executor), *detail(one.plan, source)])
+    executor = launch.make_executor(profile, one, TrainJob(one.run.absolute, one.config.run.steps))
+    return "\n".join(["", launch.batch_script(executor), *detail(one.plan, f"of profile {profile.name}")])
 
 
 def run_here(one: Allocation) -> int:

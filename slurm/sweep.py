@@ -29,10 +29,9 @@ from fitscale.jobs import launch
 from fitscale.jobs.allocate import allocate
 from fitscale.jobs.chain import jobs_of_same_config, submit_missing, told
 from fitscale.jobs.job import RunJob
-from fitscale.jobs.ladder import cells, cost_table, manifest
 from fitscale.jobs.profile import ClusterConfig
 from fitscale.jobs.submission import Submission, look_at
-from fitscale.jobs.sweep import SweepConfig
+from fitscale.jobs.sweep import SweepConfig, cells, cost_table, manifest
 from fitscale.run.claim import claimed
 
 POLL_S = 1.0
@@ -99,7 +98,7 @@ def on_cluster(arguments: argparse.Namespace, sweep: SweepConfig, ladder: list[S
     for cell in ladder:
         with mistakes_in(f"cell {cell.name}"):
             given.append(allocate(cell, profile, sweep.layout_of(cell.name), sweep.max_days))
-    gpu_hours = sum(cell.train_gpu_hours + cell.evaluate_gpu_hours for cell in given)
+    gpu_hours = sum(cell.plan.gpu_hours + cell.evaluate_gpu_hours for cell in given)
     print(
         f"{cost_table(given)}\n{gpu_hours:,.3g} GPU-hours together, planned at {profile.utilisation:.0%} of a "
         f"{profile.device}'s peak (profile {profile.name})",

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from fitscale.config.files import append_jsonl, write_atomic
 from fitscale.config.load import to_yaml
@@ -19,6 +20,7 @@ from fitscale.config.schema import (
 from fitscale.model import flops
 from fitscale.model.fit.config import FitConfig
 from fitscale.run.layout import RunDir
+from fitscale.scaling.rows.table import validate
 
 SIZES = {"xs": (2, 32, 2), "s": (3, 64, 4), "m": (4, 96, 4), "l": (6, 128, 4)}  # depth, hidden size, heads
 Law = Callable[[float, int], float]  # training FLOPs, parameters -> FD
@@ -46,9 +48,9 @@ def write_sweep(
         config = _config(size, number, steps, points)
         write_atomic(run.config, to_yaml(config))
         write_atomic(run.environment, '{"device": "cpu"}')
-        luck = rng.normal(0, run_noise) if run_noise else 0.0
+        of_run = rng.normal(0, run_noise) if run_noise else 0.0
         for step in config.evaluation.steps(steps):
-            noise = luck + (rng.normal(0, point_noise) if point_noise else 0.0)
+            noise = of_run + (rng.normal(0, point_noise) if point_noise else 0.0)
             _evaluate(run, config, step, law, noise)
         runs.append(run)
     return runs
@@ -94,4 +96,26 @@ def _evaluate(run: RunDir, config: Config, step: int, law: Law, noise: float) ->
     append_jsonl(
         run.evaluations,
         work | {"metric": "recognised", "value": share, "standard_error": None, "samples": 512, "key": KEY},
+    )
+
+
+def frontier_law(train_flops, parameters):
+    """Early in training a large model is worse than a small one that has used as much compute."""
+    return 5 + 1500 * parameters**-0.5 + 3e4 * (train_flops / parameters) ** -0.4
+
+
+def surface_rows(miss=1.25):
+    """Five sizes on a law of size and data; the largest is worse by `miss`, so that it never meets the frontier."""
+    rng = np.random.default_rng(3)
+    sizes = np.geomspace(3e7, 6e8, 5)
+    return validate(
+        pd.DataFrame(
+            [
+                {"run": f"z{index}", "size": f"z{index}", "parameters": int(n), "images": int(d), "step": int(d / 256)}
+                | {"train_flops": 6 * n * d, "metric": "loss"}
+                | {"value": (400 * n**-0.34 + 410 * d**-0.28 + 1.7) * of_run * np.exp(noise) * (miss if n > 5e8 else 1)}
+                for index, (n, of_run) in enumerate(zip(sizes, np.exp(rng.normal(0, 0.005, 5)), strict=True))
+                for d, noise in zip(np.geomspace(1e8, 1e10, 7), rng.normal(0, 0.003, 7), strict=True)
+            ]
+        )
     )

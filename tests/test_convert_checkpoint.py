@@ -92,6 +92,8 @@ def test_an_export_says_what_it_is_and_loads_as_the_model(tmp_path, main, weight
     assert main(run, out, "--step", 2) == 0  # the run's own choice of weights: its average
     metadata = metadata_of(out)
     assert json.loads(metadata.pop("model")) == json.loads(json.dumps(asdict(CONFIG.model)))
+    assert json.loads(metadata.pop("data"))["latent"]["kind"] == "pixels"
+    assert json.loads(metadata.pop("flow"))["kind"] == "rectified" and json.loads(metadata.pop("sampling"))["steps"]
     assert metadata == {"step": "2", "weights": "ema_0.9", "source": "run"}
     model = build_network(CONFIG.model, ParallelConfig())
     load_weights(model, out)

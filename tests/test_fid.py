@@ -1,4 +1,4 @@
-"""FID-infinity, tuned guidance and the rule for averages, on rows of a runs table."""
+"""FID-infinity, tuned guidance and the rule for the EMA, on rows of a runs table."""
 
 import numpy as np
 import pandas as pd
@@ -6,10 +6,10 @@ import pytest
 from scipy.linalg import sqrtm
 
 from fitscale.config.errors import UserError
-from fitscale.scaling.fid import ema_rule, infinity, tuned_guidance
-from fitscale.scaling.refusal import Refusal
-from fitscale.scaling.select import select
-from fitscale.scaling.table import validate
+from fitscale.scaling.rows.fid import ema_rule, infinity, tuned_guidance
+from fitscale.scaling.rows.refusals import Refusal
+from fitscale.scaling.rows.selection import select
+from fitscale.scaling.rows.table import validate
 from tests.programs import run_tool
 
 
@@ -57,7 +57,7 @@ def test_tuned_guidance_is_the_least_and_shows_its_cost():
     assert len(select(pd.concat([table, tuned_guidance(table)]), "fd", {"key_guidance": "1"}).rows) == 1
 
 
-def test_averages_of_a_constant_share_of_training():
+def test_the_ema_of_a_constant_share_of_training():
     table = rows(
         step=[1000, 1000, 100000, 100000],
         weights=["ema_0.99", "ema_0.9999"] * 2,

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fitscale.scaling.holdout import folds, hold_out
-from fitscale.scaling.refusal import Refusal
+from fitscale.scaling.fit.holdout import folds, hold_out
+from fitscale.scaling.rows.refusals import Refusal
 from tests.programs import run_tool
 
 
@@ -44,10 +44,11 @@ def test_the_true_law_predicts_exactly_and_ranks_first(by):
 
 @pytest.mark.parametrize("by", ["size", "compute", "step"])
 def test_what_is_unseen_never_reaches_a_fit(by):
-    for name, known, unseen in folds(FLOOR, by):
-        assert not set(known.index) & set(unseen.index), name
+    for name, rows, held_out in folds(FLOOR, by):
+        known, unseen = (rows.loc[rows.index[part], "train_flops"] for part in (~held_out, held_out))
+        assert len(known) and len(unseen), name
         if by != "step":
-            assert unseen["train_flops"].max() > known["train_flops"].max()
+            assert unseen.max() > known.max()
     changed = FLOOR.assign(value=FLOOR["value"].where(FLOOR["size"] != "s3", FLOOR["value"] * 2))
     last = "size s3"
     if by == "size":

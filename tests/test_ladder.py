@@ -5,9 +5,8 @@ import pytest
 from fitscale.config.errors import UserError
 from fitscale.config.files import append_jsonl, write_atomic
 from fitscale.config.load import load_schema
-from fitscale.jobs.ladder import cells, cost_table, manifest
 from fitscale.jobs.submission import Submission
-from fitscale.jobs.sweep import SweepConfig
+from fitscale.jobs.sweep import SweepConfig, cells, cost_table, manifest
 from fitscale.model import flops
 from fitscale.plan.step import Images
 from tests.measured import record

@@ -5,11 +5,10 @@ import pandas as pd
 import pytest
 from scipy.optimize import approx_fprime, least_squares
 
-from fitscale.scaling.fitting import Loss, _refuse_no_fit, fit_law
-from fitscale.scaling.laws import LAWS, NO_FLOOR, OFFSET, POWER
-from fitscale.scaling.points import chosen
-from fitscale.scaling.refusal import Refusal
-from fitscale.scaling.uncertainty import floor_profile
+from fitscale.scaling.fit.fitting import ResidualLoss, _refuse_no_fit, fit_law
+from fitscale.scaling.fit.laws import LAWS, NO_FLOOR, OFFSET, POWER
+from fitscale.scaling.fit.uncertainty import floor_profile
+from fitscale.scaling.rows.refusals import Refusal
 
 COMPUTE = np.geomspace(2e17, 6e19, 12)
 TRUTH = {"power": lambda c: 40 * (c / 1e18) ** -0.31, "offset": lambda c: 30 * (c / 1e18) ** -0.42 + 5.5}
@@ -88,7 +87,7 @@ def test_jacobian_is_the_derivative(name):
 @pytest.mark.parametrize("huber", [None, 0.02])
 def test_the_minimum_is_scipys(huber):
     data = noisy()
-    fit = fit_law(OFFSET, data, Loss(huber=huber))
+    fit = fit_law(OFFSET, data, ResidualLoss(huber=huber))
     x, _ = OFFSET.centred(data)
     y = np.log(data["value"].to_numpy())
     theirs = least_squares(
@@ -153,39 +152,12 @@ def test_a_fit_that_is_its_start_or_is_hardly_reached_is_refused():
         assert caught.value.code == code and caught.value.message.startswith(message)
 
 
-def test_frontier_last_and_all():
-    data = pd.DataFrame(
-        {"run": list("aaabbb"), "train_flops": [1, 2, 3, 2, 3, 4], "value": [9.0, 8.0, 7.9, 8.5, 7.0, 7.0]}
-    )
-    data = data.assign(size=data["run"]).sample(frac=1, random_state=3)
-    frontier = data[chosen(data, "frontier")].sort_values("train_flops")
-    assert list(zip(frontier["run"], frontier["value"], strict=True)) == [("a", 9.0), ("a", 8.0), ("b", 7.0)]
-    assert sorted(data.loc[chosen(data, "last"), "train_flops"]) == [3, 4]
-    assert chosen(data, "all").all()
-
-
-def test_replicates_stand_or_fall_together_on_the_frontier():
-    data = pd.DataFrame(
-        {
-            "run": ["s0", "s1", "s0", "s1", "b0", "b1", "c"],
-            "size": ["s", "s", "s", "s", "b", "b", "b"],
-            "lr": [1e-4] * 6 + [2e-4],
-            "train_flops": [100.0, 100.2, 200.0, 200.4, 200.1, 199.9, 200.6],
-            "value": [9.0, 11.0, 7.0, 7.5, 6.0, 18.0, 7.2],
-        }
-    )
-    assert list(chosen(data, "frontier")) == [True, True, True, True, False, False, True]
-    assert list(chosen(data.iloc[:6].drop(columns="lr"), "frontier")) == [True, True, True, True, False, False]
-    shuffled = data.sample(frac=1, random_state=1)
-    assert list(chosen(shuffled, "frontier").sort_index()) == list(chosen(data, "frontier"))
-
-
 def test_floor_profile_says_when_the_floor_is_not_identified():
     clear = fit_law(OFFSET, noisy(sigma=0.005))
-    profile = floor_profile(clear, noisy(sigma=0.005))
+    profile = floor_profile(clear)
     assert profile.identified and profile.low < 5.5 < profile.high
     short = rows(TRUTH["offset"](COMPUTE[:5]) * np.exp(np.random.default_rng(3).normal(0, 0.02, 5)), COMPUTE[:5])
-    vague = floor_profile(fit_law(OFFSET, short), short)
+    vague = floor_profile(fit_law(OFFSET, short))
     assert not vague.identified and vague.low == 0.0
 
 
@@ -194,7 +166,7 @@ def test_the_floors_profile_is_that_of_lmfit():
 
     data = noisy(sigma=0.004, seed=1).assign(run=[f"r{i}" for i in range(12)])  # no correlation: the plain F profile
     fit = fit_law(OFFSET, data)
-    profile = floor_profile(fit, data)
+    profile = floor_profile(fit)
     x = OFFSET.centred(data)[0][:, 0]
     y = np.log(data["value"].to_numpy())
     values = dict(zip(("ln_a", "b", "e"), fit.theta_P, strict=True))

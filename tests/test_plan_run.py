@@ -123,7 +123,7 @@ def test_what_tensor_parallel_ranks_send():
 
 
 def test_time_of_a_step_by_hand():
-    one = plan_of("xl", 1, mfu=0.5)
+    one = plan_of("xl", 1, "run.steps=1000", mfu=0.5)
     cfg = one.config.model
     assert (
         one.train_flops
@@ -133,8 +133,8 @@ def test_time_of_a_step_by_hand():
     assert one.step_s == one.compute_s == pytest.approx(one.train_flops / (0.5 * 989e12))
     assert one.mfu == pytest.approx(0.5)
     assert one.images_per_s == pytest.approx(256 / one.step_s)
-    assert one.days(1000) == pytest.approx(1000 * one.step_s / 86400)
-    assert one.gpu_hours(1000) == pytest.approx(1000 * one.step_s / 3600)
+    assert one.days == pytest.approx(1000 * one.step_s / 86400)
+    assert one.gpu_hours == pytest.approx(1000 * one.step_s / 3600)
     again = plan_of("xl", 1, *layout(every=1), mfu=0.5)
     assert again.compute_s == pytest.approx(4 / 3 * one.compute_s)
     assert again.mfu == pytest.approx(3 / 4 * one.mfu)

@@ -8,16 +8,15 @@ import pytest
 
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config, load_schema
-from fitscale.jobs.ladder import cells
-from fitscale.jobs.sweep import SweepConfig
+from fitscale.jobs.sweep import SweepConfig, cells
 from fitscale.model import flops
 from fitscale.run.progress import wanted_metrics
-from fitscale.scaling.fitting import fit_law
-from fitscale.scaling.laws import OFFSET
-from fitscale.scaling.planner import PEAK_FLOPS, Economics, assumed, grid, measurements, plan
-from fitscale.scaling.refusal import Refusal
-from fitscale.scaling.runs import collect
-from fitscale.scaling.table import write_table
+from fitscale.scaling.fit.fitting import fit_law
+from fitscale.scaling.fit.laws import OFFSET
+from fitscale.scaling.fit.planner import PEAK_FLOPS, Economics, assumed, grid, measurements, plan
+from fitscale.scaling.rows.refusals import Refusal
+from fitscale.scaling.rows.runs import collect
+from fitscale.scaling.rows.table import write_table
 from tests.programs import run_tool
 from tests.synthetic_runs import write_sweep
 
@@ -73,8 +72,8 @@ def test_the_promised_interval_is_that_of_an_independent_simulation(planned):
     truth = prior.fit.metric(rows)
     ratios = []
     while len(ratios) < 500:
-        luck = {run: rng.normal(0, prior.run_noise) for run in sorted(rows["run"].unique())}
-        noise = rows["run"].map(luck) + rng.normal(0, prior.point_noise, len(rows))
+        of_runs = {run: rng.normal(0, prior.run_noise) for run in sorted(rows["run"].unique())}
+        noise = rows["run"].map(of_runs) + rng.normal(0, prior.point_noise, len(rows))
         try:
             fit = fit_law(OFFSET, rows.assign(value=truth * np.exp(noise)))
         except Refusal:
@@ -116,9 +115,9 @@ def test_plan_sweep_from_the_shell_writes_a_sweep(tmp_path):
     files = ("--features", "inception.pt", "--reference", "in256.npz", "--shards", "shards/in256")
     done = run_tool(*command, *files)
     assert done.returncode == 0 and "add to base" not in done.stdout
-    for cell in cells(load_schema(SweepConfig, [str(out)])):
-        assert wanted_metrics(cell.config) == ["fd"] and cell.config.data.shards == "shards/in256"
-        assert (cell.config.evaluation.features, cell.config.evaluation.reference) == ("inception.pt", "in256.npz")
+    for config in cells(load_schema(SweepConfig, [str(out)])):
+        assert wanted_metrics(config) == ["fd"] and config.data.shards == "shards/in256"
+        assert (config.evaluation.features, config.evaluation.reference) == ("inception.pt", "in256.npz")
     failed = run_tool(*command, "--target", "huge")
     assert failed.returncode == 2 and "error: size huge: not one of" in failed.stderr
 

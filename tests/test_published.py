@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fitscale.scaling.check import correlation
-from fitscale.scaling.foreign import read_foreign
-from fitscale.scaling.holdout import hold_out
-from fitscale.scaling.isoflop import Optimum, fit_exponent, isoflop
+from fitscale.scaling.fit.holdout import hold_out
+from fitscale.scaling.fit.isoflop import Optimum, fit_exponent, isoflop
+from fitscale.scaling.rows.column_map import read_mapped
+from fitscale.scaling.rows.selection import correlation
 from tests.programs import run_tool
 
 DATA = Path(__file__).parent / "data" / "scaling"
@@ -26,7 +26,7 @@ def table(name, folder):
 
 @pytest.fixture(scope="module")
 def fids():
-    return read_foreign(DATA / "published_fid.csv", DATA / "published_fid.yaml")
+    return read_mapped(DATA / "published_fid.csv", DATA / "published_fid.yaml")
 
 
 def test_dit_at_equal_steps_correlates_with_compute_as_published(fids):

@@ -13,11 +13,13 @@ import torch
 
 from fitscale.config.errors import PassingError, UserError
 from fitscale.config.program import USER_ERROR
+from fitscale.jobs.allocate import as_told
 from fitscale.jobs.job import EvaluateJob, TrainJob
 from fitscale.jobs.launch import make_executor
 from fitscale.jobs.profile import ClusterConfig
-from fitscale.plan.devices import find_device
-from fitscale.plan.layout import Machine
+from fitscale.jobs.submission import Submission
+from fitscale.jobs.sweep import LayoutConfig
+from fitscale.plan.step import Images
 from fitscale.run.attempt import Attempt, begin_attempt
 from fitscale.run.claim import claim
 from fitscale.run.layout import RunDir
@@ -26,7 +28,7 @@ from tests.tiny import tiny_config
 JOB = "70"
 KILLED, REFUSED, BAD_NODE = 137, USER_ERROR, 1  # exit codes: of a signal, of a mistake, of anything else
 SIGNALLED_STARTS, FAILED_STARTS = 20, 5  # that a job may have before training begins
-ONE_NODE = Machine(find_device("h100"), 8, 8)
+CPUS = ClusterConfig(device="cpu", gpus_per_node=0, tasks_per_node=1)
 
 
 def requeued(
@@ -44,7 +46,9 @@ def script(folder: Path, work: str, squeue: str, restart: int = 0) -> tuple[list
     for name, text in (("squeue", squeue), ("scontrol", f"touch {quote(str(folder))}/requeued")):
         (folder / name).write_text(f"#!/bin/sh\n{text}\n")
         (folder / name).chmod(0o755)
-    asked = make_executor(ClusterConfig(), RunDir(folder), ONE_NODE, "run").parameters
+    config = tiny_config(folder, folder)
+    one = as_told(Submission(config, Images({16: 1.0}, 16, "a test")), CPUS, LayoutConfig())
+    asked = make_executor(CPUS, one, TrainJob(one.run, 10)).parameters
     lines = "\n".join(["set -u", *asked["setup"], work, *asked["teardown"]])
     environment = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": JOB, "SLURM_RESTART_COUNT": str(restart)}
     return ["bash", "-c", lines], environment

@@ -11,8 +11,8 @@ from fitscale.config.errors import UserError
 from fitscale.config.files import append_jsonl
 from fitscale.config.load import load_config
 from fitscale.model import flops
-from fitscale.scaling.runs import collect, load_table
-from fitscale.scaling.table import data_hash, key_columns, read_table, validate, write_table
+from fitscale.scaling.rows.runs import collect, load_table
+from fitscale.scaling.rows.table import data_hash, read_table, write_table
 from tests.synthetic_runs import KEY, TOKENS, write_sweep
 
 
@@ -85,20 +85,6 @@ def test_a_damaged_evaluations_file_is_named(tmp_path):
     run.evaluations.write_text("{broken}\n")
     with pytest.raises(UserError, match=r"evaluations\.jsonl: not JSON"):
         collect([tmp_path])
-
-
-def test_schema_is_checked():
-    with pytest.raises(UserError, match="unknown columns fid"):
-        validate(pd.DataFrame({"run": ["a"], "fid": [1.0]}))
-    with pytest.raises(UserError, match="columns size, train_flops"):
-        validate(pd.DataFrame({"run": ["a"], "metric": ["fd"], "value": [1.0]}))
-    whole = {"run": ["a"], "size": ["s"], "train_flops": [1.0], "metric": ["fd"], "value": ["many"]}
-    with pytest.raises(UserError, match="column value must hold float64"):
-        validate(pd.DataFrame(whole))
-    assert key_columns(validate(pd.DataFrame({**whole, "value": [1], "key_b": ["x"], "key_a": [1]}))) == [
-        "key_a",
-        "key_b",
-    ]
 
 
 def test_collect_runs_from_the_shell(tmp_path):

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from fitscale.config.errors import UserError
-from fitscale.scaling.runs import collect
-from fitscale.scaling.samples import find_folders, mosaic, placed, read_folder, samples_along_the_curve
-from fitscale.scaling.study import Question, study
+from fitscale.scaling.fit.question import Question
+from fitscale.scaling.fit.study import study
+from fitscale.scaling.report.samples import find_folders, mosaic, placed, read_folder, samples_along_the_curve
+from fitscale.scaling.rows.runs import collect
 from tests.programs import run_tool
 from tests.sample_folders import write_samples
 from tests.synthetic_runs import write_sweep

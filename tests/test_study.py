@@ -1,9 +1,5 @@
 """Scaling studies from run directories to reports; every refusal with its message."""
 
-import json
-import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,22 +7,12 @@ import pandas as pd
 import pytest
 
 from fitscale.config.errors import UserError
-from fitscale.scaling.fitting import Loss
-from fitscale.scaling.refusal import Refusal
-from fitscale.scaling.report import fit_record, write_report
-from fitscale.scaling.runs import collect
-from fitscale.scaling.select import select
-from fitscale.scaling.study import Question, study
-from fitscale.scaling.table import validate
-from fitscale.scaling.wording import number, report_content, size_table
-from tests.programs import run_tool
-from tests.sample_folders import write_samples
-from tests.synthetic_runs import write_sweep
-
-
-def frontier_law(train_flops, parameters):
-    """Early in training a large model is worse than a small one that has used as much compute."""
-    return 5 + 1500 * parameters**-0.5 + 3e4 * (train_flops / parameters) ** -0.4
+from fitscale.scaling.fit.question import Question
+from fitscale.scaling.fit.study import study
+from fitscale.scaling.report.content import report_content
+from fitscale.scaling.report.files import fit_record
+from fitscale.scaling.rows.runs import collect
+from tests.synthetic_runs import frontier_law, surface_rows, write_sweep
 
 
 @pytest.fixture(scope="module")
@@ -73,23 +59,6 @@ def test_points_of_a_run_early_in_training_do_not_count_on_the_frontier(table):
     assert not predictions["chosen"].iloc[0] and predictions["chosen"].iloc[-1]
 
 
-def surface_rows(miss=1.25):
-    """Five sizes on a law of size and data; the largest is worse by `miss`, so that it never meets the frontier."""
-    rng = np.random.default_rng(3)
-    sizes = np.geomspace(3e7, 6e8, 5)
-    return validate(
-        pd.DataFrame(
-            [
-                {"run": f"z{index}", "size": f"z{index}", "parameters": int(n), "images": int(d), "step": int(d / 256)}
-                | {"train_flops": 6 * n * d, "metric": "loss"}
-                | {"value": (400 * n**-0.34 + 410 * d**-0.28 + 1.7) * luck * np.exp(noise) * (miss if n > 5e8 else 1)}
-                for index, (n, luck) in enumerate(zip(sizes, np.exp(rng.normal(0, 0.005, 5)), strict=True))
-                for d, noise in zip(np.geomspace(1e8, 1e10, 7), rng.normal(0, 0.003, 7), strict=True)
-            ]
-        )
-    )
-
-
 def test_a_law_of_size_and_data_answers_for_points_above_the_frontier():
     question = Question(metric="loss", laws=("additive", "power"), extrapolate=True, resamples=100)
     answer = study(surface_rows(), question)
@@ -103,30 +72,6 @@ def test_a_law_of_size_and_data_answers_for_points_above_the_frontier():
     assert "OUTSIDE the 90 % interval" in headline
     alone = study(surface_rows(), replace(question, laws=("additive",)))
     assert "not_on_frontier" not in {caution.code for caution in alone.cautions}
-
-
-def test_an_exponent_without_an_interval_is_reported_as_such(tmp_path):
-    answer = study(surface_rows(miss=1), Question(metric="loss", laws=("isoflop",), extrapolate=True))
-    write_report(answer, tmp_path, [])
-    said = "90 % interval of the exponent not estimated (the budgets share runs, "
-    assert (tmp_path / "report.md").read_text().count(said) == len(answer.isoflops) == 2
-    assert json.loads((tmp_path / "fit.json").read_text())["isoflop"][0]["interval_90"] is None
-    assert "not estimated" in (tmp_path / "isoflop.svg").read_text()
-
-
-def test_the_report_says_how_each_law_was_fitted(table, tmp_path):
-    question = Question(laws=("power", "additive"), extrapolate=True, resamples=10)
-    usual, linear = (study(table, asked) for asked in (question, replace(question, loss=Loss("linear", 0.5))))
-    said = {law["name"]: law["fitted"] for law in report_content(usual)["laws"]}
-    assert said["power"] == "Fitted by least squares on ln(fd), points weighted alike (frontier points)"
-    assert said["additive"] == "Fitted by least squares on ln(fd), points weighted alike (all points)"
-    write_report(linear, tmp_path, [])
-    for name in ("report.md", "report.html"):
-        text = (tmp_path / name).read_text()
-        assert "on fd itself, points weighted alike (frontier points)" in text and "on ln(fd)" not in text
-        assert "loss with its corner at 0.5" in text
-    record = fit_record(linear)
-    assert record["loss"] == {"space": "linear", "huber": 0.5} and record["drop_missing"] is False
 
 
 def test_laws_are_ranked_by_the_points_that_count_for_all_of_them(table):
@@ -195,15 +140,6 @@ def test_refused_rows_of_no_run_or_size(table, column):
     assert len(answer.rows) == 20 and any(f"{column} missing" in caution.message for caution in answer.cautions)
 
 
-def test_refused_rows_of_no_step_where_the_step_decides(table):
-    holed = table.assign(step=table["step"].where(table["size"] != "l"))
-    assert len(select(holed, "fd", {}).rows) == 24
-    with pytest.raises(Refusal, match="6 rows have no step"):
-        select(holed, "fd", {}, from_step=5000)
-    kept = select(holed, "fd", {}, from_step=5000, drop_missing=True)
-    assert set(kept.rows["size"]) == {"xs", "s", "m"} and "step missing" in kept.cautions[1].message
-
-
 def test_refused_non_positive_values(table):
     code, message = refusal(table.assign(value=table["value"].where(table["step"] != 20000, 0.0)))
     assert code == "non_positive" and "step 20000" in message
@@ -258,15 +194,6 @@ def test_refused_law_leaves_the_other(table):
     assert "all taken for that from run to run" in law["scatter"]
 
 
-def test_cautions_name_unfinished_runs_and_mixed_recipes(table):
-    changed = table.assign(
-        status=np.where(table["size"] == "s", "unfinished", "finished"), lr=np.where(table["size"] == "m", 1e-4, 2e-4)
-    )
-    cautions = {caution.code: caution.message for caution in select(changed, "fd", {}).cautions}
-    assert cautions["unfinished"] == "runs with steps left: s-seed0"
-    assert "0.0001, 0.0002" in cautions["mixed_recipe"]
-
-
 def test_an_unidentified_floor_is_not_printed(tmp_path):
     write_sweep(tmp_path, lambda flops, _: 50 * (flops / 1e12) ** -0.3 + 0.8, run_noise=0.01, point_noise=0.04, seed=5)
     answer = study(collect([tmp_path]), Question(laws=("offset",), resamples=50))
@@ -285,71 +212,3 @@ def test_a_floor_above_the_best_measurement_is_a_misfit(table):
     assert answer.results[0].fit.named()["e"] > 4
     (caution,) = [caution for caution in answer.cautions if caution.code == "misfit"]
     assert caution.message.endswith("above the best measurement 4: it does not fit")
-
-
-def test_table_of_sizes(table):
-    header, rows = size_table(study(table, Question(resamples=10)))
-    assert [row[0] for row in rows] == ["xs", "s", "m", "l"]
-    assert header[-4:] == ["validation_loss", "fd", "recognised", "status"]
-    assert all("-" not in row for row in rows)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(None, "-"), (1546941, "1.547 M"), (7.68e13, "7.68e+13"), (0.0, "0"), (17.4951, "17.5")]
-)
-def test_numbers_for_people(value, text):
-    assert number(value) == text
-
-
-def from_the_shell(*arguments):
-    command = [sys.executable, "tools/fit_scaling.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_fit_scaling_from_the_shell(sweep, tmp_path):
-    folders = [write_samples(tmp_path / size, sweep / f"{size}-seed0", 20000) for size in ("s", "l")]
-    out = tmp_path / "report"
-    done = from_the_shell(sweep, "--law", "offset", "power", "--samples", *folders, "--resamples", "50", "-o", out)
-    assert done.returncode == 0, done.stderr
-    figures = [
-        f"{name}.{kind}" for name in ("curves", "predictions", "residuals", "samples") for kind in ("png", "svg")
-    ]
-    assert {path.name for path in out.iterdir()} == {*figures, "fit.json", "report.html", "report.md"}
-    record = json.loads((out / "fit.json").read_text())
-    assert record["held_out"] == ["l"] and {law["law"] for law in record["laws"]} == {"offset", "power"}
-    page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4 + len(folders) and "s after 20,000 steps" in page
-    assert "](samples.png)" in (out / "report.md").read_text()
-    assert not re.search(r'(src|href)="(?!data:)', page), "the page must be self-contained"
-    assert page.index("Caution") < page.index("Sizes, at their last evaluation")
-
-
-def test_exit_codes(sweep, tmp_path):
-    strict = run_tool("fit_scaling", sweep, "--strict", "--resamples", "20", "-o", tmp_path / "strict")
-    assert strict.returncode == 3 and "caution (few_runs)" in strict.stderr
-    refused = run_tool("fit_scaling", sweep, "--metric", "fid", "-o", tmp_path / "refused")
-    assert refused.returncode == 2 and "refused (no_rows)" in refused.stderr
-    assert "Refused (no_rows)" in (tmp_path / "refused" / "report.html").read_text()
-    vague = run_tool("fit_scaling", sweep, "--where", "key_guidance", "-o", tmp_path / "vague")
-    assert vague.returncode == 2 and vague.stderr == "error: --where key_guidance: give COLUMN=VALUE\n"
-    wrong = run_tool("fit_scaling", tmp_path / "nothing", "-o", tmp_path / "wrong")
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and not (tmp_path / "wrong").exists()
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("--resamples=0", "--resamples: 0 is too small, the least is 20"),
-        ("--huber=-0.1", "--huber: -0.1 must be above 0"),
-        ("--seed=-1", "--seed: -1 is too small, the least is 0"),
-    ],
-)
-def test_an_option_out_of_range_is_one_message(sweep, tmp_path, option, message):
-    done = run_tool("fit_scaling", sweep, option, "-o", tmp_path / "report")
-    assert (done.returncode, done.stderr) == (2, f"error: {message}\n") and not (tmp_path / "report").exists()
-
-
-def test_a_report_that_cannot_be_written_is_one_message(sweep, tmp_path):
-    (tmp_path / "report").write_text("a file")
-    done = run_tool("fit_scaling", sweep, "--resamples", "20", "-o", tmp_path / "report")
-    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path / 'report'}: cannot be written (File exists)\n")

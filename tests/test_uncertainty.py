@@ -4,11 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fitscale.scaling.fitting import fit_law, refit
-from fitscale.scaling.laws import OFFSET, POWER
-from fitscale.scaling.noise import estimate
-from fitscale.scaling.points import chosen
-from fitscale.scaling.uncertainty import covariance, fit_noise, new_run_KN, resample
+from fitscale.scaling.fit.fitting import fit_law
+from fitscale.scaling.fit.laws import OFFSET, POWER
+from fitscale.scaling.fit.noise import estimate
+from fitscale.scaling.fit.uncertainty import covariance, new_run_KN, resample
+from fitscale.scaling.rows.fitted_points import chosen
 
 RUN_NOISE, POINT_NOISE = 0.02, 0.015
 TARGET = pd.DataFrame({"train_flops": [4.5e20]})
@@ -19,11 +19,11 @@ def truth(flops):
 
 
 def sweep(rng, sizes=4, points=6, run_noise=RUN_NOISE, point_noise=POINT_NOISE):
-    """One run per size, each with its own luck; sizes span a factor of 100 in compute."""
+    """One run per size, each with its own deviation; sizes span a factor of 100 in compute."""
     rows = [
-        {"run": f"r{size}", "train_flops": last * share, "value": luck * truth(last * share) * np.exp(noise)}
+        {"run": f"r{size}", "train_flops": last * share, "value": deviation * truth(last * share) * np.exp(noise)}
         for size, last in enumerate(np.geomspace(1e18, 1e20, sizes))
-        for luck in [np.exp(rng.normal(0, run_noise))]
+        for deviation in [np.exp(rng.normal(0, run_noise))]
         for share, noise in zip(np.geomspace(0.1, 1, points), rng.normal(0, point_noise, points), strict=True)
     ]
     return pd.DataFrame(rows)
@@ -31,11 +31,10 @@ def sweep(rng, sizes=4, points=6, run_noise=RUN_NOISE, point_noise=POINT_NOISE):
 
 def residual_draws(fit, rows, rng, count=200):
     """The usual bootstrap: residuals of single points, drawn with replacement."""
-    x, _ = fit.law.centred(rows, fit.centre_F)
-    log = np.log(fit.metric(rows))
-    residual = (np.log(rows["value"].to_numpy()) - log) * np.sqrt(len(rows) / (len(rows) - len(fit.theta_P)))
+    log = fit.at_points()[0]
+    residual = (fit.points.y_N - log) * np.sqrt(len(rows) / (len(rows) - len(fit.theta_P)))
     y = log + rng.choice(residual, (count, len(rows)))
-    return refit(fit.law, x, y, np.repeat(fit.theta_P[None], count, axis=0), fit.loss)[0]
+    return fit.again(y, np.tile(fit.theta_P, (count, 1)))[0]
 
 
 def covers(draws, value):
@@ -49,7 +48,7 @@ def test_ninety_percent_intervals_cover_a_new_run_and_those_of_residuals_do_not(
     for index in range(200):
         rows = sweep(rng)
         fit = fit_law(POWER, rows)
-        draws = resample(fit, rows, 200, index)
+        draws = resample(fit, 200, index)
         new = truth(TARGET["train_flops"].item()) * np.exp(rng.normal(0, RUN_NOISE) + rng.normal(0, POINT_NOISE))
         naive = fit.metric(TARGET, residual_draws(fit, rows, rng))[:, 0]
         curve = truth(TARGET["train_flops"].item())
@@ -71,7 +70,7 @@ def test_intervals_of_two_or_three_runs_are_no_wider_than_they_must_be(sizes):
         rows = sweep(rng, sizes=sizes)
         fit = fit_law(POWER, rows)
         new = truth(TARGET["train_flops"].item()) * np.exp(rng.normal(0, RUN_NOISE) + rng.normal(0, POINT_NOISE))
-        hits.append(covers(new_run_KN(fit, resample(fit, rows, 200, index), TARGET, index)[:, 0], new))
+        hits.append(covers(new_run_KN(fit, resample(fit, 200, index), TARGET, index)[:, 0], new))
     assert 0.85 <= np.mean(hits) <= 0.96
 
 
@@ -80,7 +79,7 @@ def test_variances_between_and_within_runs_are_found_on_average():
     found = []
     for _ in range(300):
         rows = sweep(rng, sizes=6)
-        noise = fit_noise(fit_law(POWER, rows), rows)
+        noise = fit_law(POWER, rows).noise
         found.append((noise.run, noise.point))
     run, point = np.sqrt(np.mean(found, axis=0))
     assert run == pytest.approx(RUN_NOISE, rel=0.15)
@@ -89,7 +88,7 @@ def test_variances_between_and_within_runs_are_found_on_average():
 
 def test_without_a_difference_between_runs_none_is_invented():
     rng = np.random.default_rng(1)
-    noises = [fit_noise(fit_law(POWER, rows), rows) for rows in (sweep(rng, run_noise=0.0) for _ in range(50))]
+    noises = [fit_law(POWER, sweep(rng, run_noise=0.0)).noise for _ in range(50)]
     assert np.mean([noise.run for noise in noises]) < 0.3 * POINT_NOISE**2
     assert min(noise.run for noise in noises) == 0.0
 
@@ -110,25 +109,25 @@ def test_variances_that_the_points_do_not_tell_apart_are_those_of_runs():
     for index in range(100):
         rows = sweep(rng, sizes=2, points=2).iloc[1:]
         fit = fit_law(POWER, rows)
-        draws = resample(fit, rows, 200, index)
-        assert draws.noise.point == 0.0 and draws.noise.freedom[0] == pytest.approx(1)
+        draws = resample(fit, 200, index)
+        assert fit.noise.point == 0.0 and fit.noise.freedom[0] == pytest.approx(1)
         new = truth(TARGET["train_flops"].item()) * np.exp(rng.normal(0, RUN_NOISE) + rng.normal(0, POINT_NOISE))
         new_K = new_run_KN(fit, draws, TARGET, index)[:, 0]
         hits.append(covers(new_K, new))
         widths.append(np.ptp(np.quantile(np.log(new_K), [0.05, 0.95])))
     assert 0.85 <= np.mean(hits) <= 0.99 and np.median(widths) < 2
     one = sweep(rng, sizes=1)
-    assert 0.2 < fit_noise(fit_law(POWER, one), one).total / POINT_NOISE < 3
+    assert 0.2 < fit_law(POWER, one).noise.total / POINT_NOISE < 3
 
 
 def test_resamples_repeat_with_their_seed_and_agree_with_the_covariance():
     rows = sweep(np.random.default_rng(3), sizes=12)
     fit = fit_law(POWER, rows)
-    first, again, other = (resample(fit, rows, 4000, seed) for seed in (0, 0, 1))
+    first, again, other = (resample(fit, 4000, seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first.theta_KP, again.theta_KP)
     assert not np.array_equal(first.theta_KP, other.theta_KP)
     spread = np.diff(np.quantile(first.theta_KP, [0.25, 0.75], axis=0), axis=0)[0] / 1.349
-    np.testing.assert_allclose(spread, np.sqrt(np.diag(covariance(fit, rows))), rtol=0.15)
+    np.testing.assert_allclose(spread, np.sqrt(np.diag(covariance(fit))), rtol=0.15)
 
 
 def test_few_runs_give_wide_intervals():
@@ -137,7 +136,7 @@ def test_few_runs_give_wide_intervals():
     for sizes in (3, 8):
         rows = sweep(rng, sizes=sizes)
         fit = fit_law(POWER, rows)
-        draws = new_run_KN(fit, resample(fit, rows, 500, 0), TARGET, 0)[:, 0]
+        draws = new_run_KN(fit, resample(fit, 500, 0), TARGET, 0)[:, 0]
         widths.append(np.ptp(np.quantile(np.log(draws), [0.05, 0.95])))
     assert widths[0] > 1.5 * widths[1]
 
@@ -147,11 +146,11 @@ def test_floors_are_resampled_too():
     rows = sweep(rng, sizes=5, points=8)
     rows["value"] += 4
     fit = fit_law(OFFSET, rows)
-    floors = resample(fit, rows, 300, 0).theta_KP[:, -1]
+    floors = resample(fit, 300, 0).theta_KP[:, -1]
     assert (floors >= 0).all() and np.quantile(floors, 0.05) < 4 < np.quantile(floors, 0.95)
 
 
-def test_luck_that_is_hardly_known_stays_within_floats():
+def test_a_variance_that_is_hardly_known_stays_within_floats():
     """Three runs leave one degree of freedom: some resamples draw factors beyond any measurement."""
     rng = np.random.default_rng(6)
     for index in range(10):
@@ -160,7 +159,7 @@ def test_luck_that_is_hardly_known_stays_within_floats():
         far = pd.DataFrame({"train_flops": [rows["train_flops"].max() * 1e9]})
         with np.errstate(all="raise", under="ignore"):
             fit = fit_law(POWER, rows)
-            draws = new_run_KN(fit, resample(fit, rows, 1000, index), far, index)
+            draws = new_run_KN(fit, resample(fit, 1000, index), far, index)
         assert np.isfinite(draws).all() and (draws > 0).all()
 
 
@@ -185,7 +184,7 @@ def test_repeated_seeds_leave_the_frontier_unbiased_and_its_intervals_honest(see
         fit = fit_law(POWER, used)
         curve = truth(TARGET["train_flops"].item())
         new = curve * np.exp(rng.normal(0, RUN_NOISE) + rng.normal(0, POINT_NOISE))
-        draws = resample(fit, used, 200, index)
+        draws = resample(fit, 200, index)
         law = fit.metric(TARGET, draws.theta_KP)[:, 0]
         hits.append((covers(new_run_KN(fit, draws, TARGET, index)[:, 0], new), covers(law, curve)))
         errors.append(np.log(fit.metric(TARGET)[0] / curve))

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from fitscale.config.program import exit_code
-from fitscale.scaling.fitting import Fit, Loss, best_of
-from fitscale.scaling.laws import ADDITIVE
-from fitscale.scaling.uncertainty import resample
+from fitscale.scaling.fit.fitting import FittedPoints, ResidualLoss, best_of
+from fitscale.scaling.fit.laws import ADDITIVE
+from fitscale.scaling.fit.uncertainty import central, resample
 
 POINTS, STARTS, RESAMPLES, LIMIT = 245, 4500, 4000, 60.0
 EXPONENTS = np.linspace(0.1, 1.5, 15)
@@ -35,20 +35,18 @@ def main(argv: list[str] | None = None) -> int:
 def bench() -> int:
     """Fit, resample, and print the seconds and the parameters."""
     rows = points()
-    x_NF, centre_F = ADDITIVE.centred(rows)
-    y_N = np.log(rows["value"].to_numpy())
+    data = FittedPoints.of(ADDITIVE, rows)
     began = time.perf_counter()
-    start_KP = ADDITIVE.starts(x_NF, y_N, EXPONENTS, FLOORS)
-    theta_P, objective, reached = best_of(ADDITIVE, x_NF, y_N, start_KP, Loss(huber=1e-3))
+    start_KP = ADDITIVE.starts(data.x_NF, data.y_N, EXPONENTS, FLOORS)
+    fit = best_of(ADDITIVE, data, start_KP, ResidualLoss(huber=1e-3))
     fitted = time.perf_counter()
-    fit = Fit(ADDITIVE, Loss(huber=1e-3), theta_P, centre_F, objective, len(start_KP), reached, len(rows))
-    draws = resample(fit, rows, RESAMPLES, seed=0)
+    draws = resample(fit, RESAMPLES, seed=0)
     resampled = time.perf_counter()
-    print(f"{len(rows)} points, {len(start_KP)} starts: {fitted - began:.1f} s, best reached from {reached:.0%}")
+    print(f"{len(rows)} points, {len(start_KP)} starts: {fitted - began:.1f} s, best reached from {fit.reached:.0%}")
     print(f"{len(draws.theta_KP)} resamples: {resampled - fitted:.1f} s")
-    for name, value in fit.named().items():
-        low, high = np.quantile([fit.named(theta)[name] for theta in draws.theta_KP], [0.05, 0.95])
-        print(f"  {name:<6}{value:10.4f}   90 % {low:.4f} to {high:.4f}")
+    for name, draws_K in fit.named(draws.theta_KP).items():
+        low, high = central(draws_K)
+        print(f"  {name:<6}{fit.named()[name]:10.4f}   90 % {low:.4f} to {high:.4f}")
     return int(max(fitted - began, resampled - fitted) > LIMIT)
 
 

@@ -13,38 +13,26 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fitscale.config.errors import UserError, writing
+from fitscale.config.errors import UserError
 from fitscale.config.program import exit_code
 
 if TYPE_CHECKING:
     import pandas as pd
 
 PROBLEMS = 3
-
-
 MOST_NAMED = 12  # sizes in the closing line
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUNS", help="run directories, folders of them, or a table"
-    )
-    parser.add_argument("--columns", type=Path, help="column map (YAML) that says what the columns of a CSV are")
-    parser.add_argument("--infinity", metavar="METRIC", help="add FID-infinity of this metric, from its sample counts")
-    parser.add_argument("--tuned", metavar="METRIC", help="add this metric at every checkpoint's best guidance")
-    parser.add_argument(
-        "--ema-share", type=float, metavar="F", help="keep the EMA whose length is nearest F of training"
-    )
-    parser.add_argument("--check", action="store_true", help="list the table's problems")
-    parser.add_argument("-o", "--output", type=Path, help="the table to write, .csv or .parquet")
-    return exit_code(lambda: collect_runs(parser.parse_args(arguments)))
+    return exit_code(lambda: collect_runs(_parser().parse_args(arguments)))
 
 
 def collect_runs(options: argparse.Namespace) -> int:
     """Write and/or check the table, and say what it holds."""
-    from fitscale.scaling.check import problems, summary
-    from fitscale.scaling.table import write_table
+    from fitscale.config.errors import writing
+    from fitscale.scaling.rows.refusals import listed
+    from fitscale.scaling.rows.selection import problems, summary
+    from fitscale.scaling.rows.table import write_table
 
     if not options.output and not options.check:
         raise UserError("nothing to do: give -o FILE, or --check")
@@ -52,9 +40,8 @@ def collect_runs(options: argparse.Namespace) -> int:
     if options.output:
         with writing(options.output):
             write_table(table, options.output)
-        sizes = list(table["size"].dropna().unique())
-        named = ", ".join(sizes[:MOST_NAMED]) + (f" and {len(sizes) - MOST_NAMED} more" if sizes[MOST_NAMED:] else "")
-        print(f"{options.output}: {len(table)} evaluations of {table['run'].nunique()} runs, sizes {named}")
+        sizes = listed(list(table["size"].dropna().unique()), MOST_NAMED)
+        print(f"{options.output}: {len(table)} evaluations of {table['run'].nunique()} runs, sizes {sizes}")
     if not options.check:
         return 0
     found = problems(table)
@@ -66,8 +53,8 @@ def _derived(table: "pd.DataFrame", options: argparse.Namespace) -> "pd.DataFram
     """The table with the rows that were asked for besides the measured ones."""
     import pandas as pd
 
-    from fitscale.scaling.fid import ema_rule, infinity, tuned_guidance
-    from fitscale.scaling.table import validate
+    from fitscale.scaling.rows.fid import ema_rule, infinity, tuned_guidance
+    from fitscale.scaling.rows.table import validate
 
     if options.ema_share is not None:
         table = ema_rule(table, options.ema_share)
@@ -80,14 +67,29 @@ def _derived(table: "pd.DataFrame", options: argparse.Namespace) -> "pd.DataFram
 
 
 def _table(runs: list[Path], columns: Path | None) -> "pd.DataFrame":
-    from fitscale.scaling.foreign import read_foreign
-    from fitscale.scaling.runs import load_table
+    from fitscale.scaling.rows.column_map import read_mapped
+    from fitscale.scaling.rows.runs import load_table
 
     if columns is None:
         return load_table(runs)
     if len(runs) > 1:
         raise UserError("--columns goes with one CSV file")
-    return read_foreign(runs[0], columns)
+    return read_mapped(runs[0], columns)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from fitscale.scaling.rows.options import add_runs_option
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_runs_option(parser)
+    add = parser.add_argument
+    add("--columns", type=Path, help="column map (YAML) that says what the columns of a CSV are")
+    add("--infinity", metavar="METRIC", help="add FID-infinity of this metric, from its sample counts")
+    add("--tuned", metavar="METRIC", help="add this metric at every checkpoint's best guidance")
+    add("--ema-share", type=float, metavar="F", help="keep the EMA whose length is nearest F of training")
+    add("--check", action="store_true", help="list the table's problems")
+    add("-o", "--output", type=Path, help="the table to write, .csv or .parquet")
+    return parser
 
 
 if __name__ == "__main__":

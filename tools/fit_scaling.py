@@ -11,28 +11,29 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fitscale.config.errors import UserError, writing
+from fitscale.config.errors import UserError
 from fitscale.config.program import exit_code
 
 if TYPE_CHECKING:
-    from fitscale.scaling.samples import SampleFolder
-    from fitscale.scaling.study import Question, Study
+    from fitscale.scaling.fit.question import Question
+    from fitscale.scaling.fit.study import Study
+    from fitscale.scaling.report.samples import SampleFolder
 
 FITTED, REFUSED, CAUTIONS = 0, 2, 3
 LEAST_RESAMPLES = 20  # one of them beyond either end of a 90 % interval
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    return exit_code(lambda: fit_scaling(options))
+    return exit_code(lambda: fit_scaling(_parser().parse_args(arguments)))
 
 
 def fit_scaling(options: argparse.Namespace) -> int:
     """Fit, write the report, print it in short; the exit code of this program's description."""
-    from fitscale.scaling.arguments import require_at_least
-    from fitscale.scaling.report import write_report
-    from fitscale.scaling.runs import load_table
-    from fitscale.scaling.study import study
+    from fitscale.config.errors import writing
+    from fitscale.scaling.fit.study import study
+    from fitscale.scaling.report.files import write_report
+    from fitscale.scaling.rows.options import require_at_least
+    from fitscale.scaling.rows.runs import load_table
 
     require_at_least(options, resamples=LEAST_RESAMPLES, seed=0)
     if options.huber is not None and not options.huber > 0:
@@ -50,7 +51,7 @@ def fit_scaling(options: argparse.Namespace) -> int:
 
 def _sample_folders(options: argparse.Namespace, answer: "Study") -> list["SampleFolder"]:
     """Those asked for, or those inside the run directories whose checkpoint is a row of the study."""
-    from fitscale.scaling.samples import find_folders, read_folder, row_of
+    from fitscale.scaling.report.samples import find_folders, read_folder, row_of
 
     if options.samples or not len(answer.rows):
         return [read_folder(path) for path in options.samples]
@@ -62,50 +63,36 @@ def _sample_folders(options: argparse.Namespace, answer: "Study") -> list["Sampl
 
 
 def _question(options: argparse.Namespace) -> "Question":
-    from fitscale.scaling.arguments import conditions
-    from fitscale.scaling.fitting import Loss
-    from fitscale.scaling.study import Question
+    from fitscale.scaling.fit.fitting import ResidualLoss
+    from fitscale.scaling.fit.question import question
 
-    return Question(
-        metric=options.metric,
-        laws=tuple(dict.fromkeys(options.law)),
-        points=options.points,
-        hold_out=() if options.hold_out == ["none"] else tuple(options.hold_out),
-        where=conditions(options.where),
-        from_step=options.from_step,
-        drop_missing=options.drop_missing,
-        extrapolate=options.extrapolate,
-        loss=Loss("linear" if options.linear else "log", options.huber),
-        resamples=options.resamples,
-        seed=options.seed,
-    )
+    hold_out = () if options.hold_out == ["none"] else tuple(options.hold_out)
+    return question(options, hold_out=hold_out, loss=ResidualLoss("linear" if options.linear else "log", options.huber))
 
 
 def _say(answer: "Study") -> None:
-    from fitscale.scaling.wording import report_content
+    from fitscale.scaling.report.content import headline
 
     for refusal in answer.refusals:
         print(f"refused ({refusal.code}): {refusal.message}", file=sys.stderr)
     for caution in answer.cautions:
         print(f"caution ({caution.code}): {caution.message}", file=sys.stderr)
-    for headline in report_content(answer)["headlines"]:
-        print(headline)
+    for result in answer.results:
+        print(headline(answer, result))
 
 
 def _parser() -> argparse.ArgumentParser:
-    from fitscale.scaling.arguments import add_row_options
-    from fitscale.scaling.study import CHOICES
+    from fitscale.scaling.fit.question import add_draw_options, add_law_options
+    from fitscale.scaling.fit.study import CHOICES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_row_options(parser)
+    add_law_options(parser, CHOICES)
+    add_draw_options(parser)
     add = parser.add_argument
-    add("--law", nargs="+", choices=CHOICES, default=["offset", "power"], help="laws; the best is shown first")
     add("--hold-out", nargs="+", default=["largest"], metavar="SIZE", help="sizes to predict: largest, none or names")
-    add("--extrapolate", action="store_true", help="agree to predictions at more than 10 times the fitted compute")
-    add("--resamples", type=int, default=4000, help="times that the luck of all runs is drawn anew (default: 4000)")
+    add("--resamples", type=int, default=4000, help="times that all runs are drawn anew (default: 4000)")
     add("--huber", type=float, metavar="DELTA", help="Huber's loss with this corner instead of squares")
     add("--linear", action="store_true", help="residuals of the metric itself instead of its logarithm")
-    add("--seed", type=int, default=0, help="seed of the resampling")
     add(
         "--samples",
         nargs="+",

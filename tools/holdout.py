@@ -8,7 +8,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from fitscale.config.errors import writing
 from fitscale.config.program import exit_code
 
 
@@ -18,17 +17,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def holdout(options: argparse.Namespace) -> int:
     """Print (and write) the errors and the ranking; a refusal is a user's error."""
+    from fitscale.config.errors import writing
     from fitscale.config.files import write_atomic
-    from fitscale.scaling.arguments import conditions
-    from fitscale.scaling.holdout import hold_out
-    from fitscale.scaling.runs import load_table
-    from fitscale.scaling.select import select
+    from fitscale.scaling.fit.holdout import hold_out
+    from fitscale.scaling.fit.question import question
+    from fitscale.scaling.rows.runs import load_table
 
-    where, table = conditions(options.where), load_table(options.runs)
-    selection = select(table, options.metric, where, options.from_step, options.drop_missing)
+    asked = question(options)
+    selection = asked.select(load_table(options.runs))
     for caution in selection.cautions:
         print(f"caution ({caution.code}): {caution.message}", file=sys.stderr)
-    answer = hold_out(selection.rows, options.by, tuple(options.law), options.points)
+    answer = hold_out(selection.rows, options.by, asked.laws, asked.points)
     for fold, law, refusal in answer.refusals:
         print(f"refused ({refusal.code}), {fold}: {law}: {refusal.message}", file=sys.stderr)
     columns = ["fold", "law", "run", "step", "train_flops", "value", "predicted", "error"]
@@ -47,15 +46,13 @@ def holdout(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from fitscale.scaling.arguments import add_row_options
-    from fitscale.scaling.holdout import BY
-    from fitscale.scaling.laws import LAWS
+    from fitscale.scaling.fit.holdout import BY
+    from fitscale.scaling.fit.question import add_law_options
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_row_options(parser)
+    add_law_options(parser)
     add = parser.add_argument
     add("--by", choices=BY, default="size", help="what is held out")
-    add("--law", nargs="+", choices=LAWS, default=["offset", "power"])
     add("-o", "--output", type=Path, help="CSV file for the errors")
     return parser
 

@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fitscale.config.errors import UserError, writing
+from fitscale.config.errors import UserError
 from fitscale.config.program import exit_code
 
 if TYPE_CHECKING:
-    from fitscale.scaling.planner import Economics, Outlook, Plan, Prior
+    from fitscale.scaling.fit.planner import Economics, Outlook, Prior, SweepPlan
 
 MODELS = Path(__file__).parents[1] / "configs" / "model"
 RECIPE = "configs/recipe/fitv2_256.yaml"
@@ -30,10 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan; write the sweep's YAML if asked."""
+    from fitscale.config.errors import writing
     from fitscale.config.files import write_atomic
     from fitscale.model import flops
-    from fitscale.scaling.arguments import model_named, require_at_least
-    from fitscale.scaling.planner import plan
+    from fitscale.scaling.fit.planner import plan
+    from fitscale.scaling.rows.options import model_named, require_at_least
 
     require_at_least(options, points=1, first_step=1, tokens=1, batch=1, samples=2, nfe=1, target_steps=1, seed=0)
     economics = _economics(options)
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _lines(answer: "Plan", economics: "Economics", options: argparse.Namespace) -> list[str]:
+def _lines(answer: "SweepPlan", economics: "Economics", options: argparse.Namespace) -> list[str]:
     from fitscale.model import flops
 
     lines = [f"{'cell':<14}{'parameters':>14}{'steps':>11}{'training FLOPs':>16}{'GPU-hours':>11}  evaluated at steps"]
@@ -77,7 +78,7 @@ def _interval(outlook: "Outlook") -> str:
     return f"{outlook.low - 1:+.1%} to {outlook.high - 1:+.1%}"
 
 
-def _sweep_yaml(answer: "Plan", options: argparse.Namespace) -> str:
+def _sweep_yaml(answer: "SweepPlan", options: argparse.Namespace) -> str:
     from fitscale.config.load import to_yaml
     from fitscale.jobs.sweep import SweepConfig
 
@@ -115,7 +116,7 @@ def _missing(options: argparse.Namespace) -> dict[str, str]:
 
 
 def _economics(options: argparse.Namespace) -> "Economics":
-    from fitscale.scaling.planner import PEAK_FLOPS, Economics
+    from fitscale.scaling.fit.planner import PEAK_FLOPS, Economics
 
     if not 0 < options.mfu <= 1:
         raise UserError(f"--mfu {options.mfu}: a utilisation lies above 0 and at most at 1")
@@ -132,34 +133,26 @@ def _economics(options: argparse.Namespace) -> "Economics":
 
 
 def _prior(options: argparse.Namespace) -> "Prior":
-    from fitscale.scaling.arguments import conditions
-    from fitscale.scaling.planner import Prior, assumed
-    from fitscale.scaling.runs import load_table
-    from fitscale.scaling.study import Question, study
+    from fitscale.scaling.fit.planner import Prior, assumed
+    from fitscale.scaling.fit.question import question
+    from fitscale.scaling.fit.study import study
+    from fitscale.scaling.rows.runs import load_table
 
     if not options.prior:
         if options.where or options.from_step or options.drop_missing:
             raise UserError("--where, --from-step and --drop-missing go with --prior")
         return assumed()
-    question = Question(
-        metric=options.metric,
-        laws=("offset",),
-        hold_out=(),
-        where=conditions(options.where),
-        from_step=options.from_step,
-        drop_missing=options.drop_missing,
-    )
-    answer = study(load_table(options.prior), question)
+    asked = question(options, laws=("offset",), points="frontier", hold_out=())
+    answer = study(load_table(options.prior), asked)
     if not answer.results:
         raise answer.refusals[0]
-    result = answer.results[0]
-    noise = result.resamples.noise
-    return Prior(result.fit, noise.run**0.5, noise.point**0.5)
+    fit = answer.results[0].fit
+    return Prior(fit, fit.noise.run**0.5, fit.noise.point**0.5)
 
 
 def _parser() -> argparse.ArgumentParser:
-    from fitscale.scaling.arguments import add_filter_options
-    from fitscale.scaling.planner import PEAK_FLOPS
+    from fitscale.scaling.fit.planner import PEAK_FLOPS
+    from fitscale.scaling.rows.options import add_filter_options
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

@@ -12,14 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fitscale.config.errors import writing
 from fitscale.config.program import exit_code
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from fitscale.config.schema import ModelConfig
-    from fitscale.scaling.predict import Target
+    from fitscale.scaling.fit.prediction import Target
 
 MODELS = Path(__file__).parents[1] / "configs" / "model"
 
@@ -32,28 +31,17 @@ def run(options: argparse.Namespace) -> int:
     """Print every law's prediction, cautions first; write them as JSON if asked."""
     import json
 
+    from fitscale.config.errors import writing
     from fitscale.config.files import write_atomic
-    from fitscale.scaling.arguments import conditions, require_at_least
-    from fitscale.scaling.predict import describe, predict
-    from fitscale.scaling.runs import load_table
-    from fitscale.scaling.select import select
-    from fitscale.scaling.study import Question
+    from fitscale.scaling.fit.prediction import describe, predict
+    from fitscale.scaling.fit.question import question
+    from fitscale.scaling.rows.options import require_at_least
+    from fitscale.scaling.rows.runs import load_table
 
     require_at_least(options, steps=1, batch=1, tokens=1, seed=0)
-    table = load_table(options.runs)
-    question = Question(
-        metric=options.metric,
-        laws=tuple(options.law),
-        points=options.points,
-        where=conditions(options.where),
-        from_step=options.from_step,
-        drop_missing=options.drop_missing,
-        extrapolate=options.extrapolate,
-        seed=options.seed,
-    )
-    chosen = select(table, question.metric, question.where, question.from_step, question.drop_missing)
-    goal = _target(options, chosen.rows)
-    predictions, study = predict(table, question, goal)
+    table, asked = load_table(options.runs), question(options)
+    goal = _target(options, asked.select(table).rows)
+    predictions, study = predict(table, asked, goal)
     for note in [*study.refusals, *study.cautions]:
         print(f"{note.code}: {note.message}", file=sys.stderr)
     print(f"{goal.size}: {goal.parameters:,} parameters, {goal.images:,} images, {goal.train_flops:.3g} training FLOPs")
@@ -70,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _target(options: argparse.Namespace, rows: "pd.DataFrame") -> "Target":
     """The run that is asked about; what is not said of it is as in `rows`, the runs that it is predicted from."""
-    from fitscale.scaling.predict import batch_of, target, tokens_of
+    from fitscale.scaling.fit.prediction import batch_of, target, tokens_of
 
     batch = batch_of(rows) if options.batch is None else options.batch
     tokens, squared = tokens_of(rows) if options.tokens is None else (options.tokens, options.tokens**2)
@@ -79,7 +67,7 @@ def _target(options: argparse.Namespace, rows: "pd.DataFrame") -> "Target":
 
 def _model(size: list[str]) -> "ModelConfig":
     from fitscale.config.load import load_config
-    from fitscale.scaling.arguments import model_named
+    from fitscale.scaling.rows.options import model_named
 
     if len(size) == 1 and not size[0].endswith((".yaml", ".yml")):
         return model_named(size[0], MODELS)
@@ -87,19 +75,16 @@ def _model(size: list[str]) -> "ModelConfig":
 
 
 def _parser() -> argparse.ArgumentParser:
-    from fitscale.scaling.arguments import add_row_options
-    from fitscale.scaling.laws import LAWS
+    from fitscale.scaling.fit.question import add_draw_options, add_law_options
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_row_options(parser)
+    add_law_options(parser)
+    add_draw_options(parser)
     add = parser.add_argument
     add("--size", nargs="+", required=True, metavar="SIZE", help="a name in configs/model, or YAML files and overrides")
     add("--steps", type=int, required=True, help="optimizer steps")
     add("--batch", type=int, help="images per step (default: that of the runs)")
     add("--tokens", type=float, help="tokens per image, all alike (default: those of the runs)")
-    add("--law", nargs="+", choices=LAWS, default=["offset", "power"])
-    add("--extrapolate", action="store_true", help="agree to more than 10 times the fitted compute")
-    add("--seed", type=int, default=0, help="seed of the resampling")
     add("-o", "--output", type=Path, help="JSON file for the predictions")
     return parser
 

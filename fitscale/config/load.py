@@ -1,5 +1,6 @@
 """YAML files, merged left to right, then `key=value` overrides, into a checked `Config`. The only door to omegaconf."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,8 +16,8 @@ from fitscale.config.schema import MODEL_CONFIGS, Config, ModelConfig
 Schema = TypeVar("Schema")
 
 
-def load_config(arguments: list[str]) -> Config:
-    """Merge `arguments` in their order: paths of YAML files and dotted `key=value` overrides.
+def load_config(arguments: Sequence[str | dict[str, Any]]) -> Config:
+    """Merge `arguments` in their order: sections as a dict, paths of YAML files, and dotted `key=value` overrides.
 
     Raises:
         UserError: a file is missing or no YAML, a key is unknown, a value has the wrong type or cannot be right.
@@ -33,14 +34,17 @@ def load_config(arguments: list[str]) -> Config:
     return _merge(schema, sources)
 
 
-def load_schema(schema: type[Schema], arguments: list[str]) -> Schema:
+def load_schema(schema: type[Schema], arguments: Sequence[str]) -> Schema:
     """`load_config` for any other frozen dataclass (a sweep, a cluster profile)."""
     return _merge(OmegaConf.structured(schema), _read_all(arguments))
 
 
-def _read_all(arguments: list[str]) -> list[tuple[str, Any]]:
-    """(argument, its content): files first, then overrides."""
-    return [(argument, _read(argument)) for argument in sorted(arguments, key=_is_override)]
+def _read_all(arguments: Sequence[Any]) -> list[tuple[str, Any]]:
+    """(what it is called, content) of each: sections and files first, then overrides."""
+    return [
+        (argument if isinstance(argument, str) else "config", _read(argument))
+        for argument in sorted(arguments, key=_is_override)
+    ]
 
 
 def _merge(merged: Any, sources: list[tuple[str, Any]]) -> Any:
@@ -60,11 +64,13 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_plain(asdict(config))))
 
 
-def _is_override(argument: str) -> bool:
-    return "=" in argument and not argument.endswith((".yaml", ".yml"))
+def _is_override(argument: Any) -> bool:
+    return isinstance(argument, str) and "=" in argument and not argument.endswith((".yaml", ".yml"))
 
 
-def _read(argument: str) -> Any:
+def _read(argument: Any) -> Any:
+    if isinstance(argument, dict):
+        return OmegaConf.create(argument)
     if not _is_override(argument):
         return _read_file(argument)
     try:

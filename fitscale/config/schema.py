@@ -7,7 +7,7 @@ raises `UserError` with the key's full path and the values that would be valid.
 from dataclasses import dataclass, field, replace
 from math import gcd
 
-from fitscale.config.checks import at_least, between, choice
+from fitscale.config.checks import Section, number, one_of
 from fitscale.config.errors import UserError
 from fitscale.config.schema_data import DataConfig
 
@@ -20,7 +20,7 @@ _OWN_TIMES = {"rectified": "logit_normal", "ddpm": "uniform"}
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section, path="model"):
     """What every backbone's config has; `family` names the backbone, whose own class adds the rest (`fitscale.model`).
 
     How a backbone divides over tensor-parallel ranks, which objective it learns and what its network answers are
@@ -29,16 +29,15 @@ class ModelConfig:
 
     name: str = "b"
     family: str = "fitv2"
-    depth: int = 15
-    hidden_size: int = 768
-    num_heads: int = 12
-    patch_size: int = 2  # side of a square patch, in latent pixels
-    in_channels: int = 4  # channels of a latent (VAE) or of an image (pixels)
-    num_classes: int = 1000  # without the extra "no class" row
+    depth: int = number(15, least=1)
+    hidden_size: int = number(768, least=1)
+    num_heads: int = number(12, least=1)
+    patch_size: int = number(2, least=1)  # side of a square patch, in latent pixels
+    in_channels: int = number(4, least=1)  # channels of a latent (VAE) or of an image (pixels)
+    num_classes: int = number(1000, least=1)  # without the extra "no class" row
 
     def __post_init__(self) -> None:
-        for key in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "num_classes"):
-            at_least(f"model.{key}", getattr(self, key), 1)
+        super().__post_init__()
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"model.hidden_size: {self.hidden_size} is not a multiple of model.num_heads = {self.num_heads}"
@@ -82,30 +81,21 @@ MODEL_CONFIGS: dict[str, type[ModelConfig]] = {}  # by family; filled by the reg
 
 
 @dataclass(frozen=True)
-class BatchConfig:
+class BatchConfig(Section, path="batch"):
     """The global batch (part of the science) and how it is cut into packs (never part of the science)."""
 
-    global_batch_size: int = 256  # images per optimizer step, over all ranks
-    pack_tokens: int = 16384  # most tokens in one pack, padding included
-    pad_multiple: int = 1  # packs are padded to a multiple of this (and of the tensor-parallel size)
-
-    def __post_init__(self) -> None:
-        for key in ("global_batch_size", "pack_tokens", "pad_multiple"):
-            at_least(f"batch.{key}", getattr(self, key), 1)
+    global_batch_size: int = number(256, least=1)  # images per optimizer step, over all ranks
+    pack_tokens: int = number(16384, least=1)  # most tokens in one pack, padding included
+    pad_multiple: int = number(1, least=1)  # packs are padded to a multiple of this and of the tensor-parallel size
 
 
 @dataclass(frozen=True)
-class FlowConfig:
+class FlowConfig(Section, path="flow"):
     """The generative process that is learned."""
 
-    kind: str = "rectified"  # rectified: velocity of a straight path; ddpm: epsilon with learned sigma (FiT)
-    time_distribution: str | None = None  # logit_normal or uniform; None = the kind's own (ddpm: uniform)
-    label_drop: float = 0.1  # share of labels replaced by "no class" in training
-
-    def __post_init__(self) -> None:
-        choice("flow.kind", self.kind, ("rectified", "ddpm"))
-        choice("flow.time_distribution", self.times, ("logit_normal", "uniform"))
-        between("flow.label_drop", self.label_drop, 0.0, 1.0)
+    kind: str = one_of("rectified", "ddpm")  # velocity of a straight path; epsilon with learned sigma (FiT)
+    time_distribution: str | None = one_of(None, "logit_normal", "uniform")  # None = the kind's own (ddpm: uniform)
+    label_drop: float = number(0.1, least=0.0, below=1.0)  # share of labels replaced by "no class" in training
 
     @property
     def times(self) -> str:
@@ -122,57 +112,40 @@ class FlowConfig:
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Section, path="loss"):
     """`image`: mean over an image's tokens, then over images; `token`: large images weigh more."""
 
-    reduction: str = "image"
-
-    def __post_init__(self) -> None:
-        choice("loss.reduction", self.reduction, ("image", "token"))
+    reduction: str = one_of("image", "token")
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Section, path="optim"):
     """AdamW, its schedule, and the EMA of the weights."""
 
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    schedule: str = "constant"  # after the warm-up; cosine falls to zero at run.steps
-    grad_clip: float = 1.0  # largest global gradient norm
-    ema_decays: list[float] = field(default_factory=lambda: [0.9999])
+    lr: float = number(1e-4, least=0.0)
+    betas: tuple[float, float] = number((0.9, 0.999), least=0.0, below=1.0)
+    eps: float = number(1e-8, least=0.0)
+    weight_decay: float = number(0.0, least=0.0)
+    warmup_steps: int = number(0, least=0)
+    schedule: str = one_of("constant", "cosine")  # after the warm-up; cosine falls to zero at run.steps
+    grad_clip: float = number(1.0, above=0)  # largest global gradient norm
+    ema_decays: list[float] = number([0.9999], least=0.0, below=1.0)  # noqa: RUF009 (a field)
     trainable: list[str] = field(default_factory=list)  # only parameters whose name contains one of these; [] = all
-
-    def __post_init__(self) -> None:
-        choice("optim.schedule", self.schedule, ("constant", "cosine"))
-        at_least("optim.warmup_steps", self.warmup_steps, 0)
-        for key in ("lr", "eps", "weight_decay"):
-            at_least(f"optim.{key}", getattr(self, key), 0.0)
-        if not self.grad_clip > 0:
-            raise UserError(f"optim.grad_clip: {self.grad_clip} must be above 0")
-        for beta in self.betas:
-            between("optim.betas", beta, 0.0, 1.0)
-        for decay in self.ema_decays:
-            between("optim.ema_decays", decay, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(Section, path="parallel"):
     """How one run is spread over ranks; changes speed and memory, never the result."""
 
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int = number(1, least=1)
     sequence_parallel: bool = False  # shard the token dimension between the tensor-parallel regions
     zero_stage: int = 1
-    precision: str = "auto"  # weights and activations; bf16 keeps fp32 master weights; auto = bf16 on cuda, fp32 on cpu
+    precision: str = one_of("auto", "fp32", "bf16")  # bf16 keeps fp32 master weights; auto = bf16 on cuda, else fp32
     offload_optimizer: bool = False  # keep the optimizer's state and step in host memory
-    activation_checkpoint_every: int = 0  # recompute every k-th block in the backward pass; 0 = none
+    activation_checkpoint_every: int = number(0, least=0)  # recompute every k-th block in the backward pass; 0 = none
 
     def __post_init__(self) -> None:
-        at_least("parallel.tensor_parallel_size", self.tensor_parallel_size, 1)
-        at_least("parallel.activation_checkpoint_every", self.activation_checkpoint_every, 0)
-        choice("parallel.precision", self.precision, ("auto", "fp32", "bf16"))
+        super().__post_init__()
         if self.zero_stage not in (0, 1, 2, 3):
             raise UserError(f"parallel.zero_stage: {self.zero_stage} is not one of 0, 1, 2, 3")
         if self.zero_stage == 0 and self.precision == "bf16":
@@ -187,55 +160,37 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Section, path="checkpoint"):
     """When the state is saved. Besides these, every evaluation step and the last step are saved and kept."""
 
-    every_steps: int = 1000
-    keep_last: int = 2  # newest checkpoints kept for resuming; 0 keeps all
-
-    def __post_init__(self) -> None:
-        at_least("checkpoint.every_steps", self.every_steps, 1)
-        at_least("checkpoint.keep_last", self.keep_last, 0)
+    every_steps: int = number(1000, least=1)
+    keep_last: int = number(2, least=0)  # newest checkpoints kept for resuming; 0 keeps all
 
 
 @dataclass(frozen=True)
-class HealthConfig:
+class HealthConfig(Section, path="health"):
     """What a run does when something is wrong."""
 
-    max_bad_steps: int = 10  # steps in a row with a loss or gradient that is not finite, after which the run stops
-    spike_factor: float = 3.0  # a loss above so many times the median of the last 100 steps is reported
-    timeout_min: float = 30.0  # minutes without progress on any rank after which the job ends
-
-    def __post_init__(self) -> None:
-        at_least("health.max_bad_steps", self.max_bad_steps, 1)
-        at_least("health.spike_factor", self.spike_factor, 1.0)
-        if not self.timeout_min > 0:
-            raise UserError(f"health.timeout_min: {self.timeout_min} must be above 0")
+    max_bad_steps: int = number(10, least=1)  # in a row, whose loss or gradient is not finite: then the run stops
+    spike_factor: float = number(3.0, least=1.0)  # a loss so many times the median of the last 100 is reported
+    timeout_min: float = number(30.0, above=0)  # minutes without progress on any rank after which the job ends
 
 
 @dataclass(frozen=True)
-class ProfileConfig:
+class ProfileConfig(Section, path="profile"):
     """Which steps get a profiler's trace, in profile/ of the run directory."""
 
-    first_step: int = 10  # counted from 1
-    steps: int = 0  # how many; 0 = none
-
-    def __post_init__(self) -> None:
-        at_least("profile.first_step", self.first_step, 1)
-        at_least("profile.steps", self.steps, 0)
+    first_step: int = number(10, least=1)  # counted from 1
+    steps: int = number(0, least=0)  # how many; 0 = none
 
 
 @dataclass(frozen=True)
-class GuidanceConfig:
+class GuidanceConfig(Section, path="sampling.guidance"):
     """Classifier-free guidance."""
 
     scale: float = 1.0  # 1 = no guidance
-    channels: int | None = None  # guidance acts on the first so many of the latent's; None = all, but at most 3 (of 4)
-    power: float = 0.0  # exponent p of the power-cosine scale; 0 = constant scale
-
-    def __post_init__(self) -> None:
-        at_least("sampling.guidance.channels", self.guided_channels(1), 1)
-        at_least("sampling.guidance.power", self.power, 0.0)
+    channels: int | None = number(None, least=1)  # acts on the latent's first so many; None = all, but at most 3 (of 4)
+    power: float = number(0.0, least=0.0)  # exponent p of the power-cosine scale; 0 = constant scale
 
     def guided_channels(self, in_channels: int) -> int:
         """How many of `in_channels` are guided: as the published code has it (3 of 4) unless `channels` says so."""
@@ -243,23 +198,20 @@ class GuidanceConfig:
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Section, path="sampling"):
     """How images are drawn from a trained model."""
 
-    method: str = "euler"
-    steps: int = 50  # integration steps (for dopri5: output points, its step size is its own)
-    spacing: str | None = None  # which of the 1000 steps ddpm and ddim take; None = published: linspace, leading
+    method: str = one_of(*ODE_SAMPLERS, *DDPM_SAMPLERS)
+    steps: int = number(50, least=1)  # integration steps (for dopri5: output points, its step size is its own)
+    spacing: str | None = one_of(None, *SPACINGS)  # of ddpm's and ddim's steps; None = published: linspace, leading
     rtol: float = 1e-3  # dopri5
     atol: float = 1e-6  # dopri5
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
 
     def __post_init__(self) -> None:
-        choice("sampling.method", self.method, ODE_SAMPLERS + DDPM_SAMPLERS)
-        at_least("sampling.steps", self.steps, 1)
-        if self.spacing is not None:
-            choice("sampling.spacing", self.spacing, SPACINGS)
-            if self.method not in DDPM_SAMPLERS:
-                raise UserError(f"sampling.spacing: goes with {' and '.join(DDPM_SAMPLERS)}, not with {self.method}")
+        super().__post_init__()
+        if self.spacing is not None and self.method not in DDPM_SAMPLERS:
+            raise UserError(f"sampling.spacing: goes with {' and '.join(DDPM_SAMPLERS)}, not with {self.method}")
 
     @property
     def timestep_spacing(self) -> str | None:
@@ -268,23 +220,17 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Section, path="evaluation"):
     """Log-spaced evaluation steps and what is measured there."""
 
-    points: int = 6  # evaluations of a run, log-spaced from first_step to run.steps; 0 = none
-    first_step: int = 1000
+    points: int = number(6, least=0)  # evaluations of a run, log-spaced from first_step to run.steps; 0 = none
+    first_step: int = number(1000, least=1)
     weights: str = "ema"  # raw, ema (the first of optim.ema_decays) or ema_<decay>
-    samples: int = 50000  # generated images per Frechet distance
+    samples: int = number(50000, least=1)  # generated images per Frechet distance
     features: str | None = None  # TorchScript feature network; None = no Frechet distance
     reference: str | None = None  # image folder, shards or .npz with mu and sigma
-    validation_images: int = 1024  # held-out images of the validation loss
-    validation_times: int = 8  # fixed times per image of the validation loss
-
-    def __post_init__(self) -> None:
-        for key in ("points", "validation_images"):
-            at_least(f"evaluation.{key}", getattr(self, key), 0)
-        for key in ("first_step", "samples", "validation_times"):
-            at_least(f"evaluation.{key}", getattr(self, key), 1)
+    validation_images: int = number(1024, least=0)  # held-out images of the validation loss
+    validation_times: int = number(8, least=1)  # fixed times per image of the validation loss
 
     def steps(self, last_step: int) -> list[int]:
         """Evaluation steps of a run of `last_step` steps, ascending; the last is `last_step` itself."""
@@ -297,35 +243,29 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class WandbConfig:
+class WandbConfig(Section, path="wandb"):
     """Mirror of metrics.jsonl at Weights & Biases."""
 
-    mode: str = "off"
+    mode: str = one_of("off", "offline", "online")
     project: str = "fitscale"
     entity: str | None = None
 
-    def __post_init__(self) -> None:
-        choice("wandb.mode", self.mode, ("off", "offline", "online"))
-
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Section, path="run"):
     """The run itself."""
 
     name: str = "run"
     dir: str = ""  # run directory: the complete record of the run
-    seed: int = 0
-    steps: int = 400000
-    device: str = "auto"  # auto = cuda where there is one
+    seed: int = number(0, least=0)
+    steps: int = number(400000, least=1)
+    device: str = one_of("auto", "cpu", "cuda")  # auto = cuda where there is one
     init_weights: str | None = None  # safetensors in the published names to start from
     reset: list[str] = field(default_factory=list)  # of init_weights: names that contain one of these start afresh
-    log_every: int = 1  # steps between lines of metrics.jsonl
+    log_every: int = number(1, least=1)  # steps between lines of metrics.jsonl
 
     def __post_init__(self) -> None:
-        choice("run.device", self.device, ("auto", "cpu", "cuda"))
-        at_least("run.seed", self.seed, 0)
-        at_least("run.steps", self.steps, 1)
-        at_least("run.log_every", self.log_every, 1)
+        super().__post_init__()
         if self.reset and self.init_weights is None:
             raise UserError("run.reset: needs run.init_weights; without them every parameter starts afresh")
 

@@ -4,22 +4,21 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from fitscale.config.checks import at_least, between, choice
+from fitscale.config.checks import Section, at_least, number, one_of
 from fitscale.config.errors import UserError
 
 
 @dataclass(frozen=True)
-class LatentConfig:
+class LatentConfig(Section, path="data.latent"):
     """How stored tokens-to-be relate to images: plain pixels in [-1, 1], or a VAE's latents."""
 
-    kind: str = "vae"
+    kind: str = one_of("vae", "pixels")
     vae: str | None = None  # local folder or hub name of a diffusers AutoencoderKL; needed to decode
-    factor: int = 8  # image pixels per latent pixel, along one side
+    factor: int = number(8, least=1)  # image pixels per latent pixel, along one side
     scaling: float = 0.18215  # latent = scaling * (VAE's latent)
 
     def __post_init__(self) -> None:
-        choice("data.latent.kind", self.kind, ("pixels", "vae"))
-        at_least("data.latent.factor", self.factor, 1)
+        super().__post_init__()
         if self.kind == "pixels" and (self.factor != 1 or self.scaling != 1.0 or self.vae is not None):
             raise UserError("data.latent: kind = pixels goes with factor = 1, scaling = 1.0 and no vae")
 
@@ -43,19 +42,21 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section, path="data"):
     """Where the shards are and how they are read."""
 
     shards: str = ""  # folder of webdataset shards with their index, or an fsspec URL of one (s3://, gs://, https://)
     mixture: dict[str, SourceConfig] = field(default_factory=dict)  # several shard sets by name, instead of `shards`
     latent: LatentConfig = field(default_factory=LatentConfig)
-    holdout_fraction: float = 0.0  # share of images, chosen by the hash of their key, never trained on
-    window_shards: int = 16  # shards among whose images the order is random at one time
-    num_workers: int = 2  # reader processes per rank; 0 reads in the training process
-    prefetch_steps: int = 2  # steps read ahead, per worker
-    on_error: str = "stop"  # at a corrupt sample; skip: it counts for nothing, and events.jsonl names it
+    holdout_fraction: float = number(
+        0.0, least=0.0, below=1.0
+    )  # share of images, by the hash of their key, not trained on
+    window_shards: int = number(16, least=1)  # shards among whose images the order is random at one time
+    num_workers: int = number(2, least=0)  # reader processes per rank; 0 reads in the training process
+    prefetch_steps: int = number(2, least=1)  # steps read ahead, per worker
+    on_error: str = one_of("stop", "skip")  # at a corrupt sample; skip: it counts for nothing, events.jsonl names it
     cache_dir: str = "~/.cache/fitscale"  # local copies of shards that are read from a URL
-    cache_gb: float = 100.0  # most GB of them; those unused for longest go first
+    cache_gb: float = number(100.0, above=0)  # most GB of them; those unused for longest go first
 
     @property
     def sources(self) -> dict[str, SourceConfig]:
@@ -65,17 +66,11 @@ class DataConfig:
         return {"data": SourceConfig(self.shards)} if self.shards else {}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.shards and self.mixture:
             raise UserError("data.shards and data.mixture: only one of the two may be given")
         for name, source in self.mixture.items():
             _check_source(f"data.mixture.{name}", source)
-        choice("data.on_error", self.on_error, ("stop", "skip"))
-        if not self.cache_gb > 0:
-            raise UserError(f"data.cache_gb: {self.cache_gb} must be above 0")
-        between("data.holdout_fraction", self.holdout_fraction, 0.0, 1.0)
-        at_least("data.window_shards", self.window_shards, 1)
-        at_least("data.num_workers", self.num_workers, 0)
-        at_least("data.prefetch_steps", self.prefetch_steps, 1)
 
 
 def _check_source(key: str, source: SourceConfig) -> None:

@@ -106,20 +106,19 @@ def open_plan(
     Raises:
         UserError: a shard set cannot be opened, or has no image that fits.
     """
-    streams = []
-    for number, source in enumerate(data.sources.values()):
-        streams.append(
-            ImageStream(
-                open_index(source.shards, Cache(Path(data.cache_dir), data.cache_gb)),
-                seed=seed,
-                patch_size=patch_size,
-                window_shards=data.window_shards,
-                holdout_fraction=data.holdout_fraction,
-                split=split,
-                limits=source if source.limited else None,
-                number=number,
-            )
+    streams = [
+        ImageStream(
+            open_index(source.shards, Cache(Path(data.cache_dir), data.cache_gb)),
+            seed=seed,
+            patch_size=patch_size,
+            window_shards=data.window_shards,
+            holdout_fraction=data.holdout_fraction,
+            split=split,
+            limits=source,
+            number=number,
         )
+        for number, source in enumerate(data.sources.values())
+    ]
     weights = [source.weight for source in data.sources.values()]
     return BatchPlan(streams, seed=seed, global_batch_size=global_batch_size, weights=weights)
 

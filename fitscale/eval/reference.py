@@ -21,8 +21,7 @@ from fitscale.config.errors import UserError
 from fitscale.config.files import replacing
 from fitscale.config.schema_data import LatentConfig
 from fitscale.data.encode import Decoder, to_float
-from fitscale.data.index import Index, open_index
-from fitscale.data.reader import ShardReader
+from fitscale.data.index import Index, ShardReader, open_index
 from fitscale.eval.features import AT_ONCE, FeatureNet, batched
 from fitscale.eval.frechet import Moments, Statistics
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fitscale.config.errors import UserError
+from fitscale.config.schema import Config
 from fitscale.jobs.profile import ClusterConfig
 from fitscale.jobs.submission import Submission
 from fitscale.jobs.sweep import LayoutConfig
 from fitscale.model import flops
-from fitscale.plan.devices import find_device
 from fitscale.plan.layout import Machine, in_words, layouts
 from fitscale.plan.step import RunPlan, plan
 
@@ -34,14 +34,6 @@ class Allocation(Submission):
         )
 
     @property
-    def days(self) -> float:
-        return self.plan.days(self.config.run.steps)
-
-    @property
-    def train_gpu_hours(self) -> float:
-        return self.plan.gpu_hours(self.config.run.steps)
-
-    @property
     def evaluate_gpu_hours(self) -> float:
         """All evaluations on one device each: function evaluations of the samples, and nothing else."""
         config = self.config
@@ -60,15 +52,15 @@ class Allocation(Submission):
         return super().costs | {
             "nodes x tasks": f"{machine.nodes} x {machine.gpus_per_node}",
             "layout": in_words(self.config.parallel, self.plan.dp_size),
-            "days": f"{self.days:.3g}",
-            "GPU-hours to train": f"{self.train_gpu_hours:,.3g}",
+            "days": f"{self.plan.days:.3g}",
+            "GPU-hours to train": f"{self.plan.gpu_hours:,.3g}",
             "to evaluate": f"{self.evaluate_gpu_hours:,.3g}",
         }
 
     @property
     def record(self) -> dict[str, Any]:
         nodes, tasks = self.plan.machine.nodes, self.plan.machine.gpus_per_node
-        return super().record | {"nodes": nodes, "tasks_per_node": tasks, "gpu_hours": self.train_gpu_hours}
+        return super().record | {"nodes": nodes, "tasks_per_node": tasks, "gpu_hours": self.plan.gpu_hours}
 
     @property
     def memory_lack(self) -> str | None:
@@ -105,12 +97,15 @@ def as_told(one: Submission, profile: ClusterConfig, given: LayoutConfig) -> All
             f"parallel.tensor_parallel_size: {tp} does not divide the {tasks} tasks of a node, within which it must "
             f"stay; valid: {valid}"
         )
-    machine = Machine(find_device(profile.device), given.nodes * tasks, tasks)
-    if machine.gpus // tp > one.images.batch_size:
+    if given.nodes * tasks // tp > one.images.batch_size:
         raise UserError(
-            f"--nodes: {given.nodes} x {tasks} tasks are {machine.gpus // tp} data-parallel ranks for "
+            f"--nodes: {given.nodes} x {tasks} tasks are {given.nodes * tasks // tp} data-parallel ranks for "
             f"{one.images.batch_size} images"
         )
+    return _on(profile.machine(given.nodes, tasks), config, one, profile)
+
+
+def _on(machine: Machine, config: Config, one: Submission, profile: ClusterConfig) -> Allocation:
     return Allocation(config, one.images, plan(config, machine, one.images, profile.utilisation))
 
 
@@ -129,7 +124,7 @@ def allocate(one: Submission, profile: ClusterConfig, given: LayoutConfig | None
         return told
     largest = None
     for largest in _smallest_first(one, profile):
-        if largest.plan.spare_bytes >= 0 and (max_days is None or largest.days <= max_days):
+        if largest.plan.spare_bytes >= 0 and (max_days is None or largest.plan.days <= max_days):
             return largest
     if largest is None:
         raise UserError(f"no layout of profile {profile.name} goes with the model's heads and the batch")
@@ -140,7 +135,7 @@ def allocate(one: Submission, profile: ClusterConfig, given: LayoutConfig | None
             f"{largest.plan.memory.peak / GIB:.1f} GiB of {machine.room_bytes / GIB:.1f}; lower batch.pack_tokens"
         )
     raise UserError(
-        f"max_days: {max_days:g}, but {nodes} nodes of profile {profile.name} take {largest.days:.3g} days at "
+        f"max_days: {max_days:g}, but {nodes} nodes of profile {profile.name} take {largest.plan.days:.3g} days at "
         f"{profile.utilisation:.0%} of the peak"
     )
 
@@ -150,9 +145,9 @@ def _smallest_first(one: Submission, profile: ClusterConfig) -> Iterator[Allocat
     nodes, tasks, batch = 1, profile.tasks_per_node, one.images.batch_size
     config = profile.on_its_devices(one.config)
     while nodes <= min(profile.max_nodes, batch):  # beyond, a rank would have no image
-        machine = Machine(find_device(profile.device), nodes * tasks, tasks)
+        machine = profile.machine(nodes, tasks)
         found = [
-            Allocation(layout, one.images, plan(layout, machine, one.images, profile.utilisation))
+            _on(machine, layout, one, profile)
             for layout in layouts(config, machine, set())
             if machine.gpus // layout.parallel.tensor_parallel_size <= batch
         ]

@@ -9,12 +9,12 @@ Slurm has not finished with will do. So submitting again is always safe.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
 from fitscale.jobs.allocate import Allocation
-from fitscale.jobs.job import EVALUATION_TIMEOUTS, EvaluateJob, TrainJob
+from fitscale.jobs.job import EvaluateJob, TrainJob
 from fitscale.jobs.launch import LiveJob, live_jobs, make_executor, submit
 from fitscale.jobs.profile import ClusterConfig
 from fitscale.jobs.submission import Submission
@@ -84,20 +84,14 @@ def submit_missing(
     Raises:
         UserError: sbatch refuses a job; those before it stay submitted, and the next try leaves them out.
     """
-    run, machine, links = one.run, one.plan.machine, missing_links(one.progress, live, evaluate)
+    run, links = one.run.absolute, missing_links(one.progress, live, evaluate)
     if any(link.kind == "train" for link in links):
         run.failed.unlink(missing_ok=True)  # the word of the jobs before these
     ids: dict[Link, str] = {}
     for link in links:
+        job = TrainJob(run, link.step) if link.kind == "train" else EvaluateJob(run, link.step)
         after = ids[link.after] if isinstance(link.after, Link) else link.after
-        name = f"{one.config.run.name}-{link.kind}-{link.step}"
-        if link.kind == "train":
-            executor = make_executor(profile, run, machine, name, after)
-            ids[link] = submit(executor, TrainJob(run.absolute, link.step))
-        else:
-            single = replace(machine, gpus=1, gpus_per_node=1)
-            executor = make_executor(profile, run, single, name, after, EVALUATION_TIMEOUTS)
-            ids[link] = submit(executor, EvaluateJob(run.absolute, link.step))
+        ids[link] = submit(make_executor(profile, one, job, after), job)
     return ids
 
 

@@ -27,7 +27,6 @@ from fitscale.run.attempt import TakenOverError, is_taken_over
 from fitscale.run.layout import RunDir
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-EVALUATION_TIMEOUTS = 5  # time limits that one evaluation may reach: it begins anew each time
 FIRST_PORT, PORTS = 10000, 20000  # below the ports that Linux hands out by itself
 
 
@@ -60,11 +59,20 @@ class RunJob:
 
 
 @dataclass(frozen=True)
-class EvaluateJob(RunJob):
+class StepJob(RunJob):
+    """A Slurm job, which does what its `kind` says up to, or at, `step`."""
+
+    step: int
+    kind: ClassVar[str]
+    most_timeouts: ClassVar[int]  # time limits that it may reach, and is queued again
+
+
+@dataclass(frozen=True)
+class EvaluateJob(StepJob):
     """Evaluate the run in `run` at `step`."""
 
     kind: ClassVar[str] = "evaluate"
-    step: int
+    most_timeouts: ClassVar[int] = 5  # it begins anew each time
 
     def __call__(self) -> None:
         require_device(load_config([str(self.run.config)]))
@@ -72,11 +80,11 @@ class EvaluateJob(RunJob):
 
 
 @dataclass(frozen=True)
-class TrainJob(RunJob):
+class TrainJob(StepJob):
     """One rank of the run in `run` up to `step`: in this process, so that every rank hears the cluster's signals."""
 
     kind: ClassVar[str] = "train"
-    step: int
+    most_timeouts: ClassVar[int] = 10**6  # attempts without progress are what ends it (run/attempt.py)
 
     def __call__(self) -> None:
         environment = JobEnvironment()

@@ -18,14 +18,12 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from fitscale.config.errors import UserError, writing
 from fitscale.config.files import append_jsonl, read_jsonl
-from fitscale.jobs.job import EvaluateJob, TrainJob
+from fitscale.jobs.allocate import Allocation
+from fitscale.jobs.job import StepJob
 from fitscale.jobs.profile import ClusterConfig
-from fitscale.plan.layout import Machine
 from fitscale.run.layout import RunDir
 
 REQUEUE = Path(__file__).with_name("requeue.sh")
-# submitit counts timeouts against a budget; here attempts without progress are what ends a job (run/attempt.py).
-ANY_NUMBER = 10**6
 # Slurm's states of a job that is over. Of the others some are rare or new (SIGNALING, STAGE_OUT), and all are live.
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
 ENDED |= {"DEADLINE", "REVOKED"}
@@ -39,20 +37,11 @@ class _AnywhereExecutor(SlurmExecutor):
         return 1
 
 
-def make_executor(
-    profile: ClusterConfig,
-    run: RunDir,
-    machine: Machine,
-    name: str,
-    after: str | None = None,
-    timeouts: int = ANY_NUMBER,
-) -> SlurmExecutor:
-    """submitit's executor for a job of `run` on so many devices of the profile's nodes.
-
-    `after`: the id of a job that has to succeed first; `timeouts`: how often the job is queued again at its time limit.
-    """
-    run, tasks = run.absolute, machine.gpus_per_node
-    executor = _AnywhereExecutor(run.submitit / "%j", timeouts, python=profile.python)
+def make_executor(profile: ClusterConfig, one: Allocation, job: StepJob, after: str | None = None) -> SlurmExecutor:
+    """submitit's executor for a job of the run `one`; `after`: the id of a job that has to succeed first."""
+    run, machine = one.run.absolute, one.plan.machine
+    nodes, tasks = (machine.nodes, machine.gpus_per_node) if job.kind == "train" else (1, 1)
+    executor = _AnywhereExecutor(run.submitit / "%j", job.most_timeouts, python=profile.python)
     wanted = {key: getattr(profile, key) for key in ("partition", "account", "qos", "constraint", "exclude")}
     if profile.mem_gb is not None:
         share = min(1.0, tasks / profile.tasks_per_node)  # an evaluation takes a part of a node
@@ -61,8 +50,8 @@ def make_executor(
         wanted["gpus_per_node"] = tasks
     variables = {**profile.environment, "FITSCALE_RUN_DIR": str(run.path)}
     executor.update_parameters(
-        job_name=name,
-        nodes=machine.nodes,
+        job_name=f"{one.config.run.name}-{job.kind}-{job.step}",
+        nodes=nodes,
         ntasks_per_node=tasks,
         cpus_per_task=profile.cpus_per_task,
         time=profile.time_min,
@@ -108,7 +97,7 @@ def slurm(*command: str) -> str:
     return result.stdout
 
 
-def submit(executor: SlurmExecutor, job: TrainJob | EvaluateJob) -> str:
+def submit(executor: SlurmExecutor, job: StepJob) -> str:
     """Hand `job` to Slurm and note it in the run directory; returns its id.
 
     Raises:

@@ -6,6 +6,7 @@ from fitscale.config.checks import at_least
 from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
 from fitscale.plan.devices import find_device
+from fitscale.plan.layout import Machine
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class ClusterConfig:
     environment: dict[str, str] = field(default_factory=dict)  # NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, PYTHONPATH ...
     setup: list[str] = field(default_factory=list)  # shell lines before the job: module load ...
     python: str | None = None  # command that starts Python, e.g. in a container; None = the one that submits
+
+    def machine(self, nodes: int, tasks_per_node: int) -> Machine:
+        """The devices of a job, as `fitscale plan` sees them."""
+        return Machine(find_device(self.device), nodes * tasks_per_node, tasks_per_node)
 
     def on_its_devices(self, config: Config) -> Config:
         """`config` for these nodes: where they have GPUs, one that has lost its own must not train on its cores, as

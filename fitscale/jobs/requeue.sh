@@ -55,12 +55,14 @@ end_job() {
 # SIGTERM, which Slurm sends to all processes when it ends a job, must not end the script before srun: with the script
 # all that it has started ends.
 trap : TERM
-{
+exec {listens}< <(
     trap "goes_on 143 && queue_again '(COMPLETING|TIMEOUT) TimeLimit'; exit" TERM
+    echo
+    exec >/dev/null 2>&1
     while :; do
         sleep 10 &
         wait $!
     done
-} >/dev/null 2>&1 &
+)
 watcher=$!
-disown $watcher # else bash tells of its end
+read -r -u "$listens" # so that no signal comes before the watcher hears it

@@ -73,6 +73,12 @@ def list_tensors(path: Path) -> dict[str, StoredTensor]:
     return found
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a .safetensors file; UserError if it is no such file."""
+    with _opened(path) as opened:
+        return opened.metadata() or {}
+
+
 def list_state_dict(path: Path, entry: str | None) -> dict[str, StoredTensor]:
     """The tensors of a state dict saved with `torch.save`: the file is one, or has one under the name `entry`.
 

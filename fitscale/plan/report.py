@@ -8,7 +8,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 from fitscale.config.checks import at_least
@@ -37,14 +37,6 @@ _PARTS = {
 }
 
 
-@dataclass(frozen=True)
-class Utilisation:
-    """Share of the peak reached while computing, and where it comes from."""
-
-    share: float
-    source: str
-
-
 def run_plan(arguments: argparse.Namespace) -> None:
     """Print the plan that the command line asks for."""
     config, opened = load_config(arguments.config), cache(open_index)
@@ -58,17 +50,18 @@ def run_plan(arguments: argparse.Namespace) -> None:
     gpus = arguments.gpus or config.parallel.tensor_parallel_size
     machine = Machine(find_device(arguments.gpu), gpus, arguments.gpus_per_node)
     images = typical_images(config, opened)
-    utilisation = Utilisation(arguments.mfu, "given by --mfu")
+    utilisation, source = arguments.mfu, "given by --mfu"
     if arguments.measured is not None:
-        utilisation = _measured(RunDir(arguments.measured), arguments.gpus_per_node, opened)
+        utilisation, source = _measured(arguments, opened), f"measured in {arguments.measured}"
     given = {one.split("=")[0].removeprefix("parallel.") for one in arguments.config if one.startswith("parallel.")}
     wanted = layouts(config, machine, given) if arguments.gpus else [config]
-    plans = [plan(one, machine, images, utilisation.share) for one in wanted]
+    plans = [plan(one, machine, images, utilisation) for one in wanted]
     plans.sort(key=lambda one: (one.step_s, one.memory.peak))
-    print("\n".join(_report(plans, arguments.best, utilisation)))
+    print("\n".join(_report(plans, arguments.best, source)))
 
 
-def _measured(run: RunDir, gpus_per_node: int, opened: OpenIndex) -> Utilisation:
+def _measured(arguments: argparse.Namespace, opened: OpenIndex) -> float:
+    run = RunDir(arguments.measured)
     rows = [row for row in read_jsonl(run.throughput) if row.get("step_s") is not None][1:]  # the first warms up
     if not rows or not run.environment.exists():
         raise UserError(f"--measured: {run.path} holds no throughput.jsonl of two rows and environment.json")
@@ -76,15 +69,14 @@ def _measured(run: RunDir, gpus_per_node: int, opened: OpenIndex) -> Utilisation
     device = device_reported_as(there["device"])
     if device is None:
         raise UserError(f"--measured: {run.path} ran on {there['device']!r}, whose peak is not known")
-    config, machine = load_config([str(run.config)]), Machine(device, there["world_size"], gpus_per_node)
+    config, machine = load_config([str(run.config)]), Machine(device, there["world_size"], arguments.gpus_per_node)
     steps_s = statistics.median(row["step_s"] - row["data_wait_s"] for row in rows)
-    share = measured_utilisation(steps_s, config, machine, typical_images(config, opened))
-    return Utilisation(share, f"measured in {run.path}")
+    return measured_utilisation(steps_s, config, machine, typical_images(config, opened))
 
 
-def _report(plans: list[RunPlan], best: int, utilisation: Utilisation) -> Iterator[str]:
+def _report(plans: list[RunPlan], best: int, source: str) -> Iterator[str]:
     if len(plans) == 1:
-        yield from detail(plans[0], utilisation)
+        yield from detail(plans[0], source)
         return
     machine, fitting = plans[0].machine, [one for one in plans if one.spare_bytes >= 0]
     yield f"{len(fitting)} of {len(plans)} layouts fit on {machine}; the fastest:"
@@ -95,7 +87,7 @@ def _report(plans: list[RunPlan], best: int, utilisation: Utilisation) -> Iterat
         yield from _table(over[:best])
     if fitting:
         yield ""
-        yield from detail(fitting[0], utilisation)
+        yield from detail(fitting[0], source)
 
 
 def _table(plans: list[RunPlan]) -> Iterator[str]:
@@ -105,19 +97,19 @@ def _table(plans: list[RunPlan]) -> Iterator[str]:
         f" {'s/step':>8} {'images/s':>9} {'MFU':>6} {'days':>7} {'GPU-hours':>10}"
     )
     for one in plans:
-        parallel, steps = one.config.parallel, one.config.run.steps
+        parallel = one.config.parallel
         over = f"over by {-one.spare_bytes / GIB:.1f}" if one.spare_bytes < 0 else ""
         yield (
             f"  {one.dp_size:>4} {parallel.tensor_parallel_size:>3} {'yes' if parallel.sequence_parallel else 'no':>3}"
             f" {parallel.zero_stage:>4} {_recompute(one.config):>9} {one.memory.peak / GIB:>8.1f} {over:<11}"
             f" {one.packing.stats.packs_per_rank:>5} {one.step_s:>8.3f} {one.images_per_s:>9.0f} {one.mfu:>6.1%}"
-            f" {one.days(steps):>7.1f} {one.gpu_hours(steps):>10,.0f}"
+            f" {one.days:>7.1f} {one.gpu_hours:>10,.0f}"
         )
 
 
-def detail(one: RunPlan, utilisation: Utilisation) -> Iterator[str]:
-    """Everything about one layout."""
-    facts = [*_layout(one).items(), *_memory(one), *_speed(one, utilisation).items()]
+def detail(one: RunPlan, source: str) -> Iterator[str]:
+    """Everything about one layout; `source`: where its utilisation comes from."""
+    facts = [*_layout(one).items(), *_memory(one), *_speed(one, source).items()]
     return (f"{name:<15}{text}" for name, text in facts)
 
 
@@ -146,19 +138,19 @@ def _memory(one: RunPlan) -> Iterator[tuple[str, str]]:
         yield "", f"{one.memory.host / GIB:.2f} GiB of host memory a GPU; its optimizer's time is not planned"
 
 
-def _speed(one: RunPlan, utilisation: Utilisation) -> dict[str, str]:
+def _speed(one: RunPlan, source: str) -> dict[str, str]:
     traffic, steps, tokens_B = one.traffic, one.config.run.steps, one.images.tokens_B
     return {
         "sent per step": f"{traffic.total / 1e9:.2f} GB a GPU: gradients {traffic.gradients / 1e9:.2f}, weights "
         f"{traffic.weights / 1e9:.2f}, tensor parallel {traffic.tensor_parallel / 1e9:.2f}",
         "FLOPs": f"{one.train_flops:.4g} a step (true FLOPs, 2 a MAC; attention included, recomputation not)",
-        "time": f"{one.step_s:.3f} s a step: {one.compute_s:.3f} computing at {utilisation.share:.1%} of the peak "
-        f"({utilisation.source}),",
+        "time": f"{one.step_s:.3f} s a step: {one.compute_s:.3f} computing at {one.utilisation:.1%} of the peak "
+        f"({source}),",
         "": f"{one.exposed_s:.3f} communication that computing does not hide",
         "speed": f"{one.images_per_s:,.0f} images/s, {one.images_per_s * tokens_B.mean():,.0f} tokens/s, "
         f"model FLOP utilisation {one.mfu:.1%}",
-        "target": f"{steps:,} steps, {steps * len(tokens_B):,} images: {one.days(steps):.1f} days, "
-        f"{one.gpu_hours(steps):,.0f} GPU-hours",
+        "target": f"{steps:,} steps, {steps * len(tokens_B):,} images: {one.days:.1f} days, "
+        f"{one.gpu_hours:,.0f} GPU-hours",
     }
 
 

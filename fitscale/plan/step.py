@@ -19,7 +19,7 @@ from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
 from fitscale.data.batch_plan import OpenIndex
 from fitscale.data.index import open_index
-from fitscale.data.packing import Packing, padded, split
+from fitscale.data.packing import Packing, macs_of, padded, split
 from fitscale.data.sizes import token_shares
 from fitscale.model import flops
 from fitscale.plan.layout import Machine, dp_size, resolve_precision
@@ -53,6 +53,7 @@ class RunPlan:
     config: Config
     machine: Machine
     images: Images
+    utilisation: float  # share of the peak reached while computing
     dp_size: int
     packing: Packing
     longest_pack: int  # tokens, padding included
@@ -80,11 +81,14 @@ class RunPlan:
         """Memory left on a device at the peak; below 0, the layout does not fit."""
         return self.machine.room_bytes - self.memory.peak
 
-    def days(self, steps: int) -> float:
-        return self.step_s * steps / 86400
+    @property
+    def days(self) -> float:
+        """Of the whole run."""
+        return self.step_s * self.config.run.steps / 86400
 
-    def gpu_hours(self, steps: int) -> float:
-        return self.step_s * steps / 3600 * self.machine.gpus
+    @property
+    def gpu_hours(self) -> float:
+        return 24 * self.days * self.machine.gpus
 
 
 def typical_images(config: Config, open_index: OpenIndex = open_index) -> Images:
@@ -109,10 +113,9 @@ def plan(config: Config, machine: Machine, images: Images, utilisation: float) -
     """
     config = resolve_precision(config, machine.has_gpus)
     ranks, multiple, tokens_B = dp_size(config, machine), pad_multiple(config), images.tokens_B
-    linear, square = flops.cost(config.model)
     packing = split(
         tokens_B,
-        linear * tokens_B + square * tokens_B.astype(float) ** 2,
+        macs_of(tokens_B, flops.cost(config.model)),
         dp_size=ranks,
         pack_tokens=config.batch.pack_tokens,
         pad_multiple=multiple,
@@ -129,6 +132,7 @@ def plan(config: Config, machine: Machine, images: Images, utilisation: float) -
         config=config,
         machine=machine,
         images=images,
+        utilisation=utilisation,
         dp_size=ranks,
         packing=packing,
         longest_pack=longest,
@@ -146,14 +150,16 @@ def measured_utilisation(steps_s: float, config: Config, machine: Machine, image
     Raises:
         UserError: the run's communication alone is planned to take longer.
     """
-    low, high = 1e-6, 1e3
-    if plan(config, machine, images, high).step_s > steps_s:
+    from scipy.optimize import brentq
+
+    def late_s(log_share: float) -> float:
+        return plan(config, machine, images, math.exp(log_share)).step_s - steps_s
+
+    high = math.log(1e3)
+    if late_s(high) > 0:
         raise UserError(
             f"--measured: steps of {steps_s:.3g} s are shorter than the communication planned for that run; "
             "check --gpus-per-node"
         )
-    for _ in range(100):
-        middle = math.sqrt(low * high)
-        too_slow = plan(config, machine, images, middle).step_s > steps_s
-        low, high = (middle, high) if too_slow else (low, middle)
-    return math.sqrt(low * high)
+    alone = plan(config, machine, images, 1.0).compute_s / steps_s  # at which computing alone takes so long
+    return math.exp(brentq(late_s, math.log(alone) - 0.01, high))

@@ -30,9 +30,13 @@ def claim(config: Config) -> RunDir:
         UserError: as `check_claim`; or the directory cannot be written.
     """
     run = check_claim(config)
+    _record(run, config)
+    return run
+
+
+def _record(run: RunDir, config: Config) -> None:
     with writing(f"run.dir: {run.path}"):
         write_atomic(run.config, to_yaml(config))
-    return run
 
 
 @contextmanager
@@ -44,8 +48,8 @@ def claimed(configs: list[Config]) -> Iterator[None]:
     runs = [check_claim(config) for config in configs]
     new = [run for run in runs if not run.config.exists()]
     try:
-        for config in configs:
-            claim(config)
+        for run, config in zip(runs, configs, strict=True):
+            _record(run, config)
         yield
     except UserError:
         for run in new:

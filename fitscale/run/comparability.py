@@ -1,4 +1,4 @@
-"""Under what circumstances a metric is measured, as far as a config says: most of a result's comparability key.
+"""What makes two results comparable, as far as a config says: most of a result's comparability key.
 
 No torch. The rest of the key are hashes of files: `DATA`, and `FILES` for generated images. Two programs need the same
 words: the evaluation writes them into evaluations.jsonl, and who asks what is still to be measured compares with them.
@@ -15,12 +15,12 @@ FILES = ("data", "features", "reference")
 
 
 def ema_name(decay: float) -> str:
-    """Name of an average in the optimizer's state, in file names and in evaluations: ema_0.9999."""
+    """Name of an EMA in the optimizer's state, in file names and in evaluations: ema_0.9999."""
     return f"ema_{decay:g}"
 
 
 def full_weights_name(config: Config, name: str) -> str:
-    """The full name of weights called raw, ema (the first average) or ema_<decay>."""
+    """The full name of weights called raw, ema (the first EMA) or ema_<decay>."""
     decays = config.optim.ema_decays
     return ema_name(decays[0]) if name == "ema" and decays else name
 

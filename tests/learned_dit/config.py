@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fitscale.config.checks import at_least
+from fitscale.config.checks import number
 from fitscale.config.schema import ModelConfig
 
 
@@ -11,13 +11,8 @@ class LearnedDitConfig(ModelConfig):
     """A DiT whose positions are a table of rows and one of columns."""
 
     family: str = "learned_dit"
-    max_side: int = 16  # patches; larger images cannot be placed
-    mlp_ratio: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least("model.max_side", self.max_side, 1)
-        at_least("model.mlp_ratio", self.mlp_ratio, 1)
+    max_side: int = number(16, least=1)  # patches; larger images cannot be placed
+    mlp_ratio: int = number(2, least=1)
 
     @property
     def mlp_hidden_size(self) -> int:

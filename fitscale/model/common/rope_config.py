@@ -2,23 +2,22 @@
 
 from dataclasses import dataclass
 
-from fitscale.config.checks import at_least, choice
+from fitscale.config.checks import Section, at_least, number, one_of
 
 ROPE_METHODS = ("normal", "linear", "ntk-aware", "ntk-aware-pro1", "ntk-aware-pro2", "ntk-by-parts", "yarn")
 
 
 @dataclass(frozen=True)
-class RopeConfig:
+class RopeConfig(Section, path="model.rope"):
     """2-D rotary position embedding and how it is stretched beyond the sizes trained on."""
 
-    theta: float = 10000.0
-    method: str = "normal"
+    theta: float = number(10000.0, least=1.0)
+    method: str = one_of(*ROPE_METHODS)
     decouple: bool = False  # scale rows and columns by their own lengths (the papers' "Vision" variants)
     original_length: int = 16  # patches per axis that the model was trained on
 
     def __post_init__(self) -> None:
-        choice("model.rope.method", self.method, ROPE_METHODS)
-        at_least("model.rope.theta", self.theta, 1.0)
+        super().__post_init__()
         # ntk-aware-pro1 and -pro2 divide by the logarithm of the trained length
         at_least("model.rope.original_length", self.original_length, 2 if "pro" in self.method else 1)
 

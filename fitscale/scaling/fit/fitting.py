@@ -1,0 +1,242 @@
+"""How a law is fitted to the rows of a runs table.
+
+1. Residuals are those of ln(metric), all weighted alike: noise is proportional to the metric, so relative weights.
+   (Residuals of the metric itself, and Huber's loss, serve to repeat published fits.)
+2. Many starting points run to their minimum at once (solver.py); the best is polished by scipy's least_squares.
+3. What is not a fit is refused: at a bound, at its start, reached from under 5 % of the starts, no improvement, or a
+   valley of parameters that fit alike.
+
+Shapes: K parameter sets, N points, P parameters, F inputs.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from fitscale.scaling.fit.laws import Law
+from fitscale.scaling.fit.noise import Noise, estimate
+from fitscale.scaling.fit.solver import Array, solve
+from fitscale.scaling.rows.refusals import OfAFit, Refusal
+
+LEAST_REACHED = 0.05
+SAME_DIRECTION = 1e-10  # a smaller singular value of the scaled Jacobian is a direction that changes nothing
+
+
+@dataclass(frozen=True)
+class ResidualLoss:
+    """What is minimised: squares, or Huber's function with `huber` as its corner, of residuals in `space`."""
+
+    space: str = "log"  # log: ln(metric); linear: the metric
+    huber: float | None = None
+
+    def target(self, log: Array) -> Array:
+        """What is to be met, from ln(metric)."""
+        return log if self.space == "log" else np.exp(log)
+
+    def prediction(self, log_KN: Array, jacobian_KNP: Array) -> tuple[Array, Array]:
+        """What meets it, with its derivatives, from ln(metric) and its derivatives."""
+        if self.space == "log":
+            return log_KN, jacobian_KNP
+        metric_KN = np.exp(log_KN)
+        return metric_KN, metric_KN[:, :, None] * jacobian_KNP
+
+
+@dataclass(frozen=True)
+class FittedPoints:
+    """What a law is fitted to, in an order of its own: no result depends on how the rows were given."""
+
+    x_NF: Array  # ln(input) - centre
+    y_N: Array  # ln(metric)
+    run_N: NDArray[np.str_]
+    centre_F: Array
+
+    @classmethod
+    def of(cls, law: Law, rows: pd.DataFrame, centre_F: Array | None = None) -> "FittedPoints":
+        """The points of `rows`, around their own centre by default."""
+        rows = rows.sort_values([*law.inputs, "value", "run"], kind="stable")
+        x_NF, centre_F = law.centred(rows, centre_F)
+        return cls(x_NF, np.log(rows["value"].to_numpy(dtype=float)), rows["run"].to_numpy(dtype=str), centre_F)
+
+    @property
+    def runs(self) -> int:
+        return len(np.unique(self.run_N))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A law with its parameters, and the points that it is fitted to."""
+
+    law: Law
+    loss: ResidualLoss
+    points: FittedPoints
+    theta_P: Array
+    objective: float  # mean loss of a residual
+    starts: int
+    reached: float  # share of the starts that end in this minimum
+
+    def metric(self, rows: pd.DataFrame, theta_KP: Array | None = None) -> Array:
+        """The metric at the inputs in `rows`: (N,), or (K, N) for other parameter sets."""
+        return exp(self.log_metric(rows, theta_KP))
+
+    def log_metric(self, rows: pd.DataFrame, theta_KP: Array | None = None) -> Array:
+        """ln(metric), shaped like `metric`."""
+        x_NF, _ = self.law.centred(rows, self.points.centre_F)
+        log_KN, _ = self.law.evaluate(self.theta_P[None] if theta_KP is None else theta_KP, x_NF)
+        return log_KN[0] if theta_KP is None else log_KN
+
+    def at_points(self) -> tuple[Array, Array]:
+        """ln(metric)_N of the law at the fitted points, and its derivatives by the parameters, _NP."""
+        log_KN, jacobian_KNP = self.law.evaluate(self.theta_P[None], self.points.x_NF)
+        return log_KN[0], jacobian_KNP[0]
+
+    @cached_property
+    def noise(self) -> Noise:
+        """How far the fitted points scatter around the law."""
+        log_N, jacobian_NP = self.at_points()
+        return estimate(self.points.y_N - log_N, jacobian_NP, self.points.run_N)
+
+    def again(self, y: Array, theta_KP: Array, bounds: tuple[Array, Array] | None = None) -> tuple[Array, Array]:
+        """K fits of the law to other ln(metric), (N,) or (K, N), at the same inputs: see `refit`."""
+        return refit(self.law, self.points.x_NF, y, theta_KP, self.loss, bounds)
+
+    def named(self, theta: Array | None = None) -> dict[str, Any]:
+        """Parameters by name, (K,) of each for theta_KP; for `ln_a` stands `a`: the term's value at the reference."""
+        columns = (self.theta_P if theta is None else theta).T
+        return {
+            name.removeprefix("ln_"): np.exp(values) if name.startswith("ln_") else values
+            for name, values in zip(self.law.parameters, columns, strict=True)
+        }
+
+    def reference(self) -> dict[str, float]:
+        """The inputs at which x = 0."""
+        return dict(zip(self.law.inputs, np.exp(self.points.centre_F).tolist(), strict=True))
+
+
+def exp(log: Array) -> Array:
+    """e^log, held within what a float holds."""
+    return np.exp(np.clip(log, -700.0, 700.0))
+
+
+def fit_law(law: Law, rows: pd.DataFrame, loss: ResidualLoss = ResidualLoss(), spare: int = 1) -> Fit:
+    """Fit `law` to the `value` of `rows`, whatever their order, with at least `spare` points more than parameters.
+
+    Raises:
+        Refusal: too few points, missing inputs, no improvement with compute, or a minimum that is not one.
+    """
+    least = len(law.parameters) + spare
+    if len(rows) < least:
+        count = f"{len(rows)} points cannot fit {len(law.parameters)} parameters"
+        raise _refusal(law, "too_few_points", f"{count}; at least {least} are needed")
+    for name in law.inputs:
+        if not (rows[name] > 0).fillna(False).all():
+            text = f"{law.name} law: column {name} is missing or not above 0 in some rows"
+            raise Refusal("missing_values", text)
+    points = FittedPoints.of(law, rows)
+    return best_of(law, points, law.starts(points.x_NF, points.y_N), loss)
+
+
+def best_of(law: Law, points: FittedPoints, start_KP: Array, loss: ResidualLoss) -> Fit:
+    """The best minimum from `start_KP`.
+
+    Raises:
+        Refusal: the best minimum is no fit.
+    """
+    end_KP, objective_K = refit(law, points.x_NF, points.y_N, start_KP, loss)
+    best = int(np.nanargmin(objective_K))
+    tolerance = 1e-4 * objective_K[best] + 1e-10 * float(np.var(points.y_N))
+    reached = float(np.mean(objective_K <= objective_K[best] + tolerance))
+    theta_P, objective = _polish(law, points, end_KP[best], float(objective_K[best]), loss)
+    _refuse_no_fit(law, start_KP[best], theta_P, reached)
+    _refuse_valley(law, theta_P, points.x_NF)
+    return Fit(law, loss, points, theta_P, objective, len(start_KP), reached)
+
+
+def refit(
+    law: Law,
+    x_NF: Array,
+    y: Array,
+    start_KP: Array,
+    loss: ResidualLoss,
+    bounds: tuple[Array, Array] | None = None,
+) -> tuple[Array, Array]:
+    """K fits at once, each from its own start: theta_KP, objective_K.
+
+    `y` is ln(metric), (N,) or (K, N); bounds are by default the law's own.
+    """
+
+    def model(theta_KP: Array) -> tuple[Array, Array]:
+        return loss.prediction(*law.evaluate(theta_KP, x_NF))
+
+    return solve(model, start_KP, loss.target(y), *(bounds or law.bounds), loss.huber)
+
+
+def at_bound(law: Law, theta_P: Array) -> list[str]:
+    """Names of the parameters that lie at an edge of their range."""
+    lower, upper = law.bounds
+    edge = (theta_P <= lower + 1e-9) | (theta_P >= upper - 1e-9)
+    return [name for name, stuck in zip(law.parameters, edge, strict=True) if stuck]
+
+
+def _polish(
+    law: Law, points: FittedPoints, theta_P: Array, objective: float, loss: ResidualLoss
+) -> tuple[Array, float]:
+    """scipy's answer from there, if it is better; on a bound its interior method cannot start."""
+    if at_bound(law, theta_P):
+        return theta_P, objective
+    target = loss.target(points.y_N)
+
+    def model(theta: Array) -> tuple[Array, Array]:
+        value, jacobian = loss.prediction(*law.evaluate(theta[None], points.x_NF))
+        return value[0] - target, jacobian[0]
+
+    result = least_squares(
+        lambda theta: model(theta)[0],
+        theta_P,
+        jac=lambda theta: model(theta)[1],
+        bounds=law.bounds,
+        x_scale="jac",
+        loss="linear" if loss.huber is None else "huber",
+        f_scale=loss.huber or 1.0,
+        **dict.fromkeys(("ftol", "xtol", "gtol"), 1e-15),
+    )
+    polished = 2 * float(result.cost) / len(target)
+    return (result.x, polished) if polished < objective else (theta_P, objective)
+
+
+def _refuse_no_fit(law: Law, start_P: Array, theta_P: Array, reached: float) -> None:
+    bounds = at_bound(law, theta_P)
+    if bounds == ["e"]:
+        advice = "a law without one says the same with one parameter less"
+        raise _refusal(law, "at_bound", f"the best floor e is 0, so these data show no floor; {advice}")
+    if bounds:
+        raise _refusal(law, "at_bound", f"{', '.join(bounds)} ended at the edge of the range searched")
+    for index in law.exponents:
+        if theta_P[index] <= 0:
+            text = f"exponent {law.parameters[index]} is not above 0: the metric does not fall"
+            raise _refusal(law, "no_improvement", text)
+    if np.allclose(start_P, theta_P, rtol=1e-9, atol=0):
+        raise _refusal(law, "at_start", "the fit ended at its starting point, so nothing was fitted")
+    if reached < LEAST_REACHED:
+        text = f"only {reached:.1%} of the starting points lead to the best fit (least: {LEAST_REACHED:.0%})"
+        raise _refusal(law, "unstable_fit", text)
+
+
+def _refuse_valley(law: Law, theta_P: Array, x_NF: Array) -> None:
+    """Refuse parameters that could move without any change to the fit, as with two sizes for a law of three."""
+    jacobian_NP = law.evaluate(theta_P[None], x_NF)[1][0]
+    scaled_NP = jacobian_NP / np.maximum(np.linalg.norm(jacobian_NP, axis=0), 1e-300)
+    told_apart = int(np.linalg.matrix_rank(scaled_NP, tol=SAME_DIRECTION))
+    if told_apart < len(theta_P):
+        different = ", ".join(f"{len(np.unique(x_N))} of {name}" for name, x_N in zip(law.inputs, x_NF.T, strict=True))
+        what = f"other parameters fit these points exactly as well (different values: {different})"
+        left = f"the points tell {told_apart} of {len(theta_P)} parameters apart"
+        raise _refusal(law, "not_identified", f"{what}, so what it says elsewhere is arbitrary; {left}")
+
+
+def _refusal(law: Law, code: OfAFit, text: str) -> Refusal:
+    return Refusal(code, f"{law.name} law: {text}")

@@ -1,0 +1,148 @@
+"""Laws of a metric: sums of power terms in the law's inputs, with or without a floor.
+
+    power       a (C/C0)^-b                        C training FLOPs, C0 the inputs' geometric mean in the fitted rows
+    offset      a (C/C0)^-b + e
+    additive    a (N/N0)^-alpha + b (D/D0)^-beta + e        N parameters, D images (Hoffmann et al. 2022, eq. 2)
+    tied        a (N/N0)^-alpha + b (D/D0)^-alpha + e       one exponent (Gadre et al. 2024)
+    separable   a (N/N0)^-alpha (D/D0)^-beta + e
+
+A law is evaluated at x = ln(input / reference), so units do not matter.
+Shapes: K parameter sets, N points, P parameters, F inputs.
+"""
+
+from dataclasses import dataclass
+from functools import reduce
+from itertools import product
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import nnls
+
+from fitscale.scaling.fit.solver import Array
+
+STEEPEST, LEAST_EXPONENT = 10.0, 1e-4  # bounds of every exponent
+EXPONENTS = {1: np.geomspace(0.03, 3.0, 12), 2: np.geomspace(0.05, 1.5, 7)}  # starts, by the number of exponents
+FLOORS = np.array([0.02, 0.3, 0.6, 0.8, 0.9, 0.97])  # starts, as shares of the best metric
+NO_FLOOR = 1e-300  # a floor of 0 on the logarithmic scale
+
+
+@dataclass(frozen=True)
+class Term:
+    """exp(amplitude - sum of exponent * x[input]); numbers index the law's parameters and inputs."""
+
+    amplitude: int
+    slopes: tuple[tuple[int, int], ...]  # (input, exponent)
+
+
+@dataclass(frozen=True)
+class Law:
+    """A sum of terms; the last parameter is the floor where there is one."""
+
+    name: str
+    formula: str
+    inputs: tuple[str, ...]  # columns of the runs table
+    parameters: tuple[str, ...]
+    terms: tuple[Term, ...]
+
+    @property
+    def floor(self) -> bool:
+        return self.parameters[-1] == "e"
+
+    @property
+    def exponents(self) -> list[int]:
+        """Indices of the parameters that are exponents."""
+        return sorted({exponent for term in self.terms for _, exponent in term.slopes})
+
+    @property
+    def bounds(self) -> tuple[Array, Array]:
+        """Least and largest value of every parameter: without a floor an exponent below 0 is possible, and refused."""
+        upper = np.full(len(self.parameters), np.inf)
+        lower = -upper
+        upper[self.exponents] = STEEPEST
+        lower[self.exponents] = LEAST_EXPONENT if self.floor else -STEEPEST
+        if self.floor:
+            lower[-1] = 0.0
+        return lower, upper
+
+    def centred(self, rows: pd.DataFrame, centre_F: Array | None = None) -> tuple[Array, Array]:
+        """The law's inputs as x_NF = ln(input) - centre, and the centre (by default the mean over the rows)."""
+        logs = np.log(rows[list(self.inputs)].to_numpy(dtype=float))
+        centre = logs.mean(axis=0) if centre_F is None else centre_F
+        return logs - centre, centre
+
+    def evaluate(self, theta_KP: Array, x_NF: Array) -> tuple[Array, Array]:
+        """ln(metric)_KN and its derivatives by the parameters, _KNP.
+
+        Terms are added on the logarithmic scale, where none is too small or too large for a float.
+        """
+        logs = [self._log_term(term, theta_KP, x_NF) for term in self.terms]
+        if self.floor:
+            logs.append(np.log(np.maximum(theta_KP[:, -1:], NO_FLOOR)))
+        largest = reduce(np.maximum, logs)
+        total = largest + np.log(reduce(np.add, [np.exp(log - largest) for log in logs]))
+        jacobian = np.zeros((*total.shape, len(self.parameters)))
+        for term, log in zip(self.terms, logs, strict=False):
+            share = np.exp(log - total)
+            jacobian[:, :, term.amplitude] += share
+            for column, exponent in term.slopes:
+                jacobian[:, :, exponent] -= x_NF[:, column] * share
+        if self.floor:
+            jacobian[:, :, -1] = np.exp(np.minimum(-total, 300.0))
+        return total, jacobian
+
+    def starts(self, x_NF: Array, y_N: Array, exponents: Array | None = None, floors: Array = FLOORS) -> Array:
+        """Starting points theta_KP: a grid of exponents and floors, with the best amplitudes for each.
+
+        Given those the metric is linear in the amplitudes (variable projection, Golub and Pereyra 1973).
+        """
+        count = len(self.exponents)
+        grid = EXPONENTS[count] if exponents is None else exponents
+        shares = floors if self.floor else np.zeros(1)
+        starts = product(product(grid, repeat=count), shares)
+        return np.array([self._start(x_NF, np.exp(y_N), slopes, share) for slopes, share in starts])
+
+    def _start(self, x_NF: Array, metric_N: Array, slopes: tuple[float, ...], share: float) -> Array:
+        theta = np.zeros(len(self.parameters))
+        theta[self.exponents] = slopes
+        floor = share * metric_N.min()
+        if self.floor:
+            theta[-1] = floor
+        columns = np.exp(np.stack([self._log_term(term, theta[None], x_NF)[0] for term in self.terms], axis=1))
+        amplitudes, _ = nnls(columns / metric_N[:, None], (metric_N - floor) / metric_N)
+        least = 1e-3 * metric_N.mean()
+        for term, amplitude in zip(self.terms, amplitudes, strict=True):
+            theta[term.amplitude] = np.log(max(amplitude, least))
+        return theta
+
+    def _log_term(self, term: Term, theta_KP: Array, x_NF: Array) -> Array:
+        power = theta_KP[:, term.amplitude, None]
+        for column, exponent in term.slopes:
+            power = power - theta_KP[:, exponent, None] * x_NF[:, column]
+        return power
+
+
+COMPUTE, SURFACE = ("train_flops",), ("parameters", "images")
+POWER = Law("power", "a (C/C0)^-b", COMPUTE, ("ln_a", "b"), (Term(0, ((0, 1),)),))
+OFFSET = Law("offset", "a (C/C0)^-b + e", COMPUTE, ("ln_a", "b", "e"), POWER.terms)
+ADDITIVE = Law(
+    "additive",
+    "a (N/N0)^-alpha + b (D/D0)^-beta + e",
+    SURFACE,
+    ("ln_a", "alpha", "ln_b", "beta", "e"),
+    (Term(0, ((0, 1),)), Term(2, ((1, 3),))),
+)
+TIED = Law(
+    "tied",
+    "a (N/N0)^-alpha + b (D/D0)^-alpha + e",
+    SURFACE,
+    ("ln_a", "alpha", "ln_b", "e"),
+    (Term(0, ((0, 1),)), Term(2, ((1, 1),))),
+)
+SEPARABLE = Law(
+    "separable",
+    "a (N/N0)^-alpha (D/D0)^-beta + e",
+    SURFACE,
+    ("ln_a", "alpha", "beta", "e"),
+    (Term(0, ((0, 1), (1, 2))),),
+)
+LAWS = {law.name: law for law in (POWER, OFFSET, ADDITIVE, TIED, SEPARABLE)}

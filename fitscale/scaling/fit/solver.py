@@ -1,0 +1,102 @@
+"""Many small least-squares problems at once: Levenberg-Marquardt, batched over K starts or resamples.
+
+scipy solves one problem at a time; a bootstrap or a multi-start of thousands of fits with few parameters is one array
+computation here, and takes seconds. Shapes: K problems, N points, P parameters.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Model = Callable[[Array], tuple[Array, Array]]  # theta_KP -> prediction_KN, jacobian_KNP
+
+MAX_DAMPING = 1e12
+ROUNDS = 500
+
+
+@dataclass(frozen=True)
+class Problems:
+    """K problems that share a model: data, and the box that holds the parameters.
+
+    Where the box has no width the parameter is held fixed. The loss rho(r) is Huber's with its corner at d: r^2 up to
+    |r| = d, then 2 d |r| - d^2; with an infinite d it is r^2.
+    """
+
+    y_KN: Array
+    lower_KP: Array
+    upper_KP: Array
+    corner: float
+
+    def take(self, indices: NDArray[np.int64]) -> "Problems":
+        """Those of the problems."""
+        return Problems(self.y_KN[indices], self.lower_KP[indices], self.upper_KP[indices], self.corner)
+
+    def objective(self, prediction_KN: Array) -> Array:
+        """Mean of rho over the points, for every problem."""
+        size = np.abs(self.y_KN - prediction_KN)
+        inner = np.minimum(size, self.corner)
+        return np.mean(inner * (2 * size - inner), axis=1)
+
+    def slope_weights(self, residual_KN: Array) -> Array:
+        """Weights with which r has the gradient of rho(r)."""
+        return np.minimum(1.0, self.corner / np.maximum(np.abs(residual_KN), 1e-300))
+
+
+def solve(
+    model: Model, theta_KP: Array, y: Array, lower: Array, upper: Array, huber: float | None = None
+) -> tuple[Array, Array]:
+    """Minimise the mean of rho(y - prediction) inside the box [lower, upper], for every k on its own.
+
+    `y` is (N,) or (K, N); `lower` and `upper` are (P,) or (K, P).
+
+    Returns:
+        theta_KP at the minimum, and its objective_K (in units of y^2).
+    """
+    count, corner = len(theta_KP), np.inf if huber is None else huber
+    lower_KP, upper_KP = (np.broadcast_to(bound, theta_KP.shape) for bound in (lower, upper))
+    problems = Problems(np.broadcast_to(y, (count, y.shape[-1])), lower_KP, upper_KP, corner)
+    theta_KP = np.clip(theta_KP, lower_KP, upper_KP)
+    objective_K, damping_K = np.full(count, np.nan), np.full(count, 1e-2)
+    active = np.arange(count)
+    for _ in range(ROUNDS):
+        if not len(active):
+            break
+        theta, objective, damping, done = _iterate(model, problems.take(active), theta_KP[active], damping_K[active])
+        theta_KP[active], objective_K[active], damping_K[active] = theta, objective, damping
+        active = active[~done]
+    return theta_KP, objective_K
+
+
+def _iterate(
+    model: Model, problems: Problems, theta_KP: Array, damping_K: Array
+) -> tuple[Array, Array, Array, NDArray[np.bool_]]:
+    """One damped Gauss-Newton step of every problem; kept where it improves, else only the damping grows."""
+    prediction_KN, jacobian_KNP = model(theta_KP)
+    before = problems.objective(prediction_KN)
+    step_KP = _step(problems, theta_KP, problems.y_KN - prediction_KN, jacobian_KNP, damping_K)
+    candidate_KP = np.clip(theta_KP + step_KP, problems.lower_KP, problems.upper_KP)
+    with np.errstate(all="ignore"):
+        after = problems.objective(model(candidate_KP)[0])
+    better = after <= before
+    done = (better & (before - after <= 1e-15 * before)) | (damping_K > MAX_DAMPING) | (before < 1e-28)
+    damping_K = np.where(better, np.maximum(damping_K / 5, 1e-12), damping_K * 4)
+    return np.where(better[:, None], candidate_KP, theta_KP), np.where(better, after, before), damping_K, done
+
+
+def _step(problems: Problems, theta_KP: Array, residual_KN: Array, jacobian_KNP: Array, damping_K: Array) -> Array:
+    """Solve the damped normal equations, scaled to a unit diagonal; parameters pushed against a bound stay."""
+    weighted_KPN = np.swapaxes(jacobian_KNP, 1, 2) * problems.slope_weights(residual_KN)[:, None, :]
+    gradient_KP = np.einsum("kpn,kn->kp", weighted_KPN, residual_KN)
+    hessian_KPP = weighted_KPN @ jacobian_KNP
+    below_KP = (theta_KP <= problems.lower_KP) & (gradient_KP < 0)
+    stuck_KP = below_KP | ((theta_KP >= problems.upper_KP) & (gradient_KP > 0))
+    scale_KP = np.sqrt(np.maximum(np.einsum("kpp->kp", hessian_KPP), 1e-300))
+    scaled = hessian_KPP / scale_KP[:, :, None] / scale_KP[:, None, :]
+    scaled = np.where(stuck_KP[:, :, None] | stuck_KP[:, None, :], 0.0, scaled)
+    diagonal_KP = damping_K[:, None] + stuck_KP + 1e-14
+    scaled = scaled + np.eye(theta_KP.shape[1]) * diagonal_KP[:, None, :]
+    right_KP = np.where(stuck_KP, 0.0, gradient_KP / scale_KP)
+    return np.linalg.solve(scaled, right_KP[:, :, None])[:, :, 0] / scale_KP

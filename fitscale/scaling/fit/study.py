@@ -1,0 +1,222 @@
+"""One scaling study: rows of a runs table -> fitted laws, their uncertainty, and their test on sizes held out.
+
+1. Select the rows of one metric that may be compared (rows/selection.py).
+2. Set the held-out sizes aside; choose the points that a law of compute speaks of (rows/fitted_points.py) among the
+   rest. Laws of size and data are fitted to all of the rest.
+3. Fit every law, draw whole runs anew, and predict each held-out point. A law that cannot be fitted is refused by name.
+4. Rank the laws that were fitted by their error on the held-out points that count for all of them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from fitscale.config.errors import UserError
+from fitscale.scaling.fit.fitting import Fit, fit_law
+from fitscale.scaling.fit.isoflop import METHODS, IsoFlop, isoflop, slices_of_runs
+from fitscale.scaling.fit.laws import COMPUTE, LAWS, Law
+from fitscale.scaling.fit.question import Question
+from fitscale.scaling.fit.uncertainty import FEW_RUNS, FloorProfile, Resamples, floor_profile, new_run_KN, resample
+from fitscale.scaling.rows.fitted_points import chosen
+from fitscale.scaling.rows.refusals import Caution, Refusal
+from fitscale.scaling.rows.selection import size_order
+
+FAR = 10.0  # a prediction at more than this many times the fitted compute must be asked for
+CHOICES = (*LAWS, "isoflop")
+REPORTED = ["run", "size", "step", "parameters", "images", "train_flops", "value", "chosen"]  # of a held-out point
+
+
+@dataclass(frozen=True)
+class LawResult:
+    """A fitted law.
+
+    `predictions` has one row per held-out point: value, predicted, low and high (90 %), error, inside, chosen (it
+    counts: a law of compute speaks of the chosen points alone, one of size and data of all).
+    """
+
+    fit: Fit
+    used: pd.DataFrame
+    resamples: Resamples
+    floor: FloorProfile | None
+    predictions: pd.DataFrame
+
+    @property
+    def name(self) -> str:
+        return self.fit.law.name
+
+    @property
+    def claimed(self) -> pd.DataFrame:
+        """The predictions that count."""
+        return self.predictions[self.predictions["chosen"]]
+
+    @property
+    def error(self) -> float | None:
+        """Mean |ln(predicted / actual)| over the held-out points that count."""
+        return mean_error(self.claimed) if len(self.claimed) else None
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything a report needs. `rows` has the columns that `divide` adds."""
+
+    question: Question
+    table: pd.DataFrame
+    rows: pd.DataFrame
+    sizes: list[str] = field(default_factory=list)
+    held_out: list[str] = field(default_factory=list)
+    key: dict[str, str] = field(default_factory=dict)
+    results: list[LawResult] = field(default_factory=list)  # best first
+    isoflops: list[IsoFlop] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    cautions: list[Caution] = field(default_factory=list)
+
+    @property
+    def answered(self) -> bool:
+        return bool(self.results or self.isoflops)
+
+
+def study(table: pd.DataFrame, question: Question) -> Study:
+    """Answer `question` from a validated runs table.
+
+    A refusal that concerns the data leaves no results; one that concerns a law leaves the others.
+    """
+    try:
+        selection = question.select(table)
+        sizes = size_order(selection.rows)
+        held_out = _held_out(sizes, question.hold_out)
+        rows = divide(selection.rows, selection.rows["size"].isin(held_out), question.points)
+        if held_out:
+            seen, unseen = (rows.loc[rows["held_out"] == out, "train_flops"].max() for out in (False, True))
+            refuse_far(seen, unseen, question.extrapolate)
+    except Refusal as refusal:
+        return Study(question, table, table.iloc[:0], refusals=[refusal])
+    results: list[LawResult] = []
+    isoflops: list[IsoFlop] = []
+    refusals: list[Refusal] = []
+    for name in question.laws:
+        try:
+            if name == "isoflop":
+                slices = slices_of_runs(rows)
+                isoflops = [isoflop(slices, method, question.seed) for method in METHODS]
+            else:
+                results.append(_result(LAWS[name], rows, question))
+        except Refusal as refusal:
+            refusals.append(refusal)
+    results = _ranked(results)
+    cautions = selection.cautions + list(_cautions(rows, results, isoflops, held_out))
+    return Study(question, table, rows, sizes, held_out, selection.key, results, isoflops, refusals, cautions)
+
+
+def divide(rows: pd.DataFrame, held_out: pd.Series, points: str) -> pd.DataFrame:
+    """`rows` with columns that are true for what is held_out, chosen (it counts) and used (by laws of compute)."""
+    rows = rows.assign(held_out=held_out, chosen=chosen(rows, points), used=False)
+    rows.loc[~held_out, "used"] = chosen(rows[~held_out], points)
+    return rows
+
+
+def used_by(law: Law, rows: pd.DataFrame) -> pd.DataFrame:
+    """The divided rows that `law` is fitted to: those used, or all that are not held out if it is of size and data."""
+    return rows[rows["used"] if law.inputs == COMPUTE else ~rows["held_out"]]
+
+
+def predicted(fit: Fit, rows: pd.DataFrame) -> pd.DataFrame:
+    """The held-out ones of the divided rows with what the law says of them; of size and data, all of them count."""
+    unseen = rows.loc[rows["held_out"], REPORTED]
+    if fit.law.inputs != COMPUTE:
+        unseen = unseen.assign(chosen=True)
+    metric = fit.metric(unseen)
+    return unseen.assign(predicted=metric, error=metric / unseen["value"] - 1)
+
+
+def mean_error(predictions: pd.DataFrame) -> float:
+    """Mean |ln(predicted / actual)|."""
+    return float(np.log1p(predictions["error"]).abs().mean())
+
+
+def refuse_far(fitted_flops: float, target_flops: float, agreed: bool) -> None:
+    """Refuse a prediction at more than `FAR` times the fitted compute that nobody agreed to."""
+    ratio = target_flops / fitted_flops
+    if ratio > FAR and not agreed:
+        what = f"the prediction is for {ratio:.1f} times the largest fitted compute"
+        raise Refusal("extrapolation", f"{what}; beyond {FAR:g} times say so with --extrapolate")
+
+
+def _held_out(sizes: list[str], asked: tuple[str, ...]) -> list[str]:
+    held_out = list(dict.fromkeys(sizes[-1] if size == "largest" else size for size in asked))
+    for size in held_out:
+        if size not in sizes:
+            raise UserError(f"--hold-out {size}: no such size; valid: largest, none, {', '.join(sizes)}")
+    fitted = [size for size in sizes if size not in held_out]
+    if len(fitted) < 2:
+        what = f"only size {', '.join(fitted) or 'none'} is left to fit"
+        raise Refusal("one_size", f"{what}; a law over sizes needs at least two besides the held-out one")
+    return held_out
+
+
+def _result(law: Law, rows: pd.DataFrame, question: Question) -> LawResult:
+    used = used_by(law, rows)
+    if used["size"].nunique() < 2:  # one can own the frontier: then nothing says how the law carries over to another
+        where = " on the frontier" if question.points == "frontier" else ""
+        what = f"{law.name} law: all {len(used)} points{where} are of size {used['size'].iloc[0]}"
+        why = "so they do not tell how runs differ from what the law says"
+        raise Refusal("one_size", f"{what}, {why}; try --points last or all, or train the other sizes longer")
+    fit = fit_law(law, used, question.loss)
+    draws = resample(fit, question.resamples, question.seed)
+    unseen = predicted(fit, rows).sort_values(["run", "train_flops"])
+    low, high = np.quantile(new_run_KN(fit, draws, unseen, question.seed), [0.05, 0.95], axis=0)
+    inside = (low <= unseen["value"]) & (unseen["value"] <= high)
+    unseen = unseen.assign(low=low, high=high, inside=inside)
+    return LawResult(fit, used, draws, floor_profile(fit) if law.floor else None, unseen)
+
+
+def _ranked(results: list[LawResult]) -> list[LawResult]:
+    """Best first, on the held-out points that count for every law; if there are none, by each law's own error."""
+    shared = np.logical_and.reduce([result.predictions["chosen"].sort_index() for result in results])
+
+    def rank(result: LawResult) -> float:
+        error = mean_error(result.predictions.sort_index()[shared]) if np.any(shared) else result.error
+        return np.inf if error is None else error
+
+    return sorted(results, key=rank)
+
+
+def _cautions(
+    rows: pd.DataFrame, results: list[LawResult], isoflops: list[IsoFlop], held_out: list[str]
+) -> Iterator[Caution]:
+    fitted = [result.used for result in results] or [rows[~rows["held_out"]]]
+    runs = min(used["run"].nunique() for used in fitted)
+    if runs < FEW_RUNS:
+        text = f"only {runs} runs are fitted: the variance between runs is hardly known, so intervals are wide"
+        yield Caution("few_runs", text)
+    for result in results:
+        yield from _floor_caution(result)
+        yield from _missed(result)
+    for budget in [refusal for iso in isoflops[:1] for refusal in iso.refusals]:
+        yield Caution(budget.code, budget.message)
+    of_compute = any(result.fit.law.inputs == COMPUTE for result in results)
+    if held_out and of_compute and not rows.loc[rows["held_out"], "chosen"].any():
+        text = f"no point of {', '.join(held_out)} is on the frontier, so it does not test a law of compute"
+        yield Caution("not_on_frontier", text)
+
+
+def _floor_caution(result: LawResult) -> Iterator[Caution]:
+    if result.floor is None:
+        return
+    floor, best = result.fit.named()["e"], float(result.used["value"].min())
+    if floor > best:
+        what = f"its floor {floor:.4g} lies above the best measurement {best:.4g}"
+        yield Caution("misfit", f"{result.name} law: {what}: it does not fit")
+    elif not result.floor.identified:
+        what = f"the floor E is not identified; at {result.floor.level:.0%} zero fits as well"
+        yield Caution("floor", f"{result.name} law: {what}")
+
+
+def _missed(result: LawResult) -> Iterator[Caution]:
+    missed = result.claimed[~result.claimed["inside"]]
+    if len(missed):
+        count = f"{len(missed)} of {len(result.claimed)} held-out points"
+        worst = missed.loc[np.log1p(missed["error"]).abs().idxmax(), "error"]
+        text = f"{result.name} law: {count} lie outside the 90 % interval, the worst by {worst:+.1%}"
+        yield Caution("missed", text)

@@ -1,0 +1,93 @@
+"""How far to trust a fit: whole runs are drawn anew, and the floor's profile likelihood.
+
+Checkpoints of one run share its deviation from the law. So a resample draws a new deviation for every run and new
+noise for every checkpoint, with variances that are themselves drawn (noise.py), and fits the law again. Resampling
+single points or residuals would pretend to know more than the data do. Shapes: K resamples, N points, P parameters.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from fitscale.scaling.fit.fitting import Fit, exp
+from fitscale.scaling.fit.noise import scattered
+from fitscale.scaling.fit.solver import Array
+
+LEVELS = (0.5, 0.9)
+FEW_RUNS = 4  # with fewer the variance between runs is hardly known, and intervals are wide for it
+
+
+@dataclass(frozen=True)
+class Resamples:
+    """Laws refitted to whole runs drawn anew, with the variances that each was drawn from."""
+
+    theta_KP: Array
+    run_K: Array
+    point_K: Array
+
+
+@dataclass(frozen=True)
+class FloorProfile:
+    """What the data say about the floor e: all floors in [low, high] fit acceptably at `level`."""
+
+    low: float
+    high: float | None  # None: no floor below the best metric is excluded
+    level: float
+    identified: bool  # zero is excluded
+
+
+def central(values_K: Array, level: float = 0.9) -> tuple[float, float]:
+    """The central interval that holds `level` of the values."""
+    low, high = np.quantile(values_K, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def resample(fit: Fit, count: int, seed: int) -> Resamples:
+    """`count` refits of the law to the fitted points with every run's deviation drawn anew."""
+    rng = np.random.default_rng(seed)
+    run_K, point_K = fit.noise.draw(rng, count)
+    return Resamples(refits(fit, rng, run_K, point_K), run_K, point_K)
+
+
+def refits(fit: Fit, rng: np.random.Generator, run_K: Array, point_K: Array) -> Array:
+    """theta_KP of the law fitted to K draws of what its points would measure, with these variances of ln(metric)."""
+    y_KN = scattered(rng, fit.at_points()[0], fit.points.run_N, run_K, point_K)
+    return fit.again(y_KN, np.tile(fit.theta_P, (len(run_K), 1)))[0]
+
+
+def covariance(fit: Fit) -> Array:
+    """Covariance of the parameters (P, P) to first order, with the correlation of checkpoints within runs."""
+    inverse_PN = np.linalg.pinv(fit.at_points()[1])
+    run_N = fit.points.run_N
+    errors_NN = fit.noise.run * (run_N[:, None] == run_N[None]) + fit.noise.point * np.eye(len(run_N))
+    return inverse_PN @ errors_NN @ inverse_PN.T
+
+
+def new_run_KN(fit: Fit, resamples: Resamples, rows: pd.DataFrame, seed: int) -> Array:
+    """Draws of what a new run would measure at every row: the law's uncertainty and a replicate's noise together."""
+    spread_K = np.sqrt(resamples.run_K + resamples.point_K)
+    noise_K = np.random.default_rng([seed, 1]).normal(size=len(spread_K)) * spread_K
+    return exp(fit.log_metric(rows, resamples.theta_KP) + noise_K[:, None])
+
+
+def floor_profile(fit: Fit, level: float = 0.9) -> FloorProfile:
+    """Profile likelihood of the last parameter, the floor e, with an F threshold.
+
+    The threshold is widened by the design effect of correlated checkpoints (Kish): 1 + (points per run - 1) x their
+    correlation.
+    """
+    y_N = fit.points.y_N
+    floors_K = np.concatenate([[0.0], np.exp(y_N.min()) * np.linspace(0.01, 0.999, 100)])
+    start_KP, *bounds = (np.tile(row_P, (len(floors_K), 1)) for row_P in (fit.theta_P, *fit.law.bounds))
+    for held_KP in (start_KP, *bounds):
+        held_KP[:, -1] = floors_K
+    _, objective_K = fit.again(y_N, start_KP, bounds=(bounds[0], bounds[1]))
+    freedom = max(len(y_N) - len(fit.theta_P), 1)
+    effect = 1 + (len(y_N) / fit.points.runs - 1) * fit.noise.correlation
+    allowed = stats.f.ppf(level, 1, freedom) / freedom * effect
+    fine_K = objective_K <= fit.objective * (1 + allowed)
+    inside = floors_K[fine_K] if fine_K.any() else fit.theta_P[-1:]
+    high = None if fine_K[-1] else float(inside.max())
+    return FloorProfile(float(inside.min()), high, level, identified=not fine_K[0])

@@ -1,0 +1,82 @@
+"""How figures of a study look: canvas, logarithmic axes, labels, and PNG and SVG bytes.
+
+matplotlib is imported when a figure is drawn, and needs no display.
+"""
+
+import io
+from typing import Any
+
+import pandas as pd
+
+COMPUTE_LABEL = "training compute (FLOPs: 6 x MACs x images)"
+Images = dict[str, bytes]  # png, svg
+
+
+def new_figure(width: float = 8.5, height: float = 5.2) -> Any:
+    """An empty figure of that many inches, in the "constrained" layout."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def over_compute(axes: Any, rows: pd.DataFrame, heights: tuple[float, float] | None = None) -> None:
+    """Make both axes logarithmic, for the training FLOPs of `rows` and their values (or what lies in `heights`)."""
+    logarithmic(axes.xaxis, *limits(rows["train_flops"]), scientific=True)
+    logarithmic(axes.yaxis, *(heights or limits(rows["value"])))
+
+
+def logarithmic(axis: Any, low: float, high: float, scientific: bool = False) -> None:
+    """Make `axis` logarithmic, with round numbers written out from `low` to `high`, however near they lie.
+
+    `scientific` writes them as powers of ten.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    ratio = high / low
+    steps = (1, 2, 3, 5) if ratio < 20 else (1, 2, 5) if ratio < 200 else (1, 3) if ratio < 2000 else (1,)
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]) if ratio < 4 else LogLocator(subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value) if scientific else f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def power_of_ten(value: float, digits: int = 3) -> str:
+    """2e12 to so many digits as "2·10¹²", in matplotlib's notation for formulas."""
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    factor = f"{float(mantissa):g}"
+    power = rf"10^{{{int(exponent)}}}"
+    return f"${power}$" if factor == "1" else rf"${factor}{{\cdot}}{power}$"
+
+
+def limits(values: pd.Series) -> tuple[float, float]:
+    """A tenth of the data's logarithmic range above and below, a quarter of their value at most."""
+    low, high = float(values.min()), float(values.max())
+    margin = min(max((high / low) ** 0.1, 1.02), 1.25)
+    return low / margin, high * margin
+
+
+def decorate(axes: Any, title: str, x_label: str, y_label: str) -> None:
+    """Title, labels, grid, and the legend to the right."""
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.set_title(title, loc="left")
+    axes.grid(which="major", color="0.9", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+
+
+def rendered(figure: Any) -> Images:
+    """The figure as PNG and SVG, the same bytes for the same data."""
+    import matplotlib
+
+    images = {}
+    with matplotlib.rc_context({"svg.hashsalt": "fitscale", "svg.fonttype": "none"}):
+        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
+            images[kind] = buffer.getvalue()
+    return images

@@ -1,0 +1,186 @@
+"""A study in words and tables: what report.md and report.html show, as text ready to print."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fitscale.scaling.fit.isoflop import IsoFlop, Optimum
+from fitscale.scaling.fit.laws import COMPUTE, SURFACE
+from fitscale.scaling.fit.optimal_size import optimal_sizes
+from fitscale.scaling.fit.study import LawResult, Study
+from fitscale.scaling.fit.uncertainty import central
+from fitscale.scaling.rows.fid import GUIDANCE
+from fitscale.scaling.rows.selection import ascending_sizes
+from fitscale.scaling.rows.table import data_hash
+
+NAMES = {"fd": "Fréchet distance", "fid": "FID", "validation_loss": "validation loss", "recognised": "share recognised"}
+SHOWN = ("validation_loss", "fd", "recognised")  # metrics with a column in the table of sizes, if evaluated
+OF_LAW = 200  # resamples that say how sure a compute-optimal size by a law is
+
+
+def readable(metric: str) -> str:
+    """A metric's name for people; the name itself where there is no better one."""
+    return NAMES.get(metric, metric)
+
+
+def report_content(study: Study) -> dict[str, Any]:
+    """What the Markdown and the HTML page show, as text ready to print."""
+    extrapolation = None
+    if study.held_out:
+        flops = study.rows.groupby("held_out")["train_flops"].max()
+        extrapolation = f"{flops[True] / flops[False]:.2f}"
+    return {
+        "metric": study.question.metric,
+        "title": readable(study.question.metric),
+        "question": study.question,
+        "refusals": study.refusals,
+        "cautions": study.cautions,
+        "headlines": [headline(study, result) for result in study.results],
+        "laws": [_law_lines(study, result) for result in study.results],
+        "isoflops": [_isoflop_lines(iso) for iso in study.isoflops] + _surface_lines(study),
+        "sizes": size_table(study),
+        "held_out": ", ".join(study.held_out),
+        "predictions": [(result.name, _prediction_rows(result)) for result in study.results],
+        "key": [f"{name}: {value}" for name, value in study.key.items()],
+        "data_hash": data_hash(study.table)[:16],
+        "extrapolation": extrapolation,
+    }
+
+
+def size_table(study: Study) -> tuple[list[str], list[list[str]]]:
+    """Header and one row per size: its longest run's parameters, compute and last value of each metric.
+
+    A metric that was measured at several guidance scales has a column for each.
+    """
+    table, asked = study.table, study.question.metric
+    others = table[table["metric"].isin([name for name in SHOWN if name != asked])]
+    wanted = pd.concat([others, study.rows if len(study.rows) else table[table["metric"] == asked]])
+    scale = wanted[GUIDANCE].fillna("") if GUIDANCE in table else pd.Series("", index=wanted.index)
+    several = scale.groupby(wanted["metric"]).transform("nunique") > 1
+    wanted = wanted.assign(label=wanted["metric"].where(~several, wanted["metric"] + ", guidance " + scale))
+    rank = list(dict.fromkeys((*SHOWN, asked)))
+    metrics = sorted(wanted["label"].unique(), key=lambda label: (rank.index(label.split(",")[0]), label))
+    header = ["size", "parameters", "steps", "training FLOPs", "papers' FLOPs", "device-hours", *metrics, "status"]
+    of_sizes = [wanted[wanted["size"] == size] for size in ascending_sizes(table)]
+    return header, [_size_row(rows, metrics) for rows in of_sizes if len(rows)]
+
+
+def _size_row(rows: pd.DataFrame, metrics: list[str]) -> list[str]:
+    last = rows[rows["train_flops"] == rows["train_flops"].max()]
+    first = (last if len(last) else rows).iloc[0]
+    values = [last.loc[last["label"] == metric, "value"].drop_duplicates() for metric in metrics]
+    return [
+        str(first["size"]),
+        *(number(first[name]) for name in ("parameters", "step")),
+        *(flops_text(first[name]) for name in ("train_flops", "paper_flops")),
+        number(first["device_hours"]),
+        *(" / ".join(map(number, of_metric)) or "-" for of_metric in values),
+        "-" if pd.isna(first["status"]) else str(first["status"]),
+    ]
+
+
+def number(value: Any) -> str:
+    """Three to four significant digits; large whole numbers in words of thousands; a missing number as a dash."""
+    if pd.isna(value):
+        return "-"
+    for least, unit, scale in ((1e9, "B", 1e9), (1e6, "M", 1e6), (1e4, "K", 1e3)):
+        if least <= abs(value) < 1e12:
+            return f"{value / scale:.4g} {unit}"
+    return f"{value:.3g}" if abs(value) >= 1e12 else f"{value:.4g}"
+
+
+def flops_text(value: Any) -> str:
+    """Compute always as a power of ten, or a dash."""
+    return "-" if pd.isna(value) else f"{value:.3g}" if abs(value) >= 1e6 else f"{value:.3e}"
+
+
+def interval_text(low: Any, high: Any) -> str:
+    return f"{number(low)} to {number(high)}"
+
+
+def headline(study: Study, result: LawResult) -> str:
+    """How the law fared at the largest held-out point that counts."""
+    points = result.fit.points
+    start = f"{result.name.capitalize()} law, fitted on {len(points.y_N)} points of {points.runs} runs"
+    if result.claimed.empty:
+        return f"{start}: scatter of a new run {result.fit.noise.total:.1%}; no held-out point tests it."
+    last = result.claimed.sort_values("train_flops").iloc[-1]
+    where = "inside" if last["inside"] else "OUTSIDE"
+    return (
+        f"{start}: predicts a {readable(study.question.metric)} of {number(last['predicted'])} for the held-out size "
+        f"{last['size']} at {flops_text(last['train_flops'])} FLOPs; measured {number(last['value'])}: "
+        f"error {last['error']:+.1%}, {where} the 90 % interval {interval_text(last['low'], last['high'])}."
+    )
+
+
+def _law_lines(study: Study, result: LawResult) -> dict[str, Any]:
+    fit, question = result.fit, study.question
+    intervals = parameter_intervals(result)
+    lines = [[name, number(value), interval_text(*intervals[name])] for name, value in fit.named().items()]
+    if result.floor is not None and not result.floor.identified:
+        upper = "no upper limit" if result.floor.high is None else f"at most {number(result.floor.high)}"
+        lines[-1] = ["e", "not identified", upper]
+    how = "least squares" if fit.loss.huber is None else f"Huber's loss with its corner at {fit.loss.huber:g}"
+    what = f"ln({question.metric})" if fit.loss.space == "log" else f"{question.metric} itself"
+    points = question.points if fit.law.inputs == COMPUTE else "all"
+    scatter = f"{fit.noise.run**0.5:.1%} from run to run and {fit.noise.point**0.5:.1%} from checkpoint to checkpoint"
+    if fit.noise.point == 0.0:
+        unknown = "all taken for that from run to run (these points do not tell checkpoints' apart)"
+        scatter = f"{fit.noise.total:.1%}, {unknown}"
+    return {
+        "name": result.name,
+        "fitted": f"Fitted by {how} on {what}, points weighted alike ({points} points)",
+        "formula": fit.law.formula,
+        "reference": ", ".join(f"{name} = {value:.4g}" for name, value in fit.reference().items()),
+        "lines": lines,
+        "scatter": scatter,
+        "reached": f"{fit.reached:.0%} of {fit.starts}",
+    }
+
+
+def parameter_intervals(result: LawResult) -> dict[str, tuple[float, float]]:
+    """Central 90 % of the readable parameters over the resamples of whole runs."""
+    return {name: central(draws_K) for name, draws_K in result.fit.named(result.resamples.theta_KP).items()}
+
+
+def _isoflop_lines(iso: IsoFlop) -> dict[str, Any]:
+    interval = f"not estimated ({iso.no_interval})"
+    if iso.interval_90 is not None:
+        interval = "{:.4f} to {:.4f}".format(*iso.interval_90)
+    law = f"best size = {iso.coefficient:.3g} C^{iso.exponent:.4f}, from {len(iso.optima)} budgets"
+    text = f"{iso.method}: {law}; 90 % interval of the exponent {interval}"
+    return {"text": text, "optima": [_optimum_cells(optimum) for optimum in iso.optima]}
+
+
+def _surface_lines(study: Study) -> list[dict[str, Any]]:
+    """Compute-optimal sizes by each fitted law of size and data, at budgets within the fitted compute."""
+    lines = []
+    for result in [result for result in study.results if result.fit.law.inputs == SURFACE]:
+        flops = result.used["train_flops"]
+        budgets = np.geomspace(flops.min() * 2, flops.max(), 5)
+        optima, refusals = optimal_sizes(result.fit, result.used, result.resamples.theta_KP[:OF_LAW], budgets)
+        text = "; ".join([f"by the {result.name} law", *map(str, refusals)])
+        lines.append({"text": text, "optima": [_optimum_cells(optimum) for optimum in optima]})
+    return lines
+
+
+def _optimum_cells(optimum: Optimum) -> list[str]:
+    cells = [flops_text(optimum.budget), number(optimum.parameters), number(optimum.metric)]
+    return [*cells, f"{optimum.spread:.1%}"]
+
+
+def _prediction_rows(result: LawResult) -> list[list[str]]:
+    return [
+        [
+            str(row.run),
+            number(row.step),
+            flops_text(row.train_flops),
+            number(row.value),
+            number(row.predicted),
+            interval_text(row.low, row.high),
+            f"{row.error:+.1%}",
+            *("yes" if true else "no" for true in (row.inside, row.chosen)),
+        ]
+        for row in result.predictions.itertuples()
+    ]

@@ -1,0 +1,206 @@
+"""Figures of a study: curves, residuals, held-out points, isoFLOP curves. canvas.py says how they look."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fitscale.scaling.fit.isoflop import IsoFlop, slices_of_runs
+from fitscale.scaling.fit.laws import COMPUTE
+from fitscale.scaling.fit.study import LawResult, Study
+from fitscale.scaling.fit.uncertainty import new_run_KN
+from fitscale.scaling.report import canvas
+from fitscale.scaling.report.content import readable
+from fitscale.scaling.rows.selection import ascending_sizes
+
+HELD_OUT = ("crimson", "darkorange", "deeppink", "saddlebrown")
+MOST_NAMED = 12  # held-out points; more names would hide them
+FITTED = {"frontier": "fitted: frontier", "last": "fitted: last of a run", "all": "fitted"}
+
+
+def figures(study: Study) -> dict[str, canvas.Images]:
+    """Every figure that the study has data for, by file name."""
+    found = {}
+    if len(rows := _drawable(study)):
+        found["curves"] = curves(study, rows)
+    if study.results:
+        found["residuals"] = residuals(study)
+        if any(len(result.claimed) for result in study.results):
+            found["predictions"] = predictions(study)
+    if study.isoflops:
+        found["isoflop"] = isoflop_curves(study, study.isoflops[0])
+    return found
+
+
+def curves(study: Study, rows: pd.DataFrame) -> canvas.Images:
+    """Metric against training FLOPs per size, frontier, best law and band, held-out points."""
+    axes = canvas.new_figure().add_subplot()
+    heights = canvas.limits(pd.concat([rows["value"], *(result.claimed["predicted"] for result in study.results[:1])]))
+    canvas.over_compute(axes, rows, heights)
+    draw_runs(axes, study, rows)
+    _draw_fitted(axes, study, rows)
+    for result in study.results[:1]:
+        _draw_law(axes, study, result, rows)
+    axes.set_ylim(*heights)
+    name = readable(study.question.metric)
+    canvas.decorate(axes, f"{name} against training compute", canvas.COMPUTE_LABEL, name)
+    return canvas.rendered(axes.figure)
+
+
+def residuals(study: Study) -> canvas.Images:
+    """Measured / law - 1 of the best law's fitted points against compute, per size."""
+    axes = canvas.new_figure(height=3.6).add_subplot()
+    result = study.results[0]
+    for size, points in _by_size(study, result.used):
+        points = points.sort_values("train_flops")
+        share = 100 * (points["value"].to_numpy() / result.fit.metric(points) - 1)
+        axes.plot(points["train_flops"], share, "o-", color=_color(study, study.rows, size), linewidth=0.8, label=size)
+    axes.axhline(0, color="black", linewidth=0.8)
+    canvas.logarithmic(axes.xaxis, *canvas.limits(result.used["train_flops"]), scientific=True)
+    title = f"Residuals of the {result.name} law at the points it is fitted to"
+    canvas.decorate(axes, title, canvas.COMPUTE_LABEL, "measured / law - 1 (%)")
+    return canvas.rendered(axes.figure)
+
+
+def predictions(study: Study) -> canvas.Images:
+    """Predicted against measured for every held-out point that a law speaks of, with 90 % intervals."""
+    axes = canvas.new_figure(width=7.2).add_subplot()
+    drawn = [result for result in study.results if len(result.claimed)]
+    every = pd.concat([result.claimed for result in drawn])
+    span = canvas.limits(every["value"])
+    canvas.logarithmic(axes.xaxis, *span)
+    canvas.logarithmic(
+        axes.yaxis, *canvas.limits(pd.concat([every[name] for name in ("value", "predicted", "low", "high")]))
+    )
+    axes.plot(span, span, color="black", linewidth=0.8, label="exact")
+    for index, result in enumerate(drawn):
+        points = result.claimed
+        errors = [points["predicted"] - points["low"], points["high"] - points["predicted"]]
+        style = {"fmt": "os^Dv"[index % 5], "color": f"C{index}", "markersize": 5, "linewidth": 0.9, "capsize": 2}
+        label = f"{result.name} law, 90 %"
+        axes.errorbar(points["value"], points["predicted"], yerr=np.abs(errors), label=label, **style)
+    first = drawn[0].claimed
+    for _, point in (first if len(first) <= MOST_NAMED else first.iloc[:0]).iterrows():
+        name = str(point["size"]) if pd.isna(point["step"]) else f"{point['size']}, {point['step']:,} steps"
+        place = {"xytext": (7, -13), "textcoords": "offset points", "fontsize": 8, "color": "0.3"}
+        axes.annotate(name, (point["value"], point["predicted"]), **place)
+    axes.margins(0.15)  # room for the names
+    title = f"Held-out size {', '.join(study.held_out)}: predicted against measured"
+    canvas.decorate(axes, title, *(f"{what} {readable(study.question.metric)}" for what in ("measured", "predicted")))
+    return canvas.rendered(axes.figure)
+
+
+def isoflop_curves(study: Study, iso: IsoFlop) -> canvas.Images:
+    """Metric against size for every budget with an optimum, and the line of optima."""
+    from matplotlib import colormaps
+
+    axes = canvas.new_figure().add_subplot()
+    slices = slices_of_runs(study.rows)
+    canvas.logarithmic(axes.xaxis, *canvas.limits(slices["parameters"]), scientific=True)
+    canvas.logarithmic(axes.yaxis, *canvas.limits(slices["value"]))
+    for index, optimum in enumerate(iso.optima):
+        rows = slices[np.isclose(slices["budget"], optimum.budget)].sort_values("parameters")
+        color = colormaps["plasma"](0.85 * index / max(len(iso.optima) - 1, 1))
+        label = f"{optimum.budget:.2g} FLOPs"
+        axes.plot(rows["parameters"], rows["value"], "o-", color=color, linewidth=1.1, label=label)
+    best = [(optimum.parameters, optimum.metric) for optimum in iso.optima]
+    axes.plot(*zip(*best, strict=True), "k*--", markersize=11, label="optimum")
+    interval = "not estimated" if iso.interval_90 is None else "{:.3f} to {:.3f}".format(*iso.interval_90)
+    title = f"Best size grows as C^{iso.exponent:.3f} (90 %: {interval})"
+    canvas.decorate(axes, title, "parameters", readable(study.question.metric))
+    return canvas.rendered(axes.figure)
+
+
+def draw_runs(axes: Any, study: Study, rows: pd.DataFrame) -> None:
+    """The curve of every run in the colour of its size; held-out sizes dotted, with open marks."""
+    first_runs = rows.groupby("size")["run"].min()
+    for run, points in rows.sort_values("train_flops").groupby("run", sort=False):
+        size = points["size"].iloc[0]
+        held_out = size in study.held_out
+        color = _color(study, rows, size)
+        axes.plot(
+            points["train_flops"],
+            points["value"],
+            color=color,
+            linestyle=":" if held_out else "-",
+            linewidth=1.4,
+            marker="D" if held_out else "o",
+            markersize=6 if held_out else 5,
+            markerfacecolor="white" if held_out else color,
+            label=(f"{size}, held out" if held_out else size) if run == first_runs[size] else None,
+            zorder=3,
+        )
+
+
+def _drawable(study: Study) -> pd.DataFrame:
+    """The study's rows; where the data themselves were refused, what can be drawn of them."""
+    if len(study.rows):
+        return study.rows
+    rows = study.table[study.table["metric"] == study.question.metric]
+    rows = rows[((rows["value"] > 0) & (rows["train_flops"] > 0)).fillna(False)]
+    return rows.assign(held_out=False, chosen=False, used=False)
+
+
+def _by_size(study: Study, rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    return [(size, rows[rows["size"] == size]) for size in study.sizes if (rows["size"] == size).any()]
+
+
+def _color(study: Study, rows: pd.DataFrame, size: str) -> Any:
+    from matplotlib import colormaps
+
+    if size in study.held_out:
+        return HELD_OUT[study.held_out.index(size) % len(HELD_OUT)]
+    sizes = ascending_sizes(rows)
+    return colormaps["viridis"](0.85 * sizes.index(size) / max(len(sizes) - 1, 1))
+
+
+def _draw_fitted(axes: Any, study: Study, rows: pd.DataFrame) -> None:
+    """A ring around every point that the best law is fitted to; without a law, that laws of compute would be."""
+    best = study.results[0] if study.results else None
+    compute_law = best is None or best.fit.law.inputs == COMPUTE
+    used = rows[rows["used"]] if best is None else best.used
+    if len(used):
+        ring = {"s": 95, "facecolors": "none", "edgecolors": "black", "linewidths": 0.9, "zorder": 4}
+        label = FITTED[study.question.points if compute_law else "all"]
+        axes.scatter(used["train_flops"], used["value"], label=label, **ring)
+
+
+def _draw_law(axes: Any, study: Study, result: LawResult, rows: pd.DataFrame) -> None:
+    if result.fit.law.inputs == COMPUTE:
+        _draw_compute_law(axes, study, result, rows)
+    else:
+        _draw_surface(axes, study, result, rows)
+    floor = result.fit.named()["e"] if result.floor is not None and result.floor.identified else 0.0
+    if floor > canvas.limits(rows["value"])[0]:
+        axes.axhline(floor, color="gray", linewidth=0.9, linestyle="-.", label=f"floor E = {floor:.3g}", zorder=1)
+
+
+def _draw_compute_law(axes: Any, study: Study, result: LawResult, rows: pd.DataFrame) -> None:
+    least, most = result.used["train_flops"].min(), result.used["train_flops"].max()
+    grid = np.union1d(np.geomspace(least / 1.3, rows["train_flops"].max() * 1.3, 40), [most])
+    line = pd.DataFrame({"train_flops": grid})
+    metric = result.fit.metric(line)
+    name = f"{result.name} law"
+    for part, style, label in ((grid <= most, "-", name), (grid >= most, "--", f"{name}, extrapolated")):
+        axes.plot(grid[part], metric[part], style, color="black", linewidth=1.3, zorder=2, label=label)
+    _draw_band(axes, study, result, grid, line, "90 % for a new run")
+
+
+def _draw_band(axes: Any, study: Study, result: LawResult, compute: Any, line: pd.DataFrame, label: str | None) -> None:
+    draws = new_run_KN(result.fit, result.resamples, line, study.question.seed)
+    low, high = np.quantile(draws, [0.05, 0.95], axis=0)
+    style = {"color": "black", "alpha": 0.12, "linewidth": 0, "zorder": 1}
+    axes.fill_between(compute, low, high, label=label, **style)
+
+
+def _draw_surface(axes: Any, study: Study, result: LawResult, rows: pd.DataFrame) -> None:
+    """The law along every size's own training, and the band of the held-out sizes."""
+    name, band = f"{result.name} law", "90 % for a new run"
+    for index, (size, points) in enumerate(_by_size(study, rows)):
+        longest = points.sort_values("train_flops").iloc[-1]
+        images = np.geomspace(points["images"].min() / 1.3, points["images"].max() * 1.3, 60)
+        line = pd.DataFrame({"parameters": float(longest["parameters"]), "images": images})
+        compute = images * float(longest["train_flops"]) / float(longest["images"])
+        axes.plot(compute, result.fit.metric(line), "k--", linewidth=1.0, zorder=2, label=None if index else name)
+        if size in study.held_out:
+            _draw_band(axes, study, result, compute, line, band if size == study.held_out[0] else None)

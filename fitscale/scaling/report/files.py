@@ -1,0 +1,124 @@
+"""A study as files: fit.json for programs, report.md and one self-contained report.html for people, figures.
+
+Refusals and cautions come first. A floor that the data do not identify is reported as such, without a number.
+"""
+
+import base64
+import json
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fitscale.config.errors import UserError
+from fitscale.config.files import write_atomic
+from fitscale.scaling.fit.isoflop import IsoFlop
+from fitscale.scaling.fit.study import LawResult, Study
+from fitscale.scaling.fit.uncertainty import covariance
+from fitscale.scaling.report.content import parameter_intervals, report_content
+from fitscale.scaling.report.figures import figures
+from fitscale.scaling.report.samples import SampleFolder, placed, samples_along_the_curve
+from fitscale.scaling.report.templates import HTML, MARKDOWN
+from fitscale.scaling.rows.table import data_hash
+
+PACKAGES = ("numpy", "scipy", "pandas")
+
+
+def write_report(study: Study, out: Path, folders: list[SampleFolder]) -> list[Path]:
+    """Write fit.json, report.md, report.html and the figures (PNG, SVG) into `out`; returns their paths.
+
+    The images of `folders` are drawn along the curve; their contact sheets are embedded into the page.
+
+    Raises:
+        UserError: a folder's checkpoint is not among the study's rows, or an image cannot be read.
+    """
+    drawn = figures(study)
+    places = placed(study, folders) if len(study.rows) else []
+    if places:
+        drawn["samples"] = samples_along_the_curve(study, places)
+    sheets = [(_caption(folder, row), _data_uri(folder.contact_sheet)) for folder, row in places]
+    content = report_content(study)
+    files: dict[str, str | bytes] = {"fit.json": json.dumps(fit_record(study), indent=2, allow_nan=False) + "\n"}
+    files |= {f"{name}.{kind}": data for name, figure in drawn.items() for kind, data in figure.items()}
+    linked = {name: f"{name}.png" for name in drawn}
+    embedded = {name: _png_uri(figure["png"]) for name, figure in drawn.items()}
+    files["report.md"] = _render(MARKDOWN, content | {"figures": linked}, escape=False)
+    files["report.html"] = _render(HTML, content | {"figures": embedded, "sheets": sheets}, escape=True)
+    for name, data in files.items():
+        write_atomic(out / name, data)
+    return [out / name for name in files]
+
+
+def fit_record(study: Study) -> dict[str, Any]:
+    """The question and its answer as plain numbers: enough to repeat it and to predict from it. Missing is null."""
+    return asdict(study.question) | {
+        "held_out": study.held_out,
+        "key": study.key,
+        "data_sha256": data_hash(study.table),
+        "versions": {name: _version(name) for name in ("fitscale", *PACKAGES)},
+        "refusals": [{"code": refusal.code, "message": refusal.message} for refusal in study.refusals],
+        "cautions": [vars(caution) for caution in study.cautions],
+        "laws": [_law_record(result) for result in study.results],
+        "isoflop": [_isoflop_record(iso) for iso in study.isoflops],
+    }
+
+
+def _law_record(result: LawResult) -> dict[str, Any]:
+    fit = result.fit
+    return {
+        "law": fit.law.name,
+        "formula": fit.law.formula,
+        "reference": fit.reference(),
+        "parameters": fit.named(),
+        "intervals_90": parameter_intervals(result),
+        "covariance": {"parameters": list(fit.law.parameters), "matrix": covariance(fit).tolist()},
+        "floor": None if result.floor is None else vars(result.floor),
+        "objective": fit.objective,
+        "points": len(fit.points.y_N),
+        "runs": fit.points.runs,
+        "starts": fit.starts,
+        "starts_reached": fit.reached,
+        "noise": {"run": fit.noise.run**0.5, "checkpoint": fit.noise.point**0.5},
+        "mean_held_out_error": result.error,
+        "predictions": json.loads(result.predictions.to_json(orient="records", double_precision=15)),
+    }
+
+
+def _isoflop_record(iso: IsoFlop) -> dict[str, Any]:
+    record = vars(iso) | {"optima": [vars(optimum) for optimum in iso.optima]}
+    refusals = record.pop("refusals")
+    return record | {"refused_budgets": [str(refusal) for refusal in refusals]}
+
+
+def _render(template: str, content: dict[str, Any], escape: bool) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=escape, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(template).render(content)
+
+
+def _caption(folder: SampleFolder, row: pd.Series) -> str:
+    how = f"{folder.height} x {folder.width} pixels, guidance {folder.guidance:g}"
+    return f"{row['size']} after {folder.step:,} steps, {how}"
+
+
+def _data_uri(path: Path) -> str:
+    try:
+        return _png_uri(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _png_uri(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

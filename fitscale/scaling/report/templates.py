@@ -1,0 +1,152 @@
+"""The report (jinja2): one body, and what its parts look like in Markdown and in HTML."""
+
+BODY = """\
+{{ heading(1, "Scaling of " ~ title ~ " with training compute") }}
+{% for refusal in refusals %}
+{{ note("Refused", "refusal", refusal) }}
+{% endfor %}
+{% for caution in cautions %}
+{{ note("Caution", "caution", caution) }}
+{% endfor %}
+{{ items(headlines) }}
+{{ figure("curves", metric ~ " against training compute") }}
+{{ heading(2, "Sizes, at their last evaluation") }}
+{{ table(*sizes) }}
+{% if predictions and held_out %}
+{{ heading(2, "Prediction and measurement of the held-out size " ~ held_out) }}
+{% call paragraph() %}
+The largest held-out compute is {{ extrapolation }} times the largest fitted one.
+A point that does not count lies above the frontier (or is not the run's last): the law makes no claim about it.
+{% endcall %}
+{% for name, rows in predictions %}
+{{ heading(3, name | capitalize ~ " law") }}
+{{ table(["run", "step", "training FLOPs", "measured", "predicted", "90 % interval", "error", "inside", "counts"], rows)
+}}
+{% endfor %}
+{% endif %}
+{{ figure("predictions", "predicted against measured") }}
+{% for law in laws %}
+{{ heading(2, law.name | capitalize ~ " law: " ~ law.formula) }}
+{% call paragraph() %}
+{{ law.fitted }}; at {{ law.reference }}.
+Scatter {{ law.scatter }}; best fit reached from {{ law.reached }} starts;
+intervals from {{ question.resamples }} refits with the deviation of every run drawn anew.
+{% endcall %}
+{{ table(["parameter", "value", "90 % interval"], law.lines) }}
+{% endfor %}
+{{ figure("residuals", "residuals") }}
+{% if isoflops %}
+{{ heading(2, "Compute-optimal size") }}
+{{ figure("isoflop", "isoFLOP curves") }}
+{% for iso in isoflops %}
+{% call paragraph() %}
+{{ iso.text }}
+{% endcall %}
+{{ table(["budget (FLOPs)", "best parameters", metric ~ " there", "spread of ln(parameters)"], iso.optima) }}
+{% endfor %}
+{% endif %}
+{% if "samples" in figures %}
+{{ heading(2, "Samples along the curve") }}
+{{ figure("samples", "samples along the curve") }}
+{% call paragraph() %}
+Every folder's first images, drawn from the same noise and classes where the seed is the same.
+{% endcall %}
+{{ contact_sheets(sheets) }}
+{% endif %}
+{{ heading(2, "How it was measured") }}
+{{ items(key or ["no comparability key in the table"]) }}
+{% call paragraph() %}
+Data {{ data_hash }}, seed {{ question.seed }}.
+{% endcall %}
+"""
+
+MARKDOWN = (
+    """\
+{% macro heading(level, text) %}
+{{ "#" * level }} {{ text }}
+{% endmacro %}
+{% macro note(word, kind, it) %}
+> **{{ word }} ({{ it.code }})**: {{ it.message }}
+{% endmacro %}
+{% macro items(texts) %}
+{% for text in texts %}
+- {{ text }}
+{% endfor %}
+{% endmacro %}
+{% macro paragraph() %}
+{{ caller() }}
+{% endmacro %}
+{% macro figure(name, what) %}
+{% if name in figures %}
+![{{ what }}]({{ figures[name] }})
+{% endif %}
+{% endmacro %}
+{% macro table(header, rows) %}
+| {{ header | join(" | ") }} |
+|{{ "---|" * header | length }}
+{% for row in rows %}
+| {{ row | join(" | ") }} |
+{% endfor %}
+{% endmacro %}
+{% macro contact_sheets(sheets) %}{% endmacro %}
+"""
+    + BODY
+)
+
+HTML = (
+    """\
+{% macro heading(level, text) %}<h{{ level }}>{{ text }}</h{{ level }}>{% endmacro %}
+{% macro note(word, kind, it) %}
+<p class="{{ kind }}"><strong>{{ word }} ({{ it.code }}).</strong> {{ it.message }}</p>
+{% endmacro %}
+{% macro items(texts) %}
+<ul>{% for text in texts %}<li>{{ text }}</li>{% endfor %}</ul>
+{% endmacro %}
+{% macro paragraph() %}<p class="small">{{ caller() }}</p>{% endmacro %}
+{% macro figure(name, what) %}
+{% if name in figures %}
+<figure><img src="{{ figures[name] }}" alt="{{ what }}"></figure>
+{% endif %}
+{% endmacro %}
+{% macro table(header, rows) %}
+<div class="wide"><table>
+<tr>{% for name in header %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% endmacro %}
+{% macro contact_sheets(sheets) %}
+{% for caption, source in sheets %}
+<details><summary>{{ caption }}</summary><img src="{{ source }}" alt="{{ caption }}"></details>
+{% endfor %}
+{% endmacro %}
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Scaling of {{ title }}</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th { white-space: normal; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; }
+.wide { overflow-x: auto; }
+.refusal, .caution { padding: 0.5rem 0.9rem; margin: 0.5rem 0; border-left: 5px solid #c0392b; background: #fbeae8; }
+.caution { border-color: #d99a00; background: #fdf5e2; }
+img { max-width: 100%; height: auto; }
+figure { margin: 1rem 0; overflow-x: auto; } figure img { width: 60rem; min-width: 36rem; }
+.small { color: #555; font-size: 0.88rem; }
+</style>
+</head>
+<body>
+"""
+    + BODY
+    + """\
+</body>
+</html>
+"""
+)

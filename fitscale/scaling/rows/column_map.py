@@ -1,0 +1,72 @@
+"""Anybody's CSV (a paper's table, a wandb export) -> runs table, by a column map.
+
+The map is YAML; left a column of the runs table, right where it comes from:
+
+    run: Name                          # a column
+    size: "=XL"                        # the same text in every row
+    parameters: [1.0e6, params_m]      # a product of numbers and columns
+    train_flops: [6.0e9, gmacs, images]
+    metrics: {fd: eval/fd, validation_loss: eval/loss}     # one row per metric where its cell is not empty
+
+With `metrics`, the columns metric and value come from it; without, they are mapped like the others.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from fitscale.config.errors import UserError
+from fitscale.scaling.rows.table import validate
+
+
+def read_mapped(path: Path, column_map: Path) -> pd.DataFrame:
+    """The runs table in the CSV at `path`, as `column_map` names its columns; a missing cell stays missing.
+
+    Raises:
+        UserError: a file cannot be read, the map names a column that is not there, or the result breaks the schema.
+    """
+    mapping = _read_map(column_map)
+    try:
+        source = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable CSV: {error}") from error
+    metrics = mapping.pop("metrics", None)
+    shared = pd.DataFrame(
+        {name: _column(source, name, rule, path) for name, rule in mapping.items()}, index=source.index
+    )
+    if metrics is None:
+        return validate(shared, str(path))
+    parts = [_of_metric(shared, source, metric, column, path) for metric, column in metrics.items()]
+    return validate(pd.concat(parts, ignore_index=True), str(path))
+
+
+def _read_map(path: Path) -> dict[str, Any]:
+    try:
+        mapping = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not a readable column map: {error}") from error
+    if not isinstance(mapping, dict) or not isinstance(mapping.get("metrics", {}), dict):
+        raise UserError(f"{path}: a column map holds `column: source` pairs, and `metrics` pairs of its own")
+    return mapping
+
+
+def _of_metric(shared: pd.DataFrame, source: pd.DataFrame, metric: str, column: str, path: Path) -> pd.DataFrame:
+    values = _column(source, metric, column, path)
+    return shared.assign(metric=metric, value=values)[values.notna()]
+
+
+def _column(source: pd.DataFrame, name: str, rule: Any, path: Path) -> Any:
+    if isinstance(rule, list):
+        product: Any = 1.0
+        for factor in rule:
+            product = product * (factor if isinstance(factor, int | float) else _column(source, name, factor, path))
+        return product
+    if not isinstance(rule, str):
+        return rule
+    if rule.startswith("="):
+        return pd.Series(rule[1:], index=source.index)
+    if rule not in source.columns:
+        raise UserError(f"{path}: no column {rule!r} for {name}; it has: {', '.join(map(str, source.columns))}")
+    return source[rule]

@@ -1,0 +1,124 @@
+"""The runs table: one row per evaluated metric of one checkpoint, as a checked pandas DataFrame, CSV or parquet.
+
+Missing stays missing (NaN, NA, an empty CSV cell), never 0. Columns whose name starts with `key_` are the comparability
+key: how the number was measured. Rows whose keys differ must not be fitted together.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+
+from fitscale.config.errors import UserError
+from fitscale.config.files import replacing
+
+KEY = "key_"
+
+
+Dtype = Literal["string", "Int64", "float64"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's pandas type (nullable) and what it holds."""
+
+    dtype: Dtype
+    meaning: str
+
+
+COLUMNS = {
+    "run": Column("string", "run directory; rows of one run are correlated"),
+    "family": Column("string", "model family"),
+    "size": Column("string", "name of the model size"),
+    "width": Column("Int64", "hidden size"),
+    "depth": Column("Int64", "blocks"),
+    "heads": Column("Int64", "attention heads"),
+    "patch": Column("Int64", "side of a patch in latent pixels"),
+    "tokens_per_image": Column("float64", "mean over the images trained on"),
+    "parameters": Column("Int64", "all trained parameters"),
+    "linear_macs": Column("float64", "forward multiply-accumulates of linear layers, mean per image"),
+    "attention_macs": Column("float64", "forward multiply-accumulates of attention scores and values, mean per image"),
+    "batch": Column("Int64", "images per step"),
+    "step": Column("Int64", "optimizer steps"),
+    "images": Column("Int64", "images trained on"),
+    "train_flops": Column("float64", "true training FLOPs: 6 x MACs x images"),
+    "paper_flops": Column("float64", "the papers' convention: 3 x G x images, G = linear MACs at 256 tokens"),
+    "device_hours": Column("float64", "devices x hours of training"),
+    "device": Column("string", "kind of device"),
+    "seed": Column("Int64", "seed of the run"),
+    "weights": Column("string", "raw or ema_<decay>"),
+    "lr": Column("float64", "learning rate"),
+    "metric": Column("string", "validation_loss, fd, recognised ..."),
+    "value": Column("float64", "the metric"),
+    "standard_error": Column("float64", "of the value, sampling noise only"),
+    "samples": Column("Int64", "generated or held-out images behind the value"),
+    "nfe": Column("float64", "network evaluations per generated image"),
+    "status": Column("string", "finished, or unfinished if the run has steps left"),
+}
+REQUIRED = ("run", "size", "train_flops", "metric", "value")
+
+
+def validate(table: pd.DataFrame, source: str = "runs table") -> pd.DataFrame:
+    """`table` with every column of `COLUMNS`, in order and typed, then its `key_` columns as strings, sorted by name.
+
+    Raises:
+        UserError: an unknown or missing column, or a value of the wrong type.
+    """
+    unknown = [name for name in table.columns if name not in COLUMNS and not str(name).startswith(KEY)]
+    if unknown:
+        raise UserError(f"{source}: unknown columns {', '.join(unknown)}; valid: {', '.join(COLUMNS)} and {KEY}<name>")
+    missing = [name for name in REQUIRED if name not in table.columns]
+    if missing:
+        raise UserError(f"{source}: columns {', '.join(missing)} are missing")
+    keys = sorted(name for name in table.columns if str(name).startswith(KEY))
+    columns = {name: _typed(table, name, column.dtype, source) for name, column in COLUMNS.items()}
+    columns |= {name: _typed(table, name, "string", source) for name in keys}
+    return pd.DataFrame(columns)
+
+
+def key_columns(table: pd.DataFrame) -> list[str]:
+    """Names of the comparability key's columns."""
+    return [name for name in table.columns if name.startswith(KEY)]
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a validated table to `path`, whole or not at all; .csv or .parquet."""
+    if path.suffix not in (".csv", ".parquet"):
+        raise UserError(f"{path}: a runs table is written as .csv or .parquet")
+    with replacing(path) as temporary:
+        if path.suffix == ".parquet":
+            table.to_parquet(temporary, index=False)
+        else:
+            table.to_csv(temporary, index=False)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read and validate a table that `write_table` (or anybody else, with the same columns) wrote."""
+    try:
+        if path.suffix == ".parquet":
+            table = pd.read_parquet(path)
+        else:
+            texts = {name for name, column in COLUMNS.items() if column.dtype == "string"}
+            header = pd.read_csv(path, nrows=0).columns
+            dtypes = {name: "string" for name in header if name in texts or name.startswith(KEY)}
+            table = pd.read_csv(path, dtype=dtypes, float_precision="round_trip")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable runs table: {error}") from error
+    return validate(table, str(path))
+
+
+def data_hash(table: pd.DataFrame) -> str:
+    """SHA-256 of the rows, whatever their order."""
+    lines = sorted(validate(table).to_csv(index=False, header=False).splitlines())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _typed(table: pd.DataFrame, name: str, dtype: Dtype, source: str) -> pd.Series:
+    if name not in table.columns:
+        return pd.Series(pd.NA if dtype != "float64" else float("nan"), index=table.index, dtype=dtype, name=name)
+    try:
+        return pd.to_numeric(table[name]).astype(dtype) if dtype != "string" else table[name].astype(dtype)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: column {name} must hold {dtype} ({COLUMNS[name].meaning}): {error}") from error

@@ -1,0 +1,123 @@
+"""Reports of studies: their files, their words, and the tool that writes them."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from fitscale.scaling.fit.fitting import ResidualLoss
+from fitscale.scaling.fit.question import Question
+from fitscale.scaling.fit.study import study
+from fitscale.scaling.report.content import number, report_content, size_table
+from fitscale.scaling.report.files import fit_record, write_report
+from fitscale.scaling.rows.runs import collect
+from tests.programs import run_tool
+from tests.sample_folders import write_samples
+from tests.synthetic_runs import frontier_law, surface_rows, write_sweep
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    write_sweep(folder, frontier_law, steps=20000, points=6, run_noise=0.01, point_noise=0.01)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(sweep):
+    return collect([sweep])
+
+
+def test_an_exponent_without_an_interval_is_reported_as_such(tmp_path):
+    answer = study(surface_rows(miss=1), Question(metric="loss", laws=("isoflop",), extrapolate=True))
+    write_report(answer, tmp_path, [])
+    said = "90 % interval of the exponent not estimated (the budgets share runs, "
+    assert (tmp_path / "report.md").read_text().count(said) == len(answer.isoflops) == 2
+    assert json.loads((tmp_path / "fit.json").read_text())["isoflop"][0]["interval_90"] is None
+    assert "not estimated" in (tmp_path / "isoflop.svg").read_text()
+
+
+def test_the_report_says_how_each_law_was_fitted(table, tmp_path):
+    question = Question(laws=("power", "additive"), extrapolate=True, resamples=10)
+    usual, linear = (study(table, asked) for asked in (question, replace(question, loss=ResidualLoss("linear", 0.5))))
+    said = {law["name"]: law["fitted"] for law in report_content(usual)["laws"]}
+    assert said["power"] == "Fitted by least squares on ln(fd), points weighted alike (frontier points)"
+    assert said["additive"] == "Fitted by least squares on ln(fd), points weighted alike (all points)"
+    write_report(linear, tmp_path, [])
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text()
+        assert "on fd itself, points weighted alike (frontier points)" in text and "on ln(fd)" not in text
+        assert "loss with its corner at 0.5" in text
+    record = fit_record(linear)
+    assert record["loss"] == {"space": "linear", "huber": 0.5} and record["drop_missing"] is False
+
+
+def test_table_of_sizes(table):
+    header, rows = size_table(study(table, Question(resamples=10)))
+    assert [row[0] for row in rows] == ["xs", "s", "m", "l"]
+    assert header[-4:] == ["validation_loss", "fd", "recognised", "status"]
+    assert all("-" not in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "-"), (1546941, "1.547 M"), (7.68e13, "7.68e+13"), (0.0, "0"), (17.4951, "17.5")]
+)
+def test_numbers_for_people(value, text):
+    assert number(value) == text
+
+
+def from_the_shell(*arguments):
+    command = [sys.executable, "tools/fit_scaling.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_fit_scaling_from_the_shell(sweep, tmp_path):
+    folders = [write_samples(tmp_path / size, sweep / f"{size}-seed0", 20000) for size in ("s", "l")]
+    out = tmp_path / "report"
+    done = from_the_shell(sweep, "--law", "offset", "power", "--samples", *folders, "--resamples", "50", "-o", out)
+    assert done.returncode == 0, done.stderr
+    figures = [
+        f"{name}.{kind}" for name in ("curves", "predictions", "residuals", "samples") for kind in ("png", "svg")
+    ]
+    assert {path.name for path in out.iterdir()} == {*figures, "fit.json", "report.html", "report.md"}
+    record = json.loads((out / "fit.json").read_text())
+    assert record["held_out"] == ["l"] and {law["law"] for law in record["laws"]} == {"offset", "power"}
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4 + len(folders) and "s after 20,000 steps" in page
+    assert "](samples.png)" in (out / "report.md").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page), "the page must be self-contained"
+    assert page.index("Caution") < page.index("Sizes, at their last evaluation")
+
+
+def test_exit_codes(sweep, tmp_path):
+    strict = run_tool("fit_scaling", sweep, "--strict", "--resamples", "20", "-o", tmp_path / "strict")
+    assert strict.returncode == 3 and "caution (few_runs)" in strict.stderr
+    refused = run_tool("fit_scaling", sweep, "--metric", "fid", "-o", tmp_path / "refused")
+    assert refused.returncode == 2 and "refused (no_rows)" in refused.stderr
+    assert "Refused (no_rows)" in (tmp_path / "refused" / "report.html").read_text()
+    vague = run_tool("fit_scaling", sweep, "--where", "key_guidance", "-o", tmp_path / "vague")
+    assert vague.returncode == 2 and vague.stderr == "error: --where key_guidance: give COLUMN=VALUE\n"
+    wrong = run_tool("fit_scaling", tmp_path / "nothing", "-o", tmp_path / "wrong")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--resamples=0", "--resamples: 0 is too small, the least is 20"),
+        ("--huber=-0.1", "--huber: -0.1 must be above 0"),
+        ("--seed=-1", "--seed: -1 is too small, the least is 0"),
+    ],
+)
+def test_an_option_out_of_range_is_one_message(sweep, tmp_path, option, message):
+    done = run_tool("fit_scaling", sweep, option, "-o", tmp_path / "report")
+    assert (done.returncode, done.stderr) == (2, f"error: {message}\n") and not (tmp_path / "report").exists()
+
+
+def test_a_report_that_cannot_be_written_is_one_message(sweep, tmp_path):
+    (tmp_path / "report").write_text("a file")
+    done = run_tool("fit_scaling", sweep, "--resamples", "20", "-o", tmp_path / "report")
+    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path / 'report'}: cannot be written (File exists)\n")
