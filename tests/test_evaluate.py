@@ -187,6 +187,7 @@ def test_several_ranks_would_all_write_the_same(run):
         (("--classes", "10"), "classes are 0 to 9"),
         (("--decouple",), "goes with --rope"),
         (("--method", "ddpm"), "cannot sample"),
+        (("--spacing", "leading"), "goes with ddpm and ddim, not with euler"),
         (("--count", 0), "--count"),
     ],
 )

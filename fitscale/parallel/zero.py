@@ -131,19 +131,14 @@ def set_tensor(engine: Any, parameter: torch.nn.Parameter, value: torch.Tensor, 
     set_weights, set_state = safe_set_full_fp32_param, safe_set_full_optimizer_state
     if stage == 3:
         set_weights, set_state = safe_set_local_fp32_param, safe_set_local_optimizer_state
-        value = _local_part(parameter, value)
+        kept = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        start = kept * parallel_state.get_data_parallel_rank()
+        part = value.flatten()[start : start + kept]
+        value = torch.nn.functional.pad(part, (0, kept - part.numel()))  # zeros where the last partition is
     if key is None:
         set_weights(parameter, value)
     else:
         set_state(parameter, value, key)
-
-
-def _local_part(parameter: Any, value: torch.Tensor) -> torch.Tensor:
-    """This rank's ZeRO-3 partition of `value`, zero-padded where the last partition is."""
-    size = parameter.ds_tensor.ds_numel
-    start = size * parallel_state.get_data_parallel_rank()
-    part = value.flatten()[start : start + size]
-    return torch.nn.functional.pad(part, (0, size - part.numel()))
 
 
 def _partitions(engine: Any) -> list[torch.Tensor]:

@@ -29,9 +29,7 @@ WAITING_LONGEST_S = 1.0  # and so is a single wait of more than this
 
 def peak_flops_per_s(device: torch.device) -> float | None:
     """Peak of one device; None where it is not known (a CPU)."""
-    if device.type != "cuda":
-        return None
-    known = device_reported_as(torch.cuda.get_device_name(device))
+    known = device_reported_as(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return known.peak_flops_per_s if known else None
 
 

@@ -85,14 +85,13 @@ class Profiler:
         self.folder = folder
         self.running: Any = None
 
-    def before(self, step: int) -> None:
-        """Called before step `step` (counted from 1)."""
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Around step `step` (counted from 1)."""
         if step == self.first and self.last >= self.first:
             self.running = torch.profiler.profile(record_shapes=True)
             self.running.start()
-
-    def after(self, step: int) -> None:
-        """Called after it."""
+        yield
         if self.running is not None and step == self.last:
             self.running.stop()
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -148,9 +148,8 @@ class Trainer:
         """All steps, or those until the ranks agree on a signal, which is returned: that step is saved then."""
         started, hours_before = time.perf_counter(), self.totals["device_hours"]
         for batch in self._timed(self._loader(), monitor):
-            self.profiler.before(batch.step + 1)
-            row = self.stepper.take(batch)
-            self.profiler.after(row["step"])
+            with self.profiler.step(batch.step + 1):
+                row = self.stepper.take(batch)
             spent_h = (time.perf_counter() - started) / 3600
             self.totals["device_hours"] = hours_before + spent_h * self.topology.world_size
             self._report(row, batch, monitor)
