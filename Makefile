@@ -2,6 +2,7 @@
 PYTHON311 ?= python3.11
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+SHELL_FILES := .ci/run $(shell find fitscale slurm tools -name '*.sh')
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo slurm-demo test test-slurm lint format
@@ -22,6 +23,8 @@ lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	for file in $(SHELL_FILES); do bash -n $$file || exit 1; done
+	$(VENV)/bin/shellcheck $(SHELL_FILES)
 
 format: $(INSTALLED)
 	$(PYTHON) -m ruff check --fix .

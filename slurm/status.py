@@ -14,14 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fitscale.config.errors import UserError
 from fitscale.config.files import read_jsonl
 from fitscale.config.load import load_config
-from fitscale.config.program import exit_code
+from fitscale.config.program import aligned, exit_code
 from fitscale.jobs import launch
-from fitscale.jobs.job import LOG
-from fitscale.jobs.requeue import FAILED
-from fitscale.run.layout import RunDir
+from fitscale.run.layout import RunDir, find_runs
 from fitscale.run.progress import progress
 
 COLUMNS = ("run", "state", "job", "attempts", "step", "loss", "fd", "images_per_s", "mfu", "left_h", "nodes")
@@ -44,11 +41,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the program with `argv`; returns 1 if a run has failed."""
     arguments = parse(argv)
-    runs = [run for path in arguments.path for run in find_runs(path)]
+    runs = find_runs(arguments.path)
     if arguments.cancel:
         return cancel(runs)
     while True:
-        rows = statuses(runs)
+        rows = [status(run, live) for run, live in zip(runs, launch.live_jobs(runs), strict=True)]
         if arguments.json:
             print("\n".join(json.dumps(row) for row in rows), flush=True)
         else:
@@ -58,36 +55,13 @@ def main(argv: list[str] | None = None) -> int:
         time.sleep(EVERY_S)
 
 
-def find_runs(path: Path) -> list[RunDir]:
-    """The run at `path`, or the runs of the sweep at `path`.
-
-    Raises:
-        UserError: it is neither.
-    """
-    if (path / "config.yaml").exists():
-        return [RunDir(path)]
-    runs = [RunDir(config.parent) for config in sorted(path.glob("*/config.yaml"))]
-    if not runs:
-        raise UserError(f"{path}: neither a run directory (no config.yaml) nor a sweep's (no */config.yaml)")
-    return runs
-
-
-def statuses(runs: list[RunDir]) -> list[dict[str, Any]]:
-    """`status` of every run, in their order."""
-    submitted = [run for run in runs if run.jobs.exists()]
-    live = dict(zip(submitted, launch.live_jobs(submitted), strict=True)) if submitted else {}
-    return [status(run, live.get(run, [])) for run in runs]
-
-
 def status(run: RunDir, live: list[launch.LiveJob]) -> dict[str, Any]:
     """What there is to know of a run with these live jobs; a number that is not known is None."""
-    config = load_config([str(run.config)])
-    state, job = progress(config, run), leading(live)
+    state, job = progress(load_config([str(run.config)]), run), leading(live)
     speed = (read_jsonl(run.throughput) or [{}])[-1]
     starts = [row for row in read_jsonl(run.attempts) if row["event"] == "start"]
     distances = [row["value"] for row in read_jsonl(run.evaluations) if row["metric"] == "fd"]
-    step_s, failed = speed.get("step_s"), run.path / FAILED
-    word = one_word(state.finished, job, failed.exists(), run)
+    step_s, word = speed.get("step_s"), one_word(state.finished, job, run)
     return {
         "run": str(run.path),
         "state": word,
@@ -101,7 +75,7 @@ def status(run: RunDir, live: list[launch.LiveJob]) -> dict[str, Any]:
         "mfu": speed.get("mfu"),
         "left_h": None if step_s is None else (state.steps - state.step) * step_s / 3600,
         "nodes": starts[-1]["nodes"] if starts else None,
-        "error": last_lines(failed if failed.exists() else run.path / LOG) if word in ("FAILED", "STOPPED") else None,
+        "error": last_lines(run.failed if run.failed.exists() else run.log) if word in ("FAILED", "STOPPED") else None,
     }
 
 
@@ -111,13 +85,13 @@ def leading(live: list[launch.LiveJob]) -> launch.LiveJob | None:
     return min(live, key=lambda job: (job.state != "RUNNING", order[job.kind]), default=None)
 
 
-def one_word(finished: bool, job: launch.LiveJob | None, failed: bool, run: RunDir) -> str:
+def one_word(finished: bool, job: launch.LiveJob | None, run: RunDir) -> str:
     """The run directory says what is finished or failed, Slurm what is still going to happen."""
     if finished:
         return "FINISHED"
     if job:
         return job.state if job.kind == "train" else f"EVALUATION {job.state}"
-    if failed:
+    if run.failed.exists():
         return "FAILED"
     return "STOPPED" if run.jobs.exists() or run.attempts.exists() else "NEW"
 
@@ -131,10 +105,7 @@ def last_lines(path: Path) -> list[str]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Aligned text, and the errors of the failed runs below."""
     cells = [COLUMNS, *(tuple(text(row, column) for column in COLUMNS) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    errors = [f"{row['run']}: {line}" for row in rows for line in row["error"] or []]
-    return "\n".join(lines + errors)
+    return "\n".join([aligned(cells), *(f"{row['run']}: {line}" for row in rows for line in row["error"] or [])])
 
 
 def text(row: dict[str, Any], column: str) -> str:
@@ -146,8 +117,7 @@ def text(row: dict[str, Any], column: str) -> str:
 
 def cancel(runs: list[RunDir]) -> int:
     """Cancel every job of `runs` that is left, and name it."""
-    submitted = [run for run in runs if run.jobs.exists()]
-    jobs = [job.id for live in (launch.live_jobs(submitted) if submitted else []) for job in live]
+    jobs = [job.id for live in launch.live_jobs(runs) for job in live]
     if jobs:
         launch.slurm("scancel", *jobs)
     print(f"cancelled: {', '.join(jobs) or 'nothing, no job is left'}")

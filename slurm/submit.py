@@ -11,29 +11,27 @@ missing is submitted.
 import argparse
 import sys
 import time
+from functools import cache
 
 from submitit import LocalExecutor
 
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config, load_schema
 from fitscale.config.program import exit_code
-from fitscale.config.schema import Config
+from fitscale.data.index import open_index
 from fitscale.jobs import launch
-from fitscale.jobs.allocate import machine_of, memory_lack
-from fitscale.jobs.chain import missing_links, require_same_config, submit_links
-from fitscale.jobs.job import LOG, TrainJob
+from fitscale.jobs.allocate import Allocation, as_told
+from fitscale.jobs.chain import jobs_of_same_config, submit_missing, told
+from fitscale.jobs.job import TrainJob
 from fitscale.jobs.profile import ClusterConfig
-from fitscale.jobs.requeue import FAILED
-from fitscale.plan.preflight import open_data, require_files
+from fitscale.jobs.submission import Submission, look_at
+from fitscale.jobs.sweep import LayoutConfig
 from fitscale.plan.report import Utilisation, detail
-from fitscale.plan.step import Plan, plan, typical_images
 from fitscale.run.claim import check_claim, claim, claimed
-from fitscale.run.layout import RunDir
-from fitscale.run.progress import pending_evaluations, progress
 
 POLL_S = 2.0
 NO_TIMEOUT_MIN = 60 * 24 * 365
-THIS_MACHINE = ClusterConfig("local", device="cpu", gpus_per_node=0, tasks_per_node=1)
+THIS_MACHINE = ClusterConfig("local", device="cpu", gpus_per_node=0, tasks_per_node=1, max_nodes=1)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -57,27 +55,27 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     local = arguments.cluster == "local"
     profile = THIS_MACHINE if local else read_profile(arguments.cluster)
-    config = launch.on_its_devices(load_config(arguments.config), profile)
-    layout = launch.make_layout(profile, config, arguments.nodes, arguments.tasks_per_node)
-    open_data(config)  # what is wrong with the data is said here, not in the job
-    require_files(config)
-    planned = plan(config, machine_of(profile, layout), typical_images(config), profile.utilisation)
+    config = load_config(arguments.config)
     run = check_claim(config)
-    print(launch.describe(layout, config))
-    if lack := memory_lack(planned):
-        print(f"warning: {lack}", file=sys.stderr)
+    one = as_told(look_at(config, cache(open_index)), profile, LayoutConfig(arguments.nodes, arguments.tasks_per_node))
+    print(one)
+    if one.memory_lack:
+        print(f"warning: {one.memory_lack}", file=sys.stderr)
     if arguments.dry_run:
-        print("" if local else script_and_plan(profile, config, run, layout, planned))
+        print("" if local else script_and_plan(profile, one))
         return 0
     if not local:
         launch.require_slurm(profile.partition)
-    if progress(config, run).finished:
+    if one.progress.finished:
         print(f"{run.path}: finished before")
         return 0
     if local:
-        return run_here(config, layout)
-    submit(arguments, profile, config, run, layout)
-    return follow(run) if arguments.follow else 0
+        return run_here(one)
+    (live,) = jobs_of_same_config([one])
+    with claimed([one.config]):
+        ids = submit_missing(profile, one, live, evaluate=not arguments.no_evaluate)
+    print("\n".join([*told(live, ids), f"log: {run.log}"]), flush=True)
+    return follow(one) if arguments.follow else 0
 
 
 def read_profile(path: str) -> ClusterConfig:
@@ -88,68 +86,51 @@ def read_profile(path: str) -> ClusterConfig:
         raise UserError(str(error) if path in str(error) else f"{path}: {error}") from error
 
 
-def script_and_plan(profile: ClusterConfig, config: Config, run: RunDir, layout: launch.Layout, planned: Plan) -> str:
+def script_and_plan(profile: ClusterConfig, one: Allocation) -> str:
     """The batch script of the training, and what `fitscale plan` says of it."""
-    executor = launch.make_executor(profile, run, layout, config.run.name)
+    executor = launch.make_executor(profile, one.run, one.plan.machine, one.config.run.name)
     source = Utilisation(profile.utilisation, f"of profile {profile.name}")
-    return "\n".join(["", launch.batch_script(executor), *detail(planned, source)])
+    return "\n".join(["", launch.batch_script(executor), *detail(one.plan, source)])
 
 
-def submit(
-    arguments: argparse.Namespace, profile: ClusterConfig, config: Config, run: RunDir, layout: launch.Layout
-) -> None:
-    (live,) = launch.live_jobs([run])
-    require_same_config(config, run, live)
-    links = missing_links(config, run, live, [] if arguments.no_evaluate else pending_evaluations(config, run))
-    with claimed([config]):
-        submitted = submit_links(profile, run, layout, config.run.name, links)
-    for job in live:
-        print(f"{job.kind} {job.step}: job {job.id} ({job.state}), submitted before")
-    for link, job_id in submitted.items():
-        print(f"{link.kind} {link.step}: job {job_id}")
-    print(f"log: {run.path / LOG}", flush=True)
-
-
-def run_here(config: Config, layout: launch.Layout) -> int:
+def run_here(one: Allocation) -> int:
     """The same job as processes of this machine; waits for them, and stops them when it is stopped."""
-    run = claim(config)
-    executor = LocalExecutor(run.path.resolve() / "submitit" / "%j")
-    executor.update_parameters(timeout_min=NO_TIMEOUT_MIN, tasks_per_node=layout.tasks_per_node)
-    job = executor.submit(TrainJob(run.path.resolve(), config.run.steps))
-    print(f"log: {run.path / LOG}", flush=True)
+    run = claim(one.config).absolute
+    executor = LocalExecutor(run.submitit / "%j")
+    executor.update_parameters(timeout_min=NO_TIMEOUT_MIN, tasks_per_node=one.plan.machine.gpus)
+    job = executor.submit(TrainJob(run, one.config.run.steps))
+    print(f"log: {one.run.log}", flush=True)
     try:
         while not job.done():
             time.sleep(POLL_S)
     finally:
         job.cancel()
-    return verdict(run)
+    return verdict(one)
 
 
-def follow(run: RunDir) -> int:
+def follow(one: Submission) -> int:
     """Print what is added to the log until none of the run's jobs is left, or training is over."""
-    seen = 0
+    seen, run = 0, one.run
     while True:
-        over = not any(job.kind == "train" for job in launch.live_jobs([run])[0]) or (run.path / FAILED).exists()
-        log = run.path / LOG
-        if log.exists():
-            with open(log, "rb") as file:
+        over = not any(job.kind == "train" for job in launch.live_jobs([run])[0]) or run.failed.exists()
+        if run.log.exists():
+            with open(run.log, "rb") as file:
                 file.seek(seen)
                 sys.stdout.write(file.read().decode(errors="replace"))
                 seen = file.tell()
             sys.stdout.flush()
         if over:
-            return verdict(run)
+            return verdict(one)
         time.sleep(POLL_S)
 
 
-def verdict(run: RunDir) -> int:
+def verdict(one: Submission) -> int:
     """Say how training ended; 0 if it is complete."""
-    state = progress(load_config([str(run.config)]), run)
+    run, state = one.run, one.progress
     if state.trained:
         print(f"\n{run.path}: {state}")
         return 0
-    failed = run.path / FAILED
-    reason = failed.read_text().strip() if failed.exists() else f"it stopped; see {run.path / LOG}"
+    reason = run.failed.read_text().strip() if run.failed.exists() else f"it stopped; see {run.log}"
     print(f"error: {run.path}: not finished at {state}: {reason}", file=sys.stderr)
     return 1
 

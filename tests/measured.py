@@ -17,8 +17,7 @@ def record(config: Config, step: int, *metrics: str, **changed: Any) -> None:
             key = comparability.validation_key(config, weights)
             key |= dict.fromkeys(comparability.DATA, "feed")
         else:
-            number = config.evaluation.samples
-            key = comparability.sample_key(config, weights, config.sampling, config.model.rope, number)
+            key = comparability.sample_key(config, weights)
             key |= dict.fromkeys(comparability.FILES, "beef")
         row = {"step": step, "metric": metric, "value": 1.0, "key": key | changed}
         append_jsonl(RunDir(Path(config.run.dir)).evaluations, row)

@@ -5,23 +5,27 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from fitscale.config.schema import ModelConfig, ParallelConfig, RopeConfig
-from fitscale.model.fit import FiT
-from fitscale.model.published import from_published
+from fitscale.config.schema import ParallelConfig
+from fitscale.model.backbone import parameter_table
+from fitscale.model.build import build_network
+from fitscale.model.common.layout import PackLayout, pack_layout
+from fitscale.model.common.rope_config import RopeConfig
+from fitscale.model.fit.config import FitConfig
+from fitscale.model.weights import from_published
 
 FOLDER = Path(__file__).parent / "data" / "reference"
 CONFIGS = {
-    "fitv2_tiny": ModelConfig(depth=3, hidden_size=96, num_heads=4, num_classes=10),
-    "fitv2_hr_tiny": ModelConfig(
+    "fitv2_tiny": FitConfig(depth=3, hidden_size=96, num_heads=4, num_classes=10),
+    "fitv2_hr_tiny": FitConfig(
         depth=2,
         hidden_size=96,
         num_heads=4,
         num_classes=10,
         rope=RopeConfig(method="ntk-aware", decouple=True, original_length=4),
     ),
-    "fit_tiny": ModelConfig(family="fit", depth=2, hidden_size=64, num_heads=4, num_classes=10),
+    "fit_tiny": FitConfig(family="fit", depth=2, hidden_size=64, num_heads=4, num_classes=10),
 }
 
 
@@ -29,7 +33,7 @@ CONFIGS = {
 class Reference:
     """One file: its tensors by name, and the model that belongs to it."""
 
-    config: ModelConfig
+    config: FitConfig
     tensors: dict[str, Tensor]
 
     @property
@@ -39,11 +43,12 @@ class Reference:
     def group(self, prefix: str) -> dict[str, Tensor]:
         """The tensors named `prefix.*`, without the prefix, in this project's row order."""
         chosen = {k.removeprefix(prefix + "."): v for k, v in self.tensors.items() if k.startswith(prefix + ".")}
-        return {name: from_published(name, tensor, self.config) for name, tensor in chosen.items()}
+        table = {entry.name: entry for entry in parameter_table(self.config)}
+        return {name: from_published(table[name], tensor) for name, tensor in chosen.items()}
 
-    def model(self, parallel: ParallelConfig | None = None) -> FiT:
-        """FiT with the reference's parameters, at a tensor-parallel size of 1."""
-        model = FiT(self.config, parallel or ParallelConfig())
+    def model(self, parallel: ParallelConfig | None = None) -> nn.Module:
+        """The network with the reference's parameters, at a tensor-parallel size of 1."""
+        model = build_network(self.config, parallel or ParallelConfig())
         model.load_state_dict(self.group("param"))
         return model
 
@@ -52,8 +57,8 @@ class Reference:
         lengths = self.tensors["size"].prod(1)
         return torch.cat([self.tensors[name][i, : lengths[i]] for i in images])
 
-    def inputs(self, images: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What FiT.forward takes, for a pack of `images`."""
+    def inputs(self, images: list[int], split_tokens: bool = False) -> tuple[Tensor, Tensor, Tensor, PackLayout]:
+        """What the network takes, for a pack of `images`."""
         sizes_S2 = self.tensors["size"][images].int()
         ends = sizes_S2.prod(1).cumsum(0).int()
         t_S = self.tensors["t"][images]
@@ -61,7 +66,8 @@ class Reference:
             # The published forward pass clamps time at 1, meant for FiTv2 (t in [0, 1]); FiT's DDPM steps all become 1.
             t_S = t_S.clamp(max=1)
         cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int32), ends))
-        return self.tokens("x_t", images), t_S, self.tensors["y"][images], sizes_S2, cu_seqlens
+        layout = pack_layout(sizes_S2, cu_seqlens, torch.device("cpu"), split_tokens)
+        return self.tokens("x_t", images), t_S, self.tensors["y"][images], layout
 
     def loss_S(self, output_TC: Tensor, images: list[int]) -> Tensor:
         """Mean squared error of the velocity, per image."""

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fitscale.data.index import Index, build_index
-from fitscale.data.shards import Sample, ShardSetMeta, ShardSetWriter, Variant
+from fitscale.data.build_index import build_index
+from fitscale.data.index import Index
+from fitscale.data.shards import Sample, ShardSetMeta, Variant, write_shards
 
 PIXELS = ShardSetMeta("pixels", factor=1, scaling=1.0, channels=3, num_classes=7)
 LATENTS = ShardSetMeta("vae", factor=8, scaling=0.18215, channels=4, num_classes=7)
@@ -29,9 +30,7 @@ def sample(number: int, meta: ShardSetMeta = PIXELS, max_side: int = 6) -> Sampl
 def write_set(folder: Path, images: int, images_per_shard: int = 10, meta: ShardSetMeta = PIXELS) -> list[Sample]:
     """Write samples 0 .. images - 1 without an index, and return them."""
     samples = [sample(number, meta) for number in range(images)]
-    with ShardSetWriter(folder, meta, images_per_shard) as writer:
-        for one in samples:
-            writer.write(one)
+    write_shards(folder, samples, meta, images_per_shard)
     return samples
 
 

@@ -14,11 +14,11 @@ from fitscale.config.schema import (
     Config,
     EvaluationConfig,
     GuidanceConfig,
-    ModelConfig,
     RunConfig,
     SamplingConfig,
 )
 from fitscale.model import flops
+from fitscale.model.fit.config import FitConfig
 from fitscale.run.layout import RunDir
 from fitscale.scaling.rows.table import validate
 
@@ -58,7 +58,7 @@ def write_sweep(
 
 def _config(size: str, seed: int, steps: int, points: int) -> Config:
     depth, width, heads = SIZES[size]
-    model = ModelConfig(
+    model = FitConfig(
         name=size, depth=depth, hidden_size=width, num_heads=heads, patch_size=1, in_channels=1, num_classes=10
     )
     return replace(

@@ -4,8 +4,9 @@ import pytest
 
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
-from fitscale.jobs.allocate import allocate, machine_of
+from fitscale.jobs.allocate import Allocation, allocate
 from fitscale.jobs.profile import ClusterConfig
+from fitscale.jobs.submission import Submission
 from fitscale.jobs.sweep import LayoutConfig
 from fitscale.model import flops
 from fitscale.plan.step import plan, typical_images
@@ -17,51 +18,54 @@ def recipe(size: str, *overrides: str):
     return load_config([f"configs/model/{size}.yaml", "configs/recipe/fitv2_256.yaml", *overrides])
 
 
+def given(config, profile: ClusterConfig, layout: LayoutConfig | None, max_days: float | None = None) -> Allocation:
+    return allocate(Submission(config, typical_images(config)), profile, layout, max_days)
+
+
 def test_a_given_layout_is_taken_as_it_is():
     config = recipe("b", "parallel.zero_stage=2", "run.device=cuda")
-    found = allocate(config, H100, LayoutConfig(nodes=2, tasks_per_node=4), None)
-    assert (found.layout.nodes, found.layout.tasks_per_node, found.config) == (2, 4, config)
+    found = given(config, H100, LayoutConfig(nodes=2, tasks_per_node=4))
+    assert (found.plan.machine.nodes, found.plan.machine.gpus_per_node, found.config) == (2, 4, config)
 
 
 def test_a_node_without_its_gpus_must_not_train_on_its_cores():
-    assert allocate(recipe("b"), H100, LayoutConfig(), None).config.run.device == "cuda"
-    assert allocate(recipe("b", "run.device=cpu"), H100, LayoutConfig(), None).config.run.device == "cpu"
+    assert given(recipe("b"), H100, LayoutConfig()).config.run.device == "cuda"
+    assert given(recipe("b", "run.device=cpu"), H100, LayoutConfig()).config.run.device == "cpu"
     cpus = ClusterConfig("c", device="cpu", gpus_per_node=0, tasks_per_node=2)
-    assert allocate(recipe("b"), cpus, None, None).config.run.device == "auto"
+    assert given(recipe("b"), cpus, None).config.run.device == "auto"
 
 
 def test_the_fewest_nodes_that_keep_the_time_and_the_fastest_layout_on_them():
     config = recipe("xl")
-    roomy = allocate(config, H100, None, None)
-    assert roomy.layout.nodes == 1 and roomy.plan.spare_bytes >= 0
+    roomy = given(config, H100, None)
+    assert roomy.plan.machine.nodes == 1 and roomy.plan.spare_bytes >= 0
     days = roomy.plan.days(config.run.steps)
-    tight = allocate(config, H100, None, days / 3)
-    assert tight.layout.nodes == 4 and tight.plan.days(config.run.steps) <= days / 3
-    machine, images = machine_of(H100, roomy.layout), typical_images(config)
-    assert roomy.plan.step_s <= plan(config, machine, images, 0.4).step_s
+    tight = given(config, H100, None, days / 3)
+    assert tight.plan.machine.nodes == 4 and tight.plan.days(config.run.steps) <= days / 3
+    assert roomy.plan.step_s <= plan(config, roomy.plan.machine, typical_images(config), 0.4).step_s
     assert roomy.config.parallel.precision == config.parallel.precision
 
 
 def test_a_time_that_no_number_of_nodes_keeps_is_refused():
     with pytest.raises(UserError, match=r"max_days: 0.001, but 16 nodes of profile h100 take"):
-        allocate(recipe("xxl"), H100, None, 0.001)
+        given(recipe("xxl"), H100, None, 0.001)
 
 
 def test_a_layout_that_does_not_fit_the_memory_is_refused():
     too_long = recipe("xxl", "batch.pack_tokens=131072", "batch.global_batch_size=4096")
     with pytest.raises(UserError, match=r"the given layout needs \d+\.\d GiB of a h100's 77.1; more tasks"):
-        allocate(too_long, H100, LayoutConfig(), None)
+        given(too_long, H100, LayoutConfig())
 
 
 def test_on_cpus_a_cell_gets_one_node_and_its_own_layout():
-    found = allocate(recipe("b"), ClusterConfig("c", device="cpu", gpus_per_node=0, tasks_per_node=2), None, None)
-    assert (found.layout.nodes, found.layout.tasks_per_node) == (1, 2)
+    found = given(recipe("b"), ClusterConfig("c", device="cpu", gpus_per_node=0, tasks_per_node=2), None)
+    assert (found.plan.machine.nodes, found.plan.machine.gpus_per_node) == (1, 2)
 
 
 def test_evaluations_cost_their_function_evaluations():
     sampled = ("evaluation.features=f.pt", "evaluation.reference=x", "evaluation.points=3", "evaluation.samples=1000")
     config = recipe("b", *sampled, "sampling.method=euler", "sampling.steps=50", "sampling.guidance.scale=1.5")
-    found = allocate(config, H100, LayoutConfig(), None)
+    found = given(config, H100, LayoutConfig())
     forward = flops.train_flops(config.model, 256) / 3
     per_hour = 989e12 * 0.4 * 3600
     points = len(config.evaluation.steps(config.run.steps))

@@ -9,13 +9,16 @@ from fitscale.config.errors import UserError
 from fitscale.config.files import write_atomic
 from fitscale.config.load import load_config
 from fitscale.jobs import chain, launch
-from fitscale.jobs.chain import Link, missing_links, require_same_config, submit_links
-from fitscale.jobs.launch import Layout, LiveJob, batch_script
+from fitscale.jobs.allocate import Allocation, as_told
+from fitscale.jobs.chain import Link, jobs_of_same_config, missing_links, submit_missing
+from fitscale.jobs.launch import LiveJob, batch_script
 from fitscale.jobs.profile import ClusterConfig
-from fitscale.jobs.requeue import FAILED
+from fitscale.jobs.submission import Submission
+from fitscale.jobs.sweep import LayoutConfig
+from fitscale.plan.step import typical_images
 from fitscale.run.claim import claim, claimed
 from fitscale.run.layout import RunDir
-from fitscale.run.progress import pending_evaluations, progress
+from fitscale.run.progress import progress
 from tests.measured import record
 from tests.tiny import OVERRIDES
 
@@ -27,8 +30,15 @@ def configured(folder: Path, *overrides: str):
 
 
 def missing(config, *live: LiveJob) -> list[Link]:
-    run = RunDir(Path(config.run.dir))
-    return missing_links(config, run, list(live), pending_evaluations(config, run))
+    return missing_links(progress(config, RunDir(Path(config.run.dir))), list(live))
+
+
+def looked_at(config) -> Submission:
+    return Submission(config, typical_images(config))
+
+
+def allocated(config, profile: ClusterConfig, *given: int) -> Allocation:
+    return as_told(looked_at(config), profile, LayoutConfig(*given))
 
 
 def shape(links: list[Link]) -> list[tuple[str, int, object]]:
@@ -100,17 +110,20 @@ def test_a_run_made_longer_goes_on_and_forgets_steps_that_it_passed(tmp_path):
     assert progress(longer, RunDir(tmp_path / "run")).finished
 
 
-def test_the_config_stays_while_jobs_are_live(tmp_path):
+def test_the_config_stays_while_jobs_are_live(tmp_path, monkeypatch):
+    live = [LiveJob("7", "train", 20, "PENDING")]
+    monkeypatch.setattr(chain, "live_jobs", lambda runs: [live for _ in runs])
     config = configured(tmp_path)
-    run, live = claim(config), [LiveJob("7", "train", 20, "PENDING")]
-    require_same_config(config, run, live)
-    started = claim(configured(tmp_path, "parallel.precision=bf16"))  # what `auto` has become there
-    require_same_config(configured(tmp_path, "parallel.precision=auto"), started, live)
     claim(config)
-    other = configured(tmp_path, "parallel.zero_stage=2")
-    require_same_config(other, run, [])
+    assert jobs_of_same_config([looked_at(config)]) == [live]
+    claim(configured(tmp_path, "parallel.precision=bf16"))  # what `auto` has become there
+    jobs_of_same_config([looked_at(configured(tmp_path, "parallel.precision=auto"))])
+    claim(config)
+    other = looked_at(configured(tmp_path, "parallel.zero_stage=2"))
     with pytest.raises(UserError, match=r"has jobs, 7 \(PENDING\), of another config: parallel.zero_stage: 1 there, 2"):
-        require_same_config(other, run, live)
+        jobs_of_same_config([other])
+    live.clear()
+    jobs_of_same_config([other])
 
 
 def test_a_refused_submission_gives_back_what_is_new_and_has_no_job(tmp_path):
@@ -127,13 +140,12 @@ def test_a_refused_submission_gives_back_what_is_new_and_has_no_job(tmp_path):
 
 def test_a_job_that_cannot_be_noted_is_cancelled(tmp_path, monkeypatch):
     """Or it would train without the next submission's knowing of it."""
-    config, cancelled = configured(tmp_path), []
-    run = claim(config)
-    run.jobs.mkdir()  # no line can be written there
+    config, profile, cancelled = configured(tmp_path, "evaluation.points=0"), ClusterConfig(), []
+    claim(config).jobs.mkdir()  # no line can be written there
     monkeypatch.setattr(launch.SlurmExecutor, "submit", lambda *_: SimpleNamespace(job_id="7"))
     monkeypatch.setattr(launch, "slurm", lambda *command: cancelled.append(command))
     with pytest.raises(UserError, match="cannot be written"):
-        submit_links(ClusterConfig(), run, Layout(1, 1), "tiny", [Link("train", 80)])
+        submit_missing(profile, allocated(config, profile, 1, 1), [])
     assert cancelled == [("scancel", "7")]
 
 
@@ -141,10 +153,12 @@ def test_an_evaluation_asks_for_its_part_of_a_node_and_tasks_for_their_cores(tmp
     config, profile = configured(tmp_path), ClusterConfig(mem_gb=800, cpus_per_task=12)
     run, scripts = claim(config), []
     monkeypatch.setattr(chain, "submit", lambda executor, job: scripts.append(batch_script(executor)) or "1")
-    (run.path / FAILED).write_text("why the jobs before these ended")
-    submit_links(profile, run, Layout(2, 8), "run", missing(config)[:2])
-    train, evaluation = scripts
+    run.failed.write_text("why the jobs before these ended")
+    submit_missing(profile, allocated(config, profile, 2, 8), [])
+    assert len(scripts) == 6
+    train, evaluation, *_ = scripts
+    assert "#SBATCH --nodes=2" in train and "#SBATCH --nodes=1" in evaluation
     assert "#SBATCH --mem=819200M" in train and "#SBATCH --gpus-per-node=8" in train
     assert "#SBATCH --mem=102400M" in evaluation and "#SBATCH --gpus-per-node=1" in evaluation
     assert all("--kill-on-bad-exit=1 --cpus-per-task=12" in script for script in scripts)
-    assert not (run.path / FAILED).exists()
+    assert not run.failed.exists()

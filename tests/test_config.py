@@ -9,10 +9,13 @@ from hypothesis import strategies as st
 
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config, to_yaml
-from fitscale.config.schema import Config, EvaluationConfig, ModelConfig
+from fitscale.config.schema import Config, EvaluationConfig
+from fitscale.model.fit.config import FitConfig
 from fitscale.run.claim import claim
+from fitscale.run.comparability import sample_key
 from fitscale.run.layout import RunDir
 
+FIT_V1 = ("model.family=fit", "flow.kind=ddpm", "sampling.method=ddpm")
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = sorted((CONFIGS / "model").glob("*.yaml"))
 DEMO_SIZES = [path for path in sorted((CONFIGS / "demo").glob("*.yaml")) if path.stem != "digits"]
@@ -70,7 +73,7 @@ def test_files_merge_left_to_right_and_overrides_win(tmp_path):
         (["model.depth=deep"], ["model.depth", "deep"]),
         (["optim.lr=[1]"], ["optim.lr"]),
         (["run.name=[a"], ["run.name=[a", "not valid YAML"]),
-        (["model=3"], ["model=3", "ModelConfig"]),
+        (["model=3"], ["model=3", "FitConfig"]),
         (["nowhere.yaml"], ["nowhere.yaml", "no such config file"]),
         (["model.num_heads=7"], ["model.hidden_size: 768", "model.num_heads = 7"]),
         (["model.hidden_size=72", "model.num_heads=12"], ["head dimension of 6", "multiple of 4"]),
@@ -81,9 +84,13 @@ def test_files_merge_left_to_right_and_overrides_win(tmp_path):
         (["parallel.zero_stage=4"], ["parallel.zero_stage", "0, 1, 2, 3"]),
         (["parallel.tensor_parallel_size=5"], ["parallel.tensor_parallel_size", "num_heads = 12", "valid: 1, 2, 4"]),
         (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "2 or more"]),
-        (["flow.kind=ddpm"], ["flow.kind", "fitv2: rectified"]),
+        (["flow.kind=ddpm"], ["flow.kind", "fitv2; valid: rectified"]),
         (["sampling.method=ddim"], ["sampling.method", "euler"]),
         (["sampling.guidance.channels=5"], ["sampling.guidance.channels", "in_channels = 4"]),
+        (["sampling.guidance.channels=0"], ["sampling.guidance.channels", "the least is 1"]),
+        (["sampling.spacing=leading"], ["sampling.spacing", "ddpm and ddim, not with euler"]),
+        ([*FIT_V1, "sampling.spacing=even"], ["sampling.spacing", "linspace, leading, trailing"]),
+        (["run.reset=[bias]"], ["run.reset", "needs run.init_weights"]),
         (["data.holdout_fraction=1.0"], ["data.holdout_fraction", "[0.0, 1.0)"]),
         (["optim.grad_clip=0"], ["optim.grad_clip", "above 0"]),
         (["data.latent.kind=pixels"], ["data.latent", "factor = 1"]),
@@ -132,11 +139,37 @@ def test_yaml_keeps_every_number_and_text(tmp_path_factory, lr, decays, name):
     assert load(path) == config
 
 
+def test_every_kind_of_flow_has_its_own_times():
+    assert load().flow.time_distribution == "logit_normal"
+    assert load(*FIT_V1).flow.time_distribution == "uniform"
+    assert load("flow.time_distribution=uniform").flow.time_distribution == "uniform"
+    assert "time_distribution: uniform" in to_yaml(load(*FIT_V1))  # the record of a run says which
+
+
+def test_guidance_acts_on_three_channels_of_four_and_on_all_of_fewer():
+    guidance = load().sampling.guidance
+    assert [guidance.guided_channels(number) for number in (1, 2, 3, 4, 16)] == [1, 2, 3, 3, 3]
+    assert load("sampling.guidance.channels=2").sampling.guidance.guided_channels(4) == 2
+    assert load("model.in_channels=1").sampling.guidance.guided_channels(1) == 1
+
+
+def test_a_key_is_what_it_was_before_spacing_had_a_name():
+    def key(*arguments):
+        config = load(*arguments)
+        return sample_key(config, "raw")
+
+    assert key()["guidance_channels"] == 3
+    assert "spacing" not in key() | key(*FIT_V1)  # ddpm: spaced as ever
+    assert "spacing" not in key(*FIT_V1, "sampling.method=ddim", "sampling.spacing=trailing")  # ddim, as it was
+    assert key(*FIT_V1, "sampling.method=ddim")["spacing"] == "leading"
+    assert key(*FIT_V1, "sampling.spacing=leading")["spacing"] == "leading"
+
+
 def test_derived_sizes_follow_the_family():
-    fitv2 = ModelConfig(family="fitv2", hidden_size=1152, num_heads=16)
+    fitv2 = FitConfig(family="fitv2", hidden_size=1152, num_heads=16)
     assert (fitv2.head_dim, fitv2.mlp_hidden_size, fitv2.adaln_rank, fitv2.out_channels) == (72, 3072, 288, 4)
-    fit = ModelConfig(family="fit", hidden_size=1152, num_heads=16)
-    assert (fit.mlp_hidden_size, fit.adaln_rank, fit.out_channels, fit.qk_norm) == (4608, None, 8, False)
+    fit = FitConfig(family="fit", hidden_size=1152, num_heads=16)
+    assert (fit.mlp_hidden_size, fit.adaln_rank, fit.out_channels, fit.is_v2) == (4608, None, 8, False)
     assert fitv2.token_channels == 16
 
 

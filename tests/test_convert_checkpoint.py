@@ -18,9 +18,8 @@ from fitscale.config.errors import UserError
 from fitscale.config.files import write_atomic
 from fitscale.config.load import load_config, to_yaml
 from fitscale.config.schema import ParallelConfig
-from fitscale.model.export import StoredTensor, list_tensors, write_tensors
-from fitscale.model.fit import FiT
-from fitscale.model.published import load_weights, published_items, save_weights
+from fitscale.model.build import build_network
+from fitscale.model.weights import list_tensors, load_weights, published_items, stored, write_tensors
 from fitscale.parallel.groups import init_parallel
 from fitscale.run.layout import RunDir
 from fitscale.train.checkpoint import complete
@@ -44,7 +43,7 @@ def weights():
     """Tensors of the tiny model, in the published names."""
     init_parallel(ParallelConfig(), "cpu")
     generator = torch.Generator().manual_seed(0)
-    items = published_items(FiT(CONFIG.model, ParallelConfig()))
+    items = published_items(build_network(CONFIG.model, ParallelConfig()))
     return {name: torch.randn(tensor.shape, generator=generator) for name, tensor in items}
 
 
@@ -64,8 +63,8 @@ def make_run(path: Path, sets: dict[str, dict[str, torch.Tensor]], files: int = 
         folder = run.checkpoint_path(step)
         for name, tensors in sets.items():
             for rank in range(files):
-                part = dict(list(tensors.items())[rank::files])
-                save_weights(folder / "weights" / name / f"{rank:05d}.safetensors", part, {"rank": str(rank)})
+                part = {name: stored(tensor) for name, tensor in list(tensors.items())[rank::files]}
+                write_tensors(folder / "weights" / name / f"{rank:05d}.safetensors", part, {"rank": str(rank)})
         complete(folder, {"step": step, "model": asdict(CONFIG.model)})
     return path
 
@@ -93,8 +92,10 @@ def test_an_export_says_what_it_is_and_loads_as_the_model(tmp_path, main, weight
     assert main(run, out, "--step", 2) == 0  # the run's own choice of weights: its average
     metadata = metadata_of(out)
     assert json.loads(metadata.pop("model")) == json.loads(json.dumps(asdict(CONFIG.model)))
+    assert json.loads(metadata.pop("data"))["latent"]["kind"] == "pixels"
+    assert json.loads(metadata.pop("flow"))["kind"] == "rectified" and json.loads(metadata.pop("sampling"))["steps"]
     assert metadata == {"step": "2", "weights": "ema_0.9", "source": "run"}
-    model = FiT(CONFIG.model, ParallelConfig())
+    model = build_network(CONFIG.model, ParallelConfig())
     load_weights(model, out)
     assert all(torch.equal(value, averages[name]) for name, value in published_items(model))
     assert os.listdir(out.parent) == [out.name]
@@ -104,8 +105,7 @@ def test_bf16_rounds_as_torch_does(tmp_path):
     ties = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x00000001, 0x7F7FFFFF, 0x7F800000], dtype=torch.int32)
     numbers = torch.cat([ties.view(torch.float32), torch.randn(1000, generator=torch.Generator().manual_seed(0))])
     tensors = {"b": numbers, "a": torch.tensor(1.1), "empty": torch.zeros(0, 3), "c": torch.randn(3, 4).T}
-    stored = {name: StoredTensor(tuple(t.shape), t.detach) for name, t in tensors.items()}
-    write_tensors(tmp_path / "out", stored, "bf16", {}, print)
+    write_tensors(tmp_path / "out", {name: stored(tensor) for name, tensor in tensors.items()}, {}, "bf16")
     written = load_file(tmp_path / "out")
     assert written.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -153,7 +153,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, weights):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
         with pytest.raises(UserError, match="cannot be written"):
-            write_tensors(tmp_path / "out", list_tensors(tmp_path / "raw"), "fp32", {}, lambda size: None)
+            write_tensors(tmp_path / "out", list_tensors(tmp_path / "raw"), {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert sorted(os.listdir(tmp_path)) == ["out", "raw"] and (tmp_path / "out").read_text() == "before"
@@ -173,7 +173,7 @@ def test_published_weights_in_any_wrapping_give_the_same_file(tmp_path, main, pu
         outs.append(tmp_path / f"{source.stem}.out")
         assert main(source, outs[-1], "--config", config) == 0
         assert metadata_of(outs[-1])["source"] == source.name
-    model = FiT(CONFIG.model, ParallelConfig())
+    model = build_network(CONFIG.model, ParallelConfig())
     for out in outs:
         load_weights(model, out)
         assert all(torch.equal(value, weights[name]) for name, value in published_items(model))
@@ -227,7 +227,7 @@ def test_broken_files_and_idle_options_are_user_errors(tmp_path, main, published
 
 PEAK = """
 import importlib.util, re, sys, pathlib
-import tqdm, fitscale.eval.generate, fitscale.model.export
+import tqdm, fitscale.eval.generate, fitscale.model.weights
 def kilobytes(key):
     return int(re.search(key + r":\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 spec = importlib.util.spec_from_file_location("tool", sys.argv[1])

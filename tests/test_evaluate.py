@@ -13,7 +13,7 @@ from fitscale.config.files import read_jsonl
 from fitscale.config.load import load_config
 from fitscale.prepare.digits import write_digits
 from fitscale.run.layout import RunDir
-from fitscale.run.progress import pending_evaluations, progress
+from fitscale.run.progress import progress
 from tests.conftest import ROOT
 from tests.distributed.spawn import run_ranks
 from tests.test_train import train_here
@@ -101,9 +101,9 @@ def test_what_its_own_config_asks_for_finishes_a_run_and_nothing_else(run):
     try:
         run_ranks(call, 1, "evaluate", run.path, "--samples", 8)
         run_ranks(call, 1, "evaluate", run.path, "--step", 30, "--weights", "raw")
-        assert pending_evaluations(config, run) == [10, 30] and not progress(config, run).finished
+        assert progress(config, run).pending == [10, 30]
         run_ranks(call, 1, "evaluate", run.path, "--step", 10)
-        assert pending_evaluations(config, run) == [30]
+        assert progress(config, run).pending == [30]
         run_ranks(call, 1, "evaluate", run.path, "--step", 30)
         assert progress(config, run).finished
     finally:
@@ -138,7 +138,7 @@ def test_sample_writes_images_a_sheet_and_an_npz(run, tmp_path):
         assert np.array_equal(np.asarray(image.convert("RGB")), images[0])
     settings = json.loads((out / "samples.json").read_text())
     assert settings["nfe"] == [4] * 5 and settings["network_evaluations"] == [8] * 5
-    assert settings["rope"]["method"] == "ntk-aware" and settings["sampling"]["guidance"]["power"] == 2
+    assert settings["model"]["rope"]["method"] == "ntk-aware" and settings["sampling"]["guidance"]["power"] == 2
 
 
 def test_a_second_sample_replaces_the_first_whole(run, tmp_path):

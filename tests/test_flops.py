@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fitscale.config.load import load_config
 from fitscale.config.schema import ModelConfig, ParallelConfig
 from fitscale.model import flops
-from fitscale.model.fit import FiT
+from fitscale.model.build import build_network
 from fitscale.parallel.groups import init_parallel
 from tests.reference import CONFIGS, load_reference
 
@@ -26,7 +26,7 @@ def test_parameters_are_the_models_own(name):
     init_parallel(ParallelConfig(), "cpu")
     config = preset(name)
     with torch.device("meta"):
-        model = FiT(config, ParallelConfig())
+        model = build_network(config, ParallelConfig())
     assert sum(parameter.numel() for parameter in model.parameters()) == flops.parameters(config)
 
 
@@ -46,7 +46,7 @@ def test_parameters_are_the_published_ones(name, millions):
 def test_macs_are_the_measured_ones(name, linear, attention, paper):
     config = preset(name)
     assert flops.linear_macs(config, 256) / 1e9 == pytest.approx(linear, rel=0.005)
-    assert flops.attention_macs(config, 256) / 1e9 == pytest.approx(attention, rel=0.01)  # given to 2 digits
+    assert flops.mixing_macs(config, 256) / 1e9 == pytest.approx(attention, rel=0.01)  # given to 2 digits
     assert flops.paper_macs(config) / 1e9 == pytest.approx(paper, rel=0.005)
 
 
@@ -65,7 +65,7 @@ def test_flops_are_those_that_torch_counts(name):
         reference.model()(*reference.inputs(images))
     attention = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
     lengths = reference.tensors["size"].prod(1).tolist()
-    assert attention == 2 * sum(flops.attention_macs(config, n) for n in lengths)
+    assert attention == 2 * sum(flops.mixing_macs(config, n) for n in lengths)
     assert counter.get_total_flops() - attention == 2 * sum(flops.linear_macs(config, n) for n in lengths)
 
 
@@ -74,7 +74,7 @@ def test_costs_add_up():
     a, b = flops.cost(config)
     conditioning = sum(flops.linear_macs_by_part(config, 0).values())
     for tokens in (1, 256, 1024):
-        total = flops.linear_macs(config, tokens) + flops.attention_macs(config, tokens)
+        total = flops.linear_macs(config, tokens) + flops.mixing_macs(config, tokens)
         assert sum(flops.linear_macs_by_part(config, tokens).values()) == flops.linear_macs(config, tokens)
         assert a * tokens + b * tokens**2 + conditioning == total
         assert flops.train_flops(config, tokens) == 6 * total

@@ -52,7 +52,7 @@ def test_moments_in_batches_equal_numpy():
     for batch in np.split(values, [1, 40, 47]):
         moments.add(batch)
     statistics = moments.statistics()
-    assert statistics.count == 101
+    assert moments.count == 101
     np.testing.assert_allclose(statistics.mean_F, values.mean(0), rtol=1e-12)
     np.testing.assert_allclose(statistics.cov_FF, np.cov(values.T), rtol=1e-9)
 

@@ -1,6 +1,7 @@
 """Generation: image i depends on (seed, i) alone; requests that cannot be met are refused; files are what they say."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from fitscale.config.schema import ParallelConfig, SamplingConfig
 from fitscale.data.pictures import write_contact_sheet
 from fitscale.eval.folder import SHEET_IMAGES, write_samples
 from fitscale.eval.generate import Generated, Request, generate, parse_classes, patches
-from fitscale.model.fit import FiT
+from fitscale.model.build import build_network
 from fitscale.parallel.groups import init_parallel
 from tests.tiny import OVERRIDES
 
@@ -32,7 +33,7 @@ def random_model(config):
     """A tiny network of random weights, so that every input shows in the output."""
     init_parallel(ParallelConfig(), "cpu")
     torch.manual_seed(0)
-    model = FiT(config.model, ParallelConfig())
+    model = build_network(config.model, ParallelConfig())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(
@@ -47,16 +48,16 @@ REQUESTS = [Request(i, i % 10, 3 + i % 4, 4 + i % 3) for i in range(9)]
 
 @pytest.mark.parametrize("method", ["euler", "dopri5", "sde"])
 def test_an_image_depends_on_its_index_alone(model, config, method):
-    sampling = SamplingConfig(method=method, steps=4)
-    together = {made.index: made.image for made in generate(model, config, sampling, REQUESTS, seed=3)}
+    config = replace(config, sampling=SamplingConfig(method=method, steps=4))
+    together = {made.index: made.image for made in generate(model, config, REQUESTS, seed=3)}
     assert sorted(together) == list(range(9))
     assert all(len(np.unique(image)) > 5 for image in together.values())
     for request in (REQUESTS[7], REQUESTS[2]):
-        (alone,) = generate(model, config, sampling, [request], seed=3)
+        (alone,) = generate(model, config, [request], seed=3)
         assert alone.image.shape == (request.rows, request.cols, 1)
         difference = np.abs(alone.image.astype(int) - together[request.index].astype(int))
         assert difference.max() <= 1  # rounding at the edge of a grey level
-    (other,) = generate(model, config, sampling, [REQUESTS[7]], seed=4)
+    (other,) = generate(model, config, [REQUESTS[7]], seed=4)
     assert np.abs(other.image.astype(int) - together[7].astype(int)).max() > 1
 
 
@@ -64,18 +65,18 @@ def test_an_image_depends_on_its_index_alone(model, config, method):
 def test_fit_v1_is_sampled_by_its_own_methods(method):
     settings = ("model.family=fit", "flow.kind=ddpm", f"sampling.method={method}", "sampling.steps=10")
     config = load_config([*OVERRIDES, *settings, "sampling.guidance.scale=2"])
-    made = list(generate(random_model(config), config, config.sampling, REQUESTS[:3], seed=0))
+    made = list(generate(random_model(config), config, REQUESTS[:3], seed=0))
     assert [(image.nfe, image.network_evaluations) for image in made] == [(10, 20)] * 3
     assert [image.image.shape for image in made] == [(r.rows, r.cols, 1) for r in REQUESTS[:3]]
     assert all(len(np.unique(image.image)) > 1 for image in made)  # untrained: most pixels end at black or white
 
 
 def test_evaluations_of_the_function_and_of_the_network_are_told_apart(model, config):
-    plain = SamplingConfig(method="heun", steps=3)
-    (made,) = generate(model, config, plain, REQUESTS[:1], seed=0)
+    plain = replace(config, sampling=SamplingConfig(method="heun", steps=3))
+    (made,) = generate(model, plain, REQUESTS[:1], seed=0)
     assert (made.nfe, made.network_evaluations) == (6, 6)
-    guided = load_config([*OVERRIDES, "sampling.guidance.scale=2", "sampling.method=heun", "sampling.steps=3"]).sampling
-    (made,) = generate(model, config, guided, REQUESTS[:1], seed=0)
+    guided = load_config([*OVERRIDES, "sampling.guidance.scale=2", "sampling.method=heun", "sampling.steps=3"])
+    (made,) = generate(model, guided, REQUESTS[:1], seed=0)
     assert (made.nfe, made.network_evaluations) == (6, 12)
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fitscale.config.files import read_jsonl
-from fitscale.data.index import build_index
-from fitscale.data.shards import Sample, ShardSetMeta, ShardSetWriter, Variant
+from fitscale.data.build_index import build_index
+from fitscale.data.shards import Sample, ShardSetMeta, Variant, write_shards
 from fitscale.run.layout import RunDir
 
 ROOT = Path(__file__).parents[1]
@@ -26,11 +26,12 @@ def latents(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("latents") / "shards"
     chance = np.random.default_rng(0)
     meta = ShardSetMeta("vae", factor=8, scaling=0.18215, channels=4, num_classes=1000, recipe={})
-    with ShardSetWriter(folder, meta, 64) as writer:
-        for number in range(64):
-            height, width = 16 + 4 * (number % 5), 16 + 4 * (number % 4)
-            array = np.repeat(np.repeat(chance.standard_normal((4, height // 4, width // 4)), 4, 1), 4, 2)
-            writer.write(Sample(f"latent-{number:02d}", number % 1000, [Variant(array.astype(np.float16))]))
+    samples = []
+    for number in range(64):
+        height, width = 16 + 4 * (number % 5), 16 + 4 * (number % 4)
+        array = np.repeat(np.repeat(chance.standard_normal((4, height // 4, width // 4)), 4, 1), 4, 2)
+        samples.append(Sample(f"latent-{number:02d}", number % 1000, [Variant(array.astype(np.float16))]))
+    write_shards(folder, samples, meta, 64)
     build_index(folder)
     return folder
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from fitscale.config.errors import UserError
-from fitscale.data.index import build_index, is_held_out, open_index
-from fitscale.data.reader import OPEN_SHARDS, ShardReader
-from fitscale.data.scan import key_hash
-from fitscale.data.shards import KINDS, ShardSetWriter
+from fitscale.data.build_index import build_index
+from fitscale.data.index import OPEN_SHARDS, ShardReader, is_held_out, key_hash, open_index
+from fitscale.data.shards import KINDS, write_shards
 from tests.shard_sets import LATENTS, PIXELS, indexed_set, sample, write_set
 
 
@@ -181,9 +180,7 @@ def test_building_names_the_corrupt_sample(tmp_path):
 
 
 def test_the_same_key_twice_is_refused_with_both_places(tmp_path):
-    with ShardSetWriter(tmp_path, PIXELS, 2) as writer:
-        for number in (0, 1, 2, 0):
-            writer.write(sample(number))
+    write_shards(tmp_path, [sample(number) for number in (0, 1, 2, 0)], PIXELS, 2)
     with pytest.raises(UserError, match=r"image/00000.*shard-000001.*same key.*shard-000000"):
         build_index(tmp_path)
     assert not (tmp_path / "index.json").exists()
@@ -192,8 +189,7 @@ def test_the_same_key_twice_is_refused_with_both_places(tmp_path):
 def test_folders_without_shards_or_description_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"dataset.json: no such file"):
         build_index(tmp_path)
-    with ShardSetWriter(tmp_path, PIXELS):
-        pass
+    write_shards(tmp_path, [], PIXELS)
     with pytest.raises(UserError, match="holds no shards"):
         build_index(tmp_path)
     (tmp_path / "dataset.json").write_text('{"kind": "pixels", "colour": 1}')

@@ -5,10 +5,11 @@ import pytest
 from fitscale.config.errors import UserError
 from fitscale.config.files import append_jsonl, write_atomic
 from fitscale.config.load import load_schema
-from fitscale.jobs.ladder import cells, manifest, table, train_flops
+from fitscale.jobs.ladder import cells, cost_table, manifest
+from fitscale.jobs.submission import Submission
 from fitscale.jobs.sweep import SweepConfig
 from fitscale.model import flops
-from fitscale.run.progress import pending_evaluations, progress
+from fitscale.plan.step import Images
 from tests.measured import record
 
 TEXT = """
@@ -27,12 +28,13 @@ def load(tmp_path, text=TEXT, *overrides) -> SweepConfig:
     return load_schema(SweepConfig, [str(tmp_path / "sweep.yaml"), *overrides])
 
 
-def tokens(config):
-    return {16: 0.5, 64: 0.5}
+def ladder_of(sweep: SweepConfig) -> list[Submission]:
+    """The cells, on images of 16 and of 64 tokens."""
+    return [Submission(one, Images({16: 0.5, 64: 0.5}, one.batch.global_batch_size, "a test")) for one in cells(sweep)]
 
 
 def test_a_cell_is_the_base_then_its_own_arguments(tmp_path):
-    small, large = cells(load(tmp_path))
+    small, large = ladder_of(load(tmp_path))
     assert (small.name, large.name) == ("small", "large")
     assert (small.config.run.steps, large.config.run.steps) == (100, 200)
     assert (small.config.model.hidden_size, large.config.model.hidden_size) == (32, 64)
@@ -51,27 +53,29 @@ axes:
 layouts: {large: {nodes: 2}, large-low: {nodes: 4, tasks_per_node: 1}}
 """
     sweep = load(tmp_path, text)
-    ladder = cells(sweep)
+    ladder = ladder_of(sweep)
     assert [cell.name for cell in ladder] == ["small-low", "small-high", "large-low", "large-high"]
     assert (ladder[3].config.model.hidden_size, ladder[3].config.optim.lr, ladder[3].config.run.seed) == (64, 1e-3, 7)
     assert [getattr(sweep.layout_of(cell.name), "nodes", None) for cell in ladder] == [None, None, 4, 2]
 
 
 def test_cost_counts_every_image_with_its_own_tokens(tmp_path):
-    small = cells(load(tmp_path))[0].config
-    by_hand = sum(6 * (flops.linear_macs(small.model, n) + flops.attention_macs(small.model, n)) for n in (16, 64))
-    assert train_flops(small, tokens) == pytest.approx(by_hand / 2 * 8 * 100)
+    small = ladder_of(load(tmp_path))[0]
+    by_hand = sum(
+        6 * (flops.linear_macs(small.config.model, n) + flops.mixing_macs(small.config.model, n)) for n in (16, 64)
+    )
+    assert small.train_flops == pytest.approx(by_hand / 2 * 8 * 100)
 
 
 def test_table_and_manifest_hold_every_cell(tmp_path):
     sweep = load(tmp_path)
-    ladder = cells(sweep)
-    header, small, large, total = table(ladder, tokens).splitlines()
+    ladder = ladder_of(sweep)
+    header, small, large, total = cost_table(ladder).splitlines()
     assert f"{flops.parameters(ladder[0].config.model):,}" in small and "25 50 100" in small
     assert "1,600" in large and "40.0" in large and "2 cells" in total and "parameters" in header
-    content = manifest(sweep, ladder, tokens)
+    content = manifest(sweep, ladder)
     assert [cell["name"] for cell in content["cells"]] == ["small", "large"]
-    assert content["cells"][1]["train_flops"] == train_flops(ladder[1].config, tokens)
+    assert content["cells"][1]["train_flops"] == ladder[1].train_flops
     assert content["sweep"]["cells"]["small"] == ["model.hidden_size=32", "model.depth=2"]
 
 
@@ -103,25 +107,24 @@ def test_a_mistake_in_a_cell_names_the_cell(tmp_path):
 
 def test_progress_is_read_from_the_run_directory(tmp_path):
     text = TEXT.replace("evaluation.points=3", "evaluation.points=3, evaluation.features=f.pt")
-    cell = cells(load(tmp_path, text))[0]
-    state = progress(cell.config, cell.run)
+    cell = ladder_of(load(tmp_path, text))[0]
+    state = cell.progress
     assert (state.step, state.loss, state.finished) == (0, None, False)
     append_jsonl(cell.run.metrics, {"step": 60, "loss": 0.5})
     record(cell.config, 25, "validation_loss", "fd")
     record(cell.config, 50, "validation_loss")
-    state = progress(cell.config, cell.run)
-    assert (state.step, state.evaluated, state.trained) == (60, 1, False)
+    state = cell.progress
+    assert (state.step, state.pending, state.trained) == (60, [50, 100], False)
     assert str(state) == "step 60/100  loss 0.5000  evaluated 1/3"
-    assert pending_evaluations(cell.config, cell.run) == [50, 100]
 
 
 def test_a_run_is_finished_with_its_last_checkpoint_and_all_evaluations(tmp_path):
-    cell = cells(load(tmp_path))[0]
+    cell = ladder_of(load(tmp_path))[0]
     for step in (25, 50, 100):
         record(cell.config, step, "validation_loss")
-    assert not progress(cell.config, cell.run).finished
+    assert not cell.progress.finished
     write_atomic(cell.run.checkpoint_path(100) / "COMPLETE", '{"step": 100, "files": {}}')
-    assert progress(cell.config, cell.run).finished
+    assert cell.progress.finished
 
 
 @pytest.mark.parametrize("nothing", ["evaluation.validation_images=0", "data.holdout_fraction=0.0"])
@@ -134,7 +137,7 @@ def test_evaluations_that_would_measure_nothing_are_refused(tmp_path, nothing):
 
 def evaluated_at_its_end(tmp_path, *overrides):
     text = TEXT.replace("evaluation.points=3", ", ".join(["evaluation.first_step=100", *overrides]))
-    return cells(load(tmp_path, text))[0]
+    return ladder_of(load(tmp_path, text))[0]
 
 
 @pytest.mark.parametrize(
@@ -155,21 +158,21 @@ def evaluated_at_its_end(tmp_path, *overrides):
 def test_a_distance_measured_otherwise_than_the_config_asks_does_not_count(tmp_path, changed):
     cell = evaluated_at_its_end(tmp_path, "evaluation.features=f.pt", "evaluation.validation_images=0")
     record(cell.config, 100, "fd", **changed)
-    assert pending_evaluations(cell.config, cell.run) == [100]
+    assert cell.progress.pending == [100]
     record(cell.config, 100, "fd")
-    assert pending_evaluations(cell.config, cell.run) == []
+    assert cell.progress.pending == []
 
 
 def test_a_validation_loss_of_other_images_or_weights_does_not_count(tmp_path):
     cell = evaluated_at_its_end(tmp_path)
     record(cell.config, 100, "validation_loss", weights="raw")
     record(cell.config, 100, "validation_loss", held_out_images=8)
-    assert pending_evaluations(cell.config, cell.run) == [100]
+    assert cell.progress.pending == [100]
 
 
 def test_a_line_of_an_earlier_version_is_measured_again(tmp_path):
     cell = evaluated_at_its_end(tmp_path, "evaluation.features=f.pt", "evaluation.validation_images=0")
     append_jsonl(cell.run.evaluations, {"step": 100, "metric": "fd", "value": 1.0, "key": {"guidance": 1.0}})
-    assert pending_evaluations(cell.config, cell.run) == [100]
+    assert cell.progress.pending == [100]
     record(cell.config, 100, "fd")
-    assert pending_evaluations(cell.config, cell.run) == []
+    assert cell.progress.pending == []

@@ -9,11 +9,11 @@ import torch
 
 from fitscale.config.errors import UserError
 from fitscale.data.batch_plan import BatchPlan, single_plan
+from fitscale.data.build_index import build_index
 from fitscale.data.encode import to_float, unpatchify
-from fitscale.data.index import Index, build_index, open_index
+from fitscale.data.index import Index, ShardReader, open_index
 from fitscale.data.loader import Pack, StepBatch, make_loader
-from fitscale.data.reader import ShardReader
-from fitscale.data.shards import Sample, ShardSetMeta, ShardSetWriter, Variant
+from fitscale.data.shards import Sample, ShardSetMeta, Variant, write_shards
 from tests.shard_sets import LATENTS, PIXELS, indexed_set
 
 STEPS = 12
@@ -81,10 +81,9 @@ def test_packs_hold_the_stored_images(tmp_path, meta, patch_size):
 
 def test_stored_moments_are_drawn_anew_at_every_step_whatever_the_ranks(tmp_path):
     meta = ShardSetMeta("vae", factor=8, scaling=1.0, channels=2, num_classes=7, moments=True)
-    with ShardSetWriter(tmp_path, meta) as writer:
-        for number in range(8):
-            moments = np.concatenate([np.full((2, 16, 16), number), np.full((2, 16, 16), 0.25)]).astype(np.float16)
-            writer.write(Sample(f"{number}", 0, [Variant(moments)]))
+    means, deviations = (np.broadcast_to(value, (8, 2, 16, 16)) for value in (np.arange(8)[:, None, None, None], 0.25))
+    moments = np.concatenate([means, deviations], axis=1).astype(np.float16)
+    write_shards(tmp_path, [Sample(f"{n}", 0, [Variant(one)]) for n, one in enumerate(moments)], meta)
     settings = {"seed": 1, "global_batch_size": 8, "patch_size": 2, "window_shards": 1, "holdout_fraction": 0.0}
     plan = single_plan(build_index(tmp_path), **settings)
     common = {"pack_tokens": 128, "pad_multiple": 1, "cost": (1.0, 0.0), "num_workers": 0, "prefetch_steps": 1}

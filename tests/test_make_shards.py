@@ -10,9 +10,7 @@ from sklearn.datasets import load_digits
 
 from fitscale.config.errors import UserError
 from fitscale.data.encode import patchify
-from fitscale.data.index import open_index
-from fitscale.data.reader import ShardReader
-from fitscale.data.scan import key_hash
+from fitscale.data.index import ShardReader, key_hash, open_index
 from fitscale.prepare.digits import SCALES, digit_variants
 from tests.conftest import ROOT
 

@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from fitscale.config.errors import UserError
 from fitscale.config.schema import ParallelConfig
-from fitscale.model.fit import FiT
-from fitscale.model.initial import initial_items
-from fitscale.model.published import load_weights, published_items, save_weights
+from fitscale.model.build import build_network
+from fitscale.model.init import initial_items
+from fitscale.model.weights import load_weights, published_items, stored, write_tensors
 from fitscale.parallel import groups
-from fitscale.parallel.layers import enter_sharded, full_tensor, gather_tokens, scatter_tokens
+from fitscale.parallel.layers import enter_sharded, gather_tokens, gather_tp, scatter_tokens, split_of
 from tests.distributed.spawn import run_ranks
 from tests.reference import Reference, load_reference
 
@@ -39,7 +40,7 @@ def on_two_ranks(folder):
         whole = reference.model()
         expected = outcome(reference, whole, IMAGES[name])
         path = folder / f"{name}.{os.environ['RANK']}.safetensors"
-        save_weights(path, dict(published_items(whole)), {})
+        write_tensors(path, {name: stored(value) for name, value in published_items(whole)}, {})
         for layout, config in LAYOUTS.items():
             results[name, layout] = compare(reference, config, path, expected, IMAGES[name])
         results[name, "frozen"] = frozen_errors(reference, path, expected[2], IMAGES[name])
@@ -49,19 +50,19 @@ def on_two_ranks(folder):
     return results
 
 
-def outcome(reference: Reference, model: FiT, images):
+def outcome(reference: Reference, model: nn.Module, images):
     """Output, loss and full gradients of the mean loss."""
-    output = model(*reference.inputs(images))
+    (output,) = model(*reference.inputs(images, model.parallel.sequence_parallel))
     target = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
     loss = (output - target).square().mean()
     loss.backward()
-    grads = {k: full_tensor(p, p.grad) for k, p in model.named_parameters() if p.grad is not None}
+    grads = {k: gather_tp(p.grad, split_of(p)) for k, p in model.named_parameters() if p.grad is not None}
     return output.detach(), loss.detach(), grads
 
 
 def compare(reference, config, path, expected, images):
     groups.init_parallel(config, "cpu")
-    model = FiT(reference.config, config)
+    model = build_network(reference.config, config)
     load_weights(model, path)
     output, loss, grads = outcome(reference, model, images)
     exported = dict(published_items(model))
@@ -85,7 +86,7 @@ def frozen_errors(reference, path, expected, images):
     """Gradients of the parameters that high-resolution post-training trains, the others frozen."""
     config = LAYOUTS["tp+sp"]
     groups.init_parallel(config, "cpu")
-    model = FiT(reference.config, config)
+    model = build_network(reference.config, config)
     load_weights(model, path)
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(any(part in key for part in TRAINED_AT_HIGH_RESOLUTION))
@@ -99,7 +100,7 @@ def seed_differences(reference):
     models = []
     for config in (ONE, LAYOUTS["tp"]):
         groups.init_parallel(config, "cpu")
-        model = FiT(reference.config, config)
+        model = build_network(reference.config, config)
         for parameter, piece in initial_items(model, seed=5):
             parameter.data.copy_(piece)
         models.append(dict(published_items(model)))
@@ -202,5 +203,5 @@ def test_absent_cuda_is_refused():
 
 
 def test_importing_the_model_is_quiet():
-    command = [sys.executable, "-c", "import fitscale.model.fit"]
+    command = [sys.executable, "-c", "import fitscale.model.build"]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stderr == ""

@@ -6,7 +6,7 @@ from scipy import stats
 
 from fitscale.flow import path
 
-TRAIN = {"time_distribution": "logit_normal", "label_drop": 0.1}
+TRAIN = {"times": "logit_normal", "label_drop": 0.1}
 
 
 def test_draws_do_not_depend_on_the_pack():
@@ -45,7 +45,7 @@ def test_a_longer_image_keeps_the_time_and_the_first_noise():
 def test_times_and_drops_have_their_distributions():
     slots, lengths = list(range(4000)), [1] * 4000
     logit = path.draws(0, 0, slots, lengths, 1, **TRAIN)
-    uniform = path.draws(0, 0, slots, lengths, 1, time_distribution="uniform", label_drop=0.0)
+    uniform = path.draws(0, 0, slots, lengths, 1, times="uniform", label_drop=0.0)
     assert stats.kstest(torch.logit(logit.t_S.double()).numpy(), "norm").pvalue > 0.01
     assert stats.kstest(uniform.t_S.numpy(), "uniform").pvalue > 0.01
     assert stats.kstest(logit.noise_TC.flatten().numpy(), "norm").pvalue > 0.01

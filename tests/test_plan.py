@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from fitscale.config.errors import UserError
 from fitscale.data.batch_plan import BatchPlan, GlobalBatch, single_plan
-from fitscale.data.index import Index, IndexMeta, Shard, is_held_out, open_index
-from fitscale.data.scan import IMAGE, VARIANT, key_hash
+from fitscale.data.index import IMAGE, VARIANT, Index, IndexMeta, Shard, is_held_out, key_hash, open_index
 from fitscale.data.shards import KINDS
+from fitscale.data.storage import Storage
 from fitscale.data.stream import random_words, stable_order
 from tests.shard_sets import indexed_set
 
@@ -139,7 +139,7 @@ def test_memory_is_shards_and_windows_not_images(tmp_path):
     images = np.memmap(tmp_path / "images", IMAGE, "w+", shape=3_000_000)
     images["variants"] = 1
     variants = np.memmap(tmp_path / "variants", VARIANT, "w+", shape=1)
-    index = Index(tmp_path, IndexMeta("pixels", 1, 1.0, 1, 10, shards=shards), images, variants)
+    index = Index(Storage(str(tmp_path)), IndexMeta("pixels", 1, 1.0, 1, 10, shards=shards), images, variants)
     tracemalloc.start()
     one = plan(index, window_shards=4, global_batch_size=256)
     for n in range(0, 400, 40):
@@ -150,7 +150,7 @@ def test_memory_is_shards_and_windows_not_images(tmp_path):
 
 
 def test_opened_again_the_plan_is_the_same(index):
-    assert_same(plan(open_index(index.folder)).step(9), plan(index).step(9))
+    assert_same(plan(open_index(index.storage.folder)).step(9), plan(index).step(9))
 
 
 @pytest.mark.parametrize("kept", [0, 2**64 - 2**60, 2**36 - 2**30, 3])

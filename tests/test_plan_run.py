@@ -14,10 +14,11 @@ from fitscale.cli import main
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config, to_yaml
 from fitscale.model import flops
-from fitscale.model.inventory import inventory
+from fitscale.model.backbone import parameter_table
 from fitscale.plan.devices import DEVICES, device_reported_as, find_device
+from fitscale.plan.layout import Machine, layouts
 from fitscale.plan.memory import activation_bytes, rank_memory, recomputed_blocks
-from fitscale.plan.step import Machine, layouts, measured_utilisation, plan, typical_images
+from fitscale.plan.step import measured_utilisation, plan, typical_images
 from fitscale.plan.traffic import step_traffic
 from tests.shard_sets import LATENTS, indexed_set
 
@@ -48,27 +49,27 @@ def plan_of(model: str, gpus: int, *overrides: str, mfu: float = 0.4, gpus_per_n
 @pytest.mark.parametrize("model", MODELS)
 def test_inventory_holds_every_parameter(model):
     cfg = config_of(model).model
-    assert sum(one.numel for one in inventory(cfg)) == flops.parameters(cfg)
+    assert sum(one.numel for one in parameter_table(cfg)) == flops.parameters(cfg)
 
 
 @pytest.mark.parametrize("family", ["fitv2", "fit"])
 def test_inventory_names_what_the_model_has(family):
-    from fitscale.model.fit import FiT
+    from fitscale.model.build import build_network
     from fitscale.parallel.groups import init_parallel
 
     flow = ["flow.kind=ddpm", "sampling.method=ddpm"] if family == "fit" else []
     tiny = ["model.depth=2", "model.hidden_size=32", "model.num_heads=2", "model.num_classes=3"]
     config = load_config([f"model.family={family}", *tiny, *flow])
     init_parallel(config.parallel, "cpu")
-    there = {name: tensor.numel() for name, tensor in FiT(config.model, config.parallel).named_parameters()}
-    assert {one.name: one.numel for one in inventory(config.model)} == there
+    there = {name: tensor.numel() for name, tensor in build_network(config.model, config.parallel).named_parameters()}
+    assert {one.name: one.numel for one in parameter_table(config.model)} == there
 
 
 def test_tensor_parallelism_halves_attention_and_mlp_alone():
     cfg = config_of("xxl").model
     d, width = cfg.hidden_size, cfg.mlp_hidden_size
     split = cfg.depth * (4 * d * d + 3 * d * width + 3 * d + 2 * width)
-    assert sum(one.local(2) for one in inventory(cfg)) == flops.parameters(cfg) - split // 2
+    assert sum(one.local(2) for one in parameter_table(cfg)) == flops.parameters(cfg) - split // 2
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_time_of_a_step_by_hand():
     assert (
         one.train_flops
         == 256 * flops.train_flops(cfg, 256)
-        == 256 * 6 * (flops.linear_macs(cfg, 256) + flops.attention_macs(cfg, 256))
+        == 256 * 6 * (flops.linear_macs(cfg, 256) + flops.mixing_macs(cfg, 256))
     )
     assert one.step_s == one.compute_s == pytest.approx(one.train_flops / (0.5 * 989e12))
     assert one.mfu == pytest.approx(0.5)

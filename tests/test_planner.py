@@ -43,7 +43,7 @@ def planned():
 
 def test_costs_are_those_of_training_and_sampling():
     (cell,) = [cell for cell in grid(MODELS, 300, ECONOMICS, 0.0) if cell.name == "b"]
-    macs = flops.linear_macs(cell.model, 256) + flops.attention_macs(cell.model, 256)
+    macs = flops.linear_macs(cell.model, 256) + flops.mixing_macs(cell.model, 256)
     total = 6 * macs * 256 * cell.steps + 6 * 2 * macs * 50_000 * 100
     assert cell.hours(ECONOMICS) == pytest.approx(total / (989e12 * 0.4 * 3600), rel=1e-9)
 

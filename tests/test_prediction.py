@@ -17,7 +17,7 @@ from fitscale.scaling.rows.table import write_table
 from tests.programs import run_tool
 from tests.synthetic_runs import TOKENS, write_sweep
 
-PATCH_1 = ("model.patch_size=1", "model.in_channels=1", "sampling.guidance.channels=1")
+PATCH_1 = ("model.patch_size=1", "model.in_channels=1")
 XXL = load_config(["configs/model/xxl.yaml"]).model
 LARGE = load_config(["configs/model/xxl.yaml", *PATCH_1]).model  # of the same patches as the runs
 QUESTION = Question(laws=("offset", "power"), points="all", resamples=200, extrapolate=True)

@@ -74,6 +74,15 @@ def test_the_commands_of_the_readme_run_in_their_order(workplace):
     assert (workplace / "demo" / "report" / "report.html").is_file()
 
 
+def test_the_lines_of_python_draw_an_image(tmp_path, monkeypatch):
+    """As written, on a run that an earlier version made."""
+    then = shutil.copytree(ROOT / "tests" / "data" / "version_0_1" / "runs" / "fitv2", tmp_path / "runs" / "digits")
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(block.replace("[3, 5, 8]", "[3, 5, 6]"), {})  # of seven classes
+    assert then.is_dir() and (tmp_path / "three.png").stat().st_size > 0
+
+
 def run_here(arguments: list[str]) -> int:
     """`fitscale ARGUMENTS` in this process."""
     from fitscale.cli import main

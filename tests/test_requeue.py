@@ -5,27 +5,35 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from shlex import quote
 from unittest.mock import patch
 
 import pytest
 import torch
 
 from fitscale.config.errors import PassingError, UserError
-from fitscale.jobs import requeue
-from fitscale.jobs.job import LOG, EvaluateJob, TrainJob
-from fitscale.jobs.requeue import FAILED, FAILED_STARTS, SIGNALLED_STARTS, setup_lines, teardown_lines
+from fitscale.config.program import USER_ERROR
+from fitscale.jobs.job import EvaluateJob, TrainJob
+from fitscale.jobs.launch import make_executor
+from fitscale.jobs.profile import ClusterConfig
+from fitscale.plan.devices import find_device
+from fitscale.plan.layout import Machine
 from fitscale.run.attempt import Attempt, begin_attempt
 from fitscale.run.claim import claim
 from fitscale.run.layout import RunDir
 from tests.tiny import tiny_config
 
 JOB = "70"
-KILLED, REFUSED, BAD_NODE = 137, 2, 1  # exit codes: of a signal, of a mistake, of anything else
+KILLED, REFUSED, BAD_NODE = 137, USER_ERROR, 1  # exit codes: of a signal, of a mistake, of anything else
+SIGNALLED_STARTS, FAILED_STARTS = 20, 5  # that a job may have before training begins
+ONE_NODE = Machine(find_device("h100"), 8, 8)
 
 
-def requeued(folder: Path, code: int, state: str = "RUNNING", restart: int = 0, squeue: str = "") -> bool:
+def requeued(
+    folder: Path, code: int, state: str = "RUNNING", restart: int = 0, squeue: str = "", work: str = ""
+) -> bool:
     """Whether a job's script, ended so, asks Slurm to queue it again; `squeue`: what that command does, if not tell."""
-    command, environment = script(folder, f"(exit {code})", squeue or f"echo {state} None", restart)
+    command, environment = script(folder, work or f"(exit {code})", squeue or f"echo {state} None", restart)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (code, "")
     return (folder / "requeued").exists()
@@ -33,10 +41,11 @@ def requeued(folder: Path, code: int, state: str = "RUNNING", restart: int = 0, 
 
 def script(folder: Path, work: str, squeue: str, restart: int = 0) -> tuple[list[str], dict[str, str]]:
     """A job's script around `work`, and its environment, in which Slurm's commands are others."""
-    for name, text in (("squeue", squeue), ("scontrol", f"touch {folder}/requeued")):
+    for name, text in (("squeue", squeue), ("scontrol", f"touch {quote(str(folder))}/requeued")):
         (folder / name).write_text(f"#!/bin/sh\n{text}\n")
         (folder / name).chmod(0o755)
-    lines = "\n".join(["set -u", *setup_lines(folder), work, *teardown_lines()])
+    asked = make_executor(ClusterConfig(), RunDir(folder), ONE_NODE, "run").parameters
+    lines = "\n".join(["set -u", *asked["setup"], work, *asked["teardown"]])
     environment = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": JOB, "SLURM_RESTART_COUNT": str(restart)}
     return ["bash", "-c", lines], environment
 
@@ -51,6 +60,15 @@ def begin(folder: Path, job: str, restart: int) -> Attempt:
 def test_training_that_has_begun_goes_on_after_any_failure(tmp_path, code):
     begin(tmp_path, JOB, 3)
     assert requeued(tmp_path, code, restart=3)
+
+
+def test_a_run_directory_may_have_any_name(tmp_path):
+    folder = tmp_path / 'it\'s $HOME; "a run" {x}'
+    begin(folder, JOB, 3)
+    assert requeued(folder, REFUSED, restart=3)
+    RunDir(folder).failed.write_text("why")
+    (folder / "requeued").unlink()
+    assert not requeued(folder, REFUSED, restart=3)
 
 
 def test_what_is_done_or_ended_by_slurm_does_not(tmp_path):
@@ -85,19 +103,19 @@ def test_at_a_time_limit_that_the_ranks_did_not_heed_a_job_goes_on(tmp_path, sta
     process.wait()
 
 
-@pytest.mark.parametrize(("silent", "again"), [(2, True), (3, False)])
-def test_a_controller_that_does_not_answer_is_asked_again_but_not_for_ever(tmp_path, silent, again):
+@pytest.mark.parametrize(("silent", "times", "again"), [(2, 3, True), (30, 30, False)])
+def test_a_controller_that_does_not_answer_is_asked_again_but_not_for_ever(tmp_path, silent, times, again):
     begin(tmp_path, JOB, 0)
     asked = tmp_path / "asked"
     answer = f"echo >>{asked}; [ $(wc -l <{asked}) -gt {silent} ] && echo RUNNING None"
-    with patch.multiple(requeue, CONTROLLER_TRIES=3, CONTROLLER_WAIT_S=0):
-        assert requeued(tmp_path, KILLED, squeue=answer) is again
-    assert len(asked.read_text()) == 3
+    no_waits = 'sleep() { [ "$BASHPID" = $$ ] || command sleep "$@"; }'  # but those of the watcher, a process apart
+    assert requeued(tmp_path, KILLED, squeue=answer, work=f"{no_waits}; (exit {KILLED})") is again
+    assert len(asked.read_text()) == times
 
 
 def test_a_run_that_says_that_it_cannot_go_on_does_not(tmp_path):
     begin(tmp_path, JOB, 0)
-    (tmp_path / FAILED).write_text("why")
+    RunDir(tmp_path).failed.write_text("why")
     assert not requeued(tmp_path, KILLED)
 
 
@@ -120,7 +138,7 @@ def test_what_failed_before_it_began_goes_on_a_few_times_but_not_after_a_mistake
     (tmp_path / "requeued").unlink()
     assert not requeued(tmp_path, BAD_NODE, restart=FAILED_STARTS)
     assert not requeued(tmp_path, REFUSED)
-    (tmp_path / FAILED).write_text("why")
+    RunDir(tmp_path).failed.write_text("why")
     assert not requeued(tmp_path, BAD_NODE)
 
 
@@ -148,15 +166,15 @@ def test_an_earlier_start_of_the_job_is_not_taken_for_this_one(tmp_path):
 
 def noted(folder: Path, error: UserError, restart: int = 0) -> bool:
     """Whether a rank of JOB that meets `error` writes failed.txt."""
-    (folder / FAILED).unlink(missing_ok=True)
+    RunDir(folder).failed.unlink(missing_ok=True)
     with patch.dict(os.environ, {"SLURM_JOB_ID": JOB, "SLURM_RESTART_COUNT": str(restart)}):
-        TrainJob(folder, 10)._note(error)
-    return (folder / FAILED).exists()
+        TrainJob(RunDir(folder), 10)._note(error)
+    return RunDir(folder).failed.exists()
 
 
 def test_a_lasting_mistake_is_noted_and_a_passing_one_is_not(tmp_path):
     begin(tmp_path, JOB, 0)
-    assert noted(tmp_path, UserError("a corrupt image")) and (tmp_path / FAILED).read_text() == "a corrupt image\n"
+    assert noted(tmp_path, UserError("a corrupt image")) and RunDir(tmp_path).failed.read_text() == "a corrupt image\n"
     assert not noted(tmp_path, PassingError("a store that does not answer"))
 
 
@@ -172,14 +190,14 @@ def test_a_node_without_its_gpu_is_no_mistake_of_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     claim(tiny_config(tmp_path, tmp_path, "run.device=cuda"))
     with pytest.raises(RuntimeError, match="torch finds no CUDA device on"):
-        EvaluateJob(tmp_path, 10)()
+        EvaluateJob(RunDir(tmp_path), 10)()
     with pytest.raises(RuntimeError, match="torch finds no CUDA device on"):
-        TrainJob(tmp_path, 10)._train(0)
-    assert not (tmp_path / FAILED).exists()
+        TrainJob(RunDir(tmp_path), 10)._train(0)
+    assert not RunDir(tmp_path).failed.exists()
 
 
 def test_an_evaluation_that_is_a_mistake_ends_with_the_exit_code_of_one(tmp_path):
     claim(tiny_config(tmp_path, tmp_path))
     with pytest.raises(SystemExit) as end:
-        EvaluateJob(tmp_path, 10)()
-    assert end.value.code == REFUSED and "error: " in (tmp_path / LOG).read_text()
+        EvaluateJob(RunDir(tmp_path), 10)()
+    assert end.value.code == REFUSED and "error: " in RunDir(tmp_path).log.read_text()

@@ -10,7 +10,7 @@ import torch
 
 from fitscale.config.errors import UserError
 from fitscale.data.index import open_index
-from fitscale.prepare.convert import Converter, Job
+from fitscale.prepare.convert import Conversion, Converter
 from tests.photographs import encoded, photograph, tiny_vae
 from tests.programs import run_tool
 
@@ -24,7 +24,7 @@ def write_images(folder: Path, *names: str) -> Path:
 
 
 def converter(source: Path, out: Path) -> Converter:
-    return Converter(Job(str(source), 32, "pixels", "moments", 2, 1), out)
+    return Converter(Conversion(str(source), 32, "pixels", "moments", 2, 1), out)
 
 
 def state(out: Path) -> dict[str, int]:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fitscale.config.schema import ROPE_METHODS, RopeConfig
-from fitscale.model.rope import cached_rope_tables, rope_tables, rotate
+from fitscale.model.common.rope import cached_rope_tables, rope_tables, rotate
+from fitscale.model.common.rope_config import ROPE_METHODS, RopeConfig
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 FILES = {"10x20": "rope_10x20_16x16", "16x16": "rope_10x20_16x16", "20x20": "rope_20x20"}

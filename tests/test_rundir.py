@@ -6,7 +6,7 @@ import pytest
 
 from fitscale.config.errors import UserError
 from fitscale.config.files import append_jsonl, read_jsonl, write_atomic
-from fitscale.config.load import load_config
+from fitscale.config.load import load_config, to_yaml
 from fitscale.run.claim import claim
 from fitscale.run.layout import RunDir, read_checkpoint
 from tests.tiny import OVERRIDES
@@ -48,6 +48,18 @@ def test_a_half_written_checkpoint_is_absent(tmp_path, damage):
     assert read_checkpoint(folder) is None
     assert [one.step for one in run.checkpoints()] == [1]
     assert run.checkpoint_folders() == [run.checkpoint_path(1), folder]
+
+
+def test_only_a_run_of_an_earlier_version_goes_on_with_logit_normal_times_of_a_ddpm(tmp_path):
+    fit_v1 = ("model.family=fit", "flow.kind=ddpm", "sampling.method=ddpm", f"run.dir={tmp_path / 'run'}")
+    config = load_config([*OVERRIDES, *fit_v1, "flow.time_distribution=logit_normal"])
+    with pytest.raises(UserError, match=r"flow\.time_distribution: logit_normal .* uniform"):
+        claim(config)
+    assert not (tmp_path / "run").exists()
+    write_atomic(tmp_path / "run" / "config.yaml", to_yaml(config))
+    assert claim(load_config([str(tmp_path / "run" / "config.yaml")])).config.is_file()
+    with pytest.raises(UserError, match=r"flow\.time_distribution: logit_normal there, uniform here"):
+        claim(load_config([*OVERRIDES, *fit_v1]))
 
 
 def test_folders_under_other_names_are_no_checkpoints(tmp_path):

@@ -31,7 +31,7 @@ def test_one_row_per_evaluation_with_everything_the_directory_holds(tmp_path):
     assert row["parameters"] == flops.parameters(model)
     assert row["tokens_per_image"] == TOKENS
     assert row["linear_macs"] == flops.linear_macs(model, TOKENS)
-    assert row["attention_macs"] == pytest.approx(flops.attention_macs(model, TOKENS), rel=1e-9)
+    assert row["attention_macs"] == pytest.approx(flops.mixing_macs(model, TOKENS), rel=1e-9)
     assert row["train_flops"] == 6 * (row["linear_macs"] + row["attention_macs"]) * row["images"]
     assert row["paper_flops"] == 3 * flops.paper_macs(model) * row["images"]
     assert row["status"] == "finished" and row["device"] == "cpu"

@@ -1,22 +1,26 @@
 """Samplers on data N(mean, spread^2), where the velocity and the answer are known in closed form."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from scipy import stats
 
 from fitscale.config.errors import UserError
 from fitscale.config.schema import SamplingConfig
 from fitscale.flow.path import INITIAL_NOISE, image_noise
-from fitscale.flow.sampler import ImageNoise, one_image_per_pack, sample
+from fitscale.flow.sampler import ImageNoise, ddpm_timesteps, sample
+from tests.dormand_prince import integrate
 
 MEAN, SPREAD = 0.4, 0.3
 
 
-def gaussian_velocity(x, t):
-    """Velocity of the straight path to N(MEAN, SPREAD^2): E[data - noise | x_t]."""
-    variance = t**2 * SPREAD**2 + (1 - t) ** 2
-    return MEAN + (t * SPREAD**2 - (1 - t)) / variance * (x - t * MEAN)
+def gaussian_velocity(x, t, spread=SPREAD):
+    """Velocity of the straight path to N(MEAN, spread^2): E[data - noise | x_t]."""
+    variance = t**2 * spread**2 + (1 - t) ** 2
+    return MEAN + (t * spread**2 - (1 - t)) / variance * (x - t * MEAN)
 
 
 def run(method, steps, *, seed=0, indices=(0,), lengths=(64,), model_fn=gaussian_velocity, **settings):
@@ -47,8 +51,22 @@ def test_dopri5_follows_its_tolerances():
     assert coarse.nfe < fine.nfe
 
 
+@pytest.mark.parametrize(
+    ("spread", "rtol", "refused"), [(0.3, 1e-3, 0), (0.3, 1e-5, 1), (0.1, 1e-3, 3), (0.1, 1e-5, 6), (0.05, 1e-5, 7)]
+)
+def test_dopri5_takes_and_refuses_the_steps_of_its_method(spread, rtol, refused):
+    """In float64, where no decision is close enough to 1 for rounding to turn it."""
+    velocity = partial(gaussian_velocity, spread=spread)
+    noise = image_noise(0, 0, (0,), (64,), 4, stream=INITIAL_NOISE).double()
+    sampling = SamplingConfig("dopri5", 2, rtol=rtol, atol=1e-6)
+    ours, theirs = sample(velocity, noise, sampling, ImageNoise(0, (0,), (64,))), integrate(velocity, noise, rtol, 1e-6)
+    assert sum(ratio > 1 for ratio in theirs.ratios) == refused
+    assert min(abs(ratio - 1) for ratio in theirs.ratios) > 0.01
+    assert ours.nfe == 2 + 6 * len(theirs.lengths)
+    torch.testing.assert_close(ours.x_TC, theirs.x_TC, atol=1e-9, rtol=0)
+
+
 def test_dopri5_takes_one_image_at_a_time():
-    assert one_image_per_pack("dopri5")
     with pytest.raises(AssertionError, match="one image"):
         run("dopri5", 2, indices=(0, 1), lengths=(3, 3))
 
@@ -110,8 +128,50 @@ def test_ddpm_uses_the_learned_variance():
 
 
 @pytest.mark.parametrize(
-    ("method", "steps", "message"), [("sde", 1, "least is 2"), ("ddim", 300, "divisor"), ("ddpm", 1001, "1000")]
+    ("method", "steps", "message"),
+    [("sde", 1, "least is 2"), ("ddim", 300, "nearest that one takes are 334 and 250"), ("ddpm", 1001, "1000")],
 )
 def test_impossible_steps(method, steps, message):
     with pytest.raises(UserError, match=rf"sampling.steps.*{message}"):
         run(method, steps, model_fn=ddpm_model)
+
+
+def published_respacing(text):
+    """Steps kept of 1,000 by the respacing `text` of guided-diffusion, DiT and FiT v1; None where they refuse it."""
+    if text.startswith("ddim"):
+        strides = (range(0, 1000, stride) for stride in range(1, 1000))
+        return next((set(kept) for kept in strides if len(kept) == int(text.removeprefix("ddim"))), None)
+    count, kept, here = int(text), [], 0.0
+    for _ in range(count):
+        kept.append(round(here))
+        here += 999 / (count - 1) if count > 1 else 1
+    return set(kept)
+
+
+def taken(steps, **settings):
+    try:
+        return ddpm_timesteps(SamplingConfig(steps=steps, **settings))
+    except UserError:
+        return None
+
+
+def test_spacing_is_the_published_one_unless_another_is_named():
+    for steps in range(1, 1001):
+        for method, published in (("ddpm", f"{steps}"), ("ddim", f"ddim{steps}")):
+            kept = published_respacing(published)
+            assert taken(steps, method=method) == (None if kept is None else sorted(kept, reverse=True)), published
+    assert taken(4, method="ddim") == taken(4, method="ddpm", spacing="leading") == [750, 500, 250, 0]
+    assert taken(4, method="ddpm") == taken(4, method="ddim", spacing="linspace") == [999, 666, 333, 0]
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_ddim_steps_as_diffusers_does(spacing):
+    scheduler = DDIMScheduler(1000, 1e-4, 0.02, "linear", clip_sample=False, timestep_spacing=spacing)
+    for steps in (4, 8, 125, 1000):
+        scheduler.set_timesteps(steps)
+        assert taken(steps, method="ddim", spacing=spacing) == scheduler.timesteps.tolist()
+    scheduler.set_timesteps(20)
+    x, sampled = run("ddim", 20, model_fn=ddpm_model, spacing=spacing)
+    for index in scheduler.timesteps.tolist():
+        x = scheduler.step(ddpm_model(x, 1 - index / 1000)[:, :4], index, x, return_dict=False)[0]
+    torch.testing.assert_close(sampled.x_TC, x, atol=1e-5, rtol=1e-4)

@@ -5,13 +5,11 @@ import pytest
 from PIL import Image
 
 from fitscale.cli import main
-from fitscale.data.index import open_index
-from fitscale.data.reader import ShardReader
-from fitscale.data.statistics import drawn_sizes, label_counts
-from fitscale.data.waste import bucketed, cost_function, first_fit, packed, padded_to_longest
+from fitscale.data.index import ShardReader, open_index
+from fitscale.prepare.statistics import bucketed, drawn_sizes, first_fit, label_counts, packed, padded_to_longest
 from tests.shard_sets import LATENTS, indexed_set
 
-LINEAR = cost_function(1.0, 0.0)
+LINEAR = (1.0, 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +77,7 @@ def test_latents_need_their_vae_for_a_sheet(tmp_path, capsys):
     assert not (tmp_path / "r" / "contact_sheet.png").exists()
 
 
-@pytest.mark.parametrize(("option", "message"), [("--ranks", "--ranks: 0 is below 1"), ("--batch", "--batch: 0")])
+@pytest.mark.parametrize(("option", "message"), [("--ranks", "--ranks: 0 is too small"), ("--batch", "--batch: 0")])
 def test_wrong_options(shards, capsys, option, message):
     assert main(["data", str(shards), option, "0"]) == 2
     assert message in capsys.readouterr().err

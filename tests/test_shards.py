@@ -8,7 +8,7 @@ import pytest
 import webdataset
 
 from fitscale.config.errors import UserError
-from fitscale.data.shards import Sample, ShardSetWriter, Variant, check_balance, check_sample, read_meta
+from fitscale.data.shards import Sample, Variant, check_balance, check_sample, read_meta, write_shards
 from tests.shard_sets import DRAWN, LATENTS, PIXELS, sample, write_set
 
 
@@ -43,13 +43,9 @@ def test_no_temporary_file_is_left_and_the_description_is_read_back(tmp_path):
 
 
 def test_an_error_leaves_only_whole_shards_and_no_description(tmp_path):
-    with (
-        pytest.raises(UserError, match=r"'bad'.*label 7 is outside 0 \.\. 6"),
-        ShardSetWriter(tmp_path, PIXELS, 2) as writer,
-    ):
-        for number in range(3):
-            writer.write(sample(number))
-        writer.write(replace(sample(3), key="bad", label=7))
+    samples = [sample(0), sample(1), sample(2), replace(sample(3), key="bad", label=7)]
+    with pytest.raises(UserError, match=r"'bad'.*label 7 is outside 0 \.\. 6"):
+        write_shards(tmp_path, samples, PIXELS, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["shard-000000.tar"]
 
 
@@ -57,7 +53,7 @@ def test_a_folder_with_shards_is_refused(tmp_path):
     write_set(tmp_path, 3)
     before = shard_bytes(tmp_path)
     with pytest.raises(UserError, match="holds shards already"):
-        ShardSetWriter(tmp_path, PIXELS)
+        write_shards(tmp_path, [sample(0)], PIXELS)
     assert shard_bytes(tmp_path) == before
 
 
@@ -98,7 +94,6 @@ def test_kinds_and_flips_must_be_drawn_evenly():
 
 def test_big_endian_and_strided_arrays_are_stored_plainly(tmp_path):
     array = np.arange(32, dtype=">f4").reshape(4, 2, 4)[..., ::-1]
-    with ShardSetWriter(tmp_path, LATENTS) as writer:
-        writer.write(of(array))
+    write_shards(tmp_path, [of(array)], LATENTS)
     [read] = webdataset.WebDataset(str(tmp_path / "shard-000000.tar"), shardshuffle=False, empty_check=False).decode()
     np.testing.assert_array_equal(read["0.npy"], array.astype("<f4"), strict=True)

@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from fitscale.config.errors import UserError
 from fitscale.data.index import open_index
-from fitscale.prepare.convert import Converter, Job
+from fitscale.prepare.convert import Conversion, Converter
 from fitscale.prepare.listing import Source
 from fitscale.prepare.preprocess import Rejected
 from fitscale.prepare.sources import list_source
@@ -153,7 +153,7 @@ def no_wait(monkeypatch):
 
 
 def converter(source: Path, out: Path, **options: int) -> Converter:
-    return Converter(Job(str(source), 32, "pixels", "moments", options.get("images_per_shard", 2), 1), out)
+    return Converter(Conversion(str(source), 32, "pixels", "moments", options.get("images_per_shard", 2), 1), out)
 
 
 def write_images(folder: Path, *names: str) -> Path:

@@ -17,11 +17,10 @@ from fitscale.config.errors import PassingError, UserError
 from fitscale.config.files import read_jsonl
 from fitscale.data import storage
 from fitscale.data.batch_plan import single_plan
-from fitscale.data.index import open_index
+from fitscale.data.index import ShardReader, open_index
 from fitscale.data.loader import make_loader
-from fitscale.data.reader import ShardReader
-from fitscale.data.statistics import verify
 from fitscale.data.storage import Cache, retried
+from fitscale.prepare.statistics import verify
 from fitscale.run.layout import RunDir
 from tests.shard_sets import indexed_set
 from tests.tiny import tiny_config
@@ -124,7 +123,7 @@ def test_lasting_errors_end_in_one_message(remote, tmp_path, monkeypatch):
         PassingError, match=r"unsteady://set/index.json: cannot be read after 5 attempts: connection reset"
     ):
         open_index("unsteady://set", Cache(tmp_path / "cache"))
-    assert not list((tmp_path / "cache").rglob("*.tmp"))
+    assert not list((tmp_path / "cache").rglob(".*"))
     with pytest.raises(FileNotFoundError):
         retried((tmp_path / "none").read_bytes, "none")
 
@@ -135,7 +134,7 @@ def test_processes_that_need_the_same_file_fetch_it_once(remote, tmp_path):
     with ThreadPoolExecutor(4) as pool:
         paths = list(pool.map(index.storage.local, [remote.meta.shards[0].name] * 4))
     assert Unsteady.fetches == before + 1
-    assert {path.read_bytes() for path in paths} == {(remote.folder / remote.meta.shards[0].name).read_bytes()}
+    assert {path.read_bytes() for path in paths} == {(remote.storage.folder / remote.meta.shards[0].name).read_bytes()}
 
 
 @pytest.mark.parametrize("room", [True, False])
@@ -305,7 +304,7 @@ def test_what_a_web_server_sends_badly_is_asked_for_again(server, tmp_path, faul
     server.faults = {name: [fault] for name in files}
     assert same_images(open_index(server.url, Cache(tmp_path / "cache")), server.original)
     assert not any(server.faults.values()) and server.asked.count("shard-000002.tar") == 2
-    assert not list((tmp_path / "cache").rglob("*.tmp"))
+    assert not list((tmp_path / "cache").rglob(".*"))
 
 
 def test_a_web_server_that_stays_busy_or_sends_too_little_is_one_message(server, tmp_path):

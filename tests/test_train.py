@@ -5,6 +5,7 @@ import json
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +137,38 @@ def test_post_training_starts_from_weights_and_moves_only_what_is_trainable(tmp_
     moved = {name for name in before if not before[name].equal(after[name])}
     assert moved
     assert all(any(part in name for part in ("x_embedder", "bias", "adaLN", "final_layer")) for name in moved)
-    averages = weights_of(tmp_path / "post", "ema_0.9")
-    assert averages.keys() == before.keys()  # whole, frozen tensors too
-    assert averages["blocks.0.mlp.fc2.weight"].equal(before["blocks.0.mlp.fc2.weight"])
+    ema = weights_of(tmp_path / "post", "ema_0.9")
+    assert ema.keys() == before.keys()  # whole, frozen tensors too
+    assert ema["blocks.0.mlp.fc2.weight"].equal(before["blocks.0.mlp.fc2.weight"])
+
+
+def test_reset_parameters_start_afresh_and_the_others_as_loaded(tmp_path, digits_shards):
+    """With a learning rate of 0 the weights at the end are those at the start, and so is their EMA."""
+    run_ranks(train_here, 1, tiny_config(tmp_path / "base", digits_shards, "run.steps=3"))
+    start = RunDir(tmp_path / "base").checkpoints()[-1].weights("raw")
+    still = ("run.steps=2", "optim.lr=0", "run.seed=5")
+    run_ranks(train_here, 1, tiny_config(tmp_path / "fresh", digits_shards, *still))
+    reset = (*still, f"run.init_weights={start}", "run.reset=[x_embedder,bias,adaLN,final_layer]")
+    config = tiny_config(tmp_path / "reset", digits_shards, *reset)
+    run_ranks(train_here, 2, replace(config, parallel=replace(config.parallel, zero_stage=3)))
+    loaded, fresh = weights_of(tmp_path / "base"), weights_of(tmp_path / "fresh")
+    for name in ("raw", "ema_0.9"):
+        found = weights_of(tmp_path / "reset", name)
+        for key in found:
+            is_reset = any(part in key for part in ("x_embedder", "bias", "adaLN", "final_layer"))
+            assert found[key].equal((fresh if is_reset else loaded)[key]), key
+    assert not fresh["x_embedder.proj.weight"].equal(loaded["x_embedder.proj.weight"])
+    assert not fresh["final_layer.linear.weight"].any() and loaded["final_layer.linear.weight"].any()
+
+
+def test_a_reset_run_that_goes_on_keeps_what_it_has_learnt(tmp_path, digits_shards):
+    run_ranks(train_here, 1, tiny_config(tmp_path / "base", digits_shards, "run.steps=1"))
+    start = RunDir(tmp_path / "base").checkpoints()[-1].weights("raw")
+    overrides = (f"run.init_weights={start}", "run.reset=[final_layer]")
+    for steps, folder in ((2, "halves"), (4, "halves"), (4, "whole")):
+        run_ranks(train_here, 1, tiny_config(tmp_path / folder, digits_shards, *overrides, f"run.steps={steps}"))
+    halves, whole = weights_of(tmp_path / "halves"), weights_of(tmp_path / "whole")
+    assert all(halves[key].equal(whole[key]) for key in whole)
 
 
 def test_the_time_of_a_step_is_accounted_for_and_chosen_steps_are_profiled(tmp_path, digits_shards):
@@ -167,6 +197,8 @@ def test_wandb_offline_mirrors_the_run_in_its_directory(tmp_path, digits_shards)
         ("model.num_classes=3", "model.num_classes: 3, but the shards"),
         ("batch.pack_tokens=20", "pack_tokens"),
         ("model.patch_size=3", "patch_size"),
+        ("optim.trainable=[bias,adaNL]", "optim.trainable: 'adaNL' is part of no parameter's name"),
+        ("run={init_weights: w, reset: [biasses]}", "run.reset: 'biasses' is part of no parameter's name"),
     ],
 )
 def test_a_config_that_cannot_be_right_writes_nothing(tmp_path, digits_shards, override, message):

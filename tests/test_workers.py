@@ -3,7 +3,7 @@
 import pytest
 
 from fitscale.config.errors import UserError
-from fitscale.prepare.workers import find_place
+from fitscale.prepare.workers import find_worker
 
 
 def array(own: int, ids: range) -> dict[str, str]:
@@ -36,22 +36,22 @@ LAUNCHES = {
 
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_the_processes_of_a_launch_share_the_work(launch):
-    places = [find_place(environment) for environment in LAUNCHES[launch]]
-    assert [(place.worker, place.workers) for place in places] == [(n, len(places)) for n in range(len(places))]
+    found = [find_worker(environment) for environment in LAUNCHES[launch]]
+    assert [(one.rank, one.workers) for one in found] == [(n, len(found)) for n in range(len(found))]
 
 
 def test_a_batch_script_that_starts_no_tasks_is_one_worker():
     """sbatch --ntasks=4 sets the first two for the script itself, which is one process."""
-    assert find_place({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}).workers == 1
+    assert find_worker({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}).workers == 1
 
 
 def test_a_worker_says_which_it_is_and_how_it_knows():
-    assert str(find_place(array(9, range(7, 12)))) == "worker 2 of 5 (Slurm array, task 9)"
+    assert str(find_worker(array(9, range(7, 12)))) == "worker 2 of 5 (Slurm array, task 9)"
     both = array(2, range(1, 4)) | srun(1, 2)
-    assert str(find_place(both)) == "worker 3 of 6 (Slurm array, task 2; srun, task 1)"
+    assert str(find_worker(both)) == "worker 3 of 6 (Slurm array, task 2; srun, task 1)"
 
 
 def test_array_ids_with_gaps_are_refused():
     environment = array(3, range(1, 4)) | {"SLURM_ARRAY_TASK_MAX": "7"}
     with pytest.raises(UserError, match=r"3 tasks with ids 1 to 7.*--array=0-2\), or give --worker and --workers"):
-        find_place(environment)
+        find_worker(environment)

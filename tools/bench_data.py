@@ -21,10 +21,10 @@ import numpy as np
 
 from fitscale.config.program import exit_code
 from fitscale.data.batch_plan import BatchPlan, single_plan
-from fitscale.data.index import Index, IndexMeta, Shard, build_index, open_index
-from fitscale.data.packing import split
-from fitscale.data.scan import IMAGE, VARIANT
-from fitscale.data.shards import Sample, ShardSetMeta, ShardSetWriter, Variant
+from fitscale.data.build_index import build_index
+from fitscale.data.index import IMAGE, VARIANT, Index, IndexMeta, Shard, open_index
+from fitscale.data.packing import macs_of, split
+from fitscale.data.shards import Sample, ShardSetMeta, Variant, write_shards
 
 RANKS, STEPS = 1024, 80  # 80 steps of 4 images a rank go through two windows
 LATENT = ShardSetMeta("vae", factor=8, scaling=0.18215, channels=4, num_classes=1000)
@@ -106,7 +106,7 @@ def plan_and_split(plan: BatchPlan, n: int) -> None:
     plan.step(n)
     rng = np.random.default_rng(n)
     tokens = rng.integers(64, 257, plan.global_batch_size)  # the made-up index knows one size; splitting wants many
-    split(tokens, tokens + tokens.astype(np.float64) ** 2 / 2e4, dp_size=RANKS, pack_tokens=16384, pad_multiple=1)
+    split(tokens, macs_of(tokens, (1.0, 1 / 2e4)), dp_size=RANKS, pack_tokens=16384, pad_multiple=1)
 
 
 def plan_ms(index: Index, batch: int) -> float:
@@ -132,9 +132,8 @@ def loader(folder: Path, images: int, passes: int) -> None:
 
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
-    with ShardSetWriter(folder, LATENT) as writer:
-        for number in range(images):
-            writer.write(Sample(f"{number}", 0, [Variant(rng.standard_normal((4, 32, 32)).astype(np.float16))]))
+    latents = (rng.standard_normal((4, 32, 32)).astype(np.float16) for _ in range(images))
+    write_shards(folder, (Sample(f"{n}", 0, [Variant(latent)]) for n, latent in enumerate(latents)), LATENT)
     plan = make_plan(build_index(folder), 256)
     steps = images // 256
     read(plan, steps)  # warms files and allocator

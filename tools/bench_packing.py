@@ -5,7 +5,7 @@ python tools/bench_packing.py --ranks 8 64 --images-per-rank 4 16 --json packing
 
 Prints Markdown tables. Two distributions of sizes: photographs shaped like ImageNet's through FiT's preprocessing for
 side 256, and a mixed one of 64 to 4,096 tokens. Costs are FiTv2-XL/2's FLOPs; "least
-possible" is the imbalance if the dearest image had a rank to itself. Split times are CPU time.
+possible" is the imbalance if the costliest image had a rank to itself. Split times are CPU time.
 """
 
 import argparse
@@ -18,10 +18,10 @@ import numpy as np
 
 from fitscale.config.load import load_config
 from fitscale.config.program import exit_code
-from fitscale.data.packing import split
-from fitscale.data.waste import bucketed, cost_function, first_fit, packed, padded_to_longest
+from fitscale.data.packing import macs_of, split
 from fitscale.model import flops
 from fitscale.prepare.preprocess import MULTIPLE, area_limited
+from fitscale.prepare.statistics import bucketed, first_fit, packed, padded_to_longest
 
 CONFIG = Path(__file__).parents[1] / "configs" / "model" / "xl.yaml"
 PACK_TOKENS = 16384
@@ -72,23 +72,24 @@ def mixed_sizes(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def row(name: str, draw, ranks: int, images: int) -> dict:  # type: ignore[no-untyped-def, type-arg]
-    cost = cost_function(*flops.cost(load_config([str(CONFIG)]).model))
+    cost = flops.cost(load_config([str(CONFIG)]).model)
     schemes: dict[str, list] = {"packed": [], "longest": [], "bucketed": [], "first-fit": []}  # type: ignore[type-arg]
     seconds, least = [], []
     for number in range(BATCHES):
         sizes = draw(np.random.default_rng(number), images)
         tokens = sizes.prod(axis=1)
+        cost_B = macs_of(tokens, cost)
         start = time.process_time()
-        split(tokens, cost(tokens), dp_size=ranks, pack_tokens=PACK_TOKENS, pad_multiple=1)
+        split(tokens, cost_B, dp_size=ranks, pack_tokens=PACK_TOKENS, pad_multiple=1)
         seconds.append(time.process_time() - start)
-        least.append(max(0.0, float(cost(tokens).max() * ranks / cost(tokens).sum() - 1)))  # the dearest image, alone
+        least.append(max(0.0, float(cost_B.max() * ranks / cost_B.sum() - 1)))  # the costliest image, alone
         schemes["packed"].append(packed(tokens, cost, ranks, PACK_TOKENS))
         schemes["longest"].append(padded_to_longest(tokens, cost, ranks))
         schemes["bucketed"].append(bucketed(sizes @ [1000, 1], tokens, cost, ranks, PACK_TOKENS))
         schemes["first-fit"].append(first_fit(tokens, cost, ranks, PACK_TOKENS))
     figures = {
-        scheme: {key: float(np.mean([getattr(loss, key) for loss in losses])) for key in vars(losses[0])}
-        for scheme, losses in schemes.items()
+        scheme: {key: float(np.mean([getattr(one, key) for one in wastes])) for key in vars(wastes[0])}
+        for scheme, wastes in schemes.items()
     }
     return {
         "sizes": name,

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def collect_runs(options: argparse.Namespace) -> int:
     """Write and/or check the table, and say what it holds."""
-    from fitscale.scaling.rows.options import writing
+    from fitscale.config.errors import writing
     from fitscale.scaling.rows.refusals import listed
     from fitscale.scaling.rows.selection import problems, summary
     from fitscale.scaling.rows.table import write_table

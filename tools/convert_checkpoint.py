@@ -16,12 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fitscale.api import SECTIONS
 from fitscale.config.errors import UserError
 from fitscale.config.program import exit_code
 
 if TYPE_CHECKING:
-    from fitscale.config.schema import ModelConfig
-    from fitscale.model.export import StoredTensor
+    from fitscale.config.schema import Config
+    from fitscale.model.weights import StoredTensor
 
     Source = tuple[dict[str, StoredTensor], dict[str, str]]  # tensors by name, metadata
 
@@ -40,70 +41,57 @@ def convert(options: argparse.Namespace) -> None:
         raise UserError(f"{out}: is there already; choose another name, or --force to replace a file")
     tensors, metadata = published_source(options) if options.config else run_source(options)
     size = _write_with_progress(out, tensors, options.dtype, metadata)
-    described = ", ".join(f"{key} {value}" for key, value in metadata.items() if key != "model")
+    described = ", ".join(f"{key} {value}" for key, value in metadata.items() if key not in SECTIONS)
     print(f"{out}: {len(tensors)} tensors, {options.dtype}, {size / 1e6:.1f} MB ({described})")
 
 
 def run_source(options: argparse.Namespace) -> "Source":
     """One set of weights of a run's checkpoint."""
     from fitscale.eval.generate import find_checkpoint, open_run, weights_name
-    from fitscale.model.export import list_tensors
+    from fitscale.model.weights import list_tensors
 
     if options.source.is_file():
         raise UserError(f"{options.source}: a file, no run directory; for published weights give --config MODEL.yaml")
     config, run = open_run(options.source)
     checkpoint = find_checkpoint(run, options.step)
     weights = weights_name(config, checkpoint, options.weights or config.evaluation.weights)
-    metadata = {"model": _as_json(checkpoint.meta["model"]), "step": str(checkpoint.step), "weights": weights}
-    return list_tensors(checkpoint.weights(weights)), metadata | {"source": config.run.name}
+    metadata = {"step": str(checkpoint.step), "weights": weights, "source": config.run.name}
+    return list_tensors(checkpoint.weights(weights)), _sections(config) | metadata
 
 
 def published_source(options: argparse.Namespace) -> "Source":
     """Published weights, if they are those of the model that --config says."""
     from fitscale.config.load import load_config
-    from fitscale.model.export import list_state_dict, list_tensors
+    from fitscale.model.weights import check_keys, list_state_dict, list_tensors
 
     source: Path = options.source
-    model = load_config(options.config).model
+    config = load_config(options.config)
     pickled = source.suffix in PICKLED
     for name, value, valid in (("--step", options.step, False), ("--weights", options.weights, pickled)):
         if value is not None and not valid:
             raise UserError(f"{name}: {source} has nothing to choose from; it goes with a run directory")
     tensors = list_state_dict(source, options.weights) if pickled else list_tensors(source)
-    _check_model(model, tensors, source)
+    check_keys(config.model, tensors, source)
     weights = {"weights": options.weights} if options.weights else {}
-    return tensors, {"model": _as_json(asdict(model)), **weights, "source": source.name}
-
-
-def _check_model(model: "ModelConfig", tensors: "dict[str, StoredTensor]", source: Path) -> None:
-    """Raises UserError if names or shapes are not the model's, which is built without memory for its weights."""
-    import torch
-
-    from fitscale.config.schema import ParallelConfig
-    from fitscale.model.fit import FiT
-    from fitscale.model.published import check_keys
-    from fitscale.parallel.groups import init_parallel
-
-    init_parallel(ParallelConfig(), "cpu")
-    with torch.device("meta"):
-        network = FiT(model, ParallelConfig())
-    check_keys(network, {name: tensor.shape for name, tensor in tensors.items()}, source)
+    return tensors, {**_sections(config), **weights, "source": source.name}
 
 
 def _write_with_progress(out: Path, tensors: "dict[str, StoredTensor]", dtype: str, metadata: dict[str, str]) -> int:
     """Write the file; returns the bytes of its tensors."""
     from tqdm import tqdm
 
-    from fitscale.model.export import num_bytes, write_tensors
+    from fitscale.model.weights import num_bytes, write_tensors
 
     total = sum(num_bytes(tensor.shape, dtype) for tensor in tensors.values())
     with tqdm(total=total, desc=out.name, unit="B", unit_scale=True) as bar:
-        write_tensors(out, tensors, dtype, metadata, bar.update)
+        write_tensors(out, tensors, metadata, dtype, bar.update)
     return total
 
 
-def _as_json(model: dict[str, object]) -> str:
-    return json.dumps(model, sort_keys=True)
+def _sections(config: "Config") -> dict[str, str]:
+    """What `fitscale.api` has to know of the config to draw images, as JSON."""
+    found = asdict(config) | {"data": {"latent": asdict(config.data.latent)}}
+    return {name: json.dumps(found[name], sort_keys=True) for name in SECTIONS}
 
 
 def _parser() -> argparse.ArgumentParser:

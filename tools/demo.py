@@ -27,7 +27,7 @@ from pathlib import Path
 from fitscale.config.errors import UserError
 from fitscale.config.files import read_jsonl, write_atomic
 from fitscale.config.load import load_config, load_schema
-from fitscale.config.program import exit_code
+from fitscale.config.program import aligned, exit_code
 from fitscale.jobs.sweep import SweepConfig
 from fitscale.model import flops
 from fitscale.run.layout import RunDir
@@ -179,17 +179,6 @@ def products(largest: RunDir) -> dict[str, Path | str]:
         "curves": REPORT / "curves.png",
         **{f"sheet {height} x {width}, {kind}": sheet(largest, kind) for kind, (height, width) in SHEETS.items()},
     }
-
-
-def aligned(rows: list[tuple[str, ...]]) -> str:
-    """Rows of cells as a table: first column to the left, numbers to the right."""
-    columns = list(zip(*rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    padded = [
-        [cell.rjust(width) if place else cell.ljust(width) for cell in column]
-        for place, (column, width) in enumerate(zip(columns, widths, strict=True))
-    ]
-    return "\n".join("  ".join(row) for row in zip(*padded, strict=True))
 
 
 if __name__ == "__main__":

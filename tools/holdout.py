@@ -17,10 +17,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def holdout(options: argparse.Namespace) -> int:
     """Print (and write) the errors and the ranking; a refusal is a user's error."""
+    from fitscale.config.errors import writing
     from fitscale.config.files import write_atomic
     from fitscale.scaling.fit.holdout import hold_out
     from fitscale.scaling.fit.question import question
-    from fitscale.scaling.rows.options import writing
     from fitscale.scaling.rows.runs import load_table
 
     asked = question(options)

@@ -8,20 +8,21 @@ python tools/make_shards.py index data/digits
 import argparse
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from fitscale.config.errors import UserError
+from fitscale.config.files import replacing
 from fitscale.config.program import exit_code
-from fitscale.data.index import build_index, open_index
-from fitscale.prepare.convert import STORES, Converter, Job, is_finished
+from fitscale.data.build_index import build_index
+from fitscale.data.index import open_index
+from fitscale.prepare.convert import STORES, Conversion, Converter, is_finished
 from fitscale.prepare.digits import SCALES, digits_meta, write_digits
 from fitscale.prepare.published_layout import import_layout
-from fitscale.prepare.summary import summary_text, write_summary
-from fitscale.prepare.workers import Place, find_place
+from fitscale.prepare.shard_report import summary_text, write_summary
+from fitscale.prepare.workers import WorkerRank, find_worker
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,42 +36,38 @@ def make_digits(options: argparse.Namespace) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         _check_same(out, options)
         return
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(out) as temporary:
         write_digits(temporary, tuple(options.scales), options.images_per_shard)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     print(f"{out}: {_summary(out)}")
 
 
 def make_images(options: argparse.Namespace) -> None:
     """This worker's share of the shards of `source`; what is finished is not done again."""
     source = str(options.source.resolve())
-    job = Job(source, options.side, options.encoder, options.store, options.images_per_shard, options.batch_size)
+    job = Conversion(source, options.side, options.encoder, options.store, options.images_per_shard, options.batch_size)
     out: Path = options.out
-    place = _place(options)
+    worker = _worker(options)
     if not is_finished(job, out):
-        print(f"{out}: {place}", flush=True)
+        print(f"{out}: {worker}", flush=True)
         device = _device(options)
         converter = Converter(job, out, device, options.threads)
         if options.encoder != "pixels":
-            print(f"{out}: worker {place.worker} encodes on {device} in {converter.dtype}", flush=True)
-        missing = converter.run(place.worker, place.workers)
+            print(f"{out}: worker {worker.rank} encodes on {device} in {converter.dtype}", flush=True)
+        missing = converter.run(worker.rank, worker.workers)
         if missing:
-            print(f"{out}: worker {place.worker} of {place.workers} is done, {missing} shards are left to others")
+            print(f"{out}: worker {worker.rank} of {worker.workers} is done, {missing} shards are left to others")
             return
     if not (out / "summary.json").is_file():
         write_summary(out)
     print(f"{out}: finished, {_summary(out)}\n{summary_text(out)}")
 
 
-def _place(options: argparse.Namespace) -> Place:
+def _worker(options: argparse.Namespace) -> WorkerRank:
     if (options.worker is None) != (options.workers is None):
         raise UserError("--worker and --workers go together")
     if options.worker is not None:
-        return Place(options.worker, options.workers, "--worker")
-    return find_place(os.environ)
+        return WorkerRank(options.worker, options.workers, "--worker")
+    return find_worker(os.environ)
 
 
 def _device(options: argparse.Namespace) -> str:
@@ -92,12 +89,8 @@ def make_published(options: argparse.Namespace) -> None:
     out: Path = options.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty; choose another folder, or remove it")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(out) as temporary:
         import_layout(options.source, temporary, options.tokens, options.images_per_shard)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     print(f"{out}: {_summary(out)}")
 
 

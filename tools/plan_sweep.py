@@ -30,10 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan; write the sweep's YAML if asked."""
+    from fitscale.config.errors import writing
     from fitscale.config.files import write_atomic
     from fitscale.model import flops
     from fitscale.scaling.fit.planner import plan
-    from fitscale.scaling.rows.options import model_named, require_at_least, writing
+    from fitscale.scaling.rows.options import model_named, require_at_least
 
     require_at_least(options, points=1, first_step=1, tokens=1, batch=1, samples=2, nfe=1, target_steps=1, seed=0)
     economics = _economics(options)

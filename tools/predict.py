@@ -31,10 +31,11 @@ def run(options: argparse.Namespace) -> int:
     """Print every law's prediction, cautions first; write them as JSON if asked."""
     import json
 
+    from fitscale.config.errors import writing
     from fitscale.config.files import write_atomic
     from fitscale.scaling.fit.prediction import describe, predict
     from fitscale.scaling.fit.question import question
-    from fitscale.scaling.rows.options import require_at_least, writing
+    from fitscale.scaling.rows.options import require_at_least
     from fitscale.scaling.rows.runs import load_table
 
     require_at_least(options, steps=1, batch=1, tokens=1, seed=0)

@@ -1,6 +1,8 @@
-"""The exceptions that are told in one line."""
+"""The exceptions that are told in one line, and what turns others into them."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -15,6 +17,19 @@ class PassingError(UserError):
     """What may be over by itself, such as a store that does not answer: a job that meets it is worth another start."""
 
 
-def cannot_write(what: object, error: OSError) -> UserError:
-    """The UserError for a file or folder that cannot be written: no right, no room."""
-    return UserError(f"{what}: cannot be written ({os.strerror(error.errno or 0)})")
+@contextmanager
+def writing(what: object) -> Iterator[None]:
+    """Around what writes `what`, for a person; raises UserError where it cannot be written: no right, no room."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: cannot be written ({os.strerror(error.errno or 0)})") from error
+
+
+@contextmanager
+def mistakes_in(what: str) -> Iterator[None]:
+    """Begin the text of a UserError that is raised inside with `what` it is in, such as a cell of a sweep."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error

@@ -50,20 +50,12 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)  # until it is closed
-        file.seek(0, os.SEEK_END)
-        if file.tell() and _last_byte(file) != b"\n":
-            file.truncate(_after_last_newline(file))
+        if end := file.seek(0, os.SEEK_END):
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
         file.write(json.dumps(row).encode() + b"\n")
-
-
-def _last_byte(file: Any) -> bytes:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1)
-
-
-def _after_last_newline(file: Any) -> int:
-    file.seek(0)
-    return file.read().rfind(b"\n") + 1
 
 
 def _remove(path: Path) -> None:

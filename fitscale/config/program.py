@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fitscale.config.errors import UserError
 
@@ -41,3 +41,9 @@ def _report(error: UserError) -> None:
     finally:
         prefix = "" if rank == "0" else f"rank {rank}: "
         print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as a table: the first column to the left, the others to the right."""
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows)

@@ -4,37 +4,28 @@
 raises `UserError` with the key's full path and the values that would be valid.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import gcd
 
 from fitscale.config.checks import at_least, between, choice
 from fitscale.config.errors import UserError
 from fitscale.config.schema_data import DataConfig
 
-ROPE_METHODS = ("normal", "linear", "ntk-aware", "ntk-aware-pro1", "ntk-aware-pro2", "ntk-by-parts", "yarn")
 ODE_SAMPLERS = ("euler", "heun", "dopri5", "sde")
 DDPM_SAMPLERS = ("ddpm", "ddim")
 ADAPTIVE_SAMPLERS = ("dopri5",)  # choose their steps from the error over all that they integrate
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """2-D rotary position embedding and how it is stretched beyond the sizes trained on."""
-
-    theta: float = 10000.0
-    method: str = "normal"
-    decouple: bool = False  # scale rows and columns by their own lengths (the papers' "Vision" variants)
-    original_length: int = 16  # patches per axis that the model was trained on
-
-    def __post_init__(self) -> None:
-        choice("model.rope.method", self.method, ROPE_METHODS)
-        at_least("model.rope.theta", self.theta, 1.0)
-        at_least("model.rope.original_length", self.original_length, 1)
+SPACINGS = ("linspace", "leading", "trailing")
+_PUBLISHED_SPACING = {"ddpm": "linspace", "ddim": "leading"}  # respacing "N" and "ddimN" of FiT v1's and DiT's code
+_OWN_TIMES = {"rectified": "logit_normal", "ddpm": "uniform"}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One FiT; `family` decides everything in which FiTv2 and FiT (v1) differ."""
+    """What every backbone's config has; `family` names the backbone, whose own class adds the rest (`fitscale.model`).
+
+    How a backbone divides over tensor-parallel ranks, which objective it learns and what its network answers are
+    properties that its class overrides.
+    """
 
     name: str = "b"
     family: str = "fitv2"
@@ -44,20 +35,13 @@ class ModelConfig:
     patch_size: int = 2  # side of a square patch, in latent pixels
     in_channels: int = 4  # channels of a latent (VAE) or of an image (pixels)
     num_classes: int = 1000  # without the extra "no class" row
-    rope: RopeConfig = field(default_factory=RopeConfig)
 
     def __post_init__(self) -> None:
-        choice("model.family", self.family, ("fitv2", "fit"))
         for key in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "num_classes"):
             at_least(f"model.{key}", getattr(self, key), 1)
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"model.hidden_size: {self.hidden_size} is not a multiple of model.num_heads = {self.num_heads}"
-            )
-        if self.head_dim % 4:
-            raise UserError(
-                f"model.hidden_size: {self.hidden_size} / model.num_heads {self.num_heads} gives a head dimension of "
-                f"{self.head_dim}; 2-D RoPE needs a multiple of 4 (a row and a column half, each of pairs)"
             )
 
     @property
@@ -65,28 +49,36 @@ class ModelConfig:
         return self.hidden_size // self.num_heads
 
     @property
-    def mlp_hidden_size(self) -> int:
-        """Width of the SwiGLU: floor(2/3 * 4d) for FiTv2, 4d for FiT."""
-        return self.hidden_size * 8 // 3 if self.family == "fitv2" else 4 * self.hidden_size
-
-    @property
-    def adaln_rank(self) -> int | None:
-        """Rank of AdaLN-LoRA (FiTv2); None where every block has its own full AdaLN (FiT)."""
-        return self.hidden_size // 4 if self.family == "fitv2" else None
-
-    @property
-    def qk_norm(self) -> bool:
-        return self.family == "fitv2"
-
-    @property
     def token_channels(self) -> int:
         """Numbers in one input token: patch_size^2 * in_channels."""
         return self.patch_size**2 * self.in_channels
 
     @property
-    def out_channels(self) -> int:
-        """Channels predicted per latent pixel: twice the input where sigma is learned (FiT)."""
-        return self.in_channels if self.family == "fitv2" else 2 * self.in_channels
+    def objective(self) -> str:
+        """The `flow.kind` that the network is made for."""
+        return "rectified"
+
+    @property
+    def tp_divides(self) -> dict[str, int]:
+        """What a tensor-parallel size has to divide, by key."""
+        return {"num_heads": self.num_heads}
+
+    @property
+    def scales(self) -> tuple[tuple[int, float], ...]:
+        """(pixels along a side that one number of the output stands for, weight in the loss) of every output."""
+        return ((1, 1.0),)
+
+    @property
+    def positions(self) -> str:
+        """Where the network's knowledge of positions comes from, for the comparability key."""
+        return "own"
+
+    def with_positions(self, method: str, decouple: bool) -> "ModelConfig":
+        """The same weights with RoPE stretched by `method`, to generate at sizes beyond those trained on."""
+        raise UserError(f"--rope: models of family {self.family} have no RoPE to stretch")
+
+
+MODEL_CONFIGS: dict[str, type[ModelConfig]] = {}  # by family; filled by the registry of backbones, fitscale.model
 
 
 @dataclass(frozen=True)
@@ -107,13 +99,26 @@ class FlowConfig:
     """The generative process that is learned."""
 
     kind: str = "rectified"  # rectified: velocity of a straight path; ddpm: epsilon with learned sigma (FiT)
-    time_distribution: str = "logit_normal"
+    time_distribution: str | None = None  # logit_normal or uniform; None = the kind's own (ddpm: uniform)
     label_drop: float = 0.1  # share of labels replaced by "no class" in training
 
     def __post_init__(self) -> None:
         choice("flow.kind", self.kind, ("rectified", "ddpm"))
-        choice("flow.time_distribution", self.time_distribution, ("logit_normal", "uniform"))
+        choice("flow.time_distribution", self.times, ("logit_normal", "uniform"))
         between("flow.label_drop", self.label_drop, 0.0, 1.0)
+
+    @property
+    def times(self) -> str:
+        """`time_distribution`, or the kind's own."""
+        return self.time_distribution or _OWN_TIMES[self.kind]
+
+    def check_new_run(self) -> None:
+        """Raises UserError for what runs of earlier versions hold, and can go on with, but no new run may have."""
+        if self.kind == "ddpm" and self.times != "uniform":
+            raise UserError(
+                f"flow.time_distribution: {self.times} does not go with flow.kind = ddpm, which draws its "
+                "steps uniformly; leave it out, or give uniform"
+            )
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its schedule, and the averages of the weights."""
+    """AdamW, its schedule, and the EMA of the weights."""
 
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
@@ -225,12 +230,16 @@ class GuidanceConfig:
     """Classifier-free guidance."""
 
     scale: float = 1.0  # 1 = no guidance
-    channels: int = 3  # guidance acts on the first so many channels of the latent (published: 3 of 4)
+    channels: int | None = None  # guidance acts on the first so many of the latent's; None = all, but at most 3 (of 4)
     power: float = 0.0  # exponent p of the power-cosine scale; 0 = constant scale
 
     def __post_init__(self) -> None:
-        at_least("sampling.guidance.channels", self.channels, 1)
+        at_least("sampling.guidance.channels", self.guided_channels(1), 1)
         at_least("sampling.guidance.power", self.power, 0.0)
+
+    def guided_channels(self, in_channels: int) -> int:
+        """How many of `in_channels` are guided: as the published code has it (3 of 4) unless `channels` says so."""
+        return min(3, in_channels) if self.channels is None else self.channels
 
 
 @dataclass(frozen=True)
@@ -239,6 +248,7 @@ class SamplingConfig:
 
     method: str = "euler"
     steps: int = 50  # integration steps (for dopri5: output points, its step size is its own)
+    spacing: str | None = None  # which of the 1000 steps ddpm and ddim take; None = published: linspace, leading
     rtol: float = 1e-3  # dopri5
     atol: float = 1e-6  # dopri5
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
@@ -246,6 +256,15 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         choice("sampling.method", self.method, ODE_SAMPLERS + DDPM_SAMPLERS)
         at_least("sampling.steps", self.steps, 1)
+        if self.spacing is not None:
+            choice("sampling.spacing", self.spacing, SPACINGS)
+            if self.method not in DDPM_SAMPLERS:
+                raise UserError(f"sampling.spacing: goes with {' and '.join(DDPM_SAMPLERS)}, not with {self.method}")
+
+    @property
+    def timestep_spacing(self) -> str | None:
+        """`spacing`, or the published one; None for methods that take no steps of a DDPM."""
+        return self.spacing or _PUBLISHED_SPACING.get(self.method)
 
 
 @dataclass(frozen=True)
@@ -299,6 +318,7 @@ class RunConfig:
     steps: int = 400000
     device: str = "auto"  # auto = cuda where there is one
     init_weights: str | None = None  # safetensors in the published names to start from
+    reset: list[str] = field(default_factory=list)  # of init_weights: names that contain one of these start afresh
     log_every: int = 1  # steps between lines of metrics.jsonl
 
     def __post_init__(self) -> None:
@@ -306,6 +326,8 @@ class RunConfig:
         at_least("run.seed", self.seed, 0)
         at_least("run.steps", self.steps, 1)
         at_least("run.log_every", self.log_every, 1)
+        if self.reset and self.init_weights is None:
+            raise UserError("run.reset: needs run.init_weights; without them every parameter starts afresh")
 
 
 @dataclass(frozen=True)
@@ -313,7 +335,7 @@ class Config:
     """Everything that decides a run's result, and its layout."""
 
     run: RunConfig = field(default_factory=RunConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=lambda: MODEL_CONFIGS[ModelConfig.family]())
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
@@ -328,29 +350,31 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
+        # config.yaml of a run names what was used, whatever a later version's default is
+        object.__setattr__(self, "flow", replace(self.flow, time_distribution=self.flow.times))
         self._check_flow()
         self._check_tensor_parallel()
 
     def _check_flow(self) -> None:
-        kind, family = self.flow.kind, self.model.family
-        if (kind == "ddpm") != (family == "fit"):
-            raise UserError(f"flow.kind: {kind} does not go with model.family = {family}; fitv2: rectified, fit: ddpm")
+        kind, model = self.flow.kind, self.model
+        if kind != model.objective:
+            raise UserError(
+                f"flow.kind: {kind} does not go with model.family = {model.family}; valid: {model.objective}"
+            )
         valid = DDPM_SAMPLERS if kind == "ddpm" else ODE_SAMPLERS
         if self.sampling.method not in valid:
             raise UserError(
                 f"sampling.method: {self.sampling.method} cannot sample flow.kind = {kind}; valid: {', '.join(valid)}"
             )
-        if self.sampling.guidance.channels > self.model.in_channels:
-            raise UserError(
-                f"sampling.guidance.channels: {self.sampling.guidance.channels} is more than model.in_channels = "
-                f"{self.model.in_channels}"
-            )
+        in_channels, guided = self.model.in_channels, self.sampling.guidance.guided_channels(self.model.in_channels)
+        if guided > in_channels:
+            raise UserError(f"sampling.guidance.channels: {guided} is more than model.in_channels = {in_channels}")
 
     def _check_tensor_parallel(self) -> None:
-        tp = self.parallel.tensor_parallel_size
-        for key, value in (("num_heads", self.model.num_heads), ("mlp_hidden_size", self.model.mlp_hidden_size)):
+        tp, divides = self.parallel.tensor_parallel_size, self.model.tp_divides
+        for key, value in divides.items():
             if value % tp:
-                common = gcd(self.model.num_heads, self.model.mlp_hidden_size)
+                common = gcd(*divides.values())
                 valid = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
                 raise UserError(
                     f"parallel.tensor_parallel_size: model.{key} = {value} does not divide by {tp}; valid: {valid}"

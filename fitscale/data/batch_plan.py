@@ -7,7 +7,7 @@
 So the state of the data is the step alone: every rank computes the same plan and none is sent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +20,8 @@ from fitscale.data.index import Index, open_index
 from fitscale.data.packing import padded
 from fitscale.data.storage import Cache
 from fitscale.data.stream import LATENT_NOISE, VARIANT_CHOICE, ImageStream, random_words
+
+OpenIndex = Callable[[str, Cache], Index]  # functools.cache(open_index) where one command reads a shard set twice
 
 
 @dataclass(frozen=True)
@@ -91,27 +93,32 @@ class BatchPlan:
 
 
 def open_plan(
-    data: DataConfig, *, seed: int, global_batch_size: int, patch_size: int, split: str = "train"
+    data: DataConfig,
+    *,
+    seed: int,
+    global_batch_size: int,
+    patch_size: int,
+    split: str = "train",
+    open_index: OpenIndex = open_index,
 ) -> BatchPlan:
     """The plan of a config's shards: the training images, or those of `split` "holdout".
 
     Raises:
         UserError: a shard set cannot be opened, or has no image that fits.
     """
-    streams = []
-    for number, source in enumerate(data.sources.values()):
-        streams.append(
-            ImageStream(
-                open_index(source.shards, Cache(Path(data.cache_dir), data.cache_gb)),
-                seed=seed,
-                patch_size=patch_size,
-                window_shards=data.window_shards,
-                holdout_fraction=data.holdout_fraction,
-                split=split,
-                limits=source if source.limited else None,
-                number=number,
-            )
+    streams = [
+        ImageStream(
+            open_index(source.shards, Cache(Path(data.cache_dir), data.cache_gb)),
+            seed=seed,
+            patch_size=patch_size,
+            window_shards=data.window_shards,
+            holdout_fraction=data.holdout_fraction,
+            split=split,
+            limits=source,
+            number=number,
         )
+        for number, source in enumerate(data.sources.values())
+    ]
     weights = [source.weight for source in data.sources.values()]
     return BatchPlan(streams, seed=seed, global_batch_size=global_batch_size, weights=weights)
 

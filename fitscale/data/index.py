@@ -5,32 +5,46 @@
     variants.npy   one VARIANT row per variant, in the order of the images
 
 The arrays are memory-mapped, so an index of 100 million images opens at once and costs the memory of what is touched.
-`index.json` is written last: without it there is no index.
+`index.json` is written last: without it there is no index. With the rows a `ShardReader` reads single arrays out of the
+shards.
 """
 
 import hashlib
 import json
 import mmap
-import tarfile
+import os
+import zlib
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections import OrderedDict
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
 from fitscale.config.errors import UserError
-from fitscale.config.files import write_atomic
-from fitscale.data.scan import IMAGE, VARIANT, key_hash, member_at, scan_shard
-from fitscale.data.shards import ShardSetMeta, read_meta
-from fitscale.data.storage import Cache, Storage, checksum_of
+from fitscale.data.shards import DTYPES, ShardSetMeta, tar_members
+from fitscale.data.storage import Cache, Storage
 
 VERSION = 1
+OPEN_SHARDS = 64  # files a reader keeps open
+IMAGE = np.dtype(
+    [("key_hash", "<u8"), ("first_variant", "<u8"), ("shard", "<u4"), ("label", "<i4"), ("variants", "<u2")]
+)
+VARIANT = np.dtype(
+    [
+        ("offset", "<u8"),  # of the array's data, from the start of the shard, bytes
+        ("length", "<u4"),  # bytes
+        ("crc32", "<u4"),  # of the array's data
+        ("height", "<u2"),  # latent pixels
+        ("width", "<u2"),
+        ("dtype", "u1"),  # position in shards.DTYPES
+        ("kind", "u1"),  # position in shards.KINDS
+        ("flip", "?"),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -61,14 +75,14 @@ class IndexMeta(ShardSetMeta):
         return sum(count for _, _, count in self.sizes)
 
 
+@dataclass(frozen=True, eq=False)
 class Index:
     """An open index. `images` and `variants` are memory-mapped structured arrays (dtypes IMAGE and VARIANT)."""
 
-    def __init__(
-        self, folder: Path, meta: IndexMeta, images: np.memmap, variants: np.memmap, storage: Storage | None = None
-    ) -> None:
-        self.folder, self.meta, self.images, self.variants = folder, meta, images, variants
-        self.storage = storage or Storage(str(folder))
+    storage: Storage
+    meta: IndexMeta
+    images: np.memmap
+    variants: np.memmap
 
     def __reduce__(self) -> Any:
         return open_index, (self.storage.location, self.storage.cache)  # a worker process maps the files itself
@@ -97,16 +111,15 @@ class Index:
         row = self.images[image]
         try:
             path, offset = self.shard_path(int(row["shard"])), int(self.variants[row["first_variant"]]["offset"])
-            return member_at(path, offset).rsplit(".", 2)[0]
-        except (UserError, OSError, tarfile.TarError, ValueError):  # damaged headers, or no shard at all
+            found = (one for one in tar_members(path) if one.offset_data <= offset < one.offset_data + one.size)
+            return next(found).name.rsplit(".", 2)[0]
+        except (UserError, OSError, StopIteration, ValueError):  # damaged headers, or no shard at all
             return f"row {image} of the index"
 
     def describe(self, image: int) -> str:
         """An image for a person: its key and shard."""
-        return f"image {self.key(image)!r} in {self.storage.name_of(self._shard_name(self.images[image]))}"
-
-    def _shard_name(self, row: np.void) -> str:
-        return self.meta.shards[row["shard"]].name
+        shard = self.meta.shards[self.images[image]["shard"]].name
+        return f"image {self.key(image)!r} in {self.storage.name_of(shard)}"
 
     def refuse_size(self, height: int, width: int, reason: str) -> NoReturn:
         """Raise UserError with `reason` and the first image that has this size, in latent pixels."""
@@ -131,6 +144,11 @@ class Index:
             rows._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
 
+def key_hash(key: str) -> int:
+    """Stable 64-bit hash of an image's key; decides what is held out, whatever shard the image is in."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
 def is_held_out(key: str, fraction: float) -> bool:
     """Whether the image `key` is in the held-out share `fraction`: the same in every shard set that has it."""
     return key_hash(key) < _hash_limit(fraction)
@@ -143,97 +161,36 @@ def open_index(location: str | Path, cache: Cache | None = None) -> Index:
         UserError: no index, one of another version, or one that does not go with the shards that are there.
     """
     storage = Storage(str(location), cache or Cache())
-    if not storage.remote:
-        meta = _read_index(storage.folder / "index.json")
-        for shard in meta.shards:
-            _check_shard(storage.folder / shard.name, shard)
-        return _map(storage.folder, meta)
+    if storage.remote:
+        return _open_remote(storage)
+    meta = _read_index(storage.folder / "index.json")
+    for shard in meta.shards:
+        path = storage.folder / shard.name
+        if not path.is_file():
+            raise UserError(f"{path}: the shard is missing, though the index names it")
+        if (size := path.stat().st_size) != shard.bytes:
+            raise UserError(
+                f"{path}: the shard has {size} bytes, its index says {shard.bytes}; truncated, or index stale"
+            )
+    return map_index(storage, meta)
+
+
+def _open_remote(storage: Storage) -> Index:
+    """Map the cached rows; copies that are damaged are fetched again."""
     try:
         meta = _read_index(storage.fetch("index.json"))  # the remote one may be newer than the copy
         contents = hashlib.blake2b("".join(shard.checksum for shard in meta.shards).encode(), digest_size=8)
         storage = replace(storage, version=contents.hexdigest())
-        return _map_copies(storage, meta)
+        for name in ("images.npy", "variants.npy"):
+            storage.local(name)
+        try:
+            return map_index(storage, meta)
+        except UserError:
+            for name in ("images.npy", "variants.npy"):
+                storage.fetch(name)
+            return map_index(storage, meta)
     except FileNotFoundError as error:
         raise UserError(f"{storage.location}: holds no index (index.json, images.npy, variants.npy)") from error
-
-
-def _map_copies(storage: Storage, meta: IndexMeta) -> Index:
-    """Map the cached rows; copies that are damaged are fetched again."""
-    names = ("images.npy", "variants.npy")
-    for name in names:
-        storage.local(name)
-    try:
-        return _map(storage.folder, meta, storage)
-    except UserError:
-        for name in names:
-            storage.fetch(name)
-        return _map(storage.folder, meta, storage)
-
-
-@dataclass(frozen=True)
-class Scanned:
-    """What the index keeps of one shard; `images` and `variants` as `scan_shard` gives them."""
-
-    name: str
-    bytes: int
-    checksum: str
-    images: np.ndarray
-    variants: np.ndarray
-
-
-def scan(path: Path, meta: ShardSetMeta) -> Scanned:
-    """Read a shard from end to end and check it.
-
-    Raises:
-        UserError: it is truncated or corrupt, or a sample does not fit `meta`.
-    """
-    images, variants = scan_shard(path, meta)
-    return Scanned(path.name, path.stat().st_size, checksum_of(path), images, variants)
-
-
-def build_index(folder: str | Path, scanned: Iterable[Scanned] | None = None) -> Index:
-    """Write the index of `folder`: of its shards (`*.tar`), each read once and checked, or of those `scanned` already.
-
-    Raises:
-        UserError: no shards; a shard is truncated or corrupt, or a sample does not fit `dataset.json`; a key twice.
-    """
-    folder = Path(folder)
-    meta, paths = read_meta(folder), sorted(folder.glob("*.tar"))
-    if not paths:
-        raise UserError(f"{folder}: holds no shards (*.tar)")
-    with TemporaryDirectory(prefix=".index.", dir=folder) as scratch:
-        with open(Path(scratch, "images"), "wb") as image_rows, open(Path(scratch, "variants"), "wb") as variant_rows:
-            shards, sizes = _append_rows(
-                (scan(path, meta) for path in paths) if scanned is None else scanned, image_rows, variant_rows
-            )
-        if not sizes:
-            raise UserError(f"{folder}: its shards hold no images")
-        (folder / "index.json").unlink(missing_ok=True)
-        _save(Path(scratch, "images"), folder / "images.npy", IMAGE)
-        _save(Path(scratch, "variants"), folder / "variants.npy", VARIANT)
-    counted = tuple((height, width, count) for (height, width), count in sorted(sizes.items()))
-    whole = IndexMeta(**asdict(meta), shards=tuple(shards), sizes=counted)
-    _check_unique(_map(folder, whole))
-    write_atomic(folder / "index.json", json.dumps(asdict(whole), indent=1) + "\n")
-    return open_index(folder)
-
-
-def _append_rows(
-    scanned: Iterable[Scanned], image_rows: BinaryIO, variant_rows: BinaryIO
-) -> tuple[list[Shard], Counter[tuple[int, int]]]:
-    """Append the rows of all shards to two files, one shard in memory at a time."""
-    shards: list[Shard] = []
-    sizes: Counter[tuple[int, int]] = Counter()
-    first = 0
-    for number, one in enumerate(scanned):
-        one.images["shard"] = number
-        one.images["first_variant"] += sizes.total()
-        image_rows.write(one.images.tobytes())
-        variant_rows.write(one.variants.tobytes())
-        shards.append(Shard(one.name, len(one.images), one.bytes, one.checksum, first))
-        sizes.update(zip(one.variants["height"].tolist(), one.variants["width"].tolist(), strict=True))
-        first += len(one.images)
-    return shards, sizes
 
 
 def _hash_limit(fraction: float) -> int:
@@ -256,22 +213,10 @@ def _read_index(path: Path) -> IndexMeta:
         raise UserError(f"{path}: not an index ({error}); {remedy}") from error
 
 
-def _check_shard(path: Path, shard: Shard) -> None:
-    size = path.stat().st_size if path.is_file() else None
-    if size is None:
-        raise UserError(f"{path}: the shard is missing, though the index names it")
-    if size != shard.bytes:
-        raise UserError(f"{path}: the shard has {size} bytes, its index says {shard.bytes}; truncated, or index stale")
-
-
-def _map(folder: Path, meta: IndexMeta, storage: Storage | None = None) -> Index:
-    return Index(
-        folder,
-        meta,
-        _map_rows(folder / "images.npy", IMAGE, meta.num_images),
-        _map_rows(folder / "variants.npy", VARIANT, meta.num_variants),
-        storage,
-    )
+def map_index(storage: Storage, meta: IndexMeta) -> Index:
+    """The index `meta` with the rows that lie beside it mapped; UserError if they do not go with it."""
+    images = _map_rows(storage.folder / "images.npy", IMAGE, meta.num_images)
+    return Index(storage, meta, images, _map_rows(storage.folder / "variants.npy", VARIANT, meta.num_variants))
 
 
 def _map_rows(path: Path, dtype: np.dtype, rows: int) -> np.memmap:
@@ -290,15 +235,47 @@ def _read_rows(rows: np.memmap, start: int, end: int) -> None:
         file.read((end - start) * rows.itemsize)
 
 
-def _save(raw: Path, path: Path, dtype: np.dtype) -> None:
-    """Turn the rows in the file `raw` into the .npy `path`, through the disk and not through memory."""
-    np.save(raw.with_suffix(".npy"), np.memmap(raw, dtype, mode="r"))
-    raw.with_suffix(".npy").rename(path)
+class CorruptSample(UserError):
+    """A single image cannot be used; the others of its shard may be fine."""
 
 
-def _check_unique(index: Index) -> None:
-    hashes = np.sort(index.images["key_hash"])
-    twice = hashes[1:][hashes[1:] == hashes[:-1]]
-    if twice.size:
-        first, second = np.flatnonzero(index.images["key_hash"] == twice[0])[:2]
-        raise UserError(f"{index.describe(int(second))}: has the same key as {index.describe(int(first))}")
+class ShardReader:
+    """Reads variants of `index`'s images. Opens files when first read, so it may be made before workers are forked."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
+
+    def read(self, image: int, variant: int) -> np.ndarray:
+        """The stored (channels, height, width) array of row `variant` of `index.variants`, read-only.
+
+        Raises:
+            CorruptSample: the bytes are not those that were indexed; names shard and sample.
+            UserError: the shard cannot be read.
+        """
+        row = self.index.variants[variant]
+        data = os.pread(self._file(int(self.index.images[image]["shard"])), int(row["length"]), int(row["offset"]))
+        if zlib.crc32(data) != row["crc32"]:
+            what = f"{len(data)} of {row['length']} bytes" if len(data) < row["length"] else "checksum differs"
+            raise CorruptSample(f"{self.index.describe(image)} is truncated or corrupt: {what}")
+        shape = (self.index.meta.stored_channels, int(row["height"]), int(row["width"]))
+        return np.frombuffer(data, DTYPES[row["dtype"]]).reshape(shape)
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    __del__ = close
+
+    def _file(self, shard: int) -> int:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        if len(self._open) == OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1])
+        try:
+            self._open[shard] = os.open(self.index.shard_path(shard), os.O_RDONLY)
+        except OSError as error:
+            path = self.index.storage.name_of(self.index.meta.shards[shard].name)
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        return self._open[shard]

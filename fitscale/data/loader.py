@@ -9,7 +9,8 @@ Every step is computed from its number alone, so workers change nothing and resu
 
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from fitscale.config.errors import UserError
 from fitscale.data.batch_plan import BatchPlan, GlobalBatch
 from fitscale.data.encode import draw_latent, patchify, to_float
-from fitscale.data.packing import PackingStats, padded, split
-from fitscale.data.prefetch import ShardsAhead
-from fitscale.data.reader import CorruptSample, ShardReader
+from fitscale.data.index import CorruptSample, ShardReader
+from fitscale.data.packing import PackingStats, macs_of, padded, split
+from fitscale.data.prefetch import ShardPrefetcher
 
 PADDING_SLOT = -1
 TERMINATED_S = 300  # how long a worker lives on after SIGTERM
@@ -40,25 +41,40 @@ class Pack:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one rank computes in one optimizer step, and the global batch that it is a share of."""
+    """What one rank computes in one optimizer step, and the global batch that it is a share of.
 
-    step: int
-    batch: GlobalBatch
-    packs: list[Pack]
-    stats: PackingStats
-    skipped: list[str] = field(default_factory=list)  # corrupt images of this rank, left out of its packs' loss
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """A StepBatch on its way between processes: one shared tensor for all packs, the rest by value."""
+    Between processes it travels as one shared tensor for all packs, and the rest by value.
+    """
 
     batch: GlobalBatch
     stats: PackingStats
-    tokens: torch.Tensor
+    tokens_TC: torch.Tensor  # of all packs, end to end
     slots: list[np.ndarray]  # of every pack, padding included
     sizes: list[np.ndarray]
-    skipped: list[str]
+    skipped: list[str]  # corrupt images of this rank, left out of its packs' loss
+
+    @property
+    def step(self) -> int:
+        return self.batch.step
+
+    @cached_property
+    def packs(self) -> list[Pack]:
+        """This rank's packs; their tokens are views."""
+        packs, start = [], 0
+        for slots, sizes in zip(self.slots, self.sizes, strict=True):
+            cu_seqlens = np.concatenate(([0], np.cumsum(sizes.prod(axis=1))))
+            labels = np.where(slots == PADDING_SLOT, 0, self.batch.labels_B[slots])
+            packs.append(
+                Pack(
+                    tokens_TC=self.tokens_TC[start : start + int(cu_seqlens[-1])],
+                    sizes_S2=torch.from_numpy(sizes.astype(np.int32)),
+                    labels_S=torch.from_numpy(labels),
+                    slots_S=torch.from_numpy(slots),
+                    cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+                )
+            )
+            start += int(cu_seqlens[-1])
+        return packs
 
 
 def make_loader(
@@ -102,7 +118,7 @@ def _iterate(loaded_steps: DataLoader[Any]) -> Iterator[StepBatch]:
     for loaded in loaded_steps:
         if isinstance(loaded, UserError):
             raise loaded
-        yield StepBatch(loaded.batch.step, loaded.batch, _cut(loaded), loaded.stats, loaded.skipped)
+        yield loaded
 
 
 @dataclass
@@ -120,26 +136,24 @@ class _Steps(Dataset[Any]):
 
     def __post_init__(self) -> None:
         self.readers = [ShardReader(stream.index) for stream in self.plan.streams]
-        self.ahead = [ShardsAhead(stream) for stream in self.plan.streams]
+        self.prefetchers = [ShardPrefetcher(stream) for stream in self.plan.streams]
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, item: int) -> _Loaded | UserError:
+    def __getitem__(self, item: int) -> StepBatch | UserError:
         try:
             return self._load(self.steps[item])
         except UserError as error:
             return error  # raised in the training process, where it is not wrapped into the worker's traceback
 
-    def _load(self, step: int) -> _Loaded:
+    def _load(self, step: int) -> StepBatch:
         batch = self.plan.step(step)
-        for ahead, place in zip(self.ahead, self.plan.next_places(step), strict=True):
-            ahead.fetch_after(place)
-        tokens_B = batch.tokens_B
-        a, b = self.cost
+        for prefetcher, place in zip(self.prefetchers, self.plan.next_places(step), strict=True):
+            prefetcher.fetch_after(place)
         packing = split(
-            tokens_B,
-            a * tokens_B + b * tokens_B.astype(np.float64) ** 2,
+            batch.tokens_B,
+            macs_of(batch.tokens_B, self.cost),
             dp_size=self.dp_size,
             pack_tokens=self.pack_tokens,
             pad_multiple=self.pad_multiple,
@@ -148,10 +162,8 @@ class _Steps(Dataset[Any]):
         sizes_B2 = np.stack([batch.rows_B, batch.cols_B], axis=1)
         slots, sizes = zip(*(self._pad(pack, sizes_B2[pack]) for pack in mine), strict=True)
         tokens, corrupt = self._read(batch, np.concatenate(slots), np.concatenate(sizes).prod(axis=1))
-        kept = (
-            [np.where(np.isin(pack, list(corrupt)), PADDING_SLOT, pack) for pack in slots] if corrupt else list(slots)
-        )
-        return _Loaded(batch, packing.stats, tokens, kept, list(sizes), list(corrupt.values()))
+        kept = [np.where(np.isin(pack, list(corrupt)), PADDING_SLOT, pack) for pack in slots]
+        return StepBatch(batch, packing.stats, tokens, kept, list(sizes), list(corrupt.values()))
 
     def _pad(self, slots: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Slots and sizes of a pack, with its padding image if it needs one."""
@@ -199,21 +211,3 @@ def _outlive_sigterm(worker: int) -> None:
 
 def _unchanged(loaded: Any) -> Any:
     return loaded
-
-
-def _cut(loaded: _Loaded) -> list[Pack]:
-    packs, start = [], 0
-    for slots, sizes in zip(loaded.slots, loaded.sizes, strict=True):
-        cu_seqlens = np.concatenate(([0], np.cumsum(sizes.prod(axis=1))))
-        labels = np.where(slots == PADDING_SLOT, 0, loaded.batch.labels_B[slots])
-        packs.append(
-            Pack(
-                tokens_TC=loaded.tokens[start : start + int(cu_seqlens[-1])],
-                sizes_S2=torch.from_numpy(sizes.astype(np.int32)),
-                labels_S=torch.from_numpy(labels),
-                slots_S=torch.from_numpy(slots),
-                cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
-            )
-        )
-        start += int(cu_seqlens[-1])
-    return packs

@@ -1,7 +1,7 @@
 """Cutting a global batch into packs: who computes which images, and in how many pieces.
 
-1. Images are dealt to the data-parallel ranks by cost, dearest first, each to the rank with the least so far (LPT);
-   swaps between the dearest and the cheapest rank then even out what is left. Cost is FLOPs: the ranks finish together.
+1. Images are dealt to the data-parallel ranks by cost, the costliest first, each to the least loaded rank (LPT); swaps
+   between the most and the least loaded rank then even out what is left. Cost is FLOPs: the ranks finish together.
 2. A rank's images must go through in micro-batches of at most `pack_tokens`. The rank that needs most decides for all,
    because every rank must run the same number.
 3. Inside a rank the micro-batches are evened out by cost as well (LPT); where the limit does not allow that, they are
@@ -14,13 +14,13 @@ the same.
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from heapq import heapreplace
-from itertools import chain, pairwise
+from itertools import chain
 
 import numpy as np
 
 from fitscale.config.errors import UserError
 
-TOLERANCE = 0.005  # ranks are evened out until the dearest is within this of the mean
+TOLERANCE = 0.005  # ranks are evened out until the most loaded is within this of the mean
 MAX_SWAPS_PER_RANK = 4
 
 
@@ -29,7 +29,7 @@ class PackingStats:
     """How good a packing is."""
 
     padding_share: float  # padding tokens / all tokens computed
-    imbalance: float  # cost of the dearest rank / mean over ranks - 1
+    imbalance: float  # load of the most loaded rank / mean over ranks - 1
     packs_per_rank: int
 
 
@@ -39,6 +39,11 @@ class Packing:
 
     packs: list[list[np.ndarray]]
     stats: PackingStats
+
+
+def macs_of(tokens: np.ndarray, cost: tuple[float, float]) -> np.ndarray:
+    """MACs of images of so many tokens: a * n + b * n^2 for `cost` (a, b)."""
+    return cost[0] * tokens + cost[1] * tokens.astype(np.float64) ** 2
 
 
 def padded(tokens: int, pad_multiple: int) -> int:
@@ -66,20 +71,16 @@ def split(tokens_B: np.ndarray, cost_B: np.ndarray, *, dp_size: int, pack_tokens
     packs = [[slots] for slots in ranks] if count == 1 else _cut(ranks, tokens_B, cost_B, limit, count)
     count = len(packs[0])
     pack_B = _owners([pack for rank in packs for pack in rank], len(tokens_B))
-    by_pack = np.argsort(pack_B, kind="stable")
-    ends = np.cumsum(np.bincount(pack_B, minlength=dp_size * count)).tolist()
-    arrays = [by_pack[start:end] for start, end in pairwise([0, *ends])]
+    arrays = _groups(pack_B, dp_size * count)
     stats = _stats(pack_B, tokens_B, cost_B, pad_multiple, dp_size, count)
     return Packing([arrays[rank * count : (rank + 1) * count] for rank in range(dp_size)], stats)
 
 
 def _balance_ranks(cost_B: np.ndarray, dp_size: int) -> list[list[int]]:
     """Slots of each rank (LPT, then swaps)."""
-    dearest_first = np.argsort(-cost_B, kind="stable")
-    rank_B, loads = deal(cost_B[dearest_first], dp_size)
-    slots = dearest_first[np.argsort(rank_B, kind="stable")].tolist()
-    ends = np.cumsum(np.bincount(rank_B, minlength=dp_size)).tolist()
-    ranks = [slots[start:end] for start, end in pairwise([0, *ends])]
+    costliest_first = np.argsort(-cost_B, kind="stable")
+    rank_B, loads = deal(cost_B[costliest_first], dp_size)
+    ranks = [costliest_first[places].tolist() for places in _groups(rank_B, dp_size)]
     _even_out(ranks, cost_B, loads)
     return ranks
 
@@ -113,38 +114,41 @@ def _owners(groups: list[list[int]], images: int) -> np.ndarray:
     return owners
 
 
+def _groups(owner_B: np.ndarray, groups: int) -> list[np.ndarray]:
+    """The inverse of `_owners`: the slots of every group, ascending."""
+    ends = np.cumsum(np.bincount(owner_B, minlength=groups))
+    return np.split(np.argsort(owner_B, kind="stable"), ends[:-1])
+
+
 def _even_out(ranks: list[list[int]], cost_B: np.ndarray, loads: np.ndarray) -> None:
-    """Swap images between the dearest rank and the cheapest until the dearest is near the mean, or no swap helps."""
+    """Swap images of the most and the least loaded rank until the former is near the mean, or no swap helps."""
     goal = loads.mean() * (1 + TOLERANCE)
     for _ in range(MAX_SWAPS_PER_RANK * len(ranks)):
-        dear, cheap = int(np.argmax(loads)), int(np.argmin(loads))
-        gap = loads[dear] - loads[cheap]
-        if loads[dear] <= goal:
+        most, least = int(np.argmax(loads)), int(np.argmin(loads))
+        gap = loads[most] - loads[least]
+        if loads[most] <= goal:
             return
-        give, take = _best_swap(cost_B[ranks[dear]], cost_B[ranks[cheap]], gap / 2)
-        moved = cost_B[ranks[dear][give]] - (0 if take is None else cost_B[ranks[cheap][take]])
-        if not 0 < moved < gap:  # the cheap rank would become as dear as the dearest is
+        give, take = _best_swap(cost_B[ranks[most]], cost_B[ranks[least]], gap / 2)
+        moved = cost_B[ranks[most][give]] - (0 if take is None else cost_B[ranks[least][take]])
+        if not 0 < moved < gap:  # the least loaded rank would become as loaded as the other is
             return
-        taken = [] if take is None else [ranks[cheap].pop(take)]
-        ranks[cheap].append(ranks[dear].pop(give))
-        ranks[dear] += taken
-        loads[dear] -= moved
-        loads[cheap] += moved
+        taken = [] if take is None else [ranks[least].pop(take)]
+        ranks[least].append(ranks[most].pop(give))
+        ranks[most] += taken
+        loads[most] -= moved
+        loads[least] += moved
 
 
-def _best_swap(dear: np.ndarray, cheap: np.ndarray, wanted: float) -> tuple[int, int | None]:
-    """Positions (in dear, in cheap or None for nothing) whose costs differ most nearly by `wanted`."""
-    order = np.argsort(cheap, kind="stable")
-    ascending = np.concatenate(([0.0], cheap[order]))  # in front: nothing is given back
-    after = np.clip(np.searchsorted(ascending, dear - wanted), 1, max(len(ascending) - 1, 1))
-    best: tuple[float, int, int] | None = None
-    for place in (after - 1, np.minimum(after, len(ascending) - 1)):
-        miss = np.abs(dear - ascending[place] - wanted)
-        give = int(np.argmin(miss))
-        if best is None or miss[give] < best[0]:
-            best = (float(miss[give]), give, int(place[give]))
-    assert best is not None
-    return best[1], None if best[2] == 0 else int(order[best[2] - 1])
+def _best_swap(most: np.ndarray, least: np.ndarray, wanted: float) -> tuple[int, int | None]:
+    """Positions (in most, in least or None for nothing) whose costs differ most nearly by `wanted`."""
+    order = np.argsort(least, kind="stable")
+    ascending = np.concatenate(([0.0], least[order]))  # in front: nothing is given back
+    after = np.clip(np.searchsorted(ascending, most - wanted), 1, max(len(ascending) - 1, 1))
+    places = np.stack([after - 1, np.minimum(after, len(ascending) - 1)])
+    misses = np.abs(most - ascending[places] - wanted)
+    side, give = np.unravel_index(np.argmin(misses), misses.shape)
+    take = int(places[side, give])
+    return int(give), None if take == 0 else int(order[take - 1])
 
 
 def _cut(

@@ -1,11 +1,12 @@
 """What a person sees of generated images: PNG files and contact sheets."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from fitscale.config.files import replacing
 
 CELL = 96  # least side of an image on a contact sheet, in pixels; small images are enlarged by whole factors
 GAP = 6
@@ -18,14 +19,14 @@ def rgb(images: np.ndarray) -> np.ndarray:
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
-    """Write a uint8 (H, W, 1 or 3) image."""
-    _save(path, Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image))
+    """Write a uint8 (H, W, 1 or 3) image into a folder that is whole or not there."""
+    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(path)
 
 
 def write_contact_sheet(path: Path, images: Sequence[np.ndarray], labels: Sequence[str], title: str) -> None:
     """All images on one sheet, each under its label; enlarged to be seen, but never smoothed."""
     factor = max(1, CELL // max(max(image.shape[:2]) for image in images))
-    tiles = [_enlarged(image, factor) for image in images]
+    tiles = [Image.fromarray(rgb(image).repeat(factor, axis=0).repeat(factor, axis=1)) for image in images]
     height, width = max(tile.height for tile in tiles), max(tile.width for tile in tiles)
     columns = min(len(tiles), max(1, round((len(tiles) * height / width) ** 0.5 * 1.25)))
     rows = -(-len(tiles) // columns)
@@ -37,15 +38,5 @@ def write_contact_sheet(path: Path, images: Sequence[np.ndarray], labels: Sequen
         x, y = GAP + place % columns * step_x, GAP + TITLE + place // columns * step_y
         draw.text((x, y), label, fill="black")
         sheet.paste(tile, (x, y + TITLE))
-    _save(path, sheet)
-
-
-def _enlarged(image: np.ndarray, factor: int) -> Image.Image:
-    return Image.fromarray(rgb(image).repeat(factor, axis=0).repeat(factor, axis=1))
-
-
-def _save(path: Path, image: Image.Image) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.png")
-    image.save(temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        sheet.save(temporary)

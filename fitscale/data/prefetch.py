@@ -14,7 +14,7 @@ from fitscale.data.storage import Storage
 from fitscale.data.stream import ImageStream
 
 
-class ShardsAhead:
+class ShardPrefetcher:
     """One process's fetching for one stream."""
 
     def __init__(self, stream: ImageStream) -> None:

@@ -1,28 +1,29 @@
-"""Writing webdataset shards of tokens-to-be.
+"""webdataset shards of tokens-to-be: writing them, and what their tars hold.
 
 1. An image comes as a `Sample`: key, class label, and its variants (latents of a VAE, or plain pixels).
 2. It is checked, and encoded to `<key>.json` and one `<key>.<n>.npy` per variant.
 3. Samples fill `shard-000000.tar`, `shard-000001.tar` ..., each written under a temporary name and renamed when whole.
-4. Last comes `dataset.json`, which says what the arrays are. `index.build_index` then makes the folder readable.
+4. Last comes `dataset.json`, which says what the arrays are. `build_index` then makes the folder readable.
 
 The same samples give the same bytes: times, users and modes in the tars are fixed. webdataset reads the shards as they
 are.
 """
 
-import io
 import json
-import os
 import re
+import tarfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from fitscale.config.checks import at_least, choice
 from fitscale.config.errors import UserError
-from fitscale.config.files import write_atomic
+from fitscale.config.files import replacing, write_atomic
 
 DATASET_FILE = "dataset.json"
 KINDS = ("resize", "crop", "scale")  # the index stores a kind by its position here
@@ -71,66 +72,22 @@ class ShardSetMeta:
         return ("uint8",) if self.kind == "pixels" else ("float16", "float32")
 
 
-class ShardSetWriter:
-    """Writes `Sample`s into the folder `out`, at most `images_per_shard` in a shard. A context manager.
+def write_shards(folder: Path, samples: Iterable[Sample], meta: ShardSetMeta, images_per_shard: int = 1000) -> None:
+    """Write `samples` into `folder`, at most `images_per_shard` in a shard and in memory; `dataset.json` comes last.
 
-    If the block ends in an exception, the unfinished shard is removed and `dataset.json` is not written.
+    An error leaves whole shards and no `dataset.json`, without which the folder is no shard set.
 
     Raises:
-        UserError: `out` holds shards already; a sample's label, key or array does not fit `meta`.
+        UserError: `folder` holds shards already; a sample's label, key or array does not fit `meta`.
     """
-
-    def __init__(self, out: Path, meta: ShardSetMeta, images_per_shard: int = 1000) -> None:
-        if images_per_shard < 1:
-            raise UserError(f"images per shard: {images_per_shard} is too small, the least is 1")
-        if any(out.glob("*.tar")):
-            raise UserError(f"{out}: holds shards already; choose an empty or a new folder")
-        out.mkdir(parents=True, exist_ok=True)
-        self.out, self.meta, self.images_per_shard = out, meta, images_per_shard
-        self.images = self.shards = 0
-        self._tar: Any = None
-
-    def __enter__(self) -> "ShardSetWriter":
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is None:
-            self.close()
-        elif self._tar is not None:
-            self._tar.close()
-            self._stream.close()
-            self._temporary.unlink()
-
-    def write(self, sample: Sample) -> None:
-        """Add one image, after checking it."""
-        check_sample(sample, self.meta)
-        if self._tar is None:
-            self._open_shard()
-        self._tar.write(_encode(sample))
-        self.images += 1
-        if self.images % self.images_per_shard == 0:
-            self._close_shard()
-
-    def close(self) -> None:
-        """Finish the last shard and write `dataset.json`; without it the folder is no shard set."""
-        if self._tar is not None:
-            self._close_shard()
-        write_atomic(self.out / DATASET_FILE, json.dumps(asdict(self.meta), indent=1) + "\n")
-
-    @property
-    def _temporary(self) -> Path:
-        return self.out / f".shard-{self.shards:06d}.tar.tmp"
-
-    def _open_shard(self) -> None:
-        self._stream = open(self._temporary, "wb")  # noqa: SIM115 - closed in _close_shard
-        self._tar = _tar_writer(self._stream)
-
-    def _close_shard(self) -> None:
-        self._tar.close()
-        self._stream.close()
-        self._temporary.rename(self.out / f"shard-{self.shards:06d}.tar")
-        self._tar = None
-        self.shards += 1
+    at_least("images per shard", images_per_shard, 1)
+    if shard_files(folder):
+        raise UserError(f"{folder}: holds shards already; choose an empty or a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    rest = iter(samples)
+    for number, chunk in enumerate(iter(lambda: list(islice(rest, images_per_shard)), [])):
+        write_shard(shard_path(folder, number), chunk, meta)
+    write_meta(folder, meta)
 
 
 def write_shard(path: Path, samples: Iterable[Sample], meta: ShardSetMeta) -> None:
@@ -139,25 +96,29 @@ def write_shard(path: Path, samples: Iterable[Sample], meta: ShardSetMeta) -> No
     Raises:
         UserError: a sample's label, key or array does not fit `meta`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as stream:
-            tar = _tar_writer(stream)
-            for sample in samples:
-                check_sample(sample, meta)
-                tar.write(_encode(sample))
-            tar.close()
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _tar_writer(stream: IO[bytes]) -> Any:
     from webdataset import TarWriter  # imports torch, which readers of an index do not need
 
-    return TarWriter(stream, encoder=False, compress=False, mtime=0, user="fitscale", group="fitscale")
+    with (
+        replacing(path) as temporary,
+        open(temporary, "wb") as stream,
+        TarWriter(stream, compress=False, mtime=0, user="fitscale", group="fitscale") as tar,
+    ):
+        for sample in samples:
+            check_sample(sample, meta)
+            tar.write(_encoded(sample))
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:06d}.tar"
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The shards of a folder by name, but for hidden ones, which are being written."""
+    return sorted(folder.glob("[!.]*.tar"))
+
+
+def write_meta(folder: Path, meta: ShardSetMeta) -> None:
+    write_atomic(folder / DATASET_FILE, json.dumps(asdict(meta), indent=1) + "\n")
 
 
 def read_meta(folder: Path) -> ShardSetMeta:
@@ -199,8 +160,7 @@ def check_balance(name: str, drawn: Iterable[tuple[str, bool]]) -> None:
 
 def _check_variant(name: str, variant: Variant, meta: ShardSetMeta) -> None:
     array = variant.array_CHW
-    if variant.kind not in KINDS:
-        raise UserError(f"{name}: kind {variant.kind!r} is not one of {', '.join(KINDS)}")
+    choice(f"{name}, kind", variant.kind, KINDS)
     if array.dtype.name not in meta.dtypes:
         raise UserError(f"{name}: {array.dtype.name} does not go with {meta.kind}, only {' or '.join(meta.dtypes)}")
     channels = meta.stored_channels
@@ -210,17 +170,46 @@ def _check_variant(name: str, variant: Variant, meta: ShardSetMeta) -> None:
         raise UserError(f"{name}: holds values that are not finite")
 
 
-def _encode(sample: Sample) -> dict[str, Any]:
+def _encoded(sample: Sample) -> dict[str, Any]:
+    """The sample as webdataset's writer takes it; arrays in C order, little-endian."""
     described = [
         {"height": v.array_CHW.shape[1], "width": v.array_CHW.shape[2], "kind": v.kind, "flip": v.flip}
         for v in sample.variants
     ]
-    files = {f"{n}.npy": _npy(variant.array_CHW) for n, variant in enumerate(sample.variants)}
-    text = json.dumps({"label": int(sample.label), "variants": described})
-    return {"__key__": sample.key, "json": text.encode(), **files}
+    arrays = [np.ascontiguousarray(v.array_CHW, v.array_CHW.dtype.newbyteorder("<")) for v in sample.variants]
+    files = {f"{number}.npy": array for number, array in enumerate(arrays)}
+    return {"__key__": sample.key, "json": {"label": int(sample.label), "variants": described}, **files}
 
 
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")))
-    return buffer.getvalue()
+def split_name(name: str) -> tuple[str, str]:
+    """Key and extension of a tar's member by webdataset's rule: the key ends at the first dot of the file's name."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension
+
+
+def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar, in their order.
+
+    tarfile takes a damaged or overwritten header, and a file cut between two members, for the end of the archive; here
+    the end must be there, and nothing behind it.
+
+    Raises:
+        UserError: it is no tar, or is truncated or corrupt; names the member after which.
+    """
+    last = "the start"
+    with open(path, "rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                while member := tar.next():
+                    tar.members = []  # type: ignore[attr-defined]  # or it keeps them all
+                    last = member.name
+                    yield member
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                    raise tarfile.ReadError("the tar's end is missing")
+                while block := file.read(2**20):
+                    if block.strip(tarfile.NUL):
+                        raise tarfile.ReadError("more data follow the tar's end")
+        except tarfile.TarError as error:
+            raise UserError(f"{path}: truncated or corrupt after {last}, or no tar: {error}") from error

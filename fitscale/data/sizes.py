@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from fitscale.config.schema_data import DataConfig
+from fitscale.data.batch_plan import OpenIndex
 from fitscale.data.index import open_index
 from fitscale.data.storage import Cache
 
 
-def token_shares(data: DataConfig, patch_size: int) -> dict[int, float]:
+def token_shares(data: DataConfig, patch_size: int, open_index: OpenIndex = open_index) -> dict[int, float]:
     """Share of the images that have each number of tokens, as their variants do; adds up to 1.
 
     Raises:

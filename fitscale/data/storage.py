@@ -18,15 +18,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fitscale.config.errors import PassingError, UserError
+from fitscale.config.files import replacing
 
 ATTEMPTS = 5
 FIRST_WAIT_S = 0.5
 LOCKS = 1024  # lock files in a cache; paths that share one are fetched one after the other
-DEFAULT_CACHE = Path("~/.cache/fitscale")
-DEFAULT_CACHE_GB = 100.0
 Result = TypeVar("Result")
 
 
@@ -34,8 +33,8 @@ Result = TypeVar("Result")
 class Cache:
     """Local copies of remote files: the folder, and how many GB (1e9 bytes) of shards it may hold."""
 
-    folder: Path = DEFAULT_CACHE
-    size_gb: float = DEFAULT_CACHE_GB
+    folder: Path = Path("~/.cache/fitscale")
+    size_gb: float = 100.0
 
 
 @dataclass(frozen=True)
@@ -83,16 +82,11 @@ class Storage:
         read them find out which images are damaged.
         """
         url, path = self.name_of(name), self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(path) as temporary:
             for _ in range(2):
-                retried(lambda: _open(url, lambda fs, remote: _copy(fs, remote, temporary, size)), url)
+                retried(lambda: _copy(url, temporary, size), url)
                 if not checksum or checksum_of(temporary) == checksum:
                     break
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
         evict(self.cache.folder.expanduser(), self.cache.size_gb * 1e9, keep=path)
         return path
 
@@ -112,18 +106,18 @@ def retried(function: Callable[[], Result], what: str) -> Result:
         FileNotFoundError, UserError: at once; waiting does not help.
         PassingError: all attempts failed.
     """
-    for attempt in range(ATTEMPTS):
+    attempt = 1
+    while True:
         try:
             return function()
         except (FileNotFoundError, UserError):
             raise
         except Exception as error:
-            if attempt == ATTEMPTS - 1:
-                reason = str(error) if isinstance(error, OSError) else ""
-                reason = reason or f"{type(error).__name__}: {error}"
+            if attempt == ATTEMPTS:
+                reason = (isinstance(error, OSError) and str(error)) or f"{type(error).__name__}: {error}"
                 raise PassingError(f"{what}: cannot be read after {ATTEMPTS} attempts: {reason}") from error
-            time.sleep(FIRST_WAIT_S * 2**attempt)
-    raise AssertionError("unreachable")
+            time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
+            attempt += 1
 
 
 def _is_held(path: Path, size: int | None) -> bool:
@@ -135,13 +129,16 @@ def _is_held(path: Path, size: int | None) -> bool:
         return False
 
 
-def _copy(fs: Any, remote: str, path: Path, size: int | None) -> None:
-    """Fetch a file and see it safely on the disk; OSError if it has not `size` bytes."""
-    fs.get_file(remote, str(path))
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        came = file.seek(0, os.SEEK_END)
-    if size not in (None, came):
+def _copy(url: str, path: Path, size: int | None) -> None:
+    """Fetch a file; OSError if it has not `size` bytes, UserError if fsspec does not know such a URL."""
+    import fsspec
+
+    try:
+        store, remote = fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{url}: {error}") from error
+    store.get_file(remote, str(path))
+    if size not in (None, came := path.stat().st_size):
         raise OSError(f"{came} bytes came, the index says {size}")
 
 
@@ -159,7 +156,7 @@ def _lock(cache: Path, path: Path) -> Iterator[None]:
 def evict(folder: Path, limit: float, keep: Path) -> None:
     """Remove the shards (*.tar) unused for longest until the rest fit `limit` bytes; never `keep`."""
     entries = []
-    for path in folder.rglob("*.tar"):
+    for path in folder.rglob("[!.]*.tar"):  # a hidden one is being fetched
         try:
             entries.append((path.stat().st_mtime_ns, path.stat().st_size, path))
         except FileNotFoundError:
@@ -171,13 +168,3 @@ def evict(folder: Path, limit: float, keep: Path) -> None:
         if path != keep:
             path.unlink(missing_ok=True)
             held -= size
-
-
-def _open(url: str, action: Callable[[Any, str], Any]) -> Any:
-    import fsspec
-
-    try:
-        fs, path = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{url}: {error}") from error
-    return action(fs, path)

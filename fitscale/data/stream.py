@@ -7,9 +7,9 @@ Memory grows with the number of shards plus a window. Raw words of Philox, a cou
 keeps stable, make every draw.
 """
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from functools import lru_cache, partial
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from fitscale.config.schema_data import SourceConfig
 from fitscale.data.index import Index, Shard
 
 SHARD_ORDER, IMAGE_ORDER, VARIANT_CHOICE, LATENT_NOISE = range(4)  # what a draw is for
+EVERY_IMAGE = SourceConfig()
 PURPOSES = 256  # draws of source k of a mixture are for purpose + k * PURPOSES
 
 
@@ -27,6 +28,7 @@ class _Epoch:
     window_ends: np.ndarray  # position in the epoch where each window ends
 
 
+@dataclass(eq=False)
 class ImageStream:
     """One split of a shard set; every image that has a variant `limits` uses exactly once per epoch.
 
@@ -34,52 +36,46 @@ class ImageStream:
         UserError: no image is left; a height or width is no multiple of `patch_size`.
     """
 
-    def __init__(
-        self,
-        index: Index,
-        *,
-        seed: int,
-        patch_size: int,
-        window_shards: int,
-        holdout_fraction: float,
-        split: str = "train",
-        limits: SourceConfig | None = None,
-        number: int = 0,
-    ) -> None:
-        self.index, self.limits, self.patch_size = index, limits, patch_size
-        self._settings = {
-            "seed": seed,
-            "patch_size": patch_size,
-            "window_shards": window_shards,
-            "holdout_fraction": holdout_fraction,
-            "split": split,
-            "limits": limits,
-            "number": number,
-        }
-        self._seed, self._number, self._window_shards = seed, number, window_shards
-        first, held_out = index.first_images, index.held_out(holdout_fraction)
+    index: Index
+    _: KW_ONLY
+    seed: int
+    patch_size: int
+    window_shards: int
+    holdout_fraction: float
+    split: str = "train"
+    limits: SourceConfig = EVERY_IMAGE
+    number: int = 0  # of this stream in a mixture
+
+    def __post_init__(self) -> None:
+        index, split = self.index, self.split
+        first, held_out = index.first_images, index.held_out(self.holdout_fraction)
         self._starts = first[:-1] + (held_out if split == "train" else 0)
         self._stored = np.diff(first) - held_out if split == "train" else held_out  # per shard, within limits or not
         if not self._stored.any():
             raise UserError(
-                f"data.holdout_fraction: {holdout_fraction} leaves no image for split {split} of the "
-                f"{index.meta.num_images} images in {index.folder}"
+                f"data.holdout_fraction: {self.holdout_fraction} leaves no image for split {split} of the "
+                f"{index.meta.num_images} images in {index.storage.location}"
             )
-        self._counts = self._stored if limits is None else self._count_allowed()
+        self._counts = self._count_allowed() if self.limits.limited else self._stored
         self.num_images = int(self._counts.sum())
         if self.num_images == 0:
-            self._refuse_limits(split)
+            wanted = f"{self.limits.min_tokens} to {self.limits.max_tokens or 'any number of'} tokens"
+            held = [height * width // self.patch_size**2 for height, width, _ in index.meta.sizes]
+            raise UserError(
+                f"data.mixture: no image for split {split} of {index.storage.location} has {wanted}; its images have "
+                f"{min(held)} to {max(held)}"
+            )
         self.sizes = [size for size in index.meta.sizes if self._within(size[0] * size[1])]
         for height, width, _ in self.sizes:
-            if height % patch_size or width % patch_size:
-                index.refuse_size(height, width, f"both must be multiples of model.patch_size = {patch_size}")
+            if height % self.patch_size or width % self.patch_size:
+                index.refuse_size(height, width, f"both must be multiples of model.patch_size = {self.patch_size}")
         # A step reaches into two epochs or windows, unless they are tiny, and the next step goes on where it ends.
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._window = lru_cache(maxsize=2)(self._make_window)
 
     def __reduce__(self) -> Any:
         """For worker processes that are not forked: the arguments, without the caches."""
-        return partial(ImageStream, self.index, **self._settings), ()  # type: ignore[arg-type]
+        return partial(ImageStream, **{field.name: getattr(self, field.name) for field in fields(self)}), ()
 
     def images(self, start: int, count: int) -> np.ndarray:
         """Rows of `index.images`: start .. start + count - 1 of the stream; int64 (count,)."""
@@ -106,7 +102,7 @@ class ImageStream:
         """A variant of each image, rows of `index.variants`; `draws_B` are uniform uint64 below 2^32."""
         rows = self.index.images[images_B]
         first, counts = rows["first_variant"].astype(np.int64), rows["variants"].astype(np.int64)
-        if self.limits is None:
+        if not self.limits.limited:
             return first + _share(draws_B, counts)
         starts = np.cumsum(counts) - counts
         candidates = np.repeat(first - starts, counts) + np.arange(counts.sum())
@@ -116,7 +112,7 @@ class ImageStream:
 
     def _within(self, area: Any) -> Any:
         """Whether `area` latent pixels, a number or an array, are within the limits."""
-        return self.limits is None or self.limits.uses(area // self.patch_size**2)
+        return self.limits.uses(area // self.patch_size**2)
 
     def _allowed(self, variants: Any) -> np.ndarray:
         rows = self.index.variants[variants]
@@ -126,7 +122,7 @@ class ImageStream:
         """The rows of a shard's images that are in this stream, ascending."""
         start, end = int(self._starts[shard]), int(self._starts[shard] + self._stored[shard])
         rows = np.arange(start, end)
-        if self.limits is None or start == end:
+        if not self.limits.limited or start == end:
             return rows
         first = self.index.images["first_variant"][start:end].astype(np.int64)
         last = int(first[-1] + self.index.images[end - 1]["variants"])
@@ -141,27 +137,18 @@ class ImageStream:
             self.index.release()
         return counts
 
-    def _refuse_limits(self, split: str) -> NoReturn:
-        assert self.limits is not None
-        wanted = f"{self.limits.min_tokens} to {self.limits.max_tokens or 'any number of'} tokens"
-        held = [height * width // self.patch_size**2 for height, width, _ in self.index.meta.sizes]
-        raise UserError(
-            f"data.mixture: no image for split {split} of {self.index.storage.location} has {wanted}; its images have "
-            f"{min(held)} to {max(held)}"
-        )
-
     def _random(self, purpose: int, a: int, b: int, count: int) -> np.ndarray:
-        return random_words(self._seed, purpose + self._number * PURPOSES, a, b, count)
+        return random_words(self.seed, purpose + self.number * PURPOSES, a, b, count)
 
     def _make_epoch(self, epoch: int) -> _Epoch:
         shards = stable_order(self._random(SHARD_ORDER, epoch, 0, len(self._counts)))
         ends = np.cumsum(self._counts[shards])
-        last = np.minimum(np.arange(0, len(shards), self._window_shards) + self._window_shards, len(shards)) - 1
+        last = np.minimum(np.arange(0, len(shards), self.window_shards) + self.window_shards, len(shards)) - 1
         return _Epoch(shards, ends[last])
 
     def _members(self, epoch: int, window: int) -> np.ndarray:
         """The numbers of a window's shards."""
-        return self._epoch(epoch).shards[window * self._window_shards : (window + 1) * self._window_shards]
+        return self._epoch(epoch).shards[window * self.window_shards : (window + 1) * self.window_shards]
 
     def _make_window(self, epoch: int, window: int) -> np.ndarray:
         self.index.release()  # the rows of the window before this one

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from fitscale.config.schema import DDPM_SAMPLERS, ODE_SAMPLERS, ROPE_METHODS
+from fitscale.config.schema import DDPM_SAMPLERS, ODE_SAMPLERS, SPACINGS
+from fitscale.model.common.rope_config import ROPE_METHODS
 
 
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +45,7 @@ def _add_checkpoint(parser: argparse.ArgumentParser, default: str = "(default: t
 def _add_sampler(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=ODE_SAMPLERS + DDPM_SAMPLERS, help="sampler")
     parser.add_argument("--steps", type=int, help="integration steps")
+    parser.add_argument("--spacing", choices=SPACINGS, help="which of the 1000 steps ddpm and ddim take")
     parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance; 1 = none")
     parser.add_argument("--power", type=float, help="exponent of the power-cosine guidance scale; 0 = constant")
     parser.add_argument("--rope", choices=ROPE_METHODS, help="how RoPE is stretched beyond the trained sizes")

@@ -2,9 +2,10 @@
 
 import argparse
 from dataclasses import asdict, replace
+from typing import Any
 
 from fitscale.config.errors import UserError
-from fitscale.config.schema import Config, RopeConfig, SamplingConfig
+from fitscale.config.schema import Config, ModelConfig, SamplingConfig
 from fitscale.eval.evaluate import EvaluationOptions, evaluate_run
 from fitscale.eval.folder import check_samples_folder, write_samples
 from fitscale.eval.generate import (
@@ -16,7 +17,6 @@ from fitscale.eval.generate import (
     parse_classes,
     patches,
     weights_name,
-    with_sampler,
 )
 from fitscale.run.layout import RunDir
 
@@ -26,16 +26,13 @@ def run_sample(arguments: argparse.Namespace) -> None:
     config, run = open_run(arguments.run)
     checkpoint = find_checkpoint(run, arguments.step)
     weights = weights_name(config, checkpoint, arguments.weights or config.evaluation.weights)
+    config = replace(config, sampling=_sampling(config.sampling, arguments), model=_model(config, arguments))
     rows, cols = patches(config, arguments.height, arguments.width)
     labels = parse_classes(arguments.classes, config.model.num_classes)
     if arguments.count < 1:
         raise UserError(f"--count: {arguments.count} is too small, the least is 1")
     requests = [Request(i, labels[i % len(labels)], rows, cols) for i in range(arguments.count)]
-    sampling = with_sampler(config.sampling, arguments.method, arguments.steps, arguments.guidance, arguments.power)
-    config = replace(config, sampling=sampling)  # checks that the method goes with the model
-    rope = _rope(config, arguments)
-    size = f"{arguments.height}x{arguments.width}"
-    out = arguments.out or run.samples / _name(arguments, checkpoint.step, weights, sampling)
+    out = arguments.out or run.samples / _name(arguments, checkpoint.step, weights, config.sampling)
     check_samples_folder(out)
     settings = {
         "run": str(run.path),
@@ -44,33 +41,46 @@ def run_sample(arguments: argparse.Namespace) -> None:
         "height": arguments.height,
         "width": arguments.width,
         "seed": arguments.seed,
-        "rope": asdict(rope),
-        "sampling": asdict(sampling),
+        "model": asdict(config.model),
+        "sampling": asdict(config.sampling),
     }
-    model = load_model(config, checkpoint.weights(weights), arguments.device, rope)
-    drawn = generate(model, config, sampling, requests, arguments.seed)
-    title = f"{config.run.name} step {checkpoint.step} {weights} {size}"
+    model = load_model(config, checkpoint.weights(weights), arguments.device)
+    drawn = generate(model, config, requests, arguments.seed)
+    title = f"{config.run.name} step {checkpoint.step} {weights} {arguments.height}x{arguments.width}"
     nfe = write_samples(out, drawn, [request.label for request in requests], settings, title)
-    sheet = out / "contact_sheet.png"
-    print(f"{len(nfe)} images, {sum(nfe) / len(nfe):g} function evaluations each, in {out}; the first on {sheet}")
+    drawn_in = f"{len(nfe)} images, {sum(nfe) / len(nfe):g} function evaluations each, in {out}"
+    print(f"{drawn_in}; the first on {out / 'contact_sheet.png'}")
 
 
 def _name(arguments: argparse.Namespace, step: int, weights: str, sampling: SamplingConfig) -> str:
     """Of the folder in RUN/samples: what decides the images, but for their number."""
     guidance = sampling.guidance
-    parts = [f"step-{step:08d}", weights, f"{arguments.height}x{arguments.width}", f"{sampling.method}{sampling.steps}"]
+    sampler = f"{sampling.method}{sampling.steps}{sampling.spacing or ''}"
+    parts = [f"step-{step:08d}", weights, f"{arguments.height}x{arguments.width}", sampler]
     parts += [f"cfg{guidance.scale:g}" + (f"pow{guidance.power:g}" if guidance.power else ""), f"seed{arguments.seed}"]
     parts += [] if arguments.classes == "all" else [f"classes{arguments.classes}"]
     parts += [] if arguments.rope is None else [arguments.rope + ("-decoupled" if arguments.decouple else "")]
     return "_".join(parts)
 
 
-def _rope(config: Config, arguments: argparse.Namespace) -> RopeConfig:
+def _sampling(sampling: SamplingConfig, arguments: argparse.Namespace) -> SamplingConfig:
+    """`sampling` with what `arguments` name in its place."""
+    chosen = _replaced(sampling, {name: getattr(arguments, name) for name in ("method", "steps", "spacing")})
+    guidance = _replaced(sampling.guidance, {"scale": arguments.guidance, "power": arguments.power})
+    return replace(chosen, guidance=guidance)
+
+
+def _replaced(section: Any, chosen: dict[str, Any]) -> Any:
+    return replace(section, **{key: value for key, value in chosen.items() if value is not None})
+
+
+def _model(config: Config, arguments: argparse.Namespace) -> ModelConfig:
+    """The run's model, with positions as asked for."""
     if arguments.decouple and arguments.rope is None:
         raise UserError("--decouple: goes with --rope")
     if arguments.rope is None:
-        return config.model.rope
-    return replace(config.model.rope, method=arguments.rope, decouple=arguments.decouple)
+        return config.model
+    return config.model.with_positions(arguments.rope, arguments.decouple)
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
@@ -78,26 +88,18 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     config, run = open_run(arguments.run)
     if arguments.samples is not None and arguments.samples < 2:
         raise UserError(f"--samples: {arguments.samples} is too small, a Frechet distance needs 2 or more")
-    steps = [arguments.step] if arguments.step is not None else _evaluation_steps(config, run)
-    options = EvaluationOptions(
-        weights=arguments.weights or config.evaluation.weights,
-        samples=arguments.samples or config.evaluation.samples,
-        features=arguments.features or config.evaluation.features,
-        reference=arguments.reference or config.evaluation.reference,
-        sampling=with_sampler(config.sampling, arguments.method, arguments.steps, arguments.guidance, arguments.power),
-        rope=_rope(config, arguments),
-        size=_size(arguments),
-        seed=arguments.seed,
-        device=arguments.device,
-        force=arguments.force,
-    )
-    for step in steps:
-        for row in evaluate_run(run.path, step, options):
-            error = "" if row["standard_error"] is None else f" +- {row['standard_error']:.2g}"
-            nfe = (
-                "" if row["nfe"] is None else f"  ({row['samples']} samples, {row['nfe']:g} function evaluations each)"
-            )
-            print(f"step {step:>8}  {row['weights']}  {row['metric']:<16}{row['value']:.5g}{error}{nfe}", flush=True)
+    names = ("weights", "samples", "features", "reference")
+    evaluation = _replaced(config.evaluation, {name: getattr(arguments, name) for name in names})
+    config = replace(config, sampling=_sampling(config.sampling, arguments), evaluation=evaluation)
+    model, size = _model(config, arguments), _size(arguments)
+    options = EvaluationOptions(model, size, arguments.seed, arguments.device, arguments.force)
+    for step in _evaluation_steps(config, run) if arguments.step is None else [arguments.step]:
+        for row in evaluate_run(config, run, step, options):
+            text = f"step {step:>8}  {row['weights']}  {row['metric']:<16}{row['value']:.5g}"
+            text += "" if row["standard_error"] is None else f" +- {row['standard_error']:.2g}"
+            nfe = row["nfe"]
+            text += "" if nfe is None else f"  ({row['samples']} samples, {nfe:g} function evaluations each)"
+            print(text, flush=True)
 
 
 def _size(arguments: argparse.Namespace) -> tuple[int, int] | None:

@@ -12,6 +12,7 @@ results with equal keys may be fitted or ranked together.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,17 @@ from tqdm import tqdm
 
 from fitscale.config.errors import UserError
 from fitscale.config.files import append_jsonl, read_jsonl
-from fitscale.config.schema import Config, RopeConfig, SamplingConfig
+from fitscale.config.schema import Config, ModelConfig
 from fitscale.data.batch_plan import BatchPlan, open_plan
 from fitscale.data.loader import Pack, make_loader
-from fitscale.eval.features import FeatureNet
+from fitscale.eval.features import AT_ONCE, FeatureNet, batched
 from fitscale.eval.frechet import Moments, frechet_distance
-from fitscale.eval.generate import Request, find_checkpoint, generate, load_model, open_run, patches, weights_name
+from fitscale.eval.generate import Request, find_checkpoint, generate, load_model, patches, weights_name
 from fitscale.eval.reference import data_identity, load_reference
 from fitscale.flow.loss import make_objective
 from fitscale.flow.path import VALIDATION, image_noise, lengths_of
 from fitscale.model import flops
-from fitscale.model.fit import FiT
+from fitscale.model.common.layout import pack_layout
 from fitscale.run.comparability import sample_key, validation_key
 from fitscale.run.layout import Checkpoint, RunDir
 
@@ -40,35 +41,27 @@ VALIDATION_SEED = 0  # of the held-out images' choice and noise: the same for ev
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What `evaluate_run` measures, and how; `size` is (height, width) in pixels, None for those of the data set."""
+    """What of an evaluation no config says; `size` is (height, width) in pixels, None for those of the data set."""
 
-    weights: str
-    samples: int
-    features: str | None
-    reference: str | None
-    sampling: SamplingConfig
-    rope: RopeConfig
+    model: ModelConfig  # as trained, or with other positions
     size: tuple[int, int] | None = None
     seed: int = 0
     device: str = "auto"
     force: bool = False
 
 
-def evaluate_run(path: Path, step: int, options: EvaluationOptions) -> list[dict[str, Any]]:
-    """Measure the checkpoint of `step` in the run directory `path`; returns the rows added to evaluations.jsonl.
+def evaluate_run(config: Config, run: RunDir, step: int, options: EvaluationOptions) -> Iterator[dict[str, Any]]:
+    """Measure the checkpoint of `step` as `config` asks; yields the rows as they are added to evaluations.jsonl.
 
-    What is there already, under the same key, is not measured again unless `options.force`. `options.rope` is for the
+    What is there already, under the same key, is not measured again unless `options.force`. `options.model` is for the
     generated images; the validation loss is that of the model as it was trained.
 
     Raises:
         UserError: no such checkpoint, weights, network or reference.
     """
-    config, run = open_run(path)
     checkpoint = find_checkpoint(run, step)
-    weights = weights_name(config, checkpoint, options.weights)
-    config = replace(config, sampling=options.sampling)
-    evaluation = _Evaluation(config, run, checkpoint, weights, options)
-    return list(evaluation.measure())
+    weights = weights_name(config, checkpoint, config.evaluation.weights)
+    return _Evaluation(config, run, checkpoint, weights, options).measure()
 
 
 @dataclass
@@ -82,31 +75,41 @@ class _Evaluation:
     def __post_init__(self) -> None:
         done = [] if self.options.force else read_jsonl(self.run.evaluations)
         self.done = [(row["step"], row["metric"], row["weights"], row["key"]) for row in done]
-        self.loaded: FiT | None = None
+        self.generated = replace(self.config, model=self.options.model)
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        return load_model(self.config, self.checkpoint.weights(self.weights), self.options.device)
+
+    @cached_property
+    def plan(self) -> BatchPlan:
+        """One batch of as many training images as are generated: their labels, and their sizes unless one is given."""
+        return _plan(self.config, "train", self.options.seed, self.config.evaluation.samples)
+
+    @cached_property
+    def data(self) -> dict[str, str]:
+        """Hash of the shards, from which the held-out images come, and the labels and sizes of the generated ones."""
+        return {"data": data_identity(*(stream.index for stream in self.plan.streams))[:16]}
 
     def measure(self) -> Iterator[dict[str, Any]]:
-        evaluation, data = self.config.evaluation, self.config.data
-        if evaluation.validation_images and data.holdout_fraction:
-            key = self._validation_key()
+        evaluation = self.config.evaluation
+        if evaluation.validation_images and self.config.data.holdout_fraction:
+            key = validation_key(self.config, self.weights) | self.data
             if self._pending("validation_loss", key):
                 loss_S = validation_losses(self.model, self.config)
                 yield self._add("validation_loss", key, loss_S.mean(), _mean_error(loss_S), len(loss_S), None)
-        if self.options.features is not None:
-            yield from self._measure_samples(self.options.features)
-
-    @property
-    def model(self) -> FiT:
-        if self.loaded is None:
-            self.loaded = load_model(self.config, self.checkpoint.weights(self.weights), self.options.device)
-        return self.loaded
+        if evaluation.features is not None:
+            yield from self._measure_samples(evaluation.features)
 
     def _measure_samples(self, features: str) -> Iterator[dict[str, Any]]:
-        if self.options.reference is None:
+        config, options, evaluation = self.config, self.options, self.config.evaluation
+        if evaluation.reference is None:
             raise UserError("evaluation.reference: needed with evaluation.features: an image folder, shards or .npz")
-        net = FeatureNet(features, "cuda" if self.options.device != "cpu" and torch.cuda.is_available() else "cpu")
-        reference = load_reference(Path(self.options.reference), net, self.config.data.latent, self.run.path)
-        key = self._sample_key() | {"features": net.identity[:16], "reference": reference.identity[:16]}
-        classifies = net.num_scores == self.config.model.num_classes
+        net = FeatureNet(features, "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+        reference = load_reference(Path(evaluation.reference), net, config.data.latent, self.run.path)
+        key = sample_key(self.generated, self.weights, options.size, options.seed)
+        key |= self.data | {"features": net.identity[:16], "reference": reference.identity[:16]}
+        classifies = net.num_scores == config.model.num_classes
         wanted = [name for name in ("fd", *["recognised"] * classifies) if self._pending(name, key)]
         if not wanted:
             return
@@ -120,11 +123,11 @@ class _Evaluation:
     def _generate(self, net: FeatureNet, classifies: bool) -> tuple[Moments, np.ndarray, float]:
         """Features' moments of all samples, which were recognised, and the mean number of function evaluations."""
         requests = self._requests()
-        self.model.rope = self.options.rope  # after the validation loss, which is the trained model's
+        self.model.config = self.generated.model  # type: ignore[assignment] # after the validation loss: as trained
         moments, right, nfe = Moments(), [], []
-        drawn = generate(self.model, self.config, self.options.sampling, requests, self.options.seed)
+        drawn = generate(self.model, self.generated, requests, self.options.seed)
         bar = tqdm(drawn, total=len(requests), desc=f"step {self.checkpoint.step} samples", unit="image", mininterval=5)
-        for batch in _batched(bar, 256):
+        for batch in batched(bar, AT_ONCE):
             images = [image.image for image in batch]
             moments.add(net.features(images))
             nfe += [image.nfe for image in batch]
@@ -134,30 +137,13 @@ class _Evaluation:
         return moments, np.array(right, dtype=np.float64), float(np.mean(nfe))
 
     def _requests(self) -> list[Request]:
-        """Labels, and sizes unless one is given, follow the training images in an order drawn from the seed."""
-        number = self.options.samples
-        plan = _plan(self.config, "train", self.options.seed, number)
-        batch = plan.step(0)
+        """Labels and sizes follow the training images in an order drawn from the seed."""
+        batch = self.plan.step(0)
         rows, cols = batch.rows_B.tolist(), batch.cols_B.tolist()
         if self.options.size is not None:
             height, width = patches(self.config, *self.options.size)
-            rows, cols = [height] * number, [width] * number
+            rows, cols = [height] * len(rows), [width] * len(cols)
         return [Request(i, label, rows[i], cols[i]) for i, label in enumerate(batch.labels_B.tolist())]
-
-    def _validation_key(self) -> dict[str, Any]:
-        return validation_key(self.config, self.weights) | {"data": self._data()}
-
-    def _sample_key(self) -> dict[str, Any]:
-        options = self.options
-        key = sample_key(
-            self.config, self.weights, options.sampling, options.rope, options.samples, options.size, options.seed
-        )
-        return key | {"data": self._data()}
-
-    def _data(self) -> str:
-        """Hash of the shards, from which the held-out images come, and the labels and sizes of the generated ones."""
-        plan = _plan(self.config, "train", VALIDATION_SEED, 1)
-        return data_identity(*(stream.index for stream in plan.streams))[:16]
 
     def _pending(self, metric: str, key: dict[str, Any]) -> bool:
         return (self.checkpoint.step, metric, self.weights, key) not in self.done
@@ -182,18 +168,19 @@ class _Evaluation:
 
 
 @torch.no_grad()
-def validation_losses(model: FiT, config: Config) -> np.ndarray:
+def validation_losses(model: torch.nn.Module, config: Config) -> np.ndarray:
     """Loss of each held-out image (S,), mean over `validation_times` fixed times (k + 1/2) / K.
 
     Noise comes from (fixed seed, k, image); the times are uniform whatever the training drew, so that runs with
     different time distributions can be compared.
     """
     times = config.evaluation.validation_times
-    objective = make_objective(config.flow, config.model.num_classes)
+    objective = make_objective(config.flow, config.model)
     device = next(model.parameters()).device
     losses: dict[int, float] = {}
     for pack in _validation_packs(config):
         lengths, slots = lengths_of(pack.cu_seqlens).tolist(), pack.slots_S.tolist()
+        layout = pack_layout(pack.sizes_S2, pack.cu_seqlens, device)
         total_S = torch.zeros(len(slots), dtype=torch.float64)
         for k in range(times):
             noise_TC = image_noise(VALIDATION_SEED, k, slots, lengths, pack.tokens_TC.shape[1], stream=VALIDATION)
@@ -201,17 +188,16 @@ def validation_losses(model: FiT, config: Config) -> np.ndarray:
             inputs = objective.prepare_at(
                 pack.tokens_TC.to(device), pack.labels_S.to(device), pack.cu_seqlens, t_S, noise_TC.to(device)
             )
-            output_TC = model(inputs.x_TC, inputs.t_S, inputs.labels_S, pack.sizes_S2, pack.cu_seqlens)
-            total_S += objective.loss_S(output_TC, inputs, pack.cu_seqlens).double().cpu()
+            outputs = model(inputs.x_TC, inputs.t_S, inputs.labels_S, layout)
+            total_S += objective.loss_S(outputs, inputs, pack.cu_seqlens).double().cpu()
         losses.update(zip(slots, (total_S / times).tolist(), strict=True))
     losses.pop(-1, None)  # padding
     return np.array([losses[slot] for slot in sorted(losses)])
 
 
 def _validation_packs(config: Config) -> Iterator[Pack]:
-    plan = _plan(config, "holdout", VALIDATION_SEED, 1)
-    number = min(config.evaluation.validation_images, plan.num_images)
-    plan = _plan(config, "holdout", VALIDATION_SEED, number)
+    plan = _plan(config, "holdout", VALIDATION_SEED, config.evaluation.validation_images)
+    plan.global_batch_size = min(plan.global_batch_size, plan.num_images)
     loader = make_loader(
         plan,
         dp_rank=0,
@@ -236,14 +222,3 @@ def _plan(config: Config, split: str, seed: int, batch_size: int) -> BatchPlan:
 def _mean_error(values: np.ndarray) -> float | None:
     """Standard error of a mean; None where one value says nothing of it."""
     return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-
-
-def _batched(items: Any, size: int) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -7,10 +7,10 @@ serves every kind of image. Images of different sizes are fed in groups of one s
 """
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from fitscale.config.errors import UserError
 from fitscale.data.pictures import rgb
 
 BATCH = 64  # images per call
+AT_ONCE = 4 * BATCH  # images that are collected before they are looked at: some have one size
+
+Item = TypeVar("Item")
 
 
 class FeatureNet:
@@ -50,17 +53,15 @@ class FeatureNet:
         return self._in_groups(images)
 
     def _in_groups(self, images: Sequence[np.ndarray], **keywords: Any) -> np.ndarray:
-        places_of_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for place, image in enumerate(images):
-            places_of_shape[image.shape].append(place)
-        answers: list[Any] = [None] * len(images)
-        for places in places_of_shape.values():
-            for start in range(0, len(places), BATCH):
-                chosen = places[start : start + BATCH]
+        def shape(place: int) -> tuple[int, ...]:
+            return images[place].shape
+
+        answers: dict[int, np.ndarray] = {}
+        for _, places in groupby(sorted(range(len(images)), key=shape), key=shape):
+            for chosen in batched(places, BATCH):
                 answer = self._call(np.stack([images[place] for place in chosen]), **keywords)
-                for place, row in zip(chosen, answer, strict=True):
-                    answers[place] = row
-        return np.stack(answers)
+                answers |= zip(chosen, answer, strict=True)
+        return np.stack([answers[place] for place in range(len(images))])
 
     @torch.no_grad()
     def _call(self, images_NHWC: np.ndarray, **keywords: Any) -> np.ndarray:
@@ -73,6 +74,13 @@ class FeatureNet:
                 f"{_first_line(error)}"
             ) from error
         return answer.double().cpu().numpy()
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Runs of `size` items; the last may be shorter."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,6 @@ it is whole.
 """
 
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fitscale.config.errors import UserError
-from fitscale.config.files import write_atomic
+from fitscale.config.files import replacing
 from fitscale.data.pictures import rgb, write_contact_sheet, write_png
 from fitscale.eval.generate import Generated
 
@@ -38,22 +37,14 @@ def write_samples(
     out: Path, drawn: Iterable[Generated], labels: list[int], settings: dict[str, Any], title: str
 ) -> list[int]:
     """Write the images `drawn`, all of one size and in the order of `labels`; returns their function evaluations."""
-    out = out.resolve()
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        nfe, passes, shown = _write_images(temporary, drawn, labels)
-        write_contact_sheet(
-            temporary / "contact_sheet.png", shown, [str(label) for label in labels[: len(shown)]], title
-        )
+    with replacing(out.resolve()) as folder:
+        folder.mkdir()
+        nfe, passes, shown = _write_images(folder, drawn, labels)
+        write_contact_sheet(folder / "contact_sheet.png", shown, [str(label) for label in labels[: len(shown)]], title)
         record = {**settings, "nfe": nfe, "network_evaluations": passes, "labels": labels}
-        write_atomic(temporary / SETTINGS, json.dumps(record, indent=1))
+        (folder / SETTINGS).write_text(json.dumps(record, indent=1))
         if out.exists():
             shutil.rmtree(out)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return nfe
 
 

@@ -16,11 +16,10 @@ from fitscale.config.errors import UserError
 
 @dataclass(frozen=True)
 class Statistics:
-    """`mean_F` and the unbiased covariance `cov_FF` of `count` feature vectors (None where unknown)."""
+    """Mean `mean_F` and unbiased covariance `cov_FF` of feature vectors."""
 
     mean_F: np.ndarray
     cov_FF: np.ndarray
-    count: int | None = None
 
 
 class Moments:
@@ -28,17 +27,14 @@ class Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self.mean_F: np.ndarray = np.zeros(0)
-        self.scatter_FF: np.ndarray = np.zeros((0, 0))
+        self.mean_F: np.ndarray = np.zeros(1)
+        self.scatter_FF: np.ndarray = np.zeros((1, 1))
 
     def add(self, features_NF: np.ndarray) -> None:
         features_NF = np.asarray(features_NF, dtype=np.float64)
         mean_F, number = features_NF.mean(0), len(features_NF)
         centred_NF = features_NF - mean_F
         scatter_FF = centred_NF.T @ centred_NF
-        if self.count == 0:
-            self.count, self.mean_F, self.scatter_FF = number, mean_F, scatter_FF
-            return
         total, gap_F = self.count + number, mean_F - self.mean_F
         self.scatter_FF = self.scatter_FF + scatter_FF + np.outer(gap_F, gap_F) * (self.count * number / total)
         self.mean_F = self.mean_F + gap_F * (number / total)
@@ -52,7 +48,7 @@ class Moments:
         """
         if self.count < 2:
             raise UserError(f"a Frechet distance needs 2 or more images on either side, not {self.count}")
-        return Statistics(self.mean_F, self.scatter_FF / (self.count - 1), self.count)
+        return Statistics(self.mean_F, self.scatter_FF / (self.count - 1))
 
 
 def frechet_distance(first: Statistics, second: Statistics) -> float:

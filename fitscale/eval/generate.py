@@ -1,6 +1,6 @@
 """Images from a checkpoint: any size, any class, image i from (seed, i) alone.
 
-1. `open_run` reads the run's config and finds the checkpoint; `load_model` builds FiT with one of its sets of weights.
+1. `open_run` reads the run's config and finds the checkpoint; `load_model` builds the network with one of its weights.
 2. `generate` deals the requests into packs of at most `pack_tokens`, draws each image's noise, and integrates a pack.
 3. Tokens become arrays, arrays become images (pixels, or through the VAE).
 
@@ -8,23 +8,24 @@ Shape suffixes: T tokens of a pack, S images of a pack, C numbers in a token.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
-from fitscale.config.schema import Config, ParallelConfig, RopeConfig, SamplingConfig
+from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, ParallelConfig
 from fitscale.data.encode import Decoder, unpatchify
-from fitscale.flow.guidance import PackShape, guided, network_evaluations
+from fitscale.flow.guidance import Network, PackShape, guided, network_evaluations
 from fitscale.flow.loss import make_objective
 from fitscale.flow.path import INITIAL_NOISE, image_noise
-from fitscale.flow.sampler import ImageNoise, one_image_per_pack, sample
-from fitscale.model.fit import FiT
-from fitscale.model.published import load_weights
+from fitscale.flow.sampler import ImageNoise, sample
+from fitscale.model.build import build_network
+from fitscale.model.common.layout import PackLayout, pack_layout
+from fitscale.model.weights import load_weights
 from fitscale.parallel.groups import init_parallel, launched_ranks
 from fitscale.run.comparability import full_weights_name
 from fitscale.run.layout import Checkpoint, RunDir
@@ -76,7 +77,8 @@ def find_checkpoint(run: RunDir, step: int | None) -> Checkpoint:
     if not found:
         raise UserError(f"{run.path}: no complete checkpoint there yet")
     if step is not None and step not in found:
-        raise UserError(f"--step: {run.path} has no complete checkpoint of step {step}; it has {_listed(found)}")
+        there = ", ".join(map(str, found))
+        raise UserError(f"--step: {run.path} has no complete checkpoint of step {step}; it has {there}")
     return found[max(found) if step is None else step]
 
 
@@ -88,12 +90,12 @@ def weights_name(config: Config, checkpoint: Checkpoint, name: str) -> str:
     """
     full = full_weights_name(config, name)
     if full not in checkpoint.weight_names():
-        raise UserError(f"--weights: {checkpoint.path} has no {name}; it has {_listed(checkpoint.weight_names())}")
+        raise UserError(f"--weights: {checkpoint.path} has no {name}; it has {', '.join(checkpoint.weight_names())}")
     return full
 
 
-def load_model(config: Config, weights: Path, device: str, rope: RopeConfig | None = None) -> FiT:
-    """FiT in this process, ready to sample: in bf16 if the run was trained so and there is a GPU, else in fp32.
+def load_model(config: Config, weights: Path, device: str) -> torch.nn.Module:
+    """The network in this process, ready to sample: in bf16 if the run was trained so and there is a GPU, else in fp32.
 
     Raises:
         UserError: started as one of several ranks, each of which would do, and write, the same.
@@ -101,32 +103,29 @@ def load_model(config: Config, weights: Path, device: str, rope: RopeConfig | No
     if launched_ranks() > 1:  # before they join, or the first to leave ends another's joining with a traceback
         raise UserError(f"sampling and evaluation run in one process, not under torchrun with {launched_ranks()}")
     topology = init_parallel(ParallelConfig(), device)
-    model = FiT(config.model, ParallelConfig())
+    model = build_network(config.model, ParallelConfig())
     load_weights(model, weights)
-    model.rope = rope or config.model.rope
     bf16 = config.parallel.precision == "bf16" and topology.device.type == "cuda"
     dtype = torch.bfloat16 if bf16 else torch.float32
     return model.to(topology.device, dtype).eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def generate(
-    model: FiT, config: Config, sampling: SamplingConfig, requests: Sequence[Request], seed: int
-) -> Iterator[Generated]:
-    """The images of `requests`, pack by pack; within a pack in the order given.
+def generate(model: torch.nn.Module, config: Config, requests: Sequence[Request], seed: int) -> Iterator[Generated]:
+    """The images of `requests` by `config.sampling`, pack by pack; within a pack in the order given.
 
     An image depends on (seed, its index) and on its label and size; its neighbours change it by rounding alone, as
     does the machine.
     """
     device = next(model.parameters()).device
     decoder = Decoder(config.data.latent, device)
-    limit = 0 if one_image_per_pack(sampling.method) else config.batch.pack_tokens
+    limit = 0 if config.sampling.method in ADAPTIVE_SAMPLERS else config.batch.pack_tokens  # 0: one image a pack
     for pack in _packs(requests, limit):
-        tokens_TC, nfe = _sample_pack(model, config, sampling, pack, seed)
+        tokens_TC, nfe = _sample_pack(model, config, pack, seed)
         parts = tokens_TC.split([request.tokens for request in pack])
         for request, part_TC in zip(pack, parts, strict=True):
             latent = unpatchify(part_TC, request.rows, request.cols, config.model.patch_size)
-            yield Generated(request.index, decoder(latent), nfe, nfe * network_evaluations(sampling.guidance))
+            yield Generated(request.index, decoder(latent), nfe, nfe * network_evaluations(config.sampling.guidance))
 
 
 def _packs(requests: Sequence[Request], limit: int) -> Iterator[list[Request]]:
@@ -141,9 +140,7 @@ def _packs(requests: Sequence[Request], limit: int) -> Iterator[list[Request]]:
         yield pack
 
 
-def _sample_pack(
-    model: FiT, config: Config, sampling: SamplingConfig, pack: list[Request], seed: int
-) -> tuple[torch.Tensor, int]:
+def _sample_pack(model: torch.nn.Module, config: Config, pack: list[Request], seed: int) -> tuple[torch.Tensor, int]:
     device = next(model.parameters()).device
     indices, lengths = [request.index for request in pack], [request.tokens for request in pack]
     noise_TC = image_noise(seed, 0, indices, lengths, config.model.token_channels, stream=INITIAL_NOISE).to(device)
@@ -153,15 +150,25 @@ def _sample_pack(
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
     )
     model_fn = guided(
-        model,
+        _network(model, device),
         shape,
-        sampling.guidance,
+        config.sampling.guidance,
         no_class=config.model.num_classes,
         patch_size=config.model.patch_size,
-        model_time=make_objective(config.flow, config.model.num_classes).model_time,
+        model_time=make_objective(config.flow, config.model).model_time,
     )
-    drawn = sample(model_fn, noise_TC, sampling, ImageNoise(seed, indices, lengths))
+    drawn = sample(model_fn, noise_TC, config.sampling, ImageNoise(seed, indices, lengths))
     return drawn.x_TC, drawn.nfe
+
+
+def _network(model: torch.nn.Module, device: torch.device) -> Network:
+    """The model as samplers call it; a pack's layout is worked out once for all their calls."""
+
+    @cache
+    def layout(pack: PackShape) -> PackLayout:
+        return pack_layout(pack.sizes_S2, pack.cu_seqlens, device)
+
+    return lambda x_TC, t_S, pack: model(x_TC, t_S, pack.labels_S, layout(pack))[-1]
 
 
 def patches(config: Config, height: int, width: int) -> tuple[int, int]:
@@ -199,20 +206,3 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
     if outside or not labels:
         raise UserError(f"--classes: {text!r} is out of range; the model's classes are 0 to {num_classes - 1}")
     return labels
-
-
-def with_sampler(
-    sampling: SamplingConfig, method: str | None, steps: int | None, guidance: float | None, power: float | None
-) -> SamplingConfig:
-    """`sampling` with what is not None replaced."""
-    chosen: dict[str, Any] = {"method": method, "steps": steps}
-    chosen_guidance: dict[str, Any] = {"scale": guidance, "power": power}
-    return replace(_replaced(sampling, chosen), guidance=_replaced(sampling.guidance, chosen_guidance))
-
-
-def _replaced(section: Any, chosen: dict[str, Any]) -> Any:
-    return replace(section, **{key: value for key, value in chosen.items() if value is not None})
-
-
-def _listed(names: object) -> str:
-    return ", ".join(str(name) for name in names) or "none"  # type: ignore[attr-defined]

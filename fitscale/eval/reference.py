@@ -8,7 +8,6 @@ What had to be computed is kept in the run directory, under a name made of the f
 """
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +18,14 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from fitscale.config.errors import UserError
+from fitscale.config.files import replacing
 from fitscale.config.schema_data import LatentConfig
 from fitscale.data.encode import Decoder, to_float
-from fitscale.data.index import Index, open_index
-from fitscale.data.reader import ShardReader
-from fitscale.eval.features import FeatureNet
+from fitscale.data.index import Index, ShardReader, open_index
+from fitscale.eval.features import AT_ONCE, FeatureNet, batched
 from fitscale.eval.frechet import Moments, Statistics
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -48,15 +46,25 @@ def load_reference(path: Path, net: FeatureNet, latent: LatentConfig, cache: Pat
         return _from_npz(path, net)
     if not path.is_dir():
         raise UserError(f"evaluation.reference: {path}: no such .npz file, shards or image folder")
+    images: Iterator[np.ndarray]
     if (path / "index.json").is_file():
         index = open_index(path)
-        identity = data_identity(index)
-        return _cached(identity, net, cache, lambda: _shard_images(index, latent), index.meta.num_variants)
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-    if not files:
-        raise UserError(f"evaluation.reference: {path} holds neither shards with an index nor images")
-    identity = _digest([f"{file.relative_to(path)} {file.stat().st_size}" for file in files])
-    return _cached(identity, net, cache, lambda: map(_read_image, files), len(files))
+        identity, number, images = data_identity(index), index.meta.num_variants, _shard_images(index, latent)
+    else:
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        if not files:
+            raise UserError(f"evaluation.reference: {path} holds neither shards with an index nor images")
+        identity = _digest([f"{file.relative_to(path)} {file.stat().st_size}" for file in files])
+        number, images = len(files), map(_read_image, files)
+    kept = cache / "reference" / f"{net.identity[:16]}_{identity[:16]}.npz"
+    if not kept.is_file():
+        moments = Moments()
+        for batch in batched(tqdm(images, total=number, desc="reference", unit="image", mininterval=5), AT_ONCE):
+            moments.add(net.features(batch))
+        statistics = moments.statistics()
+        with replacing(kept) as temporary:
+            np.savez(temporary, mu=statistics.mean_F, sigma=statistics.cov_FF)
+    return Reference(_from_npz(kept, net).statistics, identity)
 
 
 def data_identity(*indices: Index) -> str:
@@ -76,27 +84,6 @@ def _from_npz(path: Path, net: FeatureNet) -> Reference:
             f"{net.path} gives {net.num_features}"
         )
     return Reference(Statistics(mean_F, cov_FF), hashlib.sha256(path.read_bytes()).hexdigest())
-
-
-def _cached(identity: str, net: FeatureNet, cache: Path, images, count: int) -> Reference:  # type: ignore[no-untyped-def]
-    kept = cache / "reference" / f"{net.identity[:16]}_{identity[:16]}.npz"
-    if kept.is_file():
-        return Reference(_from_npz(kept, net).statistics, identity)
-    moments = Moments()
-    batch: list[np.ndarray] = []
-    for image in tqdm(images(), total=count, desc="reference", unit="image", mininterval=5):
-        batch.append(image)
-        if len(batch) == BATCH:
-            moments.add(net.features(batch))
-            batch = []
-    if batch:
-        moments.add(net.features(batch))
-    statistics = moments.statistics()
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    temporary = kept.with_name(f".{kept.name}.{os.getpid()}.tmp.npz")
-    np.savez(temporary, mu=statistics.mean_F, sigma=statistics.cov_FF)
-    temporary.replace(kept)
-    return Reference(statistics, identity)
 
 
 def _shard_images(index: Index, latent: LatentConfig) -> Iterator[np.ndarray]:

@@ -2,8 +2,8 @@
 
 A guided call evaluates the network once on a doubled pack (every image with its label, then every image with "no
 class") and moves the conditional answer away from the unconditional one. As in the published FiT code, only the first
-`channels` of the latent's channels are guided (3 of 4); the others keep the conditional answer. In a token the channel
-is the slowest index, (c p1 p2), so the guided numbers are its first columns.
+channels of the latent are guided (3 of 4 unless `channels` says so); the others keep the conditional answer. In a token
+the channel is the slowest index, (c p1 p2), so the guided numbers are its first columns.
 
 Shape suffixes: T tokens of a pack, S images of a pack, C numbers in a token, 2 (row, column).
 """
@@ -17,19 +17,21 @@ from torch import Tensor
 from fitscale.config.schema import GuidanceConfig
 from fitscale.flow.path import per_token
 
-# network(tokens_TC, t_S, labels_S, sizes_S2, cu_seqlens) -> (T, output numbers per token)
-Network = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 # model_fn(x_TC, t) -> output_TC; t is flow time, one number or one per image (S,)
 ModelFn = Callable[[Tensor, float | Tensor], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity: a network may keep what it worked out for a pack
 class PackShape:
     """What a pack asks for: `labels_S`, `sizes_S2` in patches (row, column), and where its images start."""
 
     labels_S: Tensor
     sizes_S2: Tensor
     cu_seqlens: Tensor
+
+
+# network(tokens_TC, t_S, pack) -> (T, output numbers per token)
+Network = Callable[[Tensor, Tensor, PackShape], Tensor]
 
 
 def network_evaluations(guidance: GuidanceConfig) -> int:
@@ -65,17 +67,15 @@ def guided(
         pack.sizes_S2.repeat(2, 1),
         torch.cat([pack.cu_seqlens, pack.cu_seqlens[1:] + pack.cu_seqlens[-1]]),
     )
-    columns = guidance.channels * patch_size**2
 
     def plain(x_TC: Tensor, t: float | Tensor) -> Tensor:
         t_S = _times(t, pack, x_TC)
-        return network(x_TC, model_time(t_S), pack.labels_S, pack.sizes_S2, pack.cu_seqlens)
+        return network(x_TC, model_time(t_S), pack)
 
     def doubled(x_TC: Tensor, t: float | Tensor) -> Tensor:
         t_S = _times(t, pack, x_TC)
-        times = model_time(t_S).repeat(2)
-        output = network(x_TC.repeat(2, 1), times, twice.labels_S, twice.sizes_S2, twice.cu_seqlens)
-        with_class, without = output.chunk(2)
+        with_class, without = network(x_TC.repeat(2, 1), model_time(t_S).repeat(2), twice).chunk(2)
+        columns = guidance.guided_channels(x_TC.shape[1] // patch_size**2) * patch_size**2
         scale_T1 = per_token(guidance_scale(guidance, t_S), pack.cu_seqlens, len(x_TC))
         moved = without[:, :columns] + scale_T1 * (with_class[:, :columns] - without[:, :columns])
         return torch.cat([moved, with_class[:, columns:]], dim=1)

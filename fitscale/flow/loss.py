@@ -11,17 +11,20 @@ Shape suffixes: T tokens of a pack, S images of a pack, C numbers in a token.
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from fitscale.config.schema import FlowConfig
+from fitscale.config.schema import FlowConfig, ModelConfig
 from fitscale.flow.path import PADDING_SLOT, draws, interpolate, lengths_of, per_token, velocity
 
 DDPM_STEPS = 1000
 DDPM_BETAS = (1e-4, 0.02)
+DDPM_BETA = torch.linspace(*DDPM_BETAS, DDPM_STEPS, dtype=torch.float64)
+DDPM_ALPHAS_CUMPROD = torch.cumprod(1 - DDPM_BETA, dim=0)
 
 
 @dataclass(frozen=True)
@@ -35,27 +38,18 @@ class Inputs:
 
 
 class Objective(ABC):
-    """What is learned. `num_classes` is the label that stands for "no class"."""
+    """What is learned, by a network that answers at the scales of `model`; label `num_classes` is "no class"."""
 
-    def __init__(self, flow: FlowConfig, num_classes: int) -> None:
-        self.flow = flow
-        self.num_classes = num_classes
+    def __init__(self, flow: FlowConfig, model: ModelConfig) -> None:
+        self.flow, self.model = flow, model
 
     def prepare(
         self, tokens_TC: Tensor, labels_S: Tensor, slots_S: Tensor, cu_seqlens: Tensor, seed: int, step: int
     ) -> Inputs:
         """Inputs of a training step; chance comes from (seed, step, slot) alone. All on the device of `tokens_TC`."""
-        drawn = draws(
-            seed,
-            step,
-            slots_S.tolist(),
-            lengths_of(cu_seqlens).tolist(),
-            tokens_TC.shape[1],
-            time_distribution=self.flow.time_distribution,
-            label_drop=self.flow.label_drop,
-        )
-        device = tokens_TC.device
-        labels_S = torch.where(drawn.drop_S.to(device), self.num_classes, labels_S.to(device))
+        slots, lengths, device = slots_S.tolist(), lengths_of(cu_seqlens).tolist(), tokens_TC.device
+        drawn = draws(seed, step, slots, lengths, tokens_TC.shape[1], self.flow.times, self.flow.label_drop)
+        labels_S = torch.where(drawn.drop_S.to(device), self.model.num_classes, labels_S.to(device))
         return self.prepare_at(tokens_TC, labels_S, cu_seqlens, drawn.t_S.to(device), drawn.noise_TC.to(device))
 
     @abstractmethod
@@ -68,9 +62,26 @@ class Objective(ABC):
     def model_time(self, t_S: Tensor) -> Tensor:
         """Flow time in [0, 1] in the unit that the network takes."""
 
-    def loss_S(self, output_TC: Tensor, inputs: Inputs, cu_seqlens: Tensor) -> Tensor:
-        """Loss of every image (S,), float32: mean over its tokens and channels."""
-        return segment_mean(self.token_loss(output_TC.float(), inputs, cu_seqlens), cu_seqlens)
+    def loss_S(self, outputs: Sequence[Tensor], inputs: Inputs, cu_seqlens: Tensor) -> Tensor:
+        """Loss of every image (S,), float32: mean over its tokens and channels, summed over the scales.
+
+        Args:
+            outputs: the network's, one (T, numbers) a scale.
+        """
+        losses_T = (
+            weight * self.token_loss(output_TC.float(), self._at_scale(inputs, scale), cu_seqlens)
+            for output_TC, (scale, weight) in zip(outputs, self.model.scales, strict=True)
+        )
+        return segment_mean(sum(losses_T, torch.zeros((), device=inputs.x_TC.device)), cu_seqlens)
+
+    def _at_scale(self, inputs: Inputs, scale: int) -> Inputs:
+        """With a target of one number for `scale` x `scale` pixels: their sum / scale, so that noise keeps its variance
+        (DiMR, arXiv 2406.09416)."""
+        if scale == 1:
+            return inputs
+        side = self.model.patch_size // scale
+        pixels = inputs.target.unflatten(1, (-1, side, scale, side, scale))
+        return replace(inputs, target=pixels.sum((3, 5)).flatten(1) / scale)
 
     @abstractmethod
     def token_loss(self, output_TC: Tensor, inputs: Inputs, cu_seqlens: Tensor) -> Tensor:
@@ -102,26 +113,26 @@ class DdpmEpsilon(Objective):
     (noise); flow time t maps to step floor(1000 (1 - t)), so uniform t gives uniform steps.
     """
 
-    def __init__(self, flow: FlowConfig, num_classes: int) -> None:
-        super().__init__(flow, num_classes)
-        beta = torch.linspace(*DDPM_BETAS, DDPM_STEPS, dtype=torch.float64)
-        keep = torch.cumprod(1 - beta, dim=0)  # the papers' alpha bar
-        before = torch.cat([torch.ones(1, dtype=torch.float64), keep[:-1]])
-        posterior = beta * (1 - before) / (1 - keep)
-        posterior[0] = posterior[1]  # the variance at step 0 is 0; its logarithm is needed
-        self.signal = keep.sqrt()
-        self.noise = (1 - keep).sqrt()
-        self.epsilon_to_mean = beta / ((1 - keep).sqrt() * (1 - beta).sqrt())
-        self.shrink = 1 / (1 - beta).sqrt()
-        self.log_least = posterior.log()
+    def __init__(self, flow: FlowConfig, model: ModelConfig) -> None:
+        super().__init__(flow, model)
+        beta, alphas_cumprod = DDPM_BETA, DDPM_ALPHAS_CUMPROD
+        alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+        posterior_variance = beta * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
+        posterior_variance[0] = posterior_variance[1]  # at step 0 it is 0; its logarithm is needed
+        self.sqrt_alphas_cumprod = alphas_cumprod.sqrt()
+        self.sqrt_one_minus_alphas_cumprod = (1 - alphas_cumprod).sqrt()
+        self.sqrt_recip_alphas = 1 / (1 - beta).sqrt()
+        self.epsilon_to_mean = beta / ((1 - alphas_cumprod).sqrt() * (1 - beta).sqrt())
+        self.log_least = posterior_variance.log()
         self.log_most = beta.log()
 
     def prepare_at(
         self, tokens_TC: Tensor, labels_S: Tensor, cu_seqlens: Tensor, t_S: Tensor, noise_TC: Tensor
     ) -> Inputs:
         step_S = self.model_time(t_S)
-        signal_T1, noise_T1 = self._at(step_S, cu_seqlens, len(tokens_TC), self.signal, self.noise)
-        return Inputs(signal_T1 * tokens_TC + noise_T1 * noise_TC, step_S, labels_S, noise_TC)
+        scales = (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
+        data_T1, noise_T1 = self._at(step_S, cu_seqlens, len(tokens_TC), *scales)
+        return Inputs(data_T1 * tokens_TC + noise_T1 * noise_TC, step_S, labels_S, noise_TC)
 
     def model_time(self, t_S: Tensor) -> Tensor:
         step = ((1 - t_S.double()) * DDPM_STEPS + 1e-4).floor()  # 1e-4: t = 1 - k / 1000 is step k in spite of rounding
@@ -134,9 +145,10 @@ class DdpmEpsilon(Objective):
 
     def _bound(self, epsilon_TC: Tensor, variance_TC: Tensor, inputs: Inputs, cu_seqlens: Tensor) -> Tensor:
         """One term of the variational bound, bits (T, C): KL at steps above 0, the decoder's likelihood at step 0."""
-        tables = (self.log_least, self.log_most, self.epsilon_to_mean, self.signal, self.noise, self.shrink)
+        scales = (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod, self.sqrt_recip_alphas)
+        tables = (*scales, self.epsilon_to_mean, self.log_least, self.log_most)
         rows = self._at(inputs.t_S, cu_seqlens, len(epsilon_TC), *tables)
-        log_least, log_most, to_mean, signal, noise, shrink = rows
+        data_T1, noise_T1, recip_T1, to_mean, log_least, log_most = rows
         place_TC = (variance_TC + 1) / 2
         log_variance_TC = place_TC * log_most + (1 - place_TC) * log_least
         gap_TC = to_mean * (epsilon_TC - inputs.target)  # between the means of p and q
@@ -144,8 +156,8 @@ class DdpmEpsilon(Objective):
             log_variance_TC - log_least - 1 + (log_least - log_variance_TC).exp()
             + gap_TC.square() * (-log_variance_TC).exp()
         )  # fmt: skip
-        data_TC = (inputs.x_TC - noise * inputs.target) / signal
-        mean_TC = shrink * inputs.x_TC - to_mean * epsilon_TC
+        data_TC = (inputs.x_TC - noise_T1 * inputs.target) / data_T1
+        mean_TC = recip_T1 * inputs.x_TC - to_mean * epsilon_TC
         step_T1 = per_token(inputs.t_S, cu_seqlens, len(epsilon_TC))
         return torch.where(step_T1 == 0, _decoder_nats(data_TC, mean_TC, log_variance_TC), kl_TC) / math.log(2)
 
@@ -155,9 +167,9 @@ class DdpmEpsilon(Objective):
         return [per_token(table[index_S].float().to(step_S.device), cu_seqlens, tokens) for table in tables]
 
 
-def make_objective(flow: FlowConfig, num_classes: int) -> Objective:
-    """The objective of a config; labels equal to `num_classes` mean "no class"."""
-    return {"rectified": RectifiedFlow, "ddpm": DdpmEpsilon}[flow.kind](flow, num_classes)
+def make_objective(flow: FlowConfig, model: ModelConfig) -> Objective:
+    """The objective of a config."""
+    return {"rectified": RectifiedFlow, "ddpm": DdpmEpsilon}[flow.kind](flow, model)
 
 
 def segment_mean(values_T: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -39,49 +39,28 @@ def image_generator(seed: int, step: int, slot: int, stream: int = TRAIN) -> np.
 
 
 def draws(
-    seed: int,
-    step: int,
-    slots: Sequence[int],
-    lengths: Sequence[int],
-    channels: int,
-    *,
-    time_distribution: str,
-    label_drop: float,
+    seed: int, step: int, slots: Sequence[int], lengths: Sequence[int], channels: int, times: str, label_drop: float
 ) -> Draws:
     """Time, label drop and noise of every image of a pack, on the CPU.
 
     Args:
         slots: S positions in the global batch; `PADDING_SLOT` gets time 0, no drop and zero noise.
         lengths: S token counts.
-        time_distribution: "logit_normal" (sigmoid of a standard normal) or "uniform".
+        times: "logit_normal" (sigmoid of a standard normal) or "uniform".
         label_drop: probability that a label is dropped.
     """
-    t_S = np.zeros(len(slots), dtype=np.float64)
-    drop_S = np.zeros(len(slots), dtype=bool)
-    noise_TC = np.zeros((sum(lengths), channels), dtype=np.float32)
-    start = 0
-    for i, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
-        if slot != PADDING_SLOT:
-            generator = image_generator(seed, step, slot)
-            t_S[i] = _time(generator, time_distribution)
-            drop_S[i] = generator.random() < label_drop
-            generator.standard_normal(dtype=np.float32, out=noise_TC[start : start + length])
-        start += length
-    return Draws(torch.from_numpy(t_S).float(), torch.from_numpy(drop_S), torch.from_numpy(noise_TC))
+    generators = _generators(seed, step, slots, TRAIN)
+    t_S = [_time(generator, times) if generator else 0.0 for generator in generators]
+    drop_S = [generator is not None and generator.random() < label_drop for generator in generators]
+    noise_TC = _normal(generators, lengths, channels)
+    return Draws(torch.tensor(t_S, dtype=torch.float32), torch.tensor(drop_S, dtype=torch.bool), noise_TC)
 
 
 def image_noise(
     seed: int, step: int, slots: Sequence[int], lengths: Sequence[int], channels: int, *, stream: int
 ) -> Tensor:
     """Standard normal noise (T, C) of the images `slots`, on the CPU; zeros for padding."""
-    noise_TC = np.zeros((sum(lengths), channels), dtype=np.float32)
-    start = 0
-    for slot, length in zip(slots, lengths, strict=True):
-        if slot != PADDING_SLOT:
-            generator = image_generator(seed, step, slot, stream)
-            generator.standard_normal(dtype=np.float32, out=noise_TC[start : start + length])
-        start += length
-    return torch.from_numpy(noise_TC)
+    return _normal(_generators(seed, step, slots, stream), lengths, channels)
 
 
 def interpolate(data_TC: Tensor, noise_TC: Tensor, t_T1: Tensor) -> Tensor:
@@ -111,6 +90,19 @@ def per_token(values_S: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
     """Repeat one value per image over its tokens: (S,) -> (T, 1), on the device of the values."""
     lengths_S = lengths_of(cu_seqlens).to(values_S.device, torch.int64)
     return values_S.repeat_interleave(lengths_S, output_size=tokens)[:, None]
+
+
+def _generators(seed: int, step: int, slots: Sequence[int], stream: int) -> list[np.random.Generator | None]:
+    """One for every image, None for padding."""
+    return [None if slot == PADDING_SLOT else image_generator(seed, step, slot, stream) for slot in slots]
+
+
+def _normal(generators: list[np.random.Generator | None], lengths: Sequence[int], channels: int) -> Tensor:
+    noise_TC = torch.zeros(sum(lengths), channels)
+    for generator, image_TC in zip(generators, noise_TC.split(list(lengths)), strict=True):
+        if generator:
+            generator.standard_normal(dtype=np.float32, out=image_TC.numpy())
+    return noise_TC
 
 
 def _time(generator: np.random.Generator, distribution: str) -> float:

@@ -9,7 +9,8 @@ evaluations (NFE, per image; with guidance each is two passes of the network, se
     dopri5          output points; step size is     as many as the tolerances ask for
                     its own
     sde             Euler-Maruyama steps + last     steps
-    ddpm, ddim      steps of the 1000 trained on    steps
+    ddpm, ddim      steps of the 1000 trained on,   steps
+                    chosen by `spacing`
 
 dopri5 chooses its steps from the error over all it integrates, so it takes one image at a time: a neighbour in the pack
 must not change an image. Noise inside a sampler comes from (seed, step, image index) alone.
@@ -19,15 +20,15 @@ Shape suffixes: T tokens of a pack, C numbers in a token.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise, repeat
 
 import torch
 from torch import Tensor
 
 from fitscale.config.errors import UserError
-from fitscale.config.schema import ADAPTIVE_SAMPLERS, SamplingConfig
+from fitscale.config.schema import SamplingConfig
 from fitscale.flow.guidance import ModelFn
-from fitscale.flow.loss import DDPM_BETAS, DDPM_STEPS
+from fitscale.flow.loss import DDPM_ALPHAS_CUMPROD, DDPM_BETAS, DDPM_STEPS
 from fitscale.flow.path import SAMPLER_NOISE, image_generator, image_noise, score
 
 LAST_SDE_STEP = 0.04
@@ -60,11 +61,6 @@ class ImageNoise:
         return [torch.Generator().manual_seed(int(stream.integers(2**63))) for stream in streams]
 
 
-def one_image_per_pack(method: str) -> bool:
-    """Whether a method may only see packs of a single image."""
-    return method in ADAPTIVE_SAMPLERS
-
-
 @torch.no_grad()
 def sample(model_fn: ModelFn, noise_TC: Tensor, sampling: SamplingConfig, noise: ImageNoise) -> Sampled:
     """Carry `noise_TC` to data.
@@ -76,19 +72,43 @@ def sample(model_fn: ModelFn, noise_TC: Tensor, sampling: SamplingConfig, noise:
     Raises:
         UserError: `sampling.steps` is impossible for the method.
     """
-    counted = _Counted(model_fn)
+    nfe = 0
+
+    def counted(x_TC: Tensor, t: float | Tensor) -> Tensor:
+        nonlocal nfe
+        nfe += 1
+        return model_fn(x_TC, t).to(x_TC.dtype)
+
     x_TC = _METHODS[sampling.method](counted, noise_TC, sampling, noise)
-    return Sampled(x_TC, counted.calls)
+    return Sampled(x_TC, nfe)
 
 
-class _Counted:
-    def __init__(self, model_fn: ModelFn) -> None:
-        self.model_fn = model_fn
-        self.calls = 0
+def ddpm_timesteps(sampling: SamplingConfig) -> list[int]:
+    """The `sampling.steps` of the 1000 steps (0 = data) that ddpm and ddim take, from noise to data.
 
-    def __call__(self, x_TC: Tensor, t: float | Tensor) -> Tensor:
-        self.calls += 1
-        return self.model_fn(x_TC, t).to(x_TC.dtype)
+        linspace   evenly from 999 to 0, rounded     respacing "N" of the published FiT v1 and DiT
+        leading    every k-th, down to 0              respacing "ddimN" there
+        trailing   every 1000/N-th, down from 999     Lin et al. 2023 (arXiv 2305.08891), whose names these are
+
+    Raises:
+        UserError: more than 1000; for `leading`, a number that no whole k gives.
+    """
+    steps = sampling.steps
+    if steps > DDPM_STEPS:
+        raise UserError(f"sampling.steps: {steps} is more than the {DDPM_STEPS} steps that {sampling.method} knows")
+    if sampling.timestep_spacing == "linspace":
+        stride = (DDPM_STEPS - 1) / max(steps - 1, 1)
+        return [round(step) for step in accumulate(repeat(stride, steps - 1), initial=0.0)][::-1]
+    if sampling.timestep_spacing == "trailing":
+        return [round(DDPM_STEPS - i * DDPM_STEPS / steps) - 1 for i in range(steps)]
+    strides = {len(range(0, DDPM_STEPS, stride)): stride for stride in range(DDPM_STEPS - 1, 0, -1)}
+    if steps not in strides:
+        nearest, next_nearest = sorted(strides, key=lambda number: abs(number - steps))[:2]
+        raise UserError(
+            f"sampling.steps: no whole stride takes {steps} of {DDPM_STEPS} steps (sampling.spacing = leading); the "
+            f"nearest that one takes are {nearest} and {next_nearest}"
+        )
+    return [*range(0, DDPM_STEPS, strides[steps])][::-1]
 
 
 def _grid(end: float, steps: int) -> list[float]:
@@ -142,16 +162,13 @@ def _sde_drift(model_fn: ModelFn, x_TC: Tensor, t: float) -> Tensor:
 
 
 def _ddpm(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, noise: ImageNoise) -> Tensor:
-    """Ancestral sampling with the learned variance, on evenly spaced steps (Nichol & Dhariwal 2021)."""
+    """Ancestral sampling with the learned variance (Nichol & Dhariwal 2021)."""
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-    _check_ddpm_steps(sampling)
-    scheduler = DDPMScheduler(
-        DDPM_STEPS, *DDPM_BETAS, "linear", variance_type="learned_range", clip_sample=False, timestep_spacing="linspace"
-    )
-    scheduler.set_timesteps(sampling.steps)
-    lengths = list(noise.lengths)
-    for step, index in enumerate(scheduler.timesteps.tolist()):
+    timesteps, lengths = ddpm_timesteps(sampling), list(noise.lengths)
+    scheduler = DDPMScheduler(DDPM_STEPS, *DDPM_BETAS, "linear", variance_type="learned_range", clip_sample=False)
+    scheduler.set_timesteps(timesteps=timesteps)
+    for step, index in enumerate(timesteps):
         output = model_fn(x_TC, 1 - index / DDPM_STEPS)
         images = zip(output.split(lengths), x_TC.split(lengths), noise.generators(step), strict=True)
         parts = [scheduler.step(out, index, x, generator, return_dict=False)[0] for out, x, generator in images]
@@ -161,26 +178,13 @@ def _ddpm(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, noise: Imag
 
 def _ddim(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, noise: ImageNoise) -> Tensor:
     """Deterministic sampling (eta = 0; Song et al. 2021, arXiv 2010.02502); the learned variance is not used."""
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-    _check_ddpm_steps(sampling)
-    if DDPM_STEPS % sampling.steps:
-        raise UserError(
-            f"sampling.steps: ddim needs a divisor of {DDPM_STEPS} (such as 50, 100, 250), not {sampling.steps}"
-        )
-    scheduler = DDIMScheduler(DDPM_STEPS, *DDPM_BETAS, "linear", clip_sample=False, timestep_spacing="trailing")
-    scheduler.set_timesteps(sampling.steps)
-    for index in scheduler.timesteps.tolist():
+    timesteps = ddpm_timesteps(sampling)
+    alphas_cumprod = [*DDPM_ALPHAS_CUMPROD[timesteps].tolist(), 1.0]  # 1: data
+    for index, (alpha, alpha_prev) in zip(timesteps, pairwise(alphas_cumprod), strict=True):
         epsilon_TC = model_fn(x_TC, 1 - index / DDPM_STEPS)[:, : x_TC.shape[1]]
-        x_TC = scheduler.step(epsilon_TC, index, x_TC, return_dict=False)[0]
+        data_TC = (x_TC - (1 - alpha) ** 0.5 * epsilon_TC) / alpha**0.5
+        x_TC = alpha_prev**0.5 * data_TC + (1 - alpha_prev) ** 0.5 * epsilon_TC
     return x_TC
-
-
-def _check_ddpm_steps(sampling: SamplingConfig) -> None:
-    if sampling.steps > DDPM_STEPS:
-        raise UserError(
-            f"sampling.steps: {sampling.steps} is more than the {DDPM_STEPS} steps that {sampling.method} knows"
-        )
 
 
 _METHODS: dict[str, Callable[[ModelFn, Tensor, SamplingConfig, ImageNoise], Tensor]] = {

@@ -8,17 +8,18 @@ there, on a machine of its own. Only what is missing is submitted: not what the 
 Slurm has not finished with will do. So submitting again is always safe.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
-from fitscale.config.schema import Config
-from fitscale.jobs.job import EVALUATION_TIMEOUTS, EvaluateJob, Job, TrainJob
-from fitscale.jobs.launch import Layout, LiveJob, make_executor, submit
+from fitscale.jobs.allocate import Allocation
+from fitscale.jobs.job import EVALUATION_TIMEOUTS, EvaluateJob, TrainJob
+from fitscale.jobs.launch import LiveJob, live_jobs, make_executor, submit
 from fitscale.jobs.profile import ClusterConfig
-from fitscale.jobs.requeue import FAILED
-from fitscale.run.claim import differing_keys
-from fitscale.run.layout import RunDir
+from fitscale.jobs.submission import Submission
+from fitscale.run.claim import differences
+from fitscale.run.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -30,68 +31,77 @@ class Link:
     after: "Link | str | None" = None
 
 
-def missing_links(config: Config, run: RunDir, live: list[LiveJob], to_evaluate: list[int]) -> list[Link]:
-    """The jobs that `run` still needs besides its `live` ones, each after the one that it waits for.
+def missing_links(state: Progress, live: list[LiveJob], evaluate: bool = True) -> list[Link]:
+    """The jobs that a run still needs besides its `live` ones, each after the one that it waits for.
 
-    `to_evaluate`: the steps that are not evaluated yet; empty to train only.
+    `evaluate`: its evaluations too.
     """
     going_on = {(job.kind, job.step): job.id for job in live}
-    saved = [checkpoint.step for checkpoint in run.checkpoints()]
+    to_evaluate = state.pending if evaluate else []
     links: list[Link] = []
     after: Link | str | None = None
-    for step in sorted({*to_evaluate, config.run.steps}):
+    for step in sorted({*to_evaluate, state.steps}):
         if ("train", step) in going_on:
             after = going_on["train", step]
-        elif saved and step <= saved[-1]:
+        elif step <= state.saved:
             after = None
         else:
-            links.append(Link("train", step, after))
-            after = links[-1]
+            after = Link("train", step, after)
+            links.append(after)
         if step in to_evaluate and ("evaluate", step) not in going_on:
             links.append(Link("evaluate", step, after))
     return links
 
 
-def require_same_config(config: Config, run: RunDir, live: list[LiveJob]) -> None:
-    """While jobs of a run are live its config stays: one that is queued again would read another than it was made for.
+def jobs_of_same_config(runs: Sequence[Submission]) -> list[list[LiveJob]]:
+    """The live jobs of each run.
 
-    A started run's config names the precision that `auto` has become there, which is no other.
-
-    Raises:
-        UserError: names the jobs and the keys.
-    """
-    if not live:
-        return
-    there = load_config([str(run.config)])
-    if config.parallel.precision == "auto":
-        config = replace(config, parallel=replace(config.parallel, precision=there.parallel.precision))
-    if changed := differing_keys(there, config):
-        jobs = ", ".join(f"{job.id} ({job.state})" for job in live)
-        raise UserError(
-            f"run.dir: {run.path} has jobs, {jobs}, of another config: {', '.join(changed)}. Cancel them first: "
-            f"python slurm/status.py {run.path} --cancel"
-        )
-
-
-def submit_links(profile: ClusterConfig, run: RunDir, layout: Layout, name: str, links: list[Link]) -> dict[Link, str]:
-    """Submit `links` in their order; returns the jobs' ids.
+    While there are any its config stays: a job that is queued again would read another than it was made for. A started
+    run's config names the precision that `auto` has become there, which is no other.
 
     Raises:
-        UserError: sbatch refuses one; those before it stay submitted, and the next try leaves them out.
+        UserError: it does not; names the jobs and the keys.
     """
-    path = run.path.resolve()
+    found = live_jobs([one.run for one in runs])
+    for one, live in zip(runs, found, strict=True):
+        changed = differences(load_config([str(one.run.config)]), one.config) if live else {}
+        if one.config.parallel.precision == "auto":
+            changed.pop("parallel.precision", None)
+        if changed:
+            jobs = ", ".join(f"{job.id} ({job.state})" for job in live)
+            raise UserError(
+                f"run.dir: {one.run.path} has jobs, {jobs}, of another config: {', '.join(changed.values())}. Cancel "
+                f"them first: python slurm/status.py {one.run.path} --cancel"
+            )
+    return found
+
+
+def submit_missing(
+    profile: ClusterConfig, one: Allocation, live: list[LiveJob], evaluate: bool = True
+) -> dict[Link, str]:
+    """Submit what neither the run directory holds nor a live job will do; returns the jobs' ids.
+
+    Raises:
+        UserError: sbatch refuses a job; those before it stay submitted, and the next try leaves them out.
+    """
+    run, machine, links = one.run, one.plan.machine, missing_links(one.progress, live, evaluate)
     if any(link.kind == "train" for link in links):
-        (path / FAILED).unlink(missing_ok=True)  # the word of the jobs before these
+        run.failed.unlink(missing_ok=True)  # the word of the jobs before these
     ids: dict[Link, str] = {}
     for link in links:
         after = ids[link.after] if isinstance(link.after, Link) else link.after
-        train = link.kind == "train"
-        job_name = f"{name}-{link.kind}-{link.step}"
-        if train:
-            job: Job = TrainJob(path, link.step)
-            executor = make_executor(profile, run, layout, job_name, after)
+        name = f"{one.config.run.name}-{link.kind}-{link.step}"
+        if link.kind == "train":
+            executor = make_executor(profile, run, machine, name, after)
+            ids[link] = submit(executor, TrainJob(run.absolute, link.step))
         else:
-            job = EvaluateJob(path, link.step)
-            executor = make_executor(profile, run, Layout(1, 1), job_name, after, EVALUATION_TIMEOUTS)
-        ids[link] = submit(executor, job)
+            single = replace(machine, gpus=1, gpus_per_node=1)
+            executor = make_executor(profile, run, single, name, after, EVALUATION_TIMEOUTS)
+            ids[link] = submit(executor, EvaluateJob(run.absolute, link.step))
     return ids
+
+
+def told(live: list[LiveJob], ids: dict[Link, str]) -> list[str]:
+    """What a person is told of a run's jobs: those that were live, and those just submitted."""
+    lines = [f"{job.kind} {job.step}: job {job.id} ({job.state}), submitted before" for job in live]
+    return lines + [f"{link.kind} {link.step}: job {job_id}" for link, job_id in ids.items()]

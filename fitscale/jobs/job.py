@@ -14,8 +14,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 from submitit.core.job_environment import JobEnvironment
 from submitit.helpers import DelayedSubmission
@@ -24,87 +23,72 @@ from fitscale.config.errors import PassingError, UserError
 from fitscale.config.load import load_config
 from fitscale.config.program import USER_ERROR
 from fitscale.config.schema import Config
-from fitscale.jobs.requeue import FAILED
+from fitscale.run.attempt import TakenOverError, is_taken_over
 from fitscale.run.layout import RunDir
 
-LOG = "log.txt"
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 EVALUATION_TIMEOUTS = 5  # time limits that one evaluation may reach: it begins anew each time
 FIRST_PORT, PORTS = 10000, 20000  # below the ports that Linux hands out by itself
 
 
 @dataclass(frozen=True)
-class Job:
-    """A path, and what submitit queues again when the job's time is over: the same."""
+class RunJob:
+    """Train the run in `run`, which holds its config already, then evaluate it."""
 
-    run_dir: Path
+    run: RunDir
 
     def __call__(self) -> None:
-        raise NotImplementedError
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What jobs.jsonl says of it: kind, and step."""
-        return {"kind": "run"}
+        self.fitscale("train", str(self.run.config))
+        self.fitscale("evaluate", str(self.run.path))
 
     def checkpoint(self) -> DelayedSubmission:
+        """What submitit queues again when the job's time is over: the same."""
         return DelayedSubmission(self)
 
-    def run_command(self, *arguments: str) -> None:
+    def fitscale(self, *arguments: str) -> None:
         """Run `fitscale ARGUMENTS`; raises SystemExit(2) on a user's mistake, RuntimeError if it fails otherwise."""
         command = [sys.executable, "-m", "fitscale", *arguments]
         environment = {key: value for key, value in os.environ.items() if key not in RENDEZVOUS}
-        with open(self.run_dir / LOG, "ab") as log:
+        with open(self.run.log, "ab") as log:
             code = subprocess.run(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False
             ).returncode
         if code == USER_ERROR:
             raise SystemExit(code)
         if code:
-            raise RuntimeError(f"{' '.join(command)} ended with exit code {code}; its output: {self.run_dir / LOG}")
+            raise RuntimeError(f"{' '.join(command)} ended with exit code {code}; its output: {self.run.log}")
 
 
 @dataclass(frozen=True)
-class RunJob(Job):
-    """Train the run in `run_dir`, which holds its config already, then evaluate it."""
+class EvaluateJob(RunJob):
+    """Evaluate the run in `run` at `step`."""
 
-    def __call__(self) -> None:
-        self.run_command("train", str(self.run_dir / "config.yaml"))
-        self.run_command("evaluate", str(self.run_dir))
-
-
-@dataclass(frozen=True)
-class EvaluateJob(Job):
-    """Evaluate the run in `run_dir` at `step`."""
-
+    kind: ClassVar[str] = "evaluate"
     step: int
 
-    @property
-    def about(self) -> dict[str, Any]:
-        return {"kind": "evaluate", "step": self.step}
-
     def __call__(self) -> None:
-        require_device(load_config([str(self.run_dir / "config.yaml")]))
-        self.run_command("evaluate", str(self.run_dir), "--step", str(self.step))
+        require_device(load_config([str(self.run.config)]))
+        self.fitscale("evaluate", str(self.run.path), "--step", str(self.step))
 
 
 @dataclass(frozen=True)
-class TrainJob(Job):
-    """One rank of the run in `run_dir`, in this process, so that every rank hears the cluster's signals itself."""
+class TrainJob(RunJob):
+    """One rank of the run in `run` up to `step`: in this process, so that every rank hears the cluster's signals."""
 
-    until: int  # step
-
-    @property
-    def about(self) -> dict[str, Any]:
-        return {"kind": "train", "step": self.until}
+    kind: ClassVar[str] = "train"
+    step: int
 
     def __call__(self) -> None:
         environment = JobEnvironment()
         rank = environment.global_rank
         os.environ.update(rendezvous(environment))
         if rank == 0:
-            (self.run_dir / FAILED).unlink(missing_ok=True)
-            _log_into(self.run_dir / LOG)
+            self.run.failed.unlink(missing_ok=True)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            with open(self.run.log, "ab") as log:  # for this process's output, and that of what it starts
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
         self._train(rank)
 
     def _train(self, rank: int) -> None:
@@ -112,9 +96,9 @@ class TrainJob(Job):
         from fitscale.train.trainer import train
 
         try:
-            config = load_config([str(self.run_dir / "config.yaml")])
+            config = load_config([str(self.run.config)])
             require_device(config)
-            train(config, self.until)
+            train(config, self.step)
         except Preempted as stop:
             if stop.signal == signal.SIGUSR2:
                 os.kill(os.getpid(), signal.SIGUSR2)  # submitit's own handler again: rank 0 queues the job anew
@@ -126,10 +110,8 @@ class TrainJob(Job):
 
     def _note(self, error: UserError) -> None:
         """Leave word that the run cannot go on; any rank may meet what the others do not, such as a corrupt image."""
-        from fitscale.run.attempt import TakenOverError, is_taken_over
-
-        if not isinstance(error, TakenOverError | PassingError) and not is_taken_over(RunDir(self.run_dir)):
-            (self.run_dir / FAILED).write_text(f"{error}\n")
+        if not isinstance(error, TakenOverError | PassingError) and not is_taken_over(self.run):
+            self.run.failed.write_text(f"{error}\n")
 
 
 def require_device(config: Config) -> None:
@@ -154,12 +136,3 @@ def rendezvous(environment: JobEnvironment) -> dict[str, str]:
         "MASTER_ADDR": environment.hostnames[0] if environment.num_nodes > 1 else "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-
-
-def _log_into(path: Path) -> None:
-    """Send this process's output, and that of what it starts, to the end of `path`."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with open(path, "ab") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)

@@ -1,8 +1,10 @@
 """A cluster profile, configs/cluster/*.yaml: all that differs from one Slurm cluster to another, and nothing else."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from fitscale.config.checks import at_least
 from fitscale.config.errors import UserError
+from fitscale.config.schema import Config
 from fitscale.plan.devices import find_device
 
 
@@ -21,7 +23,7 @@ class ClusterConfig:
     max_nodes: int = 1024  # most nodes of one job
     cpus_per_task: int = 8
     mem_gb: float | None = None  # per node
-    time_min: int = 1440  # a run that needs longer is queued again at its end
+    time_min: int = 1440  # a run that needs longer is queued again at its end; Slurm's limits are whole minutes
     signal_before_end_s: int = 120  # USR2 comes so early: a step and a checkpoint have to fit in
     constraint: str | None = None
     exclude: str | None = None  # nodes
@@ -31,23 +33,25 @@ class ClusterConfig:
     setup: list[str] = field(default_factory=list)  # shell lines before the job: module load ...
     python: str | None = None  # command that starts Python, e.g. in a container; None = the one that submits
 
+    def on_its_devices(self, config: Config) -> Config:
+        """`config` for these nodes: where they have GPUs, one that has lost its own must not train on its cores, as
+        `run.device: auto` would have it."""
+        if not self.gpus_per_node or config.run.device != "auto":
+            return config
+        return replace(config, run=replace(config.run, device="cuda"))
+
     def __post_init__(self) -> None:
         find_device(self.device)
         if (self.device == "cpu") != (self.gpus_per_node == 0):
             raise UserError(f"device: {self.device} does not go with gpus_per_node = {self.gpus_per_node}")
         if not 0 < self.utilisation <= 1:
             raise UserError(f"utilisation: {self.utilisation} is not a share; valid: above 0, at most 1")
-        for key, least in (("gpus_per_node", 0), ("tasks_per_node", 1), ("max_nodes", 1), ("cpus_per_task", 1)):
-            if getattr(self, key) < least:
-                raise UserError(f"{key}: {getattr(self, key)} is too small, the least is {least}")
-        if self.time_min < 1:
+        at_least("gpus_per_node", self.gpus_per_node, 0)
+        for key in ("tasks_per_node", "max_nodes", "cpus_per_task", "time_min", "signal_before_end_s"):
+            at_least(key, getattr(self, key), 1)
+        if self.signal_before_end_s >= 60 * self.time_min:
             raise UserError(
-                f"time_min: {self.time_min} is too small, the least is 1 (Slurm's limits are whole minutes)"
-            )
-        if not 1 <= self.signal_before_end_s < 60 * self.time_min:
-            raise UserError(
-                f"signal_before_end_s: {self.signal_before_end_s} must be at least 1 and below time_min = "
-                f"{self.time_min} min"
+                f"signal_before_end_s: {self.signal_before_end_s} must be below time_min = {self.time_min} min"
             )
         if self.gpus_per_node and self.tasks_per_node > self.gpus_per_node:
             raise UserError(f"tasks_per_node: {self.tasks_per_node} is more than gpus_per_node = {self.gpus_per_node}")

@@ -1,8 +1,11 @@
 """A sweep: the ladder of sizes of one study, and where its runs go."""
 
+import re
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 
+from fitscale.config.checks import at_least
 from fitscale.config.errors import UserError
 
 
@@ -14,8 +17,7 @@ class LocalConfig:
     gpus: list[int] = field(default_factory=list)  # CUDA devices, one a cell; [] = the cells run on the CPU
 
     def __post_init__(self) -> None:
-        if self.parallel_cells < 1:
-            raise UserError(f"local.parallel_cells: {self.parallel_cells} is too small, the least is 1")
+        at_least("local.parallel_cells", self.parallel_cells, 1)
         if self.gpus and len(self.gpus) < self.parallel_cells:
             raise UserError(
                 f"local.gpus: {len(self.gpus)} for local.parallel_cells = {self.parallel_cells}; each needs its own"
@@ -24,7 +26,7 @@ class LocalConfig:
 
 @dataclass(frozen=True)
 class LayoutConfig:
-    """Processes of a cell's training job on a cluster."""
+    """Processes of a run's training job on a cluster."""
 
     nodes: int = 1
     tasks_per_node: int | None = None  # None = the cluster profile's
@@ -48,39 +50,39 @@ class SweepConfig:
     local: LocalConfig = field(default_factory=LocalConfig)
 
     @property
-    def all_cells(self) -> dict[str, list[str]]:
-        """Every cell's own arguments, by its name."""
-        return self.cells or {name: own for name, (_, own) in self._combinations().items()}
+    def arguments(self) -> dict[str, list[str]]:
+        """Every cell's arguments of `fitscale train`, by its name."""
+        own = self.cells or {cell: [one for _, added in chosen for one in added] for cell, chosen in self._combined()}
+        return {
+            cell: [*self.base, *added, f"run.name={self.name}-{cell}", f"run.dir={Path(self.dir) / cell}"]
+            for cell, added in own.items()
+        }
 
     def layout_of(self, cell: str) -> LayoutConfig | None:
         """The layout given for a cell, by its name or by one of its axes' values."""
-        values = () if self.cells else self._combinations()[cell][0]
+        values = [value for value, _ in dict(self._combined()).get(cell, ())]
         return next((self.layouts[name] for name in (cell, *values) if name in self.layouts), None)
 
-    def _combinations(self) -> dict[str, tuple[tuple[str, ...], list[str]]]:
-        """Of the axes: name of a cell -> its values and its arguments."""
-        if not self.axes:
-            return {}
-        combinations = [
-            tuple(zip(*chosen, strict=True)) for chosen in product(*(a.items() for a in self.axes.values()))
-        ]
-        return {"-".join(values): (values, [one for own in owns for one in own]) for values, owns in combinations}
+    def _combined(self) -> list[tuple[str, tuple[tuple[str, list[str]], ...]]]:
+        """Of the axes: name of a cell, and its (value, arguments) of every axis."""
+        chosen = product(*(axis.items() for axis in self.axes.values())) if self.axes else ()
+        return [("-".join(value for value, _ in one), one) for one in chosen]
 
     def __post_init__(self) -> None:
         if not self.dir:
             raise UserError("dir: must be given (the sweep directory)")
         if self.cells and self.axes:
             raise UserError("cells and axes: only one of the two may be given")
-        if not self.all_cells or (self.axes and not all(self.axes.values())):
+        if not self.arguments:
             raise UserError("cells: must name at least one cell, e.g. cells: {s: [configs/model/s.yaml]}")
         if self.max_days is not None and not self.max_days > 0:
             raise UserError(f"max_days: {self.max_days} must be above 0")
-        known = {*self.all_cells, *(value for axis in self.axes.values() for value in axis)}
+        known = {*self.arguments, *(value for axis in self.axes.values() for value in axis)}
         for name in self.layouts:
             if name not in known:
                 raise UserError(
                     f"layouts.{name}: no such cell or value of an axis; there are {', '.join(sorted(known))}"
                 )
-        for name in self.all_cells:
-            if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
+        for name in self.arguments:
+            if not re.fullmatch(r"\w[\w.-]*", name):
                 raise UserError(f"cells: {name!r} cannot be a directory's name; use letters, digits, '-', '_' and '.'")

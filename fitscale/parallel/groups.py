@@ -104,10 +104,9 @@ def _prepare(device: torch.device) -> None:
 
 
 def _join_world(world_size: int, backend: str, timeout: timedelta) -> None:
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=world_size, timeout=timeout)
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": world_size}
+    dist.init_process_group(backend, timeout=timeout, **alone)  # type: ignore[arg-type]
 
 
 def _divide_world(tp_size: int, timeout: timedelta) -> None:

@@ -30,15 +30,10 @@ class ColumnLinear(ColumnParallelLinear):
     The weight is set by whoever owns the model; megatron-core's own initialisation only marks how it is cut.
     """
 
+    get_extra_state = nn.Module.get_extra_state  # none: megatron-core's is empty, for Transformer Engine
+
     def __init__(self, in_features: int, out_features: int, sequence_parallel: bool) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            config=_megatron_config(sequence_parallel),
-            init_method=_leave,
-            skip_bias_add=True,
-        )
-        self.register_state_dict_post_hook(_drop_extra_state)
+        super().__init__(in_features, out_features, **_settings(sequence_parallel))
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         out, bias = super().forward(x)
@@ -48,17 +43,11 @@ class ColumnLinear(ColumnParallelLinear):
 class RowLinear(RowParallelLinear):
     """Linear whose input features are split over TP: (T, in/tp) -> (T, out), or (T/tp, out) under SP."""
 
+    get_extra_state = nn.Module.get_extra_state  # none: megatron-core's is empty, for Transformer Engine
+
     def __init__(self, in_features: int, out_features: int, sequence_parallel: bool) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            config=_megatron_config(sequence_parallel),
-            init_method=_leave,
-            bias=True,
-            input_is_parallel=True,
-            skip_bias_add=True,
-        )
-        self.register_state_dict_post_hook(_drop_extra_state)
+        settings = _settings(sequence_parallel)
+        super().__init__(in_features, out_features, bias=True, input_is_parallel=True, **settings)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         out, bias = super().forward(x)
@@ -105,61 +94,45 @@ def tp_size() -> int:
     return parallel_state.get_tensor_model_parallel_world_size()
 
 
-def full_shape(param: Tensor) -> tuple[int, ...]:
-    """Shape of a parameter over all TP ranks, before ZeRO-3 partitioned it."""
-    shape = list(getattr(param, "ds_shape", param.shape))
-    if _is_split(param):
-        shape[param.partition_dim] *= tp_size()  # type: ignore[attr-defined]
-    return tuple(shape)
+def gather_tp(value: Tensor, split: int | None) -> Tensor:
+    """`value`, this rank's shard of a tensor that is split in dimension `split`, joined over TP on every TP rank.
 
-
-def full_tensor(param: Tensor, value: Tensor) -> Tensor:
-    """`value`, this rank's piece laid out as `param` (its weight, average, gradient), joined over TP on every TP rank.
-
-    A collective operation of the TP group; `value` must be on the group's device.
+    A collective operation of the TP group; `value` must be on the group's device. None: it is whole already.
     """
-    if not _is_split(param):
+    if split is None or tp_size() == 1:
         return value
-    pieces = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(tp_size())]
-    dist.all_gather(pieces, value.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
-    return torch.cat(pieces, dim=param.partition_dim)  # type: ignore[attr-defined]
+    shards = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(tp_size())]
+    dist.all_gather(shards, value.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    return torch.cat(shards, dim=split)
 
 
-def own_piece(param: Tensor, full: Tensor) -> Tensor:
-    """This rank's piece of a full tensor: the inverse of `full_tensor`."""
-    if not _is_split(param):
-        return full
-    return full.chunk(tp_size(), dim=param.partition_dim)[tp_rank()]  # type: ignore[attr-defined]
+def tp_shard(full: Tensor, split: int | None) -> Tensor:
+    """This rank's shard of a full tensor: the inverse of `gather_tp`."""
+    return full if split is None else full.chunk(tp_size(), dim=split)[tp_rank()]
 
 
-def set_value(param: Tensor, piece: Tensor) -> None:
-    """Set a parameter to this rank's piece; under ZeRO-3, to the part of it that this rank keeps. Local."""
+def split_of(param: Tensor) -> int | None:
+    """The dimension in which megatron-core's layers split a parameter over TP; None if every rank has all of it."""
+    return param.partition_dim if getattr(param, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
+
+
+def set_value(param: Tensor, shard: Tensor) -> None:
+    """Set a parameter to this rank's shard; under ZeRO-3, to the part of it that this rank keeps. Local."""
     if hasattr(param, "ds_tensor"):
         kept = param.ds_tensor
         start = kept.ds_numel * parallel_state.get_data_parallel_rank()
-        part = piece.flatten()[start : start + kept.ds_numel]
+        part = shard.flatten()[start : start + kept.ds_numel]
         kept.data[: len(part)].copy_(part)
     else:
-        param.data.copy_(piece)
+        param.data.copy_(shard)
 
 
-def _leave(weight: Tensor) -> None:
-    """An initialisation that does nothing."""
-
-
-def _is_split(param: Tensor) -> bool:
-    return tp_size() > 1 and getattr(param, "tensor_model_parallel", False)
-
-
-def _megatron_config(sequence_parallel: bool) -> ModelParallelConfig:
-    return ModelParallelConfig(
+def _settings(sequence_parallel: bool) -> dict[str, Any]:
+    """What both linears are to megatron-core: weights that it leaves as they are, a bias that it leaves to us."""
+    config = ModelParallelConfig(
         tensor_model_parallel_size=tp_size(),
         sequence_parallel=sequence_parallel,
         use_cpu_initialization=True,
         gradient_accumulation_fusion=False,
     )
-
-
-def _drop_extra_state(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """megatron-core adds an empty entry for Transformer Engine, which is no weight."""
-    state.pop(f"{prefix}_extra_state", None)
+    return {"config": config, "init_method": lambda weight: None, "skip_bias_add": True}

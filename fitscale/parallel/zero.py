@@ -1,8 +1,8 @@
 """The only door to DeepSpeed: the engine, and full fp32 tensors gathered from its partitions.
 
-    FiT + AdamWEMA -> make_engine -> engine(inputs), engine.backward(loss), engine.step()
+    network + AdamWEMA -> make_engine -> engine(inputs), engine.backward(loss), engine.step()
                                          |
-                      full_tensor(engine, parameter, key) -> one whole fp32 tensor, on every data-parallel rank
+                      gather_dp(engine, parameter, key) -> one whole fp32 tensor, on every data-parallel rank
 
 DeepSpeed's ZeRO shards the optimizer: stage 1 its state, stage 2 the gradients too, stage 3 the weights as well.
 """
@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def make_engine(
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        mpu=_ModelParallelUnit(),
+        mpu=_model_parallel_unit(),
         config=_engine_config(parallel, optim, topology),
     )
     return engine
@@ -51,7 +52,7 @@ def building(parallel: ParallelConfig, optim: OptimConfig, topology: Topology) -
     deepspeed.init_distributed(dist_backend="nccl" if topology.device.type == "cuda" else "gloo")
     return deepspeed.zero.Init(
         data_parallel_group=parallel_state.get_data_parallel_group(),
-        mpu=_ModelParallelUnit(),
+        mpu=_model_parallel_unit(),
         config_dict_or_path=_engine_config(parallel, optim, topology),  # names the precision, too
     )
 
@@ -84,7 +85,7 @@ def _gradient_norm(model: torch.nn.Module) -> float:
     return float((shards.cpu() + squares[1]).sqrt())
 
 
-def full_tensor(engine: Any, parameter: torch.nn.Parameter, key: str | None = None) -> torch.Tensor:
+def gather_dp(engine: Any, parameter: torch.nn.Parameter, key: str | None = None) -> torch.Tensor:
     """The whole fp32 value of `parameter`, or of its optimizer state `key`, gathered over data-parallel ranks.
 
     A collective: every rank calls it for the same parameters in the same order. Tensor-parallel shards stay shards.
@@ -126,18 +127,15 @@ def set_tensor(engine: Any, parameter: torch.nn.Parameter, value: torch.Tensor, 
     if stage == 0:
         target = parameter.data if key is None else engine.optimizer.state[parameter][key]
         target.copy_(value)
-    elif stage == 3:
-        local = _local_part(parameter, value)
-        _set(parameter, local, key, safe_set_local_fp32_param, safe_set_local_optimizer_state)
-    else:
-        _set(parameter, value, key, safe_set_full_fp32_param, safe_set_full_optimizer_state)
-
-
-def _set(parameter: torch.nn.Parameter, value: torch.Tensor, key: str | None, weights: Any, state: Any) -> None:
+        return
+    set_weights, set_state = safe_set_full_fp32_param, safe_set_full_optimizer_state
+    if stage == 3:
+        set_weights, set_state = safe_set_local_fp32_param, safe_set_local_optimizer_state
+        value = _local_part(parameter, value)
     if key is None:
-        weights(parameter, value)
+        set_weights(parameter, value)
     else:
-        state(parameter, value, key)
+        set_state(parameter, value, key)
 
 
 def _local_part(parameter: Any, value: torch.Tensor) -> torch.Tensor:
@@ -156,21 +154,17 @@ def _partitions(engine: Any) -> list[torch.Tensor]:
     return [parameter for group in engine.optimizer.param_groups for parameter in group["params"]]
 
 
-class _ModelParallelUnit:
+def _model_parallel_unit() -> SimpleNamespace:
     """megatron-core's groups under the names that DeepSpeed asks for (no pipeline parallelism)."""
-
-    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
-    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
-    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
-    get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
-    get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
-    get_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
-    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
-    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
-    get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
-    get_slice_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
-    get_slice_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
-    get_slice_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    groups = {"data_parallel": "data_parallel"}
+    groups |= dict.fromkeys(("model_parallel", "tensor_model_parallel", "slice_parallel"), "tensor_model_parallel")
+    return SimpleNamespace(
+        **{
+            f"get_{theirs}_{what}": getattr(parallel_state, f"get_{ours}_{what}")
+            for theirs, ours in groups.items()
+            for what in ("group", "rank", "world_size")
+        }
+    )
 
 
 def _import_deepspeed(device: torch.device) -> Any:
@@ -200,7 +194,7 @@ def _engine_config(parallel: ParallelConfig, optim: OptimConfig, topology: Topol
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.grad_clip,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # offloaded, too, the optimizer is ours: it carries the averages
+        "zero_force_ds_cpu_optimizer": False,  # offloaded, too, the optimizer is ours: it carries the EMA
         "zero_optimization": zero,
         "bf16": {"enabled": parallel.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},

@@ -22,7 +22,7 @@ device in the backward pass, stage 2 in bf16 4P/n.
 from dataclasses import dataclass, fields
 
 from fitscale.config.schema import Config
-from fitscale.model.inventory import Parameter, inventory
+from fitscale.model.backbone import backbone_of, parameter_table
 
 # DeepSpeed's defaults (runtime/zero/config.py), in numbers of a tensor.
 BUCKET = 500_000_000  # reduce_bucket_size: allocated whole, however small the model
@@ -143,41 +143,40 @@ def kept_parameters(config: Config) -> int:
 def recomputed_blocks(config: Config) -> int:
     """Blocks whose forward pass is run again in the backward pass."""
     every = config.parallel.activation_checkpoint_every
-    return -(-config.model.depth // every) if every else 0
+    return -(-_kept_blocks(config) // every) if every else 0
+
+
+def recomputed_share(config: Config) -> float:
+    """Share of the forward pass that is run again in the backward pass."""
+    return recomputed_blocks(config) / _kept_blocks(config)
 
 
 def activation_bytes(config: Config, tokens: int, images: int, on_cuda: bool) -> float:
-    """What autograd keeps of one pack of `tokens` tokens and `images` images, and what the backward pass adds.
-
-    Of every token a block keeps: 8 vectors of the hidden size (two norms' inputs, outputs and modulated outputs, two
-    results before their gates), which sequence parallelism splits; q, k, v as projected, q and k as turned and
-    attention's output (on CPUs twice), 4 vectors of the MLP's width, which tensor parallelism splits; and statistics.
-    """
-    model, parallel = config.model, config.parallel
-    tp, d, each = parallel.tensor_parallel_size, model.hidden_size, number_bytes(config)
+    """What autograd keeps of one pack of `tokens` tokens and `images` images, and what the backward pass adds."""
+    parallel, each = config.parallel, number_bytes(config)
+    kept = backbone_of(config.model).kept(config.model, on_cuda)
+    tp = parallel.tensor_parallel_size
     own = tp if parallel.sequence_parallel else 1
-    inside = (6 if on_cuda else 7) * d + 4 * model.mlp_hidden_size
-    statistics = FP32 * (4 + 5 * model.num_heads / tp)
-    block = tokens * (each * (8 * d / own + inside / tp) + statistics) + images * each * 9 * d
-    recomputed, depth = recomputed_blocks(config), model.depth
-    kept = recomputed * tokens * each * d / own + (depth - recomputed) * block
-    ends_recomputed = recomputed > 0 and (depth - 1) % parallel.activation_checkpoint_every == 0
-    ends = each * tokens * d * (3 + 5)  # the final layer's inputs; gradients on their way
-    positions = tokens * 2 * FP32 * model.head_dim
-    return kept + (block if ends_recomputed else 0.0) + ends + positions
+    statistics = FP32 * (kept.token_statistics + kept.token_statistics_split / tp)
+    block = tokens * (each * (kept.token / own + kept.token_split / tp) + statistics) + images * each * kept.image
+    recomputed = recomputed_blocks(config)
+    inputs = recomputed * tokens * each * config.model.hidden_size / own
+    ends_recomputed = recomputed > 0 and (kept.blocks - 1) % parallel.activation_checkpoint_every == 0
+    alive = kept.blocks - recomputed + ends_recomputed
+    return inputs + alive * block + tokens * (each * kept.ends + FP32 * kept.positions)
+
+
+def _kept_blocks(config: Config) -> int:
+    return backbone_of(config.model).kept(config.model, False).blocks
 
 
 def _sizes(config: Config) -> _Sizes:
     tp = config.parallel.tensor_parallel_size
-    found = inventory(config.model)
-    trained = [one for one in found if _is_trained(one, config.optim.trainable)]
+    found, patterns = parameter_table(config.model), config.optim.trainable
+    trained = [one for one in found if not patterns or one.matches(patterns)]
     small = [one.local(tp) for one in found if one.local(tp) <= PERSISTENT]
     largest = max(one.local(tp) for one in found)
     return _Sizes(sum(one.local(tp) for one in found), sum(one.local(tp) for one in trained), sum(small), largest)
-
-
-def _is_trained(parameter: Parameter, trainable: list[str]) -> bool:
-    return not trainable or any(pattern in parameter.name for pattern in trainable)
 
 
 def _weights(config: Config, sizes: _Sizes, dp_size: int) -> tuple[float, float]:

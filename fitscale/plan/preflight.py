@@ -9,24 +9,28 @@ from pathlib import Path
 
 from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
-from fitscale.data.batch_plan import BatchPlan, open_plan
-from fitscale.data.index import Index
+from fitscale.data.batch_plan import BatchPlan, OpenIndex, open_plan
+from fitscale.data.index import Index, open_index
+from fitscale.model.backbone import parameter_table
 
 
-def open_data(config: Config) -> BatchPlan:
+def open_data(config: Config, open_index: OpenIndex = open_index) -> BatchPlan:
     """The batch plan of the training images.
 
     Raises:
         UserError: no shards are named or there, or they do not fit the model: channels, classes, kind of latents,
-            sizes, an image larger than a pack.
+            sizes, an image larger than a pack. Or parameters are named that the model does not have.
     """
     if not config.data.sources:
         raise UserError("data.shards: must be given, in a config file or as data.shards=PATH")
     batch, patch_size = config.batch.global_batch_size, config.model.patch_size
-    plan = open_plan(config.data, seed=config.run.seed, global_batch_size=batch, patch_size=patch_size)
+    plan = open_plan(
+        config.data, seed=config.run.seed, global_batch_size=batch, patch_size=patch_size, open_index=open_index
+    )
     for stream in plan.streams:
         _require_same_latents(config, stream.index)
     plan.require_fit(config.batch.pack_tokens, pad_multiple(config))
+    _require_names(config)
     return plan
 
 
@@ -48,6 +52,14 @@ def require_files(config: Config) -> None:
 def pad_multiple(config: Config) -> int:
     """Packs are padded to a multiple of this: the config's, and one that sequence parallelism can cut."""
     return math.lcm(config.batch.pad_multiple, config.parallel.tensor_parallel_size)
+
+
+def _require_names(config: Config) -> None:
+    table = parameter_table(config.model)
+    for key, patterns in (("optim.trainable", config.optim.trainable), ("run.reset", config.run.reset)):
+        for pattern in patterns:
+            if not any(entry.matches([pattern]) for entry in table):
+                raise UserError(f"{key}: {pattern!r} is part of no parameter's name")
 
 
 def _require_same_latents(config: Config, index: Index) -> None:

@@ -9,15 +9,20 @@ import json
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
+from fitscale.config.checks import at_least
 from fitscale.config.errors import UserError
 from fitscale.config.files import read_jsonl
 from fitscale.config.load import load_config
 from fitscale.config.schema import Config
+from fitscale.data.batch_plan import OpenIndex
+from fitscale.data.index import open_index
 from fitscale.model import flops
 from fitscale.plan.devices import device_reported_as, find_device
-from fitscale.plan.memory import Moment, local_parameters
-from fitscale.plan.step import Machine, Plan, layouts, measured_utilisation, plan, typical_images
+from fitscale.plan.layout import Machine, in_words, layouts
+from fitscale.plan.memory import local_parameters
+from fitscale.plan.step import RunPlan, measured_utilisation, plan, typical_images
 from fitscale.run.layout import RunDir
 
 GIB = 2**30
@@ -25,9 +30,10 @@ _PARTS = {
     "weights": "weights",
     "gradients": "gradients",
     "optimizer": "fp32 weights, moments",
-    "averages": "averages (EMA)",
+    "averages": "EMA",
     "activations": "activations",
     "buffers": "buffers, temporaries",
+    "total": "total",
 }
 
 
@@ -41,38 +47,28 @@ class Utilisation:
 
 def run_plan(arguments: argparse.Namespace) -> None:
     """Print the plan that the command line asks for."""
-    config = load_config(arguments.config)
+    config, opened = load_config(arguments.config), cache(open_index)
+    for key in ("gpus", "gpus_per_node", "best", "target_steps"):
+        if getattr(arguments, key) is not None:
+            at_least(f"--{key.replace('_', '-')}", getattr(arguments, key), 1)
+    if not 0 < arguments.mfu <= 1:
+        raise UserError(f"--mfu: {arguments.mfu} is not a utilisation; valid: above 0, at most 1")
     if arguments.target_steps is not None:
         config = replace(config, run=replace(config.run, steps=arguments.target_steps))
-    _check(arguments)
     gpus = arguments.gpus or config.parallel.tensor_parallel_size
     machine = Machine(find_device(arguments.gpu), gpus, arguments.gpus_per_node)
-    images = typical_images(config)
-    utilisation = _utilisation(arguments)
-    wanted = layouts(config, machine, _fixed(arguments.config)) if arguments.gpus else [config]
+    images = typical_images(config, opened)
+    utilisation = Utilisation(arguments.mfu, "given by --mfu")
+    if arguments.measured is not None:
+        utilisation = _measured(RunDir(arguments.measured), arguments.gpus_per_node, opened)
+    given = {one.split("=")[0].removeprefix("parallel.") for one in arguments.config if one.startswith("parallel.")}
+    wanted = layouts(config, machine, given) if arguments.gpus else [config]
     plans = [plan(one, machine, images, utilisation.share) for one in wanted]
     plans.sort(key=lambda one: (one.step_s, one.memory.peak))
     print("\n".join(_report(plans, arguments.best, utilisation)))
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    for key in ("gpus", "gpus_per_node", "best", "target_steps"):
-        value = getattr(arguments, key)
-        if value is not None and value < 1:
-            raise UserError(f"--{key.replace('_', '-')}: {value} is too small, the least is 1")
-    if not 0 < arguments.mfu <= 1:
-        raise UserError(f"--mfu: {arguments.mfu} is not a utilisation; valid: above 0, at most 1")
-
-
-def _fixed(arguments: list[str]) -> set[str]:
-    """Keys of `parallel` that the command line gives."""
-    return {one.split("=")[0].removeprefix("parallel.") for one in arguments if one.startswith("parallel.")}
-
-
-def _utilisation(arguments: argparse.Namespace) -> Utilisation:
-    if arguments.measured is None:
-        return Utilisation(arguments.mfu, "given by --mfu")
-    run = RunDir(arguments.measured)
+def _measured(run: RunDir, gpus_per_node: int, opened: OpenIndex) -> Utilisation:
     rows = [row for row in read_jsonl(run.throughput) if row.get("step_s") is not None][1:]  # the first warms up
     if not rows or not run.environment.exists():
         raise UserError(f"--measured: {run.path} holds no throughput.jsonl of two rows and environment.json")
@@ -80,31 +76,29 @@ def _utilisation(arguments: argparse.Namespace) -> Utilisation:
     device = device_reported_as(there["device"])
     if device is None:
         raise UserError(f"--measured: {run.path} ran on {there['device']!r}, whose peak is not known")
-    config = load_config([str(run.config)])
-    machine = Machine(device, there["world_size"], arguments.gpus_per_node)
+    config, machine = load_config([str(run.config)]), Machine(device, there["world_size"], gpus_per_node)
     steps_s = statistics.median(row["step_s"] - row["data_wait_s"] for row in rows)
-    share = measured_utilisation(steps_s, config, machine, typical_images(config))
+    share = measured_utilisation(steps_s, config, machine, typical_images(config, opened))
     return Utilisation(share, f"measured in {run.path}")
 
 
-def _report(plans: list[Plan], best: int, utilisation: Utilisation) -> Iterator[str]:
-    fitting = [one for one in plans if one.spare_bytes >= 0]
+def _report(plans: list[RunPlan], best: int, utilisation: Utilisation) -> Iterator[str]:
     if len(plans) == 1:
         yield from detail(plans[0], utilisation)
         return
-    machine = plans[0].machine
-    yield f"{len(fitting)} of {len(plans)} layouts fit on {_machine(machine)}; the fastest:"
-    yield from table(fitting[:best])
+    machine, fitting = plans[0].machine, [one for one in plans if one.spare_bytes >= 0]
+    yield f"{len(fitting)} of {len(plans)} layouts fit on {machine}; the fastest:"
+    yield from _table(fitting[:best])
     over = sorted((one for one in plans if one.spare_bytes < 0), key=lambda one: -one.spare_bytes)
     if over:
         yield f"do not fit in {machine.room_bytes / GIB:.1f} GiB, nearest first:"
-        yield from table(over[:best])
+        yield from _table(over[:best])
     if fitting:
         yield ""
         yield from detail(fitting[0], utilisation)
 
 
-def table(plans: list[Plan]) -> Iterator[str]:
+def _table(plans: list[RunPlan]) -> Iterator[str]:
     """One line a layout."""
     yield (
         f"  {'dp':>4} {'tp':>3} {'sp':>3} {'ZeRO':>4} {'recompute':>9} {'GiB/GPU':>8} {'':<11} {'packs':>5}"
@@ -121,36 +115,39 @@ def table(plans: list[Plan]) -> Iterator[str]:
         )
 
 
-def detail(one: Plan, utilisation: Utilisation) -> Iterator[str]:
+def detail(one: RunPlan, utilisation: Utilisation) -> Iterator[str]:
     """Everything about one layout."""
-    yield from _lines(_layout(one))
-    yield from _memory(one)
-    yield from _lines(_speed(one, utilisation))
+    facts = [*_layout(one).items(), *_memory(one), *_speed(one, utilisation).items()]
+    return (f"{name:<15}{text}" for name, text in facts)
 
 
-def _lines(facts: dict[str, str]) -> Iterator[str]:
-    return (f"{name:<15}{text}" for name, text in facts.items())
-
-
-def _layout(one: Plan) -> dict[str, str]:
-    config, stats, tokens_B = one.config, one.packing.stats, one.images.tokens_B
-    model, parallel = config.model, config.parallel
-    tp = f"tp {parallel.tensor_parallel_size}{' + sp' if parallel.sequence_parallel else ''}"
-    local = f", {local_parameters(config):,} on a rank" if parallel.tensor_parallel_size > 1 else ""
+def _layout(one: RunPlan) -> dict[str, str]:
+    config, model, stats, tokens_B = one.config, one.config.model, one.packing.stats, one.images.tokens_B
+    local = f", {local_parameters(config):,} on a rank" if config.parallel.tensor_parallel_size > 1 else ""
     return {
         "model": f"{model.name} ({model.family}), {flops.parameters(model):,} parameters{local}",
-        "layout": f"dp {one.dp_size} x {tp}, ZeRO {parallel.zero_stage}, {parallel.precision}, "
-        f"blocks recomputed: {_recompute(config)}, {_machine(one.machine)}",
+        "layout": f"{in_words(config.parallel, one.dp_size)}, {config.parallel.precision}, "
+        f"blocks recomputed: {_recompute(config)}, {one.machine}",
         "step": f"{len(tokens_B)} images, {int(tokens_B.sum()):,} tokens "
         f"({tokens_B.mean():.1f} each, {one.images.source})",
         "packs": f"{stats.packs_per_rank} a rank, the longest {one.longest_pack:,} tokens; "
-        f"padding {stats.padding_share:.1%}, dearest rank {stats.imbalance:.1%} above the mean",
+        f"padding {stats.padding_share:.1%}, most loaded rank {stats.imbalance:.1%} above the mean",
     }
 
 
-def _speed(one: Plan, utilisation: Utilisation) -> dict[str, str]:
-    traffic, steps, images = one.traffic, one.config.run.steps, len(one.images.tokens_B)
-    tokens_per_s = one.images_per_s * one.images.tokens_B.mean()
+def _memory(one: RunPlan) -> Iterator[tuple[str, str]]:
+    moments, spare = (one.memory.backward, one.memory.step), one.spare_bytes / GIB
+    yield "memory", f"{'GiB per GPU':<24}{'backward':>10}{'step':>10}"
+    for key, text in _PARTS.items():
+        yield "", f"{text:<24}" + "".join(f"{getattr(moment, key) / GIB:>10.2f}" for moment in moments)
+    fits = f"fits, {spare:.1f} GiB to spare" if spare >= 0 else f"does not fit, over by {-spare:.1f} GiB"
+    yield "", f"of {one.machine.room_bytes / GIB:.1f}: {fits}"
+    if one.memory.host:
+        yield "", f"{one.memory.host / GIB:.2f} GiB of host memory a GPU; its optimizer's time is not planned"
+
+
+def _speed(one: RunPlan, utilisation: Utilisation) -> dict[str, str]:
+    traffic, steps, tokens_B = one.traffic, one.config.run.steps, one.images.tokens_B
     return {
         "sent per step": f"{traffic.total / 1e9:.2f} GB a GPU: gradients {traffic.gradients / 1e9:.2f}, weights "
         f"{traffic.weights / 1e9:.2f}, tensor parallel {traffic.tensor_parallel / 1e9:.2f}",
@@ -158,35 +155,13 @@ def _speed(one: Plan, utilisation: Utilisation) -> dict[str, str]:
         "time": f"{one.step_s:.3f} s a step: {one.compute_s:.3f} computing at {utilisation.share:.1%} of the peak "
         f"({utilisation.source}),",
         "": f"{one.exposed_s:.3f} communication that computing does not hide",
-        "speed": f"{one.images_per_s:,.0f} images/s, {tokens_per_s:,.0f} tokens/s, "
+        "speed": f"{one.images_per_s:,.0f} images/s, {one.images_per_s * tokens_B.mean():,.0f} tokens/s, "
         f"model FLOP utilisation {one.mfu:.1%}",
-        "target": f"{steps:,} steps, {steps * images:,} images: {one.days(steps):.1f} days, "
+        "target": f"{steps:,} steps, {steps * len(tokens_B):,} images: {one.days(steps):.1f} days, "
         f"{one.gpu_hours(steps):,.0f} GPU-hours",
     }
-
-
-def _memory(one: Plan) -> Iterator[str]:
-    moments = one.memory.backward, one.memory.step
-    yield f"{'memory':<15}{'GiB per GPU':<24}{'backward':>10}{'step':>10}"
-    for key, text in _PARTS.items():
-        yield f"{'':<15}{text:<24}" + "".join(f"{_gib(moment, key):>10.2f}" for moment in moments)
-    yield f"{'':<15}{'total':<24}" + "".join(f"{moment.total / GIB:>10.2f}" for moment in moments)
-    room = one.machine.room_bytes / GIB
-    spare = one.spare_bytes / GIB
-    fits = f"fits, {spare:.1f} GiB to spare" if spare >= 0 else f"does not fit, over by {-spare:.1f} GiB"
-    yield f"{'':<15}of {room:.1f}: {fits}"
-    if one.memory.host:
-        yield f"{'':<15}{one.memory.host / GIB:.2f} GiB of host memory a GPU; its optimizer's time is not planned"
-
-
-def _gib(moment: Moment, part: str) -> float:
-    return getattr(moment, part) / GIB
 
 
 def _recompute(config: Config) -> str:
     every = config.parallel.activation_checkpoint_every
     return {0: "none", 1: "all"}.get(every, f"1 in {every}")
-
-
-def _machine(machine: Machine) -> str:
-    return f"{machine.gpus} x {machine.device.name}"

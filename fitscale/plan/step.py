@@ -9,56 +9,51 @@ communication that computing does not hide.
 """
 
 import math
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
-from fitscale.data.packing import Packing, padded, split
+from fitscale.data.batch_plan import OpenIndex
+from fitscale.data.index import open_index
+from fitscale.data.packing import Packing, macs_of, padded, split
 from fitscale.data.sizes import token_shares
 from fitscale.model import flops
-from fitscale.plan.devices import Device
-from fitscale.plan.memory import RankMemory, rank_memory, recomputed_blocks
+from fitscale.plan.layout import Machine, dp_size, resolve_precision
+from fitscale.plan.memory import RankMemory, rank_memory, recomputed_share
 from fitscale.plan.preflight import pad_multiple
 from fitscale.plan.traffic import Traffic, exposed_seconds, step_traffic
 
 ASSUMED_TOKENS = 256  # FiTv2 at 256 x 256: at most so many
-RESERVED = 2 * 2**30  # CUDA's context, cuBLAS, NCCL's channels and what the allocator loses in fragments
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What is there to train on."""
-
-    device: Device
-    gpus: int
-    gpus_per_node: int
-
-    @property
-    def room_bytes(self) -> float:
-        """Memory of one device that a run can fill."""
-        return self.device.memory_bytes - (0 if self.device.name == "cpu" else RESERVED)
 
 
 @dataclass(frozen=True)
 class Images:
-    """Tokens of each image of a typical global batch, and where they come from."""
+    """The images that a config trains on: how many tokens they have, and how that is known."""
 
-    tokens_B: np.ndarray
+    shares: dict[int, float]  # tokens of an image: share of the images that have so many, in ascending order; add to 1
+    batch_size: int
     source: str
+
+    @cached_property
+    def tokens_B(self) -> np.ndarray:
+        """Tokens of each image of a typical global batch: one image from every B-th part of the distribution."""
+        ends = np.cumsum(list(self.shares.values()))
+        middles_B = (np.arange(self.batch_size) + 0.5) / self.batch_size * ends[-1]
+        return np.array(list(self.shares))[np.searchsorted(ends, middles_B, side="right")]
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """One layout and what it needs and takes. `config` has its precision resolved."""
 
     config: Config
     machine: Machine
     images: Images
+    dp_size: int
     packing: Packing
     longest_pack: int  # tokens, padding included
     memory: RankMemory
@@ -66,10 +61,6 @@ class Plan:
     train_flops: int  # of a step, over all devices; true FLOPs, attention included, nothing recomputed
     compute_s: float
     exposed_s: float  # communication that computing does not hide
-
-    @property
-    def dp_size(self) -> int:
-        return self.machine.gpus // self.config.parallel.tensor_parallel_size
 
     @property
     def step_s(self) -> float:
@@ -96,21 +87,18 @@ class Plan:
         return self.step_s * steps / 3600 * self.machine.gpus
 
 
-def typical_images(config: Config) -> Images:
-    """A global batch whose sizes are spread as in the config's shards, or of 256-token images where there are none."""
+def typical_images(config: Config, open_index: OpenIndex = open_index) -> Images:
+    """Images of the sizes in the config's shards, or of 256 tokens each where there are none."""
     batch, places = config.batch.global_batch_size, [source.shards for source in config.data.sources.values()]
     absent = [place for place in places if "://" not in place and not Path(place).exists()]
     if absent or not places:
         why = f"no shards at {', '.join(absent)}" if absent else "no data.shards"
-        return Images(np.full(batch, ASSUMED_TOKENS), f"assumed: {why}")
-    shares = token_shares(config.data, config.model.patch_size)
-    ends = np.cumsum(list(shares.values()))
-    middles_B = (np.arange(batch) + 0.5) / batch * ends[-1]  # one image from every B-th part of the distribution
-    tokens_B = np.array(list(shares))[np.searchsorted(ends, middles_B, side="right")]
-    return Images(tokens_B, f"sizes in {', '.join(places)}")
+        return Images({ASSUMED_TOKENS: 1.0}, batch, f"assumed: {why}")
+    shares = token_shares(config.data, config.model.patch_size, open_index)
+    return Images(shares, batch, f"sizes in {', '.join(places)}")
 
 
-def plan(config: Config, machine: Machine, images: Images, utilisation: float) -> Plan:
+def plan(config: Config, machine: Machine, images: Images, utilisation: float) -> RunPlan:
     """Plan the layout of `config.parallel` on `machine`.
 
     Args:
@@ -119,64 +107,36 @@ def plan(config: Config, machine: Machine, images: Images, utilisation: float) -
     Raises:
         UserError: the layout does not go with the number of devices or of a node's devices.
     """
-    config = _resolve(config, machine)
-    _check(config.parallel.tensor_parallel_size, machine)
-    dp_size = machine.gpus // config.parallel.tensor_parallel_size
-    multiple, tokens_B = pad_multiple(config), images.tokens_B
-    linear, square = flops.cost(config.model)
+    config = resolve_precision(config, machine.has_gpus)
+    ranks, multiple, tokens_B = dp_size(config, machine), pad_multiple(config), images.tokens_B
     packing = split(
         tokens_B,
-        linear * tokens_B + square * tokens_B.astype(float) ** 2,
-        dp_size=dp_size,
+        macs_of(tokens_B, flops.cost(config.model)),
+        dp_size=ranks,
         pack_tokens=config.batch.pack_tokens,
         pad_multiple=multiple,
     )
     packs = [(padded(int(tokens_B[pack].sum()), multiple), len(pack)) for rank in packing.packs for pack in rank]
     longest, most_images = max(packs)
-    traffic = step_traffic(config, dp_size, packing.stats.packs_per_rank, sum(tokens for tokens, _ in packs) / dp_size)
+    traffic = step_traffic(config, ranks, packing.stats.packs_per_rank, sum(tokens for tokens, _ in packs) / ranks)
     train_flops = sum(flops.train_flops(config.model, int(n)) for n in tokens_B)
-    computed = computed_flops(config, train_flops, packing) / machine.gpus
-    compute_s = computed / (machine.device.peak_flops_per_s * utilisation)
-    return Plan(
+    # Every device computes as long as the most loaded one, padding and recomputed blocks included.
+    again = recomputed_share(config) / flops.TRAIN_PASSES
+    computed = train_flops * (1 + again) * (1 + packing.stats.imbalance) / (1 - packing.stats.padding_share)
+    compute_s = computed / (machine.gpus * machine.device.peak_flops_per_s * utilisation)
+    return RunPlan(
         config=config,
         machine=machine,
         images=images,
+        dp_size=ranks,
         packing=packing,
         longest_pack=longest,
-        memory=rank_memory(config, dp_size, longest, most_images, on_cuda=machine.device.name != "cpu"),
+        memory=rank_memory(config, ranks, longest, most_images, on_cuda=machine.has_gpus),
         traffic=traffic,
         train_flops=train_flops,
         compute_s=compute_s,
-        exposed_s=exposed_seconds(config, traffic, dp_size, machine.device, machine.gpus_per_node, compute_s),
+        exposed_s=exposed_seconds(config, traffic, ranks, machine.device, machine.gpus_per_node, compute_s),
     )
-
-
-def computed_flops(config: Config, train_flops: float, packing: Packing) -> float:
-    """FLOPs that all devices would compute if each did as much as the dearest: with padding and recomputed blocks."""
-    again = recomputed_blocks(config) / config.model.depth / flops.TRAIN_PASSES
-    return train_flops * (1 + again) * (1 + packing.stats.imbalance) / (1 - packing.stats.padding_share)
-
-
-def layouts(config: Config, machine: Machine, fixed: set[str]) -> list[Config]:
-    """Configs of all layouts worth a look: the keys of `parallel` in `fixed` stay, the others vary.
-
-    Tensor parallelism that does not divide heads and MLP, or leaves a node, is left out.
-    """
-    config = _resolve(config, machine)
-    choices: dict[str, list[Any]] = {
-        "tensor_parallel_size": _tensor_parallel_sizes(config, machine),
-        "sequence_parallel": [False, True],
-        "zero_stage": [1, 2, 3] if config.parallel.precision == "bf16" else [0, 1, 2, 3],
-        "activation_checkpoint_every": [0, 1],
-    }
-    values = [[getattr(config.parallel, key)] if key in fixed else options for key, options in choices.items()]
-    found = []
-    for combination in product(*values):
-        chosen: dict[str, Any] = dict(zip(choices, combination, strict=True))
-        if chosen["sequence_parallel"] and chosen["tensor_parallel_size"] == 1:
-            continue
-        found.append(replace(config, parallel=replace(config.parallel, **chosen)))
-    return found
 
 
 def measured_utilisation(steps_s: float, config: Config, machine: Machine, images: Images) -> float:
@@ -196,30 +156,3 @@ def measured_utilisation(steps_s: float, config: Config, machine: Machine, image
         too_slow = plan(config, machine, images, middle).step_s > steps_s
         low, high = (middle, high) if too_slow else (low, middle)
     return math.sqrt(low * high)
-
-
-def _resolve(config: Config, machine: Machine) -> Config:
-    """`auto` precision as training resolves it on this device."""
-    if config.parallel.precision != "auto":
-        return config
-    precision = "fp32" if machine.device.name == "cpu" else "bf16"
-    return replace(config, parallel=replace(config.parallel, precision=precision))
-
-
-def _tensor_parallel_sizes(config: Config, machine: Machine) -> list[int]:
-    heads, width = config.model.num_heads, config.model.mlp_hidden_size
-    most = min(machine.gpus, machine.gpus_per_node)
-    return [tp for tp in range(1, most + 1) if not (machine.gpus % tp or heads % tp or width % tp)]
-
-
-def _check(tp_size: int, machine: Machine) -> None:
-    if machine.gpus % tp_size:
-        raise UserError(
-            f"--gpus: {machine.gpus} does not divide by parallel.tensor_parallel_size = {tp_size}; "
-            f"valid: multiples of {tp_size}"
-        )
-    if tp_size > machine.gpus_per_node:
-        raise UserError(
-            f"parallel.tensor_parallel_size: {tp_size} leaves a node of {machine.gpus_per_node} devices; "
-            f"valid: at most {machine.gpus_per_node}"
-        )

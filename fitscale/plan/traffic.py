@@ -9,13 +9,15 @@ With n ranks, an all-reduce sends 2 (n - 1)/n of its tensor, a gather or a scatt
     stage 3     weights gathered for the forward and again for the backward pass of every micro-batch, gradients
                 scattered in every micro-batch, behind both passes
 
-Tensor parallelism sums tokens x hidden size: twice in a block's forward pass, three times in its backward pass (three
-linears fan out). Sequence parallelism gathers or scatters instead: five times forward, eight times backward.
+Tensor parallelism sums the tokens' outputs of every weight that is split by columns in the forward pass, and the
+gradients of the inputs of every weight that is split by rows in the backward pass. Sequence parallelism gathers the
+inputs of the latter (twice more in the backward pass, with a scatter) and scatters the outputs of the former.
 """
 
 from dataclasses import dataclass
 
 from fitscale.config.schema import Config
+from fitscale.model.backbone import COLUMNS, ROWS, parameter_table
 from fitscale.plan import memory
 from fitscale.plan.devices import Device
 
@@ -53,12 +55,16 @@ def step_traffic(config: Config, dp_size: int, micro_batches: int, tokens: float
 
 
 def _tensor_parallel(config: Config, tokens: float) -> float:
-    parallel, depth = config.parallel, config.model.depth
-    tp = parallel.tensor_parallel_size
-    forward, backward, ends, factor = (5, 8, 2, 1) if parallel.sequence_parallel else (2, 3, 0, 2)
-    times = depth * (forward + backward) + memory.recomputed_blocks(config) * forward + ends
-    size = tokens * config.model.hidden_size * memory.number_bytes(config)
-    return factor * (tp - 1) / tp * times * size
+    parallel, tp = config.parallel, config.parallel.tensor_parallel_size
+    weights = [one for one in parameter_table(config.model) if one.is_weight and one.split is not None]
+    fans_out = sum(one.shape[COLUMNS] for one in weights if one.split == ROWS)  # widths of what enters a region
+    fans_in = sum(one.shape[ROWS] for one in weights if one.split == COLUMNS)  # and of what leaves it
+    if parallel.sequence_parallel:
+        forward, backward, ends, factor = fans_out + fans_in, 2 * fans_out + fans_in, 2 * config.model.hidden_size, 1
+    else:
+        forward, backward, ends, factor = fans_in, fans_out, 0, 2
+    width = forward * (1 + memory.recomputed_share(config)) + backward + ends
+    return factor * (tp - 1) / tp * tokens * width * memory.number_bytes(config)
 
 
 def exposed_seconds(

@@ -1,19 +1,21 @@
 """Images inside tars and Parquet files, listed from the tars' headers and the Parquet files' other columns."""
 
 import json
-import tarfile
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from fitscale.config.errors import UserError
-from fitscale.data.scan import check_end
+from fitscale.data.shards import split_name, tar_members
 from fitscale.prepare.listing import Label, read_listed
-from fitscale.prepare.preprocess import Rejected
+from fitscale.prepare.preprocess import Rejected, first_line
 
 MAX_LABEL = 2**31 - 1  # a label is an int32 in the index
-Place = tuple[int, int]  # offset and size of a member's data
+Extent = tuple[int, int]  # offset and size of a member's data
 
 
 def number_of(text: Any, what: str) -> int | Rejected:
@@ -27,143 +29,114 @@ def number_of(text: Any, what: str) -> int | Rejected:
     return number if number >= 0 else Rejected(f"{what} {number} is below 0")
 
 
+@dataclass(frozen=True)
 class Tars:
     """webdataset's tars, tars of class folders, or a tar a class. A record is `tar offset size name`."""
 
-    def __init__(self, files: list[Path]) -> None:
-        self.files = files
+    files: list[Path]
 
     def records(self) -> Iterator[tuple[str, Label]]:
         for number, file in enumerate(self.files):
-            try:
-                with open(file, "rb") as stream:
-                    for name, (offset, size), label in _members(stream, file):
-                        yield f"{number} {offset} {size} {name}", self._of_tar(file) if label is None else label
-            except tarfile.TarError as error:
-                raise UserError(f"{file}: not a tar, or damaged: {error}") from error
+            unlabelled = Rejected("no label: no .cls or .json beside it, and in no folder")
+            of_tar = file.stem if len(self.files) > 1 else unlabelled
+            for name, (offset, size), label in _images(file):
+                yield f"{number} {offset} {size} {name}", of_tar if label is None else label
 
-    def _of_tar(self, file: Path) -> Label:
-        """The label of a member that has none of its own."""
-        return file.stem if len(self.files) > 1 else Rejected("no label: no .cls or .json beside it, and in no folder")
-
-    def key(self, record: str) -> str:
-        return _stem(record.split(" ", 3)[3])
-
-    def name(self, record: str) -> str:
-        number, _, _, name = record.split(" ", 3)
-        return f"{self.files[int(number)].name}/{name}"
-
-    def read(self, record: str) -> bytes:
-        number, offset, size, _ = record.split(" ", 3)
+    def open(self, record: str) -> tuple[str, str, Callable[[], bytes]]:
+        number, offset, size, name = record.split(" ", 3)
         file = self.files[int(number)]
-        data = read_listed(lambda: _member(file, (int(offset), int(size))), str(file))
-        if len(data) < int(size):
-            raise UserError(f"{file}: ends after {len(data)} of {size} bytes of a member, and was whole when listed")
-        return data
+        return _key(name), f"{file.name}/{name}", partial(_read_member, file, int(offset), int(size))
 
 
-def _members(stream: BinaryIO, file: Path) -> Iterator[tuple[str, Place, Label | None]]:
+def _read_member(file: Path, offset: int, size: int) -> bytes:
+    data = read_listed(lambda: np.fromfile(file, np.uint8, size, offset=offset).tobytes(), str(file))
+    if len(data) < size:
+        raise UserError(f"{file}: ends after {len(data)} of {size} bytes of a member, and was whole when listed")
+    return data
+
+
+def _images(file: Path) -> Iterator[tuple[str, Extent, Label | None]]:
     """Name, place and, where it has one, label of a tar's images: of all plain files but hidden ones and labels."""
-    places: list[tuple[str, Place]] = []
-    last = "the start"
-    with tarfile.open(fileobj=stream, mode="r:") as tar:
-        while member := tar.next():
-            tar.members = []  # type: ignore[attr-defined]  # or it keeps them all
-            last = member.name
-            if member.isfile() and not Path(member.name).name.startswith("."):
-                places.append((member.name, (member.offset_data, member.size)))
-        check_end(stream, tar.offset, file, last)
-    side_files = {name: place for name, place in places if name.endswith((".cls", ".json"))}
-    for name, place in places:
-        if name not in side_files:
-            yield name, place, _label(stream, name, side_files)
+    extents = [
+        (member.name, (member.offset_data, member.size))
+        for member in tar_members(file)
+        if member.isfile() and not Path(member.name).name.startswith(".")
+    ]
+    side_files = {name: extent for name, extent in extents if name.endswith((".cls", ".json"))}
+    with open(file, "rb") as stream:
+        for name, extent in extents:
+            if name not in side_files:
+                yield name, extent, _label(stream, name, side_files)
 
 
-def _stem(name: str) -> str:
-    """webdataset's key: up to the first dot of the file's name."""
-    folder, slash, base = name.removeprefix("./").rpartition("/")
-    return folder + slash + base.partition(".")[0]
+def _key(name: str) -> str:
+    return split_name(name.removeprefix("./"))[0]
 
 
-def _label(stream: BinaryIO, name: str, side_files: dict[str, Place]) -> Label | None:
-    stem = _stem(name)
-    prefix = name[: name.index(stem)] + stem
-    if prefix + ".cls" in side_files:
-        text = _bytes_at(stream, side_files[prefix + ".cls"]).decode(errors="replace")
-        return number_of(text, "the .cls file's label")
-    if prefix + ".json" in side_files:
-        text = _bytes_at(stream, side_files[prefix + ".json"]).decode(errors="replace")
+def _label(stream: BinaryIO, name: str, side_files: dict[str, Extent]) -> Label | None:
+    stem = split_name(name)[0]
+    if extent := side_files.get(stem + ".cls"):
+        return number_of(_text(stream, extent), "the .cls file's label")
+    if extent := side_files.get(stem + ".json"):
         try:
-            return number_of(json.loads(text).get("label"), "the .json file's label")
+            return number_of(json.loads(_text(stream, extent)).get("label"), "the .json file's label")
         except (ValueError, AttributeError):
             return Rejected("the .json file beside it is damaged")
-    folder, slash, _ = stem.partition("/")
+    folder, slash, _ = _key(name).partition("/")
     return folder if slash else None
 
 
-def _member(file: Path, place: Place) -> bytes:
-    with open(file, "rb") as stream:
-        return _bytes_at(stream, place)
+def _text(stream: BinaryIO, extent: Extent) -> str:
+    stream.seek(extent[0])
+    return stream.read(extent[1]).decode(errors="replace")
 
 
-def _bytes_at(stream: BinaryIO, place: Place) -> bytes:
-    stream.seek(place[0])
-    return stream.read(place[1])
-
-
+@dataclass(frozen=True)
 class Parquets:
     """Parquet files with columns `image` and `label`. A record is `file group row-of-the-group row-of-the-file`."""
 
-    def __init__(self, files: list[Path]) -> None:
-        self.files = files
+    files: list[Path]
 
     def records(self) -> Iterator[tuple[str, Label]]:
         import pyarrow
 
         for number, file in enumerate(self.files):
             try:
-                for group, row, row_of_file, label in _rows(file):
+                for row_of_file, (group, row, label) in enumerate(_rows(file)):
                     yield f"{number} {group} {row} {row_of_file}", label
             except (pyarrow.ArrowException, OSError) as error:
-                raise UserError(
-                    f"{file}: not a Parquet file, damaged, or out of reach: {_first_line(error)}"
-                ) from error
+                raise UserError(f"{file}: not a Parquet file, damaged, or out of reach: {first_line(error)}") from error
 
-    def key(self, record: str) -> str:
-        number, _, _, row = record.split()
-        return f"{self.files[int(number)].stem}-{int(row):07d}"
-
-    def name(self, record: str) -> str:
-        number, _, _, row = record.split()
-        return f"{self.files[int(number)].name}:{row}"
-
-    def read(self, record: str) -> bytes:
-        number, group, row, _ = map(int, record.split())
+    def open(self, record: str) -> tuple[str, str, Callable[[], bytes]]:
+        number, group, row, row_of_file = map(int, record.split())
         file = self.files[number]
-        images = read_listed(lambda: _images_of(file, group), str(file))
-        if isinstance(images, Rejected):
-            raise images
-        cell = images[row].as_py()
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
-        if not isinstance(data, bytes):
-            raise Rejected("the row holds no image bytes")
-        return data
+        return f"{file.stem}-{row_of_file:07d}", f"{file.name}:{row_of_file}", partial(_read_row, file, group, row)
 
 
-def _rows(file: Path) -> Iterator[tuple[int, int, int, Label]]:
-    """Row group, row inside it, row of the file and label of each image."""
+def _read_row(file: Path, group: int, row: int) -> bytes:
+    images = read_listed(lambda: _images_of(file, group), str(file))
+    if isinstance(images, Rejected):
+        raise images
+    cell = images[row].as_py()
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    if not isinstance(data, bytes):
+        raise Rejected("the row holds no image bytes")
+    return data
+
+
+def _rows(file: Path) -> Iterator[tuple[int, int, Label]]:
+    """Row group, row inside it and label of each image."""
     from pyarrow import parquet
 
     table = parquet.ParquetFile(file)
-    if "image" not in table.schema_arrow.names:
-        raise UserError(f"{file}: has no column image, only {', '.join(table.schema_arrow.names)}")
-    labelled, row_of_file = "label" in table.schema_arrow.names, 0
+    columns = table.schema_arrow.names
+    if "image" not in columns:
+        raise UserError(f"{file}: has no column image, only {', '.join(columns)}")
     for group in range(table.num_row_groups):
         rows = table.metadata.row_group(group).num_rows
-        labels = table.read_row_group(group, ["label"])["label"].to_pylist() if labelled else [0] * rows
+        labels = table.read_row_group(group, ["label"])["label"].to_pylist() if "label" in columns else [0] * rows
         for row, label in enumerate(labels):
-            yield group, row, row_of_file, number_of(label, "the column's label")
-            row_of_file += 1
+            yield group, row, number_of(label, "the column's label")
 
 
 @lru_cache(maxsize=2)
@@ -179,8 +152,4 @@ def _images_of(file: Path, group: int) -> Any:
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the file system; pyarrow's own have no number
             raise
-        return Rejected(f"the Parquet row group is damaged: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+        return Rejected(f"the Parquet row group is damaged: {first_line(error)}")

@@ -11,11 +11,9 @@ So the shards are the same bytes for one worker and for a hundred, interrupted o
 """
 
 import fcntl
-import io
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,20 +22,21 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from fitscale.config.checks import at_least, choice
 from fitscale.config.errors import UserError
-from fitscale.config.files import write_atomic
-from fitscale.data.index import Scanned, build_index, scan
-from fitscale.data.scan import key_hash
-from fitscale.data.shards import DATASET_FILE, Sample, ShardSetMeta, Variant, write_shard
-from fitscale.prepare.listing import Item, Source
-from fitscale.prepare.preprocess import MULTIPLE, RESIZE, Picture, Rejected, pictures, with_flips
+from fitscale.config.files import replacing, write_atomic
+from fitscale.data.build_index import Scanned, build_index, scan_shard
+from fitscale.data.index import key_hash
+from fitscale.data.shards import Sample, ShardSetMeta, Variant, shard_path, write_meta, write_shard
+from fitscale.prepare.listing import Item
+from fitscale.prepare.preprocess import MULTIPLE, RESIZE, Picture, Rejected, pictures
 from fitscale.prepare.sources import list_source
 
 STORES = ("moments", "sample")
 
 
 @dataclass(frozen=True)
-class Job:
+class Conversion:
     """What decides the shards' contents; the same for every worker and every start.
 
     It is kept in `job.json`, beside the number of the source's items, a hash of their keys and labels, and the type
@@ -54,14 +53,12 @@ class Job:
     def __post_init__(self) -> None:
         if self.side < MULTIPLE or self.side % MULTIPLE:
             raise UserError(f"--side: {self.side} is not a multiple of {MULTIPLE} above 0")
-        if self.store not in STORES:
-            raise UserError(f"--store: {self.store!r} is not one of {', '.join(STORES)}")
-        for name in ("images_per_shard", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')}: {getattr(self, name)} is below 1")
+        choice("--store", self.store, STORES)
+        at_least("--images-per-shard", self.images_per_shard, 1)
+        at_least("--batch-size", self.batch_size, 1)
 
 
-def is_finished(job: Job, out: Path) -> bool:
+def is_finished(job: Conversion, out: Path) -> bool:
     """Whether `out` holds this job's finished shards.
 
     Raises:
@@ -69,7 +66,9 @@ def is_finished(job: Job, out: Path) -> bool:
     """
     record = out / "job.json"
     if not record.is_file():
-        if out.exists() and (not out.is_dir() or any(_foreign(path) for path in out.iterdir())):
+        names = [path.name for path in out.iterdir()] if out.is_dir() else []
+        # job.json and hidden files may be of a worker that is just starting on the same folder
+        if out.is_file() or any(name != "job.json" and not name.startswith(".") for name in names):
             raise UserError(f"{out}: is not empty and holds no shards begun by this tool; choose another folder")
         return False
     held, wanted = json.loads(record.read_text()), asdict(job)
@@ -79,20 +78,19 @@ def is_finished(job: Job, out: Path) -> bool:
     return (out / "index.json").is_file()
 
 
-def _foreign(path: Path) -> bool:
-    """Whether a worker that is just starting on the same folder cannot have put this there."""
-    return path.name != "job.json" and not path.name.startswith(".")
-
-
 class Converter:
     """One worker's share of a job, in the folder `out`."""
 
-    def __init__(self, job: Job, out: Path, device: str = "cpu", threads: int = 1) -> None:
+    def __init__(self, job: Conversion, out: Path, device: str = "cpu", threads: int = 1) -> None:
         self.job, self.out, self.threads = job, out, threads
         self.source = list_source(Path(job.source))
-        self.encoder = None if job.encoder == "pixels" else _load_encoder(job.encoder, device)
-        self.dtype = "uint8" if self.encoder is None else self.encoder.dtype  # of the encoder's arithmetic
-        self.meta = self._meta(self.source)
+        self.encoder: Any = None
+        if job.encoder != "pixels":
+            from fitscale.data.encode import Encoder  # imports torch
+
+            self.encoder = Encoder(job.encoder, device)
+        self.dtype = self.encoder.dtype if self.encoder else "uint8"  # of the encoder's arithmetic
+        self.meta = self._meta()
         self.chunks = -(-len(self.source) // job.images_per_shard)
 
     def run(self, worker: int, workers: int) -> int:
@@ -135,10 +133,8 @@ class Converter:
     def _begin(self) -> None:
         """Write `job.json`, or make sure that the worker who did lists the same items and encodes alike."""
         record = self.out / "job.json"
-        mine = asdict(self.job) | {"items": len(self.source), "listing": self.source.fingerprint}
-        mine["dtype"] = self.dtype
+        mine = asdict(self.job) | {"items": len(self.source), "listing": self.source.fingerprint, "dtype": self.dtype}
         if not record.is_file():
-            self.out.mkdir(parents=True, exist_ok=True)
             write_atomic(record, json.dumps(mine, indent=1) + "\n")
             return
         held = json.loads(record.read_text())
@@ -157,24 +153,20 @@ class Converter:
                 "on CUDA it is bfloat16, on a CPU float32 (--device)"
             )
 
-    def _meta(self, source: Source) -> ShardSetMeta:
-        job = self.job
+    def _meta(self) -> ShardSetMeta:
         recipe: dict[str, Any] = {
             "preprocessing": "FiT (arXiv 2402.12376)",
-            "side": job.side,
+            "side": self.job.side,
             "resize": RESIZE,
             "multiple": MULTIPLE,
-            "encoder": job.encoder,
-            "classes": source.classes,
+            "encoder": self.job.encoder,
+            "classes": self.source.classes,
         }
         if self.encoder is None:
-            return ShardSetMeta("pixels", 1, 1.0, 3, source.num_classes, recipe)
-        vae, moments = self.encoder, job.store == "moments"
-        recipe["store"] = job.store
-        return ShardSetMeta("vae", vae.factor, vae.scaling, vae.channels, source.num_classes, recipe, moments)
-
-    def _items(self, chunk: int) -> list[Item]:
-        return self.source.items(chunk * self.job.images_per_shard, (chunk + 1) * self.job.images_per_shard)
+            return ShardSetMeta("pixels", 1, 1.0, 3, self.source.num_classes, recipe)
+        vae, moments = self.encoder, self.job.store == "moments"
+        recipe["store"] = self.job.store
+        return ShardSetMeta("vae", vae.factor, vae.scaling, vae.channels, self.source.num_classes, recipe, moments)
 
     def _part(self, chunk: int) -> Path:
         return self.out / ".parts" / f"{chunk:06d}.npz"
@@ -183,19 +175,20 @@ class Converter:
         """Write one shard and then its part, unless another worker has done so meanwhile."""
         good: list[tuple[Item, list[Picture]]] = []
         rejected = []
-        for item, found in pool.map(self._prepare, self._items(chunk)):
+        size = self.job.images_per_shard
+        for item, found in pool.map(self._prepare, self.source.items(chunk * size, (chunk + 1) * size)):
             bar.update()
             if isinstance(found, Rejected):
                 rejected.append({"name": item.name, "key": item.key, "reason": str(found)})
             else:
                 good.append((item, found))
-        samples = list(self._samples(good))
+        samples = self._samples(good)
         if self._done(chunk):  # another worker was faster
             return
-        shard = self.out / f"shard-{chunk:06d}.tar"
+        shard = shard_path(self.out, chunk)
         if good:
             write_shard(shard, samples, self.meta)
-        _save_part(self._part(chunk), scan(shard, self.meta) if good else None, rejected)
+        _save_part(self._part(chunk), scan_shard(shard, self.meta) if good else None, rejected)
 
     def _prepare(self, item: Item) -> tuple[Item, list[Picture] | Rejected]:
         try:
@@ -209,37 +202,33 @@ class Converter:
                 f"{item.name}: memory was too short to decode it; start again, with more memory or fewer --threads"
             ) from error
 
-    def _samples(self, good: list[tuple[Item, list[Picture]]]) -> Iterator[Sample]:
-        encoded = self._encode(good)
-        for number, (item, found) in enumerate(good):
+    def _samples(self, good: list[tuple[Item, list[Picture]]]) -> list[Sample]:
+        encoded = iter(self._encode([picture for _, found in good for picture in found]))
+        samples = []
+        for item, found in good:
             assert item.label is not None
-            kinds = [(kind, flip) for picture in found for kind, flip in ((picture.kind, False), (picture.kind, True))]
-            arrays = [encoded.pop((number, variant)) for variant in range(len(kinds))]
-            yield Sample(item.key, item.label, [Variant(a, *kind) for a, kind in zip(arrays, kinds, strict=True)])
+            arrays = [self._stored(next(encoded), item.key, number) for number in range(len(found))]
+            variants = [Variant(array, one.kind, one.flip) for array, one in zip(arrays, found, strict=True)]
+            samples.append(Sample(item.key, item.label, variants))
+        return samples
 
-    def _encode(self, good: list[tuple[Item, list[Picture]]]) -> dict[tuple[int, int], np.ndarray]:
-        """(number in `good`, variant) -> array to store; images of one shape are batched whatever their order."""
-        if self.encoder is None:
-            return {
-                (number, variant): pixels.transpose(2, 0, 1)
-                for number, (_, found) in enumerate(good)
-                for variant, (pixels, _, _) in enumerate(with_flips(found))
-            }
-        by_shape: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
-        for number, (_, found) in enumerate(good):
-            for variant, picture in enumerate(found):
-                by_shape[picture.pixels_HW3.shape] += [(number, 2 * variant), (number, 2 * variant + 1)]
-        encoded = {}
+    def _encode(self, found: list[Picture]) -> list[np.ndarray]:
+        """The encoder's arrays, or plain pixels (3, height, width); pictures of one shape are batched."""
+        encode = self.encoder or (lambda pixels_BHW3: pixels_BHW3.transpose(0, 3, 1, 2))
+        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for place, picture in enumerate(found):
+            by_shape[picture.pixels_HW3.shape].append(place)
+        encoded: dict[int, np.ndarray] = {}
         for places in by_shape.values():
             for start in range(0, len(places), self.job.batch_size):
                 batch = places[start : start + self.job.batch_size]
-                pixels = np.stack([_picture(good[number][1], variant) for number, variant in batch])
-                for place, moments in zip(batch, self.encoder(pixels), strict=True):
-                    encoded[place] = self._stored(moments, good[place[0]][0].key, place[1])
-        return encoded
+                arrays = encode(np.stack([found[place].pixels_HW3 for place in batch]))
+                encoded.update(zip(batch, arrays, strict=True))
+        return [encoded[place] for place in range(len(found))]
 
     def _stored(self, moments: np.ndarray, key: str, variant: int) -> np.ndarray:
-        if self.job.store == "moments":
+        """What is stored of an array of the encoder: itself, or one latent drawn for this key and variant."""
+        if self.encoder is None or self.job.store == "moments":
             return moments
         from fitscale.data.encode import draw_latent
 
@@ -253,65 +242,40 @@ class Converter:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self._finished:
                 return
-            for left in (*self.out.glob(".shard-*.tmp"), *self.out.glob(".index.*")):  # by workers that were killed
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            rejected = [row for part in parts for row in _load_rejected(part)]
-            self._check_complete(sum(map(_count_images, parts)), len(rejected))
+            for left in self.out.glob(".*.tmp*"):  # by workers that were killed
+                left.unlink()
+            images, rejected = 0, []
+            for scanned, reasons in map(_load_part, parts):
+                images += len(scanned.images) if scanned else 0
+                rejected += reasons
+            if images + len(rejected) != len(self.source):
+                raise UserError(
+                    f"{self.out}: its parts hold {images} images and {len(rejected)} rejections, the source lists "
+                    f"{len(self.source)}; begin again in another folder"
+                )
             write_atomic(self.out / "rejected.jsonl", "".join(json.dumps(row) + "\n" for row in rejected))
-            if len(rejected) == len(self.source):
+            if not images:
                 where = self.out / "rejected.jsonl"
                 raise UserError(
                     f"{self.job.source}: all {len(rejected)} images were rejected, the reasons are in {where}"
                 )
-            write_atomic(self.out / DATASET_FILE, json.dumps(asdict(self.meta), indent=1) + "\n")
-            scanned = (one for one in map(_load_scanned, parts) if one is not None)
-            build_index(self.out, scanned)
+            write_meta(self.out, self.meta)
+            build_index(self.out, (scanned for scanned, _ in map(_load_part, parts) if scanned))
             shutil.rmtree(self.out / ".parts")
             (self.out / ".lock").unlink()
 
-    def _check_complete(self, images: int, rejected: int) -> None:
-        """Every item of the source is in a shard or rejected."""
-        if images + rejected != len(self.source):
-            raise UserError(
-                f"{self.out}: its parts hold {images} images and {rejected} rejections, the source lists "
-                f"{len(self.source)}; begin again in another folder"
-            )
-
-
-def _picture(found: list[Picture], variant: int) -> np.ndarray:
-    """Variant number `variant` in the order of `with_flips`."""
-    pixels = found[variant // 2].pixels_HW3
-    return pixels[:, ::-1] if variant % 2 else pixels
-
-
-def _load_encoder(name: str, device: str) -> Any:
-    from fitscale.data.encode import Encoder
-
-    return Encoder(name, device)
-
 
 def _save_part(path: Path, scanned: Scanned | None, rejected: list[dict[str, str]]) -> None:
-    buffer = io.BytesIO()
-    arrays = {} if scanned is None else {"images": scanned.images, "variants": scanned.variants}
-    place = None if scanned is None else [scanned.name, scanned.bytes, scanned.checksum]
-    np.savez(buffer, about=np.array(json.dumps({"shard": place, "rejected": rejected})), **arrays)  # type: ignore[arg-type]
-    write_atomic(path, buffer.getvalue())
+    arrays = {"images": scanned.images, "variants": scanned.variants} if scanned else {}
+    shard = [scanned.name, scanned.bytes, scanned.checksum] if scanned else None
+    with replacing(path) as temporary:
+        np.savez(temporary, about=np.array(json.dumps({"shard": shard, "rejected": rejected})), **arrays)  # type: ignore[arg-type]
 
 
-def _load_rejected(path: Path) -> list[dict[str, str]]:
+def _load_part(path: Path) -> tuple[Scanned | None, list[dict[str, str]]]:
     with np.load(path) as part:
-        return json.loads(str(part["about"]))["rejected"]
-
-
-def _count_images(path: Path) -> int:
-    with np.load(path) as part:
-        return len(part["images"]) if "images" in part else 0
-
-
-def _load_scanned(path: Path) -> Scanned | None:
-    with np.load(path) as part:
-        place = json.loads(str(part["about"]))["shard"]
-        if place is None:
-            return None
-        name, size, digest = place
-        return Scanned(name, size, digest, part["images"], part["variants"])
+        about = json.loads(str(part["about"]))
+        if about["shard"] is None:
+            return None, about["rejected"]
+        name, size, checksum = about["shard"]
+        return Scanned(name, size, checksum, part["images"], part["variants"]), about["rejected"]

@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from fitscale.config.errors import UserError
-from fitscale.data.index import Index, build_index
-from fitscale.data.shards import Sample, ShardSetMeta, ShardSetWriter, Variant
+from fitscale.data.build_index import build_index
+from fitscale.data.index import Index
+from fitscale.data.shards import Sample, ShardSetMeta, Variant, write_shards
 
 SCALES = (0.75, 1.0, 1.25)  # at patch size 1 this gives 12 to 100 tokens
 
@@ -47,9 +48,7 @@ def digits_meta(scales: tuple[float, ...] = SCALES) -> ShardSetMeta:
 
 def write_digits(out: Path, scales: tuple[float, ...] = SCALES, images_per_shard: int = 256) -> Index:
     """Write the digits' shards and index into the empty or new folder `out`."""
-    with ShardSetWriter(out, digits_meta(scales), images_per_shard) as writer:
-        for sample in digit_variants(scales):
-            writer.write(sample)
+    write_shards(out, digit_variants(scales), digits_meta(scales), images_per_shard)
     return build_index(out)
 
 

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from fitscale.config.errors import UserError
-from fitscale.data.scan import key_hash
+from fitscale.data.index import key_hash
 from fitscale.data.storage import retried
 from fitscale.prepare.preprocess import Rejected
 
@@ -45,14 +45,9 @@ class Reader(Protocol):
     def records(self) -> Iterator[tuple[str, Label]]:
         """All images, in a stable order."""
 
-    def key(self, record: str) -> str:
-        """The image's key; others may have the same."""
-
-    def name(self, record: str) -> str:
-        """The image for people."""
-
-    def read(self, record: str) -> bytes:
-        """The image file's bytes. Raises Rejected if it never has any, UserError if they cannot be read now."""
+    def open(self, record: str) -> tuple[str, str, Callable[[], bytes]]:
+        """The image's key, which others may have too; its name for people; and a function that reads its file's bytes,
+        and raises Rejected if it never has any, UserError if they cannot be read now."""
 
 
 class Source:
@@ -76,14 +71,18 @@ class Source:
             else:
                 labels.append(label)
                 numbered = numbered or record
-            hashes.append(key_hash(self._key(record)))
+            hashes.append(key_hash(self._open(record)[0]))
             self._text += record.encode(*_EXACT)
             self._ends.append(len(self._text))
         if ids and numbered:
-            name = reader.name(numbered)
+            name = self._open(numbered)[1]
             raise UserError(f"{name} has a number for its label, others have a class's name ({next(iter(ids))!r})")
-        self.classes = [_printable(name) for name in sorted(ids)]
-        self._labels = _in_order_of_names(np.frombuffer(labels, np.int32), ids)
+        names = sorted(ids)
+        self.classes = [_printable(name) for name in names]
+        self._labels = np.frombuffer(labels, np.int32)
+        if ids:  # numbered as they came until here
+            ranks = np.argsort([ids[name] for name in names])
+            self._labels = np.append(ranks, NO_LABEL).astype(np.int32)[self._labels]
         self._copies = _copies(np.frombuffer(hashes, np.uint64))
         self.num_classes = max(int(self._labels.max(initial=0)), 0) + 1
         digest = hashlib.blake2b(memoryview(hashes), digest_size=16)
@@ -99,14 +98,14 @@ class Source:
 
     def _item(self, number: int) -> Item:
         record = self._text[self._ends[number - 1] if number else 0 : self._ends[number]].decode(*_EXACT)
-        copies, label = 0 if self._copies is None else int(self._copies[number]), int(self._labels[number])
-        key = self._key(record) + (f"~{copies + 1}" if copies else "")
-        problem = self._problems.get(number, "")
-        name, read = self._reader.name(record), lambda: self._reader.read(record)
-        return Item(key, None if label == NO_LABEL else label, name, read, problem)
+        copies, label = int(self._copies[number]) if self._copies is not None else 0, int(self._labels[number])
+        key, name, read = self._open(record)
+        key += f"~{copies + 1}" if copies else ""
+        return Item(key, None if label == NO_LABEL else label, name, read, self._problems.get(number, ""))
 
-    def _key(self, record: str) -> str:
-        return re.sub(r"[.\s]", "_", _printable(self._reader.key(record)))
+    def _open(self, record: str) -> tuple[str, str, Callable[[], bytes]]:
+        key, name, read = self._reader.open(record)
+        return re.sub(r"[.\s]", "_", _printable(key)), name, read
 
 
 def read_listed(function: Callable[[], Result], what: str) -> Result:
@@ -126,23 +125,10 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _in_order_of_names(labels: np.ndarray, ids: dict[str, int]) -> np.ndarray:
-    """Labels by the order of the classes' names, from `ids` by the order in which they came."""
-    if not ids:
-        return labels
-    ranks = np.full(len(ids) + 1, NO_LABEL, np.int32)
-    ranks[[ids[name] for name in sorted(ids)]] = np.arange(len(ids))
-    return ranks[labels]
-
-
 def _copies(hashes: np.ndarray) -> np.ndarray | None:
     """Of each item, how many before it have the same key; None if all keys differ."""
     order = np.argsort(hashes, kind="stable")
-    first = np.ones(len(order), bool)
-    first[1:] = hashes[order[1:]] != hashes[order[:-1]]
-    if first.all():
-        return None
-    places = np.arange(len(order))
+    _, starts, counts = np.unique(hashes[order], return_index=True, return_counts=True)
     copies = np.empty(len(order), np.int32)
-    copies[order] = places - np.maximum.accumulate(np.where(first, places, 0))
-    return copies
+    copies[order] = np.arange(len(order)) - np.repeat(starts, counts)
+    return copies if copies.any() else None

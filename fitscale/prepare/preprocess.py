@@ -10,7 +10,6 @@ Each variant is flipped before it is encoded, not after: a VAE's latent of a fli
 
 import io
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,14 +27,15 @@ class Rejected(ValueError):
 
 @dataclass(frozen=True)
 class Picture:
-    """One variant of an image before encoding: uint8 (height, width, 3), and its kind (`resize` or `crop`)."""
+    """One variant of an image before encoding: uint8 (height, width, 3), its kind (`resize` or `crop`), if mirrored."""
 
     pixels_HW3: np.ndarray
     kind: str
+    flip: bool = False
 
 
 def pictures(data: bytes, side: int) -> list[Picture]:
-    """The unflipped variants of an image file for target side `side`, a multiple of 16.
+    """The variants of an image file for target side `side`, a multiple of 16; each is followed by its mirror image.
 
     Raises:
         Rejected: it is no image, it is damaged, or a side is too short.
@@ -43,17 +43,13 @@ def pictures(data: bytes, side: int) -> list[Picture]:
     """
     image = decode(data)
     width, height = image.size
-    found = [Picture(_fit(image, *area_limited(height, width, side)), "resize")]
+    found = [(_fit(image, *area_limited(height, width, side)), "resize")]
     if min(height, width) > side:
-        found.append(Picture(_fit(image, *_covering(height, width, side), crop=side), "crop"))
-    return found
-
-
-def with_flips(found: list[Picture]) -> Iterator[tuple[np.ndarray, str, bool]]:
-    """(pixels_HW3, kind, flip) of every variant, each followed by its mirror image."""
-    for picture in found:
-        yield picture.pixels_HW3, picture.kind, False
-        yield np.ascontiguousarray(picture.pixels_HW3[:, ::-1]), picture.kind, True
+        shorter = min(height, width)
+        covering = round(height * side / shorter), round(width * side / shorter)
+        found.append((_fit(image, *covering, crop=side), "crop"))
+    drawn = [(Picture(pixels, kind), Picture(pixels[:, ::-1], kind, flip=True)) for pixels, kind in found]
+    return [variant for pair in drawn for variant in pair]
 
 
 def area_limited(height: int, width: int, side: int) -> tuple[int, int]:
@@ -85,9 +81,11 @@ def decode(data: bytes) -> Image.Image:
     except Image.DecompressionBombError:
         raise Rejected(TOO_LARGE) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise Rejected(
-            f"damaged: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
+        raise Rejected(f"damaged: {type(error).__name__}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -102,12 +100,6 @@ def _rgb(image: Image.Image) -> Image.Image:
         over = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), over).convert("RGB")
     return image.convert("RGB")
-
-
-def _covering(height: int, width: int, side: int) -> tuple[int, int]:
-    """Size with the same aspect ratio whose shorter side is `side`."""
-    shorter = min(height, width)
-    return round(height * side / shorter), round(width * side / shorter)
 
 
 def _fit(image: Image.Image, height: int, width: int, crop: int | None = None) -> np.ndarray:

@@ -16,8 +16,9 @@ import numpy as np
 from einops import rearrange
 
 from fitscale.config.errors import UserError
-from fitscale.data.index import Index, build_index
-from fitscale.data.shards import Sample, ShardSetMeta, ShardSetWriter, Variant
+from fitscale.data.build_index import build_index
+from fitscale.data.index import Index
+from fitscale.data.shards import Sample, ShardSetMeta, Variant, write_shards
 
 PATCH, CHANNELS, FACTOR = 2, 4, 8
 SCALING = 0.18215  # of the VAE that the published features come from
@@ -37,9 +38,7 @@ def import_layout(source: Path, out: Path, tokens: int, images_per_shard: int) -
     recipe = {"preprocessing": "FiT (arXiv 2402.12376), published layout", "source": str(source), "tokens": tokens}
     classes = 1 + max(_label(path) for path, _ in files)
     meta = ShardSetMeta("vae", FACTOR, SCALING, CHANNELS, classes, recipe)
-    with ShardSetWriter(out, meta, images_per_shard) as writer:
-        for sample in _samples(files, crops):
-            writer.write(sample)
+    write_shards(out, _samples(files, crops), meta, images_per_shard)
     return build_index(out)
 
 

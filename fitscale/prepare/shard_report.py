@@ -1,43 +1,44 @@
-"""`fitscale data SHARDS`: what is in a shard set, as text, histogram and contact sheet."""
+"""What is in a shard set, for a person: `fitscale data SHARDS`, and the summary that a finished conversion leaves.
+
+Both show how often each size occurs, as text and as a histogram; the report adds labels, what batches waste, and a
+contact sheet, the summary what was rejected and why.
+"""
 
 import argparse
+import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
-from fitscale.config.errors import UserError
+from fitscale.config.checks import at_least
+from fitscale.config.files import read_jsonl, replacing, write_atomic
 from fitscale.config.schema_data import LatentConfig
-from fitscale.data.encode import Decoder, to_float
-from fitscale.data.index import Index, open_index
+from fitscale.data.index import Index, IndexMeta, ShardReader, open_index
 from fitscale.data.pictures import write_contact_sheet
-from fitscale.data.reader import ShardReader
-from fitscale.data.statistics import Drawn, drawn_sizes, label_counts, verify, wasted
-from fitscale.prepare.summary import plot_histogram, text_histogram
+from fitscale.prepare.statistics import DrawnSizes, drawn_sizes, label_counts, verify, wasted
 
 SHEET = 24  # images on the contact sheet
+BAR = 40  # characters of the longest bar
+BINS = 12  # of a histogram as text
 
 
 def run_data(arguments: argparse.Namespace) -> None:
     """Print the report and write its pictures."""
     index = open_index(arguments.shards)
     for key in ("patch_size", "batch", "ranks", "pack_tokens"):
-        if getattr(arguments, key) < 1:
-            raise UserError(f"--{key.replace('_', '-')}: {getattr(arguments, key)} is below 1")
+        at_least(f"--{key.replace('_', '-')}", getattr(arguments, key), 1)
     if arguments.verify:
-        print(f"{sum(1 for _ in verify(index))} shards verified: every checksum is right")
+        print(f"{verify(index)} shards verified: every checksum is right")
     drawn = drawn_sizes(index, arguments.patch_size)
     print(_counts(index, drawn))
-    print("\n".join(["tokens per image", text_histogram(drawn.tokens, drawn.draws)]))
-    print(
-        "\n".join(
-            ["aspect ratio, width / height, in percent", text_histogram(100 * drawn.cols / drawn.rows, drawn.draws)]
-        )
-    )
+    print(f"tokens per image\n{text_histogram(drawn.tokens, drawn.draws)}")
+    aspects = text_histogram(100 * drawn.cols / drawn.rows, drawn.draws)
+    print(f"aspect ratio, width / height, in percent\n{aspects}")
     print(_labels(label_counts(index)))
     print(_waste(index, arguments))
-    out: Path = arguments.out or index.folder / "report"
-    out.mkdir(parents=True, exist_ok=True)
+    out: Path = arguments.out or index.storage.folder / "report"
     plot_histogram(out / "tokens.png", drawn.tokens, drawn.draws, "tokens per image", "draws an epoch")
     if index.meta.kind == "vae" and arguments.vae is None:
         print(f"{out}: tokens.png; for a contact sheet of latents name their VAE with --vae")
@@ -48,26 +49,29 @@ def run_data(arguments: argparse.Namespace) -> None:
 
 def write_sheet(path: Path, index: Index, vae: str | None) -> None:
     """Images from all over the set, decoded; each under its key and label."""
+    import torch
+
+    from fitscale.data.encode import Decoder, to_float
+
     meta, reader = index.meta, ShardReader(index)
     decoder = Decoder(LatentConfig(meta.kind, vae, meta.factor, meta.scaling))
-    chosen = np.unique(np.linspace(0, meta.num_images - 1, SHEET).astype(int)).tolist()
     images, titles = [], []
-    for image in chosen:
+    for image in np.unique(np.linspace(0, meta.num_images - 1, SHEET).astype(int)).tolist():
         row = index.images[image]
         stored = reader.read(image, int(row["first_variant"]))
         images.append(decoder(torch.from_numpy(to_float(stored)[: meta.channels])))  # of stored moments, the mean
         titles.append(f"{row['label']}: {index.key(image)[-12:]}")
-    write_contact_sheet(path, images, titles, f"{index.folder.name}: label and key")
+    write_contact_sheet(path, images, titles, f"{index.storage.folder.name}: label and key")
 
 
-def _counts(index: Index, drawn: Drawn) -> str:
+def _counts(index: Index, drawn: DrawnSizes) -> str:
     meta = index.meta
     order = np.argsort(-drawn.draws, kind="stable")[:5]
     common = ", ".join(f"{drawn.rows[n]}x{drawn.cols[n]} ({drawn.draws[n] / drawn.draws.sum():.1%})" for n in order)
     stored = "pixels" if meta.kind == "pixels" else f"latents of {meta.recipe.get('encoder', 'a VAE')}"
     mean = float((drawn.tokens * drawn.draws).sum() / drawn.draws.sum())
     return (
-        f"{index.folder}\n"
+        f"{index.storage.folder}\n"
         f"  {meta.num_images:,} images in {meta.num_variants:,} variants, {len(meta.shards):,} shards, "
         f"{sum(shard.bytes for shard in meta.shards) / 1e9:.3f} GB\n"
         f"  {stored}{' (mean and deviation)' if meta.moments else ''}, {meta.channels} channels\n"
@@ -89,5 +93,60 @@ def _waste(index: Index, arguments: argparse.Namespace) -> str:
     lines = [
         f"global batches of {arguments.batch} images over {arguments.ranks} ranks: padding, time lost by all ranks"
     ]
-    lines += [f"  {name:<24}{loss.padding_share:7.1%}{loss.time_lost:9.1%}" for name, loss in found.items()]
+    lines += [f"  {name:<24}{one.padding_share:7.1%}{one.time_lost:9.1%}" for name, one in found.items()]
     return "\n".join(lines)
+
+
+def write_summary(folder: Path) -> None:
+    """Write `sizes.png` and then `summary.json` beside the index of `folder`."""
+    meta = open_index(folder).meta
+    rejected = Counter(row["reason"].split(":")[0] for row in read_jsonl(folder / "rejected.jsonl"))
+    plot_histogram(folder / "sizes.png", *_areas(meta), "image pixels per variant", "variants")
+    content = {
+        "images": meta.num_images,
+        "variants": meta.num_variants,
+        "rejected": rejected.total(),
+        "reasons": dict(rejected.most_common()),
+        "sizes": [[height * meta.factor, width * meta.factor, count] for height, width, count in meta.sizes],
+    }
+    write_atomic(folder / "summary.json", json.dumps(content, indent=1) + "\n")
+
+
+def summary_text(folder: Path) -> str:
+    """The summary for a person: a histogram of sizes, and what was rejected."""
+    content: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    sizes = text_histogram(*_areas(open_index(folder).meta))
+    lines = ["image pixels per variant", sizes, f"rejected: {content['rejected']} images"]
+    lines += [f"  {count:6d}  {reason}" for reason, count in content["reasons"].items()]
+    if content["rejected"]:
+        lines.append(f"  each with its reason: {folder / 'rejected.jsonl'}")
+    return "\n".join(lines)
+
+
+def _areas(meta: IndexMeta) -> tuple[np.ndarray, np.ndarray]:
+    """Image pixels of every size that occurs, and how many variants have it."""
+    heights, widths, counts = np.array(meta.sizes, dtype=np.int64).T
+    return heights * widths * meta.factor**2, counts
+
+
+def text_histogram(values: np.ndarray, weights: np.ndarray) -> str:
+    """One line a bin: its bounds, a bar, the share of all weight."""
+    counts, edges = np.histogram(values.astype(np.float64), BINS if np.ptp(values) else 1, weights=weights)
+    shares = counts / counts.sum()
+    return "\n".join(
+        f"  {low:9.0f} .. {high:<9.0f} {'#' * round(BAR * share / shares.max()):<{BAR}} {share:6.1%}"
+        for low, high, share in zip(edges, edges[1:], shares, strict=False)
+    )
+
+
+def plot_histogram(path: Path, values: np.ndarray, weights: np.ndarray, x_label: str, y_label: str) -> None:
+    """The same as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(values, bins=40, weights=weights)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)

@@ -13,7 +13,8 @@ be read is no such reason: it stops the worker, and the next start tries again. 
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from fitscale.config.errors import UserError
@@ -91,11 +92,8 @@ class Folder:
             top, slash, _ = record.partition("/")
             yield record, top if slash else flat
 
-    def key(self, record: str) -> str:
-        return os.path.splitext(record)[0]
-
-    def name(self, record: str) -> str:
-        return record
+    def open(self, record: str) -> tuple[str, str, Callable[[], bytes]]:
+        return os.path.splitext(record)[0], record, partial(self.read, record)
 
     def read(self, record: str) -> bytes:
         path = self.folder / record

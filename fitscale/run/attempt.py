@@ -72,10 +72,9 @@ class Attempt:
 
 def is_taken_over(run: RunDir) -> bool:
     """Whether this start of a Slurm job has begun an attempt, and a newer one owns the run directory now."""
-    own = (os.environ.get("SLURM_JOB_ID"), _restart())
-    begun = any((row.get("job"), row.get("restart")) == own for row in read_jsonl(run.attempts))
-    owner = _owner(run)
-    return begun and (owner.get("job"), owner.get("restart")) != own
+    owner, *begun = [(row.get("job"), row.get("restart")) for row in [_owner(run), *read_jsonl(run.attempts)]]
+    own = _slurm_start()
+    return own in begun and own != owner
 
 
 def begin_attempt(run: RunDir, step: int) -> Attempt:
@@ -85,29 +84,23 @@ def begin_attempt(run: RunDir, step: int) -> Attempt:
         UserError: this Slurm job has started so often at this very step that another try is of no use.
     """
     with _locked(run):
-        rows = read_jsonl(run.attempts)
-        attempt = Attempt(run, 1 + max((row["attempt"] for row in rows), default=0), uuid.uuid4().hex)
-        job = os.environ.get("SLURM_JOB_ID")
+        rows, metrics, (job, restart) = read_jsonl(run.attempts), read_jsonl(run.metrics), _slurm_start()
         _require_progress(run, rows, job, step)
-        row = {"attempt": attempt.number, "job": job, "restart": _restart(), "host": socket.gethostname()}
-        write_atomic(run.path / "attempt.json", json.dumps({**row, "token": attempt.token}))
-        append_jsonl(run.attempts, {**row, **_start_row(run, rows, step)})
-        for leftover in (run.path / "checkpoints").glob(".saving-*"):
+        attempt = Attempt(run, 1 + max((row["attempt"] for row in rows), default=0), uuid.uuid4().hex)
+        row = {"attempt": attempt.number, "job": job, "restart": restart, "host": socket.gethostname()}
+        start = {
+            "event": "start",
+            "time_unix_s": time.time(),
+            "step": step,
+            "nodes": os.environ.get("SLURM_JOB_NODELIST"),
+            "previous_ended": rows[-1].get("reason", "killed") if rows else None,
+            "lost_steps": max(0, metrics[-1]["step"] - step) if metrics else 0,
+        }
+        write_atomic(run.owner, json.dumps({**row, "token": attempt.token}))
+        append_jsonl(run.attempts, {**row, **start})
+        for leftover in run.checkpoint_folder.glob(".saving-*"):
             shutil.rmtree(leftover, ignore_errors=True)
     return attempt
-
-
-def _start_row(run: RunDir, rows: list[dict[str, Any]], step: int) -> dict[str, Any]:
-    metrics = read_jsonl(run.metrics)
-    previous = rows[-1] if rows else None
-    return {
-        "event": "start",
-        "time_unix_s": time.time(),
-        "step": step,
-        "nodes": os.environ.get("SLURM_JOB_NODELIST"),
-        "previous_ended": None if previous is None else previous.get("reason", "killed"),
-        "lost_steps": max(0, metrics[-1]["step"] - step) if metrics else 0,
-    }
 
 
 def _require_progress(run: RunDir, rows: list[dict[str, Any]], job: str | None, step: int) -> None:
@@ -120,13 +113,13 @@ def _require_progress(run: RunDir, rows: list[dict[str, Any]], job: str | None, 
         )
 
 
-def _restart() -> int:
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+def _slurm_start() -> tuple[str | None, int]:
+    """The Slurm job that this process belongs to, and how often it has been queued again."""
+    return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def _owner(run: RunDir) -> dict[str, Any]:
-    path = run.path / "attempt.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(run.owner.read_text()) if run.owner.exists() else {}
 
 
 @contextlib.contextmanager

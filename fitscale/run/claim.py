@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fitscale.config.errors import UserError, cannot_write
+from fitscale.config.errors import UserError, writing
 from fitscale.config.files import write_atomic
 from fitscale.config.load import load_config, to_yaml
 from fitscale.config.schema import Config
@@ -30,10 +30,8 @@ def claim(config: Config) -> RunDir:
         UserError: as `check_claim`; or the directory cannot be written.
     """
     run = check_claim(config)
-    try:
+    with writing(f"run.dir: {run.path}"):
         write_atomic(run.config, to_yaml(config))
-    except OSError as error:
-        raise cannot_write(f"run.dir: {run.path}", error) from error
     return run
 
 
@@ -52,15 +50,11 @@ def claimed(configs: list[Config]) -> Iterator[None]:
     except UserError:
         for run in new:
             if not run.jobs.exists():
-                _give_back(run)
+                shutil.rmtree(run.submitit, ignore_errors=True)
+                run.config.unlink(missing_ok=True)
+                with suppress(OSError):
+                    run.path.rmdir()
         raise
-
-
-def _give_back(run: RunDir) -> None:
-    shutil.rmtree(run.path / "submitit", ignore_errors=True)
-    run.config.unlink(missing_ok=True)
-    with suppress(OSError):
-        run.path.rmdir()
 
 
 def check_claim(config: Config) -> RunDir:
@@ -68,37 +62,30 @@ def check_claim(config: Config) -> RunDir:
 
     Raises:
         UserError: no run.dir; the folder belongs to another config (the differing keys are listed), or holds something
-            else.
+            else; a new run with settings that only runs of earlier versions may have.
     """
     if not config.run.dir:
         raise UserError("run.dir: must be given, e.g. run.dir=runs/b (the directory that records the run)")
     run = RunDir(Path(config.run.dir))
     if run.config.exists():
-        _check_same(run, config)
+        there = load_config([str(run.config)])
+        if changed := [text for key, text in differences(there, config).items() if not _may_change(key, config)]:
+            raise UserError(
+                f"run.dir: {run.path} belongs to another config; differing keys: {', '.join(changed)}. "
+                "Choose another run.dir, or the config that the folder has in config.yaml"
+            )
     elif run.path.is_dir() and any(run.path.iterdir()):
         raise UserError(f"run.dir: {run.path} is not empty and holds no config.yaml; choose another folder")
+    else:
+        config.flow.check_new_run()
     return run
 
 
-def _check_same(run: RunDir, config: Config) -> None:
-    there = load_config([str(run.config)])
-    changed = [difference for difference in differing_keys(there, config) if not _may_change(difference, config)]
-    if changed:
-        raise UserError(
-            f"run.dir: {run.path} belongs to another config; differing keys: {', '.join(changed)}. "
-            "Choose another run.dir, or the config that the folder has in config.yaml"
-        )
-
-
-def differing_keys(old: Config, new: Config) -> list[str]:
-    """`key: old there, new here` for every leaf in which two configs differ."""
+def differences(old: Config, new: Config) -> dict[str, str]:
+    """Of every leaf in which two configs differ: its key, and `key: old there, new here`."""
     left, right = dict(_leaves(asdict(old))), dict(_leaves(asdict(new)))
-    keys = [*left, *(key for key in right if key not in left)]  # a mixture's names are keys too
-    return [
-        f"{key}: {left.get(key, 'absent')} there, {right.get(key, 'absent')} here"
-        for key in keys
-        if key not in left or key not in right or left[key] != right[key]
-    ]
+    both = [(key, left.get(key, "absent"), right.get(key, "absent")) for key in left | right]
+    return {key: f"{key}: {there} there, {here} here" for key, there, here in both if there != here}
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -109,8 +96,7 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + key, value
 
 
-def _may_change(difference: str, config: Config) -> bool:
-    key = difference.split(":")[0]
+def _may_change(key: str, config: Config) -> bool:
     if key == "run.steps" and config.optim.schedule == "cosine":
         return False  # the schedule of the steps already taken depends on it
     moved = key.startswith("data.mixture.") and key.endswith(".shards")

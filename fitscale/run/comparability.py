@@ -6,8 +6,10 @@ words: the evaluation writes them into evaluations.jsonl, and who asks what is s
 
 from typing import Any
 
-from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, RopeConfig, SamplingConfig
+from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config
 
+# How ddpm and ddim spaced their steps before `sampling.spacing`: their keys name none. So keys stay comparable.
+_UNNAMED_SPACING = {"ddpm": "linspace", "ddim": "trailing"}
 DATA = ("data",)  # the shards: of the held-out images, or of the labels and sizes that are generated
 FILES = ("data", "features", "reference")
 
@@ -35,41 +37,31 @@ def validation_key(config: Config, weights: str) -> dict[str, Any]:
     }
 
 
-def sample_key(
-    config: Config,
-    weights: str,
-    sampling: SamplingConfig,
-    rope: RopeConfig,
-    samples: int,
-    size: tuple[int, int] | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Of what is measured on `samples` generated images; `size` is (height, width), None for those of the data set."""
-    latent = config.data.latent
-    adaptive = sampling.method in ADAPTIVE_SAMPLERS
+def sample_key(config: Config, weights: str, size: tuple[int, int] | None = None, seed: int = 0) -> dict[str, Any]:
+    """Of what is measured on generated images; `size` is (height, width) in pixels, None for those of the data set."""
+    latent, sampling = config.data.latent, config.sampling
+    adaptive, spacing = sampling.method in ADAPTIVE_SAMPLERS, sampling.timestep_spacing
     return {
         "weights": weights,
         "sampler": sampling.method,
         "steps": sampling.steps,
         "tolerances": [sampling.rtol, sampling.atol] if adaptive else None,
         "guidance": sampling.guidance.scale,
-        "guidance_channels": sampling.guidance.channels,
+        "guidance_channels": sampling.guidance.guided_channels(config.model.in_channels),
         "guidance_power": sampling.guidance.power,
         "decoder": latent.kind if latent.vae is None else latent.vae,
-        "rope": rope.method + (" decoupled" if rope.decouple else ""),
+        "rope": config.model.positions,
         "resolution": "dataset" if size is None else "x".join(map(str, size)),
-        "samples": samples,
+        "samples": config.evaluation.samples,
         "seed": seed,
+        **({} if spacing == _UNNAMED_SPACING.get(sampling.method) else {"spacing": spacing}),
     }
 
 
 def is_as_configured(config: Config, metric: str, key: dict[str, Any]) -> bool:
     """Whether a result of `metric` with this `key` is what the config itself asks for; its files' contents aside."""
-    evaluation = config.evaluation
-    weights = full_weights_name(config, evaluation.weights)
-    hashes: tuple[str, ...] = DATA if metric == "validation_loss" else FILES
-    if metric == "validation_loss":
-        asked = validation_key(config, weights)
-    else:
-        asked = sample_key(config, weights, config.sampling, config.model.rope, evaluation.samples)
+    weights = full_weights_name(config, config.evaluation.weights)
+    of_validation = metric == "validation_loss"
+    asked = validation_key(config, weights) if of_validation else sample_key(config, weights)
+    hashes: tuple[str, ...] = DATA if of_validation else FILES
     return key == asked | {name: key.get(name) for name in hashes} and all(key.get(name) for name in hashes)

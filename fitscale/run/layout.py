@@ -1,24 +1,11 @@
-"""The layout of a run directory, for every program that writes or reads one. No torch.
-
-config.yaml         the resolved config
-environment.json    versions, git revision, topology
-metrics.jsonl       one line a logged step: what was computed; the same bytes however often the run was interrupted
-throughput.jsonl    one line a logged step: how fast it was
-attempts.jsonl      one line a start and one an orderly end: job, step, reason, steps lost
-attempt.json        the newest attempt: the only one that may write here
-jobs.jsonl          one line a job submitted to a cluster
-evaluations.jsonl   one line per evaluated metric
-checkpoints/step-00001000/{COMPLETE, weights/, optimizer/}
-samples/
-"""
+"""The layout of a run directory, for every program that writes or reads one, and where runs are found. No torch."""
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_STEP = re.compile(r"step-(\d{8})")
+from fitscale.config.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -38,56 +25,48 @@ class Checkpoint:
         return sorted(path.name for path in (self.path / "weights").iterdir())
 
 
+class _Inside:
+    """The path of a file or folder inside a run directory."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: "RunDir", owner: type) -> Path:
+        return run.path / self.name
+
+
 @dataclass(frozen=True)
 class RunDir:
     """Paths inside one run directory."""
 
     path: Path
 
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
+    config = _Inside("config.yaml")  # the resolved config
+    environment = _Inside("environment.json")  # versions, git revision, topology
+    metrics = _Inside("metrics.jsonl")  # a line a logged step: what was computed; the same bytes after interruptions
+    throughput = _Inside("throughput.jsonl")  # a line a logged step: how fast it was
+    events = _Inside("events.jsonl")  # what went wrong: loss spikes, skipped samples, ranks that hang
+    attempts = _Inside("attempts.jsonl")  # a line a start and one an orderly end: job, step, reason, steps lost
+    owner = _Inside("attempt.json")  # the newest attempt: the only one that may write here
+    jobs = _Inside("jobs.jsonl")  # a line a job submitted to a cluster
+    log = _Inside("log.txt")  # what the jobs print
+    failed = _Inside("failed.txt")  # why a run cannot go on by itself: while it is there, no job is queued again
+    evaluations = _Inside("evaluations.jsonl")  # a line an evaluated metric
+    checkpoint_folder = _Inside("checkpoints")  # step-00001000/{COMPLETE, weights/, optimizer/}
+    samples = _Inside("samples")
+    submitit = _Inside("submitit")  # a folder a job
 
     @property
-    def environment(self) -> Path:
-        return self.path / "environment.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def throughput(self) -> Path:
-        return self.path / "throughput.jsonl"
-
-    @property
-    def events(self) -> Path:
-        return self.path / "events.jsonl"
-
-    @property
-    def attempts(self) -> Path:
-        return self.path / "attempts.jsonl"
-
-    @property
-    def jobs(self) -> Path:
-        return self.path / "jobs.jsonl"
-
-    @property
-    def evaluations(self) -> Path:
-        return self.path / "evaluations.jsonl"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples"
+    def absolute(self) -> "RunDir":
+        """The same for a process that runs in another folder."""
+        return RunDir(self.path.resolve())
 
     def checkpoint_path(self, step: int) -> Path:
-        return self.path / "checkpoints" / f"step-{step:08d}"
+        return self.checkpoint_folder / f"step-{step:08d}"
 
     def checkpoint_folders(self) -> list[Path]:
         """Every folder named as a checkpoint, oldest first, complete or not."""
-        folder = self.path / "checkpoints"
-        found = folder.iterdir() if folder.is_dir() else ()
-        return sorted(path for path in found if _STEP.fullmatch(path.name))
+        return sorted(self.checkpoint_folder.glob("step-" + "[0-9]" * 8))
 
     def checkpoints(self) -> list[Checkpoint]:
         """The complete checkpoints, oldest first."""
@@ -103,3 +82,18 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
     except (OSError, ValueError, KeyError):
         return None
     return Checkpoint(path, int(meta["step"]), meta) if whole else None
+
+
+def find_runs(paths: list[Path]) -> list[RunDir]:
+    """The run directories at `paths` or directly inside them, without repeats, in order of their path.
+
+    Raises:
+        UserError: a path is no run directory and holds none.
+    """
+    found: dict[Path, RunDir] = {}
+    for path in paths:
+        configs = [RunDir(path).config] if RunDir(path).config.is_file() else list(path.glob("*/config.yaml"))
+        if not configs:
+            raise UserError(f"{path}: neither a run directory (with config.yaml) nor a folder of run directories")
+        found |= {config.parent.resolve(): RunDir(config.parent) for config in configs}
+    return [found[path] for path in sorted(found)]

@@ -15,47 +15,37 @@ class Progress:
     step: int
     steps: int
     loss: float | None
-    trained: bool  # the last step's checkpoint is complete
-    evaluated: int
-    evaluations: int
+    saved: int  # step of the newest complete checkpoint, 0 before the first
+    evaluations: list[int]  # steps; of a run that was made longer, not those that training passed without a checkpoint
+    pending: list[int]  # those of them at which a metric is missing that the config asks for, measured as it asks
+
+    @property
+    def trained(self) -> bool:
+        return self.saved >= self.steps
 
     @property
     def finished(self) -> bool:
-        return self.trained and self.evaluated == self.evaluations
+        return self.trained and not self.pending
 
     def __str__(self) -> str:
-        loss = "-" if self.loss is None else f"{self.loss:.4f}"
-        return f"step {self.step:,}/{self.steps:,}  loss {loss}  evaluated {self.evaluated}/{self.evaluations}"
+        loss, evaluations = "-" if self.loss is None else f"{self.loss:.4f}", len(self.evaluations)
+        evaluated = evaluations - len(self.pending)
+        return f"step {self.step:,}/{self.steps:,}  loss {loss}  evaluated {evaluated}/{evaluations}"
 
 
 def progress(config: Config, run: RunDir) -> Progress:
     """The progress of the run with `config` in `run`."""
-    rows = read_jsonl(run.metrics)
-    steps = evaluation_steps(config, run)
-    checkpoints = run.checkpoints()
-    return Progress(
-        step=rows[-1]["step"] if rows else 0,
-        steps=config.run.steps,
-        loss=rows[-1]["loss"] if rows else None,
-        trained=bool(checkpoints) and checkpoints[-1].step >= config.run.steps,
-        evaluated=len(steps) - len(pending_evaluations(config, run)),
-        evaluations=len(steps),
-    )
-
-
-def evaluation_steps(config: Config, run: RunDir) -> list[int]:
-    """The steps to evaluate: of a run that was made longer, not those that training passed without a checkpoint."""
-    saved = {checkpoint.step for checkpoint in run.checkpoints()}
-    newest = max(saved, default=0)
-    return [step for step in config.evaluation.steps(config.run.steps) if step > newest or step in saved]
-
-
-def pending_evaluations(config: Config, run: RunDir) -> list[int]:
-    """The evaluation steps at which a metric is missing that the config asks for, measured as the config asks."""
-    wanted = wanted_metrics(config)
-    rows = [row for row in read_jsonl(run.evaluations) if row["metric"] in wanted]
-    found = {(row["step"], row["metric"]) for row in rows if is_as_configured(config, row["metric"], row["key"])}
-    return [step for step in evaluation_steps(config, run) if any((step, name) not in found for name in wanted)]
+    rows, wanted = read_jsonl(run.metrics), wanted_metrics(config)
+    step, loss = (rows[-1]["step"], rows[-1]["loss"]) if rows else (0, None)
+    saved = [0, *(checkpoint.step for checkpoint in run.checkpoints())]
+    evaluations = [step for step in config.evaluation.steps(config.run.steps) if step > saved[-1] or step in saved]
+    measured = {
+        (row["step"], row["metric"])
+        for row in read_jsonl(run.evaluations)
+        if row["metric"] in wanted and is_as_configured(config, row["metric"], row["key"])
+    }
+    pending = [step for step in evaluations if any((step, metric) not in measured for metric in wanted)]
+    return Progress(step, config.run.steps, loss, saved[-1], evaluations, pending)
 
 
 def wanted_metrics(config: Config) -> list[str]:

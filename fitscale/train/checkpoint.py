@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from fitscale.config.errors import UserError
+from fitscale.config.files import write_atomic
 from fitscale.config.schema import ModelConfig
-from fitscale.model.published import read_items
+from fitscale.model.weights import read_items
 from fitscale.parallel.zero import fill_optimizer_state, set_tensor
 from fitscale.run.comparability import ema_name
 from fitscale.run.layout import Checkpoint, RunDir, read_checkpoint
@@ -34,8 +35,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def tensor_sets(ema_decays: list[float]) -> dict[str, str | None]:
     """Folder in the checkpoint -> key in the optimizer's state (None: the weights themselves)."""
-    averages = {f"weights/{ema_name(decay)}": ema_name(decay) for decay in ema_decays}
-    return {"weights/raw": None, **averages, **{f"optimizer/{name}": name for name in MOMENTS}}
+    ema = {f"weights/{ema_name(decay)}": ema_name(decay) for decay in ema_decays}
+    return {"weights/raw": None, **ema, **{f"optimizer/{name}": name for name in MOMENTS}}
 
 
 def complete(folder: Path, meta: dict[str, Any]) -> None:
@@ -43,10 +44,8 @@ def complete(folder: Path, meta: dict[str, Any]) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         fsync(path)
-    marker = folder / "COMPLETE"
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    marker.write_text(json.dumps({**meta, "files": sizes}, indent=1))
-    fsync(marker)
+    write_atomic(folder / "COMPLETE", json.dumps({**meta, "files": sizes}, indent=1))
     for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
         fsync(path)
 
@@ -73,6 +72,8 @@ def newest_checkpoint(run: RunDir) -> Checkpoint | None:
 def require_same_model(checkpoint: Checkpoint, model: ModelConfig) -> None:
     """Raises UserError, with the differing keys, if `checkpoint` is of another model than `model`."""
     saved, wanted = checkpoint.meta["model"], asdict(model)
+    # What an earlier version did not know yet has its default there.
+    saved = asdict(type(model)()) | saved
     keys = [key for key in {**saved, **wanted} if saved.get(key) != wanted.get(key)]
     if keys:
         differing = ", ".join(f"model.{key}: {saved.get(key)} there, {wanted.get(key)} here" for key in keys)
@@ -80,7 +81,7 @@ def require_same_model(checkpoint: Checkpoint, model: ModelConfig) -> None:
 
 
 def load_optimizer(checkpoint: Checkpoint, engine: Any, ema_decays: list[float]) -> None:
-    """Set the optimizer's fp32 weights, averages and moments; the module was built with `weights/raw` already."""
+    """Set the optimizer's fp32 weights, EMA and moments; the module was built with `weights/raw` already."""
     fill_optimizer_state(engine, checkpoint.meta["optimizer_steps"])
     for folder, key in tensor_sets(ema_decays).items():
         for parameter, value in read_items(engine.module, checkpoint.path / folder):

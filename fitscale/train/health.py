@@ -18,7 +18,6 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
-from types import TracebackType
 
 from fitscale.config.errors import UserError
 from fitscale.config.files import append_jsonl
@@ -75,9 +74,7 @@ class Watchdog:
         self.thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.over.set()
         if error is not None and not isinstance(error, UserError):
             self._say(f"failed while {self.activity}: {type(error).__name__}: {str(error).splitlines()[:1]}")

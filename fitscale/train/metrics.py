@@ -17,10 +17,12 @@ from tqdm import tqdm
 
 from fitscale.config.files import append_jsonl, read_jsonl, write_atomic
 from fitscale.config.schema import Config
+from fitscale.parallel.groups import Topology
 from fitscale.plan.devices import device_reported_as
 from fitscale.run.attempt import Attempt
 from fitscale.run.layout import RunDir
 
+COUNTED = ("step", "images", "tokens", "train_flops")
 WAITING_SHARE = 0.1  # of the time: more is worth a word,
 WAITING_LONGEST_S = 1.0  # and so is a single wait of more than this
 
@@ -42,16 +44,13 @@ def rewind_metrics(path: Path, step: int) -> None:
 class Monitor:
     """Rank 0's window on a run."""
 
-    def __init__(
-        self, config: Config, attempt: Attempt, first_step: int, world_size: int, device: torch.device
-    ) -> None:
-        self.attempt = attempt
-        self.world_size, self.peak = world_size, peak_flops_per_s(device)
-        self.bar = tqdm(total=config.run.steps, initial=first_step, desc=config.run.name, unit="step", mininterval=1.0)
+    def __init__(self, config: Config, attempt: Attempt, totals: dict[str, Any], topology: Topology) -> None:
+        self.attempt, self.world_size, self.peak = attempt, topology.world_size, peak_flops_per_s(topology.device)
+        name, done = config.run.name, totals["step"]
+        self.bar = tqdm(total=config.run.steps, initial=done, desc=name, unit="step", mininterval=1.0)
         self.wandb = _start_wandb(config, attempt.run)
-        self.since = time.perf_counter()
-        self.logged: dict[str, float] = {"step": first_step}
         self.waiting_for_data = False
+        self.start_counting(totals)
 
     def log(self, row: dict[str, Any], phases: dict[str, float]) -> None:
         """Write one row of metrics and one of speed.
@@ -72,32 +71,33 @@ class Monitor:
         self.bar.set_postfix(_postfix(row, speed), refresh=False)
         self.bar.update(row["step"] - self.bar.n)
         if speed["waiting_for_data"] and not self.waiting_for_data:
-            self.bar.write(f"steps {first_step} to {row['step']}: {_waiting(speed)}", file=sys.stderr)
+            text = f"steps {first_step} to {row['step']}: waiting for data took {_waiting_share(speed)} of the time, "
+            text += f"at the longest {speed['data_wait_longest_s']:.1f} s (rank {speed['data_wait_rank']}); "
+            self.bar.write(f"{text}throughput.jsonl tells when it goes on", file=sys.stderr)
         self.waiting_for_data = speed["waiting_for_data"]
         if self.wandb is not None:
             self.wandb.log({**row, **speed}, step=row["step"])
 
     def _speed(self, row: dict[str, Any]) -> dict[str, Any]:
-        now = time.perf_counter()
-        seconds = now - self.since
-        per_s = {key: (row[key] - self.logged.get(key, 0)) / seconds for key in ("images", "tokens", "train_flops")}
-        steps = row["step"] - self.logged["step"]
-        self.since, self.logged = now, {key: row[key] for key in ("step", "images", "tokens", "train_flops")}
+        since, logged = self.since, self.logged
+        self.start_counting(row)
+        seconds = self.since - since
+        steps, images, tokens, train_flops = (row[key] - logged[key] for key in COUNTED)
         return {
             "step": row["step"],
             "attempt": self.attempt.number,
             "time_unix_s": time.time(),
             "step_s": seconds / steps,
-            "images_per_s": per_s["images"],
-            "tokens_per_s": per_s["tokens"],
-            "flops_per_s": per_s["train_flops"],
-            "mfu": per_s["train_flops"] / (self.peak * self.world_size) if self.peak else None,
+            "images_per_s": images / seconds,
+            "tokens_per_s": tokens / seconds,
+            "flops_per_s": train_flops / seconds,
+            "mfu": train_flops / seconds / (self.peak * self.world_size) if self.peak else None,
         }
 
     def start_counting(self, totals: dict[str, Any]) -> None:
         """Begin to measure speed, from these totals on."""
         self.since = time.perf_counter()
-        self.logged = {key: totals[key] for key in ("step", "images", "tokens", "train_flops")}
+        self.logged = {key: totals[key] for key in COUNTED}
 
     def close(self) -> None:
         self.bar.close()
@@ -107,30 +107,25 @@ class Monitor:
 
 def is_waiting(speed: dict[str, Any]) -> bool:
     """Whether a row of throughput.jsonl shows that training waited for data, and not only for a moment."""
-    return bool(
-        speed["data_wait_s"] > WAITING_SHARE * speed["step_s"] or speed["data_wait_longest_s"] > WAITING_LONGEST_S
-    )
+    long = speed["data_wait_longest_s"] > WAITING_LONGEST_S
+    return long or speed["data_wait_s"] > WAITING_SHARE * speed["step_s"]
 
 
-def _waiting(speed: dict[str, Any]) -> str:
-    return (
-        f"waiting for data took {speed['data_wait_s'] / speed['step_s']:.0%} of the time, at the longest "
-        f"{speed['data_wait_longest_s']:.1f} s (rank {speed['data_wait_rank']}); throughput.jsonl tells when it goes on"
-    )
+def _waiting_share(speed: dict[str, Any]) -> str:
+    return f"{speed['data_wait_s'] / speed['step_s']:.0%}"
 
 
 def _postfix(row: dict[str, Any], speed: dict[str, Any]) -> dict[str, str]:
-    mfu = {} if speed["mfu"] is None else {"MFU": f"{speed['mfu']:.1%}"}
-    waiting = {"waiting for data": f"{speed['data_wait_s'] / speed['step_s']:.0%}"} if speed["waiting_for_data"] else {}
-    return {
-        **waiting,
+    shown = {
+        "waiting for data": _waiting_share(speed) if speed["waiting_for_data"] else "",
         "loss": "skipped" if row["loss"] is None else f"{row['loss']:.4f}",
         "img/s": f"{speed['images_per_s']:.0f}",
         "tok/s": f"{speed['tokens_per_s']:.0f}",
-        **mfu,
+        "MFU": "" if speed["mfu"] is None else f"{speed['mfu']:.1%}",
         "pad": f"{row['padding_share']:.1%}",
         "imbalance": f"{row['imbalance']:.1%}",
     }
+    return {name: text for name, text in shown.items() if text}
 
 
 def _start_wandb(config: Config, run: RunDir) -> Any:
@@ -138,21 +133,14 @@ def _start_wandb(config: Config, run: RunDir) -> Any:
         return None
     import wandb
 
+    identity = run.path / "wandb_id"  # one wandb run per run directory, over all its restarts
+    if not identity.exists():
+        write_atomic(identity, uuid.uuid4().hex[:8])
     return wandb.init(
-        mode=config.wandb.mode,  # type: ignore[arg-type]
-        project=config.wandb.project,
-        entity=config.wandb.entity,
+        **asdict(config.wandb),
         name=config.run.name,
-        id=_wandb_id(run),
+        id=identity.read_text(),
         resume="allow",
         dir=run.path,
         config=asdict(config),
     )
-
-
-def _wandb_id(run: RunDir) -> str:
-    """One wandb run per run directory, over all its restarts."""
-    path = run.path / "wandb_id"
-    if not path.exists():
-        write_atomic(path, uuid.uuid4().hex[:8])
-    return path.read_text()

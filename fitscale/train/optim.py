@@ -1,7 +1,7 @@
-"""AdamW with averages of the weights in its state, and the learning-rate schedule.
+"""AdamW with the EMA of the weights in its state, and the learning-rate schedule.
 
 DeepSpeed hands the optimizer flat fp32 partitions; whatever the optimizer keeps per tensor is sharded by ZeRO and
-saved with its checkpoints. The exponential moving averages live there for that reason.
+saved with its checkpoints. The exponential moving averages (EMA) live there for that reason.
 """
 
 import math
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from fitscale.config.errors import UserError
 from fitscale.config.schema import OptimConfig
 from fitscale.run.comparability import ema_name
 
@@ -18,7 +17,7 @@ from fitscale.run.comparability import ema_name
 class AdamWEMA(torch.optim.AdamW):
     """torch's AdamW, followed by ema = decay * ema + (1 - decay) * weights for every decay.
 
-    An average starts as the initial weights.
+    An EMA starts as the initial weights.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], config: OptimConfig) -> None:
@@ -28,7 +27,7 @@ class AdamWEMA(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         tensors = [tensor for group in self.param_groups for tensor in group["params"] if tensor.grad is not None]
-        # AdamW fills a tensor's state only while it is empty, so the averages wait for it.
+        # AdamW fills a tensor's state only while it is empty, so the EMA wait for it.
         initial = {tensor: tensor.detach().clone() for tensor in tensors if not self.state[tensor]}
         loss = super().step(closure)
         for tensor in tensors:
@@ -40,7 +39,7 @@ class AdamWEMA(torch.optim.AdamW):
         return loss
 
     def fill_state(self, tensor: torch.Tensor, steps_taken: int) -> None:
-        """Give `tensor` the state it has after `steps_taken` steps, with zeros for the moments and averages."""
+        """Give `tensor` the state it has after `steps_taken` steps, with zeros for the moments and the EMA."""
         state = self.state[tensor]
         state["step"] = torch.tensor(float(steps_taken))
         for name in ("exp_avg", "exp_avg_sq", *map(ema_name, self.ema_decays)):
@@ -57,16 +56,12 @@ def learning_rate(config: OptimConfig, step: int, last_step: int) -> float:
     return config.lr * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def freeze_untrained(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], trainable: list[str]) -> None:
-    """Keep only parameters whose name contains one of `trainable` trainable; an empty list keeps all.
+def is_named(name: str, parts: list[str]) -> bool:
+    """Whether a parameter's name contains one of `parts`."""
+    return any(part in name for part in parts)
 
-    Raises:
-        UserError: an entry of `trainable` names no parameter.
-    """
-    named = list(named_parameters)
-    for pattern in trainable:
-        if not any(pattern in name for name, _ in named):
-            raise UserError(f"optim.trainable: {pattern!r} is part of no parameter's name")
-    if trainable:
-        for name, parameter in named:
-            parameter.requires_grad_(any(pattern in name for pattern in trainable))
+
+def freeze_untrained(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], trainable: list[str]) -> None:
+    """Keep only parameters whose name contains one of `trainable` trainable; an empty list keeps all."""
+    for name, parameter in named_parameters:
+        parameter.requires_grad_(not trainable or is_named(name, trainable))

@@ -7,7 +7,7 @@
 """
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -37,9 +37,7 @@ class Preemption:
         self.before = {signum: signal.signal(signum, self._hear) for signum in SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
 

@@ -15,14 +15,15 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from fitscale.model.published import published_items, save_weights
-from fitscale.parallel.zero import full_tensor
+from fitscale.model.weights import published_items, stored, write_tensors
+from fitscale.parallel.zero import gather_dp
 from fitscale.run.attempt import Attempt
 from fitscale.train.checkpoint import MOMENTS, complete, fsync, prune_checkpoints, tensor_sets
 
@@ -61,65 +62,60 @@ class Saver:
         return done
 
 
-class _Save(threading.Thread):
-    """One rank's thread of one save."""
+class _Save:
+    """One rank's part of one save: it is written, and on rank 0 the whole completed, in a thread of its own."""
 
     def __init__(self, attempt: Attempt, tensors: dict[str, dict[str, torch.Tensor]], meta: dict[str, Any]) -> None:
-        super().__init__(name="save")
-        self.attempt, self.run_dir, self.tensors, self.meta = attempt, attempt.run, tensors, meta
+        self.attempt, self.run, self.tensors, self.meta = attempt, attempt.run, tensors, meta
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.folder = attempt.run.checkpoint_path(meta["step"])
+        self.folder = self.run.checkpoint_path(meta["step"])
         self.temporary = self.folder.with_name(f".saving-{attempt.number}-{self.folder.name}")
-        self.error: str | None = None
-        self.own_part_over, self.all_parts_over = threading.Event(), threading.Event()
+        self.error: str | None = None  # of the first rank that could not write its part
+        self.all_parts_over = threading.Event()
 
-    def run(self) -> None:
-        try:
-            self._write()
-            self.own_part_over.set()
-            if self.rank == 0:
-                self._complete()
-        except Exception as error:  # whatever it is, training goes on
-            self.error = f"rank {self.rank}: {error}"
-        finally:
-            self.own_part_over.set()
+    def start(self) -> None:
+        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
+        self.written = thread.submit(self._write)
+        self.completed = thread.submit(self._complete) if self.rank == 0 else self.written
+        thread.shutdown(wait=False)
 
     def finish(self) -> bool:
         """Wait for all ranks; True if the checkpoint is complete. A collective over all ranks."""
-        self.own_part_over.wait()
-        parts: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(parts, self.error)
-        failed = [text for text in parts if text]
-        self.error = failed[0] if failed else self.error
+        errors: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(errors, self._error_of(self.written))
+        self.error = next((error for error in errors if error), None)
         self.all_parts_over.set()
-        self.join()
-        outcome = [self.error]
+        outcome = [self._error_of(self.completed)]
         dist.broadcast_object_list(outcome, src=0)
         if outcome[0] and self.rank == 0:
-            self._report(outcome[0])
+            shutil.rmtree(self.temporary, ignore_errors=True)  # gives a full disk its space back
+            steps = [checkpoint.step for checkpoint in self.run.checkpoints()]
+            newest = f"step {steps[-1]}" if steps else "none yet"
+            log.error("checkpoint of step %d was not saved (%s); newest: %s", self.meta["step"], outcome[0], newest)
         return outcome[0] is None
 
-    def _report(self, error: str) -> None:
-        shutil.rmtree(self.temporary, ignore_errors=True)  # gives a full disk its space back
-        steps = [checkpoint.step for checkpoint in self.run_dir.checkpoints()]
-        newest = f"step {steps[-1]}" if steps else "none yet"
-        log.error("checkpoint of step %d was not saved (%s); newest: %s", self.meta["step"], error, newest)
+    def _error_of(self, task: Future[None]) -> str | None:
+        """Wait for the end of a task; what went wrong in it, whatever that is: training goes on."""
+        error = task.exception()
+        return self.error or (f"rank {self.rank}: {error}" if error else None)
 
     def _write(self) -> None:
         about = {"model": json.dumps(self.meta["model"]), "step": str(self.meta["step"])}
         for name, items in self.tensors.items():
-            save_weights(self.temporary / name / f"{self.rank:05d}.safetensors", items, about)
+            path = self.temporary / name / f"{self.rank:05d}.safetensors"
+            write_tensors(path, {key: stored(tensor) for key, tensor in items.items()}, about)
         self._marker(self.rank).touch()
 
     def _marker(self, rank: int) -> Path:
         return self.temporary / f".done-{rank:05d}"
 
     def _complete(self) -> None:
+        self.written.result()
         markers = [self._marker(rank) for rank in range(self.world_size)]
         self._wait_for(markers)
         for marker in markers:
             marker.unlink()
-        fsync(self.run_dir.metrics)  # a resumed run has to find the lines up to this step
+        fsync(self.run.metrics)  # a resumed run has to find the lines up to this step
         complete(self.temporary, self.meta)
         with self.attempt.writing():
             if self.folder.exists():  # not complete, or training would have resumed after it
@@ -142,7 +138,7 @@ def _owned_items(engine: Any, key: str | None) -> Iterator[tuple[str, torch.Tens
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
     def value(parameter: torch.nn.Parameter) -> torch.Tensor:
-        tensor = full_tensor(engine, parameter, key)
+        tensor = gather_dp(engine, parameter, key)
         return tensor.zero_() if key in MOMENTS and not parameter.requires_grad else tensor
 
     items = published_items(engine.module, value)

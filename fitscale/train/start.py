@@ -4,26 +4,19 @@ import platform
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from fitscale.config.schema import Config
+from fitscale.data.batch_plan import BatchPlan
 from fitscale.model import flops
 from fitscale.parallel.groups import Topology
+from fitscale.plan.layout import in_words
 from fitscale.plan.memory import state_bytes
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "webdataset")
-
-
-def resolve(config: Config, device: torch.device) -> Config:
-    """Replace `auto` precision by what it means on `device`."""
-    if config.parallel.precision != "auto":
-        return config
-    precision = "bf16" if device.type == "cuda" else "fp32"
-    return replace(config, parallel=replace(config.parallel, precision=precision))
 
 
 def environment(topology: Topology) -> dict[str, Any]:
@@ -54,20 +47,28 @@ def _git_revision() -> str | None:
     return result.stdout.strip() or None
 
 
-def start_table(config: Config, topology: Topology, tokens_per_image: float, images: str, first_step: int) -> str:
+def start_table(config: Config, topology: Topology, plan: BatchPlan, first_step: int) -> str:
     """What is about to run, for a person: one `name  value` line each."""
-    model, batch = config.model, config.batch.global_batch_size
-    mean_tokens = round(tokens_per_image)
-    step_flops = flops.train_flops(model, mean_tokens) * batch
-    parallel = config.parallel
+    model, batch, parallel = config.model, config.batch.global_batch_size, config.parallel
+    tokens_per_image = float(plan.step(first_step).tokens_B.mean())
+    step_flops = flops.train_flops(model, round(tokens_per_image)) * batch
     rows = {
         "model": f"{model.name} ({model.family}), {flops.parameters(model):,} parameters",
-        "images": f"{images} for training, {tokens_per_image:.1f} tokens each on average",
+        "images": f"{_images(config, plan)} for training, {tokens_per_image:.1f} tokens each on average",
         "batch": f"{batch} images, about {tokens_per_image * batch:,.0f} tokens, {step_flops:.3g} FLOP a step",
         "state": f"{state_bytes(config, topology.dp_size) / 2**30:.3f} GiB a rank (weights, gradients, optimizer, EMA)",
-        "layout": f"dp {topology.dp_size} x tp {topology.tp_size}{' + sp' if parallel.sequence_parallel else ''}, "
-        f"ZeRO {parallel.zero_stage}, {parallel.precision}, {_device_name(topology.device)}",
+        "layout": f"{in_words(parallel, topology.dp_size)}, {parallel.precision}, {_device_name(topology.device)}",
         "steps": f"{first_step:,} to {config.run.steps:,}",
         "run": config.run.dir,
     }
     return "\n".join(f"  {name:<8}{value}" for name, value in rows.items())
+
+
+def _images(config: Config, plan: BatchPlan) -> str:
+    """How many images there are to train on, by shard set."""
+    if len(plan.streams) == 1:
+        return f"{plan.num_images:,}"
+    parts = zip(config.data.sources, plan.streams, plan.weights, strict=True)
+    return ", ".join(
+        f"{stream.num_images:,} of {name} ({float(weight / sum(plan.weights)):.1%})" for name, stream, weight in parts
+    )

@@ -53,7 +53,10 @@ class PhaseTimer:
         mine = [sum(seconds[name] for name in COMPUTE), sum(self.waits), max(self.waits)]
         self.spans.clear()
         self.waits = [0.0]
-        computing, waited, longest = _gathered(mine, self.device)
+        values = torch.tensor(mine, dtype=torch.float64, device=self.device)
+        everyones = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyones, values)
+        computing, waited, longest = torch.stack(everyones, dim=1)
         return {
             **{f"{name}_s": value / steps for name, value in seconds.items()},
             "time_imbalance": (computing.max() / computing.mean() - 1).item() if computing.any() else 0.0,
@@ -72,14 +75,6 @@ class PhaseTimer:
     def _span_s(self, span: tuple[Any, Any]) -> float:
         start, end = span
         return start.elapsed_time(end) / 1000 if self.cuda else end - start
-
-
-def _gathered(values: list[float], device: torch.device) -> torch.Tensor:
-    """Every rank's values: (values, ranks) float64."""
-    mine = torch.tensor(values, dtype=torch.float64, device=device)
-    everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyones, mine)
-    return torch.stack(everyones, dim=1)
 
 
 class Profiler:

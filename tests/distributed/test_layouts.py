@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 from fitscale.config.files import read_jsonl
 from fitscale.config.schema import Config, ParallelConfig
-from fitscale.model.fit import FiT
-from fitscale.model.initial import initial_items
-from fitscale.model.published import published_items, save_weights
+from fitscale.model.build import build_network
+from fitscale.model.init import initial_items
+from fitscale.model.weights import published_items, stored, write_tensors
 from fitscale.parallel.groups import init_parallel
 from fitscale.run.layout import RunDir
 from tests.distributed.spawn import run_ranks
@@ -51,11 +51,11 @@ def awake_weights() -> Path:
     """Weights whose zero-initialised parts are filled, so that every parameter has a gradient at the first step."""
     init_parallel(ParallelConfig(), "cpu")
     config = layout_config(Path("unused"), Path("unused"), 1, False, 0)
-    model, generator = FiT(config.model, ParallelConfig()), torch.Generator().manual_seed(0)
+    model, generator = build_network(config.model, ParallelConfig()), torch.Generator().manual_seed(0)
     for parameter, piece in initial_items(model, seed=0):
         parameter.data.copy_(piece + 0.05 * torch.randn(piece.shape, generator=generator))
     path = Path(tempfile.mkdtemp()) / "awake.safetensors"
-    save_weights(path, dict(published_items(model)), {})
+    write_tensors(path, {name: stored(value) for name, value in published_items(model)}, {})
     return path
 
 
@@ -118,7 +118,7 @@ def test_fp32_layout_equals_one_process(tmp_path, digits_shards, one_process, la
 
 def train_and_hash_replicated(config: Config) -> dict[str, str]:
     """Trains; digests of the parameters that tensor parallelism keeps whole on every rank."""
-    from fitscale.parallel.zero import full_tensor
+    from fitscale.parallel.zero import gather_dp
     from fitscale.train import trainer
 
     built = []
@@ -126,7 +126,7 @@ def train_and_hash_replicated(config: Config) -> dict[str, str]:
     trainer.Trainer.run_to_end = lambda self: (original(self), built.append(self.engine))[0]
     train_here(config)
     named = built[0].module.named_parameters()
-    values = {name: full_tensor(built[0], p) for name, p in named if not getattr(p, "tensor_model_parallel", False)}
+    values = {name: gather_dp(built[0], p) for name, p in named if not getattr(p, "tensor_model_parallel", False)}
     return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in values.items()}
 
 
@@ -163,9 +163,9 @@ def test_bf16_stays_near_fp32(tmp_path, digits_shards, one_process, layout, stag
 
 def train_without_the_sum_of_the_modulations_gradient(config: Config) -> None:
     """Trains with a planted fault: AdaLN's vectors enter the sharded region unwrapped."""
-    from fitscale.model import layers
+    from fitscale.model.fit import network
 
-    layers.enter_sharded = lambda x: x
+    network.enter_sharded = lambda x: x
     train_here(config)
 
 

@@ -32,8 +32,8 @@ def config_of(tp: int, stage: int, precision: str, *overrides: str) -> Config:
 
 
 def build(config: Config, device: str) -> tuple[Any, Any]:
-    from fitscale.model.fit import FiT
-    from fitscale.model.initial import initial_items
+    from fitscale.model.build import build_network
+    from fitscale.model.init import initial_items
     from fitscale.parallel.groups import init_parallel
     from fitscale.parallel.layers import set_value
     from fitscale.parallel.zero import building, make_engine
@@ -41,7 +41,7 @@ def build(config: Config, device: str) -> tuple[Any, Any]:
 
     topology = init_parallel(config.parallel, device)
     with building(config.parallel, config.optim, topology):
-        model = FiT(config.model, config.parallel)
+        model = build_network(config.model, config.parallel)
     for parameter, piece in initial_items(model, seed=0):
         set_value(parameter, piece)
     freeze_untrained(model.named_parameters(), config.optim.trainable)
@@ -55,9 +55,15 @@ def micro_batch(engine: Any, side: int, images: int, device: str, last: bool = T
     tokens = side * side
     inputs = torch.randn(images * tokens, 16, device=device), torch.rand(images, device=device)
     labels = torch.zeros(images, dtype=torch.long, device=device)
-    sizes, cu_seqlens = torch.full((images, 2), side), torch.arange(images + 1, dtype=torch.int32) * tokens
-    out = engine(*inputs, labels, sizes, cu_seqlens)
+    (out,) = engine(*inputs, labels, square_layout(side, images, engine.module.parallel, device))
     engine.backward((out - 1).square().mean())
+
+
+def square_layout(side: int, images: int, parallel: Any, device: str) -> Any:
+    from fitscale.model.common.layout import pack_layout
+
+    sizes, cu_seqlens = torch.full((images, 2), side), torch.arange(images + 1, dtype=torch.int32) * side * side
+    return pack_layout(sizes, cu_seqlens, torch.device(device), parallel.sequence_parallel)
 
 
 def live_bytes(engine: Any) -> int:
@@ -131,11 +137,13 @@ def test_planned_state_is_what_is_there(name):
 
 def saved_bytes(config: Config, side: int, images: int) -> int:
     """Bytes that autograd keeps of one pack, without the weights and the tables of positions."""
-    from fitscale.model.fit import FiT
+    from fitscale.model.build import build_network
     from fitscale.parallel.groups import init_parallel
 
     init_parallel(config.parallel, "cpu")
-    model = FiT(config.model, config.parallel).to(torch.bfloat16 if config.parallel.precision == "bf16" else None)
+    model = build_network(config.model, config.parallel).to(
+        torch.bfloat16 if config.parallel.precision == "bf16" else None
+    )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -146,9 +154,9 @@ def saved_bytes(config: Config, side: int, images: int) -> int:
         return tensor
 
     tokens = side * side
-    sizes, cu_seqlens = torch.full((images, 2), side), torch.arange(images + 1, dtype=torch.int32) * tokens
+    layout = square_layout(side, images, config.parallel, "cpu")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(torch.randn(images * tokens, 16), torch.rand(images), torch.zeros(images).long(), sizes, cu_seqlens)
+        model(torch.randn(images * tokens, 16), torch.rand(images), torch.zeros(images).long(), layout)
     return sum(one.nbytes() for pointer, one in storages.items() if pointer not in weights)
 
 

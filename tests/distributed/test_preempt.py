@@ -13,6 +13,7 @@ import torch
 from fitscale.config.errors import UserError
 from fitscale.config.files import append_jsonl, read_jsonl
 from fitscale.config.schema import Config
+from fitscale.parallel.groups import Topology
 from fitscale.run.attempt import IDLE_ATTEMPTS, TakenOverError, begin_attempt
 from fitscale.run.layout import RunDir
 from fitscale.train import trainer
@@ -103,7 +104,8 @@ def test_an_attempt_that_was_taken_over_while_it_was_being_built_leaves_metrics_
 
 def test_a_row_that_was_measured_before_a_newer_start_is_not_written(tmp_path):
     config, run = tiny_config(tmp_path, tmp_path), RunDir(tmp_path)
-    monitor = Monitor(config, begin_attempt(run, 0), 0, 1, torch.device("cpu"))
+    totals = {"step": 0, "images": 0, "tokens": 0, "train_flops": 0}
+    monitor = Monitor(config, begin_attempt(run, 0), totals, Topology(0, 1, 0, 1, 0, 1, torch.device("cpu")))
     row = {"step": 1, "images": 16, "tokens": 700, "train_flops": 1, "loss": 0.5}
     waits = {"data_wait_s": 0.0, "data_wait_longest_s": 0.0, "data_wait_rank": 0}
     begin_attempt(run, 0)

@@ -52,7 +52,7 @@ def target(model: ModelConfig, steps: int, batch: int, tokens: float, squared_to
     """The run of `steps` steps on images of `tokens` tokens in the mean, and `squared_tokens` in the mean square."""
     per_token, _ = flops.cost(model)
     linear = flops.linear_macs(model, 0) + per_token * tokens
-    attention = flops.attention_macs(model, 1) * squared_tokens
+    attention = flops.mixing_macs(model, 1) * squared_tokens
     images = steps * batch
     per_image = flops.TRAIN_PASSES * flops.FLOPS_PER_MAC * (linear + attention)
     parameters = flops.parameters(model)

@@ -1,12 +1,11 @@
 """What the tools of the analysis share: options that choose rows, and how mistakes in options are told."""
 
 import argparse
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from fitscale.config.checks import at_least
-from fitscale.config.errors import UserError, cannot_write
+from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
 from fitscale.config.schema import ModelConfig
 
@@ -48,19 +47,6 @@ def require_at_least(options: argparse.Namespace, **least: float) -> None:
     for name, value in least.items():
         if getattr(options, name) is not None:
             at_least(f"--{name.replace('_', '-')}", getattr(options, name), value)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Around what writes `path`.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise cannot_write(path, error) from error
 
 
 def model_named(name: str, folder: Path) -> ModelConfig:

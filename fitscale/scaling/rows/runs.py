@@ -17,25 +17,8 @@ from fitscale.config.files import read_jsonl
 from fitscale.config.load import load_config
 from fitscale.config.schema import Config, ModelConfig
 from fitscale.model import flops
-from fitscale.run.layout import RunDir
+from fitscale.run.layout import RunDir, find_runs
 from fitscale.scaling.rows.table import COLUMNS, KEY, read_table, validate
-
-
-def find_runs(paths: list[Path]) -> list[RunDir]:
-    """The run directories at `paths` or directly inside them, without repeats, in order of their path.
-
-    Raises:
-        UserError: a path is none and holds none.
-    """
-    found: dict[Path, RunDir] = {}
-    for path in paths:
-        inside = sorted(path.iterdir()) if path.is_dir() else []
-        candidates = map(RunDir, [path] if RunDir(path).config.is_file() else inside)
-        runs = {run.path.resolve(): run for run in candidates if run.config.is_file()}
-        if not runs:
-            raise UserError(f"{path}: neither a run directory (with config.yaml) nor a folder of run directories")
-        found |= runs
-    return [found[path] for path in sorted(found)]
 
 
 def collect(paths: list[Path]) -> pd.DataFrame:

@@ -1,0 +1,117 @@
+"""Images from Python: load a run, or a .safetensors file, and draw.
+
+from fitscale import api
+
+model = api.load("runs/b")
+images = model.draw([207, 360], height=256, width=384, guidance=1.5)
+images[0].save("retriever.png")
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fitscale.config.errors import UserError
+from fitscale.config.load import load_config
+from fitscale.config.schema import Config
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+SECTIONS = ("model", "flow", "sampling", "data")  # of a config, in the metadata of a file that fitscale exported
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network ready to sample, with the config that says how."""
+
+    config: Config
+    network: "torch.nn.Module"
+
+    def draw(
+        self,
+        labels: Sequence[int],
+        height: int,
+        width: int,
+        *,
+        guidance: float | None = None,
+        steps: int | None = None,
+        method: str | None = None,
+        seed: int = 0,
+    ) -> "list[Image]":
+        """One image of `height` x `width` pixels for each of `labels`; image i depends on (seed, i) alone.
+
+        Args:
+            labels: classes, or `num_classes` for none.
+            guidance: scale of classifier-free guidance; 1 = none. This, steps and method: None = the config's.
+            steps: integration steps.
+            method: sampler.
+
+        Raises:
+            UserError: a side is no multiple of the patch, a label or an option is out of range.
+        """
+        from PIL import Image
+
+        from fitscale.eval.generate import Request, generate, patches
+
+        most = self.config.model.num_classes
+        if wrong := [label for label in labels if not 0 <= label <= most]:
+            raise UserError(f"labels: {wrong[0]} is not one of 0 to {most - 1}, or {most} for no class")
+        sampling = _replaced(self.config.sampling, steps=steps, method=method)
+        sampling = replace(sampling, guidance=_replaced(sampling.guidance, scale=guidance))
+        config = replace(self.config, sampling=sampling)
+        rows, cols = patches(config, height, width)
+        requests = [Request(i, label, rows, cols) for i, label in enumerate(labels)]
+        drawn = {one.index: one.image for one in generate(self.network, config, requests, seed)}
+        return [
+            Image.fromarray(drawn[i].squeeze(2) if drawn[i].shape[2] == 1 else drawn[i]) for i in range(len(labels))
+        ]
+
+
+def load(
+    source: str | Path, *config: str, weights: str | None = None, step: int | None = None, device: str = "auto"
+) -> Model:
+    """A model to draw with.
+
+    Args:
+        source: run directory; or a .safetensors file in the published names, as tools/convert_checkpoint.py writes it.
+        config: YAML files and `key=value` overrides: what a foreign file does not say of its model, or what is to be
+            different (data.latent.vae=FOLDER, model.rope.method=ntk-aware).
+        weights: of a run: raw, ema or ema_<decay>; None = what it evaluates.
+        step: of a run: the checkpoint; None = the newest.
+        device: auto, cpu or cuda.
+
+    Raises:
+        UserError: no such run, checkpoint, weights or file; the file is of another model than the config says.
+    """
+    from fitscale.eval.generate import find_checkpoint, load_model, open_run, weights_name
+
+    path = Path(source)
+    if path.is_file():
+        if weights is not None or step is not None:
+            raise UserError(f"{path}: weights and step go with a run directory, not with a file")
+        settings = load_config([_sections(path), *config])
+        return Model(settings, load_model(settings, path, device))
+    _, run = open_run(path)
+    settings = load_config([str(run.config), *config])
+    checkpoint = find_checkpoint(run, step)
+    name = weights_name(settings, checkpoint, weights or settings.evaluation.weights)
+    return Model(settings, load_model(settings, checkpoint.weights(name), device))
+
+
+def _sections(path: Path) -> dict[str, Any]:
+    """What the metadata of a .safetensors file says of its config."""
+    from fitscale.model.weights import read_metadata
+
+    found = read_metadata(path)
+    try:
+        return {name: json.loads(found[name]) for name in SECTIONS if name in found}
+    except ValueError as error:
+        raise UserError(f"{path}: its metadata is not JSON: {error}") from error
+
+
+def _replaced(section: Any, **chosen: Any) -> Any:
+    return replace(section, **{key: value for key, value in chosen.items() if value is not None})

@@ -1,0 +1,78 @@
+"""FiTv2 and FiT v1 as backbones: their parameters, and what they cost. No torch."""
+
+from typing import Any
+
+from fitscale.config.schema import ParallelConfig
+from fitscale.model.backbone import COLUMNS, ROWS, Backbone, Kept, Parameter, linear
+from fitscale.model.fit.config import FitConfig
+
+TIME_CHANNELS = 256  # width of the time embedding's sinusoids
+
+
+def parameters(cfg: FitConfig) -> list[Parameter]:
+    """The table. Init follows the papers: Xavier-uniform linears, normal embeddings, zero modulations and output."""
+    d = cfg.hidden_size
+    found = [
+        *linear("x_embedder.proj", (d, cfg.token_channels), "x_embedder", per_token=1),
+        *linear("t_embedder.mlp.0", (d, TIME_CHANNELS), "t_embedder", per_image=1, init="normal"),
+        *linear("t_embedder.mlp.2", (d, d), "t_embedder", per_image=1, init="normal"),
+        Parameter("y_embedder.embedding_table.weight", (cfg.num_classes + 1, d), "y_embedder", init="normal"),
+    ]
+    if cfg.adaln_rank is not None:
+        found += linear("global_adaLN_modulation.1", (6 * d, d), "adaln", per_image=1, init="zero")
+    for number in range(cfg.depth):
+        found += _block(cfg, f"blocks.{number}")
+    out = cfg.patch_size**2 * cfg.out_channels
+    found += linear("final_layer.adaLN_modulation.1", (2 * d, d), "final_adaln", per_image=1, init="zero")
+    found += linear("final_layer.linear", (out, d), "final_layer", per_token=1, init="zero")
+    return found
+
+
+def _block(cfg: FitConfig, name: str) -> list[Parameter]:
+    d, width, rank = cfg.hidden_size, cfg.mlp_hidden_size, cfg.adaln_rank
+    rows: dict[str, Any] = {"split": ROWS, "per_token": 1}
+    columns: dict[str, Any] = {"split": COLUMNS, "per_token": 1}
+    found = linear(f"{name}.attn.qkv", (3 * d, d), "attention", qkv_heads=cfg.num_heads, **rows)
+    if cfg.qk_norm_weight:
+        norms = (f"{name}.attn.{norm}.weight" for norm in ("q_norm", "k_norm"))
+        found += [Parameter(norm, (cfg.head_dim,), "attention", init="one") for norm in norms]
+    found += linear(f"{name}.attn.proj", (d, d), "attention", **columns)
+    found += linear(f"{name}.mlp.fc1_g", (width, d), "mlp", **rows)
+    found += linear(f"{name}.mlp.fc1_x", (width, d), "mlp", **rows)
+    found += linear(f"{name}.mlp.fc2", (d, width), "mlp", **columns)
+    if rank is None:
+        return found + linear(f"{name}.adaLN_modulation.1", (6 * d, d), "adaln", per_image=1, init="zero")
+    found += linear(f"{name}.adaLN_modulation.1", (rank, d), "adaln", per_image=1)
+    return found + linear(f"{name}.adaLN_modulation.2", (6 * d, rank), "adaln", per_image=1, init="zero")
+
+
+def mixing_macs(cfg: FitConfig) -> tuple[int, int, int]:
+    """q k^T and scores * v of every block."""
+    return 0, 0, 2 * cfg.hidden_size * cfg.depth
+
+
+def kept(cfg: FitConfig, on_cuda: bool) -> Kept:
+    """Of every token a block keeps: 8 vectors of the hidden size (two norms' inputs, outputs and modulated outputs, two
+    results before their gates); q, k, v as projected, q and k as turned and attention's output (on CPUs twice); 4
+    vectors of the MLP's width; and statistics of norms and attention."""
+    d = cfg.hidden_size
+    return Kept(
+        blocks=cfg.depth,
+        token=8 * d,
+        token_split=(6 if on_cuda else 7) * d + 4 * cfg.mlp_hidden_size,
+        token_statistics=4,
+        token_statistics_split=5 * cfg.num_heads,
+        image=9 * d,
+        ends=8 * d,  # the final layer's inputs; gradients on their way
+        positions=2 * cfg.head_dim,
+    )
+
+
+def build(cfg: FitConfig, parallel: ParallelConfig) -> Any:
+    from fitscale.model.fit.network import FiT
+
+    return FiT(cfg, parallel)
+
+
+FITV2 = Backbone("fitv2", FitConfig, parameters, mixing_macs, kept, build)
+FIT = Backbone("fit", FitConfig, parameters, mixing_macs, kept, build)

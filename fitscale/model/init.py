@@ -1,0 +1,35 @@
+"""The weights that training starts from, as the backbone's table says.
+
+Each tensor is drawn whole, on the CPU, from a generator of its own that (seed, its name) decides, and then cut for this
+rank. So the weights are the same in every layout and on every device, in whatever order modules are made, and a model
+that ZeRO-3 partitions while it is built never exists whole.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fitscale.model.backbone import Parameter, parameter_table
+from fitscale.parallel.layers import tp_shard
+
+NORMAL_STD = 0.02
+
+
+def initial_items(model: nn.Module, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """(parameter, this rank's shard of its initial fp32 tensor), one at a time, on the CPU; `model` has its config."""
+    table = {entry.name: entry for entry in parameter_table(model.config)}  # type: ignore[arg-type]
+    for name, param in model.named_parameters():
+        yield param, tp_shard(_draw(table[name], seed), table[name].split)
+
+
+def _draw(entry: Parameter, seed: int) -> Tensor:
+    if entry.init in ("zero", "one"):
+        return torch.full(entry.shape, float(entry.init == "one"))
+    digest = hashlib.blake2b(f"{seed} {entry.name}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    if entry.init == "normal":
+        return torch.zeros(entry.shape).normal_(0.0, NORMAL_STD, generator=generator)
+    assert entry.init == "xavier", f"{entry.name}: no initialisation is called {entry.init}"
+    return nn.init.xavier_uniform_(torch.zeros(entry.shape), generator=generator)

@@ -1,0 +1,250 @@
+"""Weights in the layout of the published checkpoints: full tensors under the published names, whatever the layout of
+the run, from file to file or to model, one tensor in memory at a time.
+
+    list_tensors, list_state_dict   names and shapes, and for each tensor how to read it
+    check_keys                      are they the model's?
+    read_items, load_weights        this rank's shard of each tensor in `path`, into the model
+    published_items                 the full tensors of a model, over the tensor-parallel ranks
+    write_tensors                   header, then one tensor after the other, sorted by name -> fsync -> rename
+
+Names are the same here and there. One thing differs: the rows of fused q, k and v are (heads, 3, head_dim) here, so
+that tensor parallelism cuts them in one piece, and (3, heads, head_dim) there.
+
+safetensors' own writer wants all tensors at once. Its format (https://github.com/huggingface/safetensors): the header's
+length in 8 bytes, a JSON header, then the tensors' bytes, everything little-endian. Equal tensors and metadata make
+equal bytes here, however many files the tensors came from.
+"""
+
+import json
+import pickle
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fitscale.config.errors import UserError, writing
+from fitscale.config.files import replacing
+from fitscale.config.schema import ModelConfig
+from fitscale.model.backbone import Parameter, parameter_table
+from fitscale.parallel.layers import gather_tp, set_value, tp_shard
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_TAGS = {"fp32": "F32", "bf16": "BF16"}
+_ALIGNMENT = 8  # bytes; the header is filled up with spaces to it
+_LISTED_KEYS = 10
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that is still in its file, or elsewhere."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+def stored(tensor: Tensor) -> StoredTensor:
+    """A tensor that is in memory already."""
+    return StoredTensor(tuple(tensor.shape), tensor.detach)
+
+
+def list_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a .safetensors file, or of all those of a folder, by name.
+
+    A file is mapped only while one of its tensors is in use, so that what was read does not stay in memory.
+
+    Raises:
+        UserError: no such file there, or a broken one.
+    """
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{path}: no .safetensors file in this folder")
+    found: dict[str, StoredTensor] = {}
+    for file in files:
+        with _opened(file) as opened:
+            for name in opened.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                found[name] = StoredTensor(tuple(opened.get_slice(name).get_shape()), partial(_read, file, name))
+    return found
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a .safetensors file; UserError if it is no such file."""
+    with _opened(path) as opened:
+        return opened.metadata() or {}
+
+
+def list_state_dict(path: Path, entry: str | None) -> dict[str, StoredTensor]:
+    """The tensors of a state dict saved with `torch.save`: the file is one, or has one under the name `entry`.
+
+    Args:
+        path: zip file of `torch.save`; mapped, not read, so its pages need not stay in memory.
+        entry: "model", "ema", "state_dict" ...; None takes the only one that there is.
+
+    Raises:
+        UserError: no such file, a broken one, one with more than plain tensors in it, or no such entry.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as a state dict of torch.save: {reason}") from error
+    state = loaded if entry is None and _is_state_dict(loaded) else _entry(path, loaded, entry)
+    return {name: stored(tensor) for name, tensor in state.items()}
+
+
+def check_keys(model: ModelConfig, found: Mapping[str, StoredTensor], path: Path) -> None:
+    """Raises UserError if names or shapes of `found`, the tensors in `path`, are not the model's."""
+    expected = {entry.name: entry.shape for entry in parameter_table(model)}
+    problems = [f"{key} is missing" for key in expected if key not in found]
+    problems += [f"{key} is not part of the model" for key in found if key not in expected]
+    problems += [
+        f"{key} is {found[key].shape}, the model's is {shape}"
+        for key, shape in expected.items()
+        if key in found and found[key].shape != shape
+    ]
+    if problems:
+        listed = "; ".join(problems[:_LISTED_KEYS])
+        raise UserError(
+            f"{path}: weights of another model than model.name = {model.name}: "
+            f"{len(problems)} of its keys differ: {listed}{' ...' if len(problems) > _LISTED_KEYS else ''}"
+        )
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Copy weights in the published names, one .safetensors file or a folder of them, into the model.
+
+    Raises:
+        UserError: see `read_items`; the model is unchanged if keys or shapes differ.
+    """
+    for param, shard in read_items(model, path):
+        set_value(param, shard)
+
+
+def read_items(model: nn.Module, path: Path) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """(parameter, this tensor-parallel rank's shard of its tensor in `path`), one at a time, on the CPU.
+
+    Args:
+        model: has its config; in this rank's layout, partitioned by ZeRO-3 or not.
+        path: one .safetensors file, or a folder whose files together hold every tensor.
+
+    Raises:
+        UserError: nothing there, a broken file, or keys or shapes of another model (those that differ are listed).
+    """
+    tensors, table = list_tensors(path), _table(model)
+    check_keys(model.config, tensors, path)  # type: ignore[arg-type]
+    for name, param in model.named_parameters():
+        yield param, tp_shard(from_published(table[name], tensors[name].read()), table[name].split)
+
+
+def published_items(
+    model: nn.Module, get: Callable[[nn.Parameter], Tensor] = Tensor.detach
+) -> Iterator[tuple[str, Tensor]]:
+    """(published name, full fp32 tensor) of every parameter, one at a time.
+
+    A collective operation: all ranks of a tensor-parallel group iterate to the end, and all get the tensors.
+
+    Args:
+        model: names the parameters and says how they are cut.
+        get: what to export of a parameter, laid out as the parameter of this rank: itself, its EMA ...
+    """
+    table = _table(model)
+    for name, param in model.named_parameters():
+        yield name, to_published(table[name], gather_tp(get(param), table[name].split).float())
+
+
+def to_published(entry: Parameter, full: Tensor) -> Tensor:
+    """A full tensor in the published row order."""
+    if entry.qkv_heads is None:
+        return full
+    return full.unflatten(0, (entry.qkv_heads, 3, -1)).transpose(0, 1).flatten(0, 2).contiguous()
+
+
+def from_published(entry: Parameter, full: Tensor) -> Tensor:
+    """A full published tensor in this project's row order: the inverse of `to_published`."""
+    if entry.qkv_heads is None:
+        return full
+    return full.unflatten(0, (3, entry.qkv_heads, -1)).transpose(0, 1).flatten(0, 2).contiguous()
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, StoredTensor],
+    metadata: dict[str, str],
+    dtype: str = "fp32",
+    progress: Callable[[int], object] = lambda _: None,
+) -> None:
+    """Write `tensors` as one .safetensors file, whole or not at all, replacing what is at `path`.
+
+    Args:
+        path: its folder is made if there is none.
+        tensors: of any floating-point type.
+        metadata: the file's own; it decides the bytes too, so it should not tell one layout from another.
+        dtype: a key of `DTYPES`; rounding to bf16 is to the nearest, ties to even.
+        progress: called with the number of bytes after each tensor.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    with writing(path), replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(_header({name: tensors[name].shape for name in sorted(tensors)}, dtype, metadata))
+        for name in sorted(tensors):
+            tensor = tensors[name].read().to("cpu", DTYPES[dtype])
+            progress(file.write(tensor.reshape(-1).view(torch.uint8).numpy().data))
+
+
+def num_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """Size of a tensor in the file."""
+    return torch.Size(shape).numel() * DTYPES[dtype].itemsize
+
+
+def _table(model: nn.Module) -> dict[str, Parameter]:
+    return {entry.name: entry for entry in parameter_table(model.config)}  # type: ignore[arg-type]
+
+
+def _header(shapes: dict[str, tuple[int, ...]], dtype: str, metadata: dict[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    begin = 0
+    for name, shape in shapes.items():
+        end = begin + num_bytes(shape, dtype)
+        entries[name] = {"dtype": _TAGS[dtype], "shape": shape, "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, "pt") as opened:
+            yield opened
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read as safetensors weights: {error}") from error
+
+
+def _read(file: Path, name: str) -> Tensor:
+    with _opened(file) as opened:
+        return opened.get_tensor(name)
+
+
+def _is_state_dict(value: object) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
+
+
+def _entry(path: Path, loaded: object, entry: str | None) -> dict[str, Tensor]:
+    entries = {str(key): value for key, value in loaded.items()} if isinstance(loaded, dict) else {}
+    found = {key: value for key, value in entries.items() if _is_state_dict(value)}
+    if entry is None and len(found) == 1:
+        return next(iter(found.values()))
+    listed = ", ".join(found) or "none"
+    if entry is None:
+        raise UserError(f"{path}: which of its state dicts? --weights takes the name of one; it has {listed}")
+    if entry not in found:
+        raise UserError(f"--weights: {path} has no state dict called {entry}; it has {listed}")
+    return found[entry]

@@ -1,0 +1,94 @@
+"""What a config's `parallel` means on so many devices of a kind: precision, ranks, and what else there is to choose.
+
+No torch: training, `fitscale plan` and the programs that submit jobs ask here.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from fitscale.config.errors import UserError
+from fitscale.config.schema import Config, ParallelConfig
+from fitscale.plan.devices import Device
+
+RESERVED = 2 * 2**30  # CUDA's context, cuBLAS, NCCL's channels and what the allocator loses in fragments
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to train on: one rank a device."""
+
+    device: Device
+    gpus: int
+    gpus_per_node: int
+
+    def __str__(self) -> str:
+        return f"{self.gpus} x {self.device.name}"
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.gpus // self.gpus_per_node)
+
+    @property
+    def has_gpus(self) -> bool:
+        return self.device.name != "cpu"
+
+    @property
+    def room_bytes(self) -> float:
+        """Memory of one device that a run can fill."""
+        return self.device.memory_bytes - RESERVED * self.has_gpus
+
+
+def resolve_precision(config: Config, on_cuda: bool) -> Config:
+    """`config` with `auto` precision replaced by what it means there: bf16 on CUDA, fp32 on a CPU."""
+    if config.parallel.precision != "auto":
+        return config
+    return replace(config, parallel=replace(config.parallel, precision="bf16" if on_cuda else "fp32"))
+
+
+def in_words(parallel: ParallelConfig, dp_size: int) -> str:
+    """A layout for a person: dp 8 x tp 2 + sp, ZeRO 1."""
+    sp = " + sp" if parallel.sequence_parallel else ""
+    return f"dp {dp_size} x tp {parallel.tensor_parallel_size}{sp}, ZeRO {parallel.zero_stage}"
+
+
+def dp_size(config: Config, machine: Machine) -> int:
+    """Data-parallel ranks.
+
+    Raises:
+        UserError: tensor parallelism does not divide the devices, or leaves a node.
+    """
+    tp_size = config.parallel.tensor_parallel_size
+    if machine.gpus % tp_size:
+        raise UserError(
+            f"--gpus: {machine.gpus} does not divide by parallel.tensor_parallel_size = {tp_size}; "
+            f"valid: multiples of {tp_size}"
+        )
+    if tp_size > machine.gpus_per_node:
+        raise UserError(
+            f"parallel.tensor_parallel_size: {tp_size} leaves a node of {machine.gpus_per_node} devices; "
+            f"valid: at most {machine.gpus_per_node}"
+        )
+    return machine.gpus // tp_size
+
+
+def layouts(config: Config, machine: Machine, fixed: set[str]) -> list[Config]:
+    """Configs of all layouts worth a look: the keys of `parallel` in `fixed` stay, the others vary.
+
+    Tensor parallelism that does not divide the model, or leaves a node, is left out.
+    """
+    most, divided = min(machine.gpus, machine.gpus_per_node), [machine.gpus, *config.model.tp_divides.values()]
+    bf16 = resolve_precision(config, machine.has_gpus).parallel.precision == "bf16"
+    choices: dict[str, list[Any]] = {
+        "tensor_parallel_size": [n for n in range(1, most + 1) if not any(number % n for number in divided)],
+        "sequence_parallel": [False, True],
+        "zero_stage": [1, 2, 3] if bf16 else [0, 1, 2, 3],
+        "activation_checkpoint_every": [0, 1],
+    }
+    values = [[getattr(config.parallel, key)] if key in fixed else options for key, options in choices.items()]
+    combinations = [dict(zip(choices, combination, strict=True)) for combination in product(*values)]
+    return [
+        replace(config, parallel=replace(config.parallel, **chosen))
+        for chosen in combinations
+        if chosen["tensor_parallel_size"] > 1 or not chosen["sequence_parallel"]
+    ]

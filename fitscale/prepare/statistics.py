@@ -1,0 +1,159 @@
+"""What is in a shard set, from its index alone, in pieces of bounded size; and what its batches cost.
+
+A global batch costs more under simpler schemes than balanced packs. Each scheme gives the padding share (of the tokens
+computed), the imbalance (most loaded rank / mean rank - 1, padding counted as computed) and the time lost (share of all
+ranks' time that no image of the batch needs, since every rank waits for the most loaded). The cost of n tokens is
+a * n + b * n^2, in FLOPs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+
+import numpy as np
+
+from fitscale.config.errors import UserError
+from fitscale.data.batch_plan import single_plan
+from fitscale.data.index import Index
+from fitscale.data.packing import macs_of, split
+from fitscale.data.storage import checksum_of
+
+PIECE = 1 << 20  # images looked at together
+STEPS = 20  # global batches whose waste is averaged
+OPEN_PACKS = 64  # of first-fit; older packs are taken for full
+Cost = tuple[float, float]  # a, b
+
+
+@dataclass(frozen=True)
+class DrawnSizes:
+    """The sizes training sees: (N,) heights and widths in patches, and in how many draws of an epoch each occurs."""
+
+    rows: np.ndarray
+    cols: np.ndarray
+    draws: np.ndarray
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self.rows * self.cols
+
+
+def drawn_sizes(index: Index, patch_size: int) -> DrawnSizes:
+    """Sizes by how often an epoch draws them: of an image's variants each is drawn equally often."""
+    for height, width, _ in index.meta.sizes:
+        if height % patch_size or width % patch_size:
+            index.refuse_size(height, width, f"both must be multiples of --patch-size {patch_size}")
+    heights, widths, _ = np.array(index.meta.sizes, dtype=np.int64).T
+    codes = heights << 16 | widths  # ascending, as the sizes are
+    draws = np.zeros(len(codes))
+    for images, variants in _pieces(index):
+        drawn = variants["height"].astype(np.int64) << 16 | variants["width"]
+        weights = np.repeat(1 / images["variants"], images["variants"])
+        draws += np.bincount(np.searchsorted(codes, drawn), weights=weights, minlength=len(codes))
+    return DrawnSizes(heights // patch_size, widths // patch_size, draws)
+
+
+def label_counts(index: Index) -> np.ndarray:
+    """Images of each class, (num_classes,)."""
+    counts = np.zeros(index.meta.num_classes, dtype=np.int64)
+    for images, _ in _pieces(index):
+        counts += np.bincount(images["label"], minlength=len(counts))
+    return counts
+
+
+def _pieces(index: Index) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for start in range(0, len(index.images), PIECE):
+        images = index.images[start : start + PIECE]
+        first = int(images["first_variant"][0])
+        yield images, index.variants[first : first + int(images["variants"].sum(dtype=np.int64))]
+        index.release()
+
+
+def verify(index: Index) -> int:
+    """Read every shard; returns how many there are.
+
+    Raises:
+        UserError: at the end, naming every shard whose bytes are not those that were indexed.
+    """
+    shards = enumerate(index.meta.shards)
+    wrong = [shard.name for number, shard in shards if checksum_of(index.shard_path(number)) != shard.checksum]
+    if wrong:
+        raise UserError(f"{index.storage.location}: wrong checksums in {len(wrong)} shards: {', '.join(wrong)}")
+    return len(index.meta.shards)
+
+
+@dataclass(frozen=True)
+class Waste:
+    """What a scheme loses on one global batch."""
+
+    padding_share: float
+    imbalance: float
+    time_lost: float
+
+
+def wasted(index: Index, patch_size: int, batch: int, dp_size: int, pack_tokens: int) -> dict[str, Waste]:
+    """Mean waste of packing, of padding to the longest, and of batches of one shape, over real global batches.
+
+    The cost of n tokens is n + n^2 / 20,000: about FiTv2-XL/2's ratio of linear to attention FLOPs.
+    """
+    settings = {"patch_size": patch_size, "window_shards": 16, "holdout_fraction": 0.0}
+    plan, cost = single_plan(index, seed=0, global_batch_size=batch, **settings), (1.0, 1 / 20000)
+    found: dict[str, list[Waste]] = {"packs": [], "padded to the longest": [], "batches of one shape": []}
+    for n in range(STEPS):
+        step = plan.step(n)
+        tokens, shapes = step.tokens_B, step.rows_B << 16 | step.cols_B
+        found["packs"].append(packed(tokens, cost, dp_size, max(pack_tokens, int(tokens.max()))))
+        found["padded to the longest"].append(padded_to_longest(tokens, cost, dp_size))
+        found["batches of one shape"].append(bucketed(shapes, tokens, cost, dp_size, pack_tokens))
+    return {name: Waste(*np.mean([astuple(one) for one in steps], axis=0)) for name, steps in found.items()}
+
+
+def packed(tokens_B: np.ndarray, cost: Cost, dp_size: int, pack_tokens: int) -> Waste:
+    """fitscale's packs."""
+    stats = split(tokens_B, macs_of(tokens_B, cost), dp_size=dp_size, pack_tokens=pack_tokens, pad_multiple=1).stats
+    return Waste(stats.padding_share, stats.imbalance, 1 - 1 / (1 + stats.imbalance))
+
+
+def padded_to_longest(tokens_B: np.ndarray, cost: Cost, dp_size: int) -> Waste:
+    """Images dealt to the ranks in turn, each rank's padded to the longest of the global batch."""
+    counts = np.bincount(np.arange(len(tokens_B)) % dp_size, minlength=dp_size)
+    longest = tokens_B.max()
+    return _waste(tokens_B, cost, counts * macs_of(longest, cost), int(longest) * len(tokens_B))
+
+
+def bucketed(shapes_B: np.ndarray, tokens_B: np.ndarray, cost: Cost, dp_size: int, pack_tokens: int) -> Waste:
+    """Batches of one shape each, as many images as `pack_tokens` holds, dealt to the ranks in turn; a shape's last
+    batch is filled up, since a fixed shape has a fixed number of rows."""
+    loads, computed, batch = np.zeros(dp_size), 0, 0
+    for shape in np.unique(shapes_B):
+        of_shape = tokens_B[shapes_B == shape]
+        rows = max(1, min(pack_tokens // int(of_shape[0]), -(-len(tokens_B) // dp_size)))
+        for _ in range(-(-len(of_shape) // rows)):
+            loads[batch % dp_size] += rows * macs_of(of_shape[0], cost)
+            computed += rows * int(of_shape[0])
+            batch += 1
+    return _waste(tokens_B, cost, loads, computed)
+
+
+def first_fit(tokens_B: np.ndarray, cost: Cost, dp_size: int, pack_tokens: int) -> Waste:
+    """Packs filled first-fit in the images' order, dealt to the ranks in turn, without regard to cost. A pack holds
+    at most a rank's even share of the tokens, so that small batches still reach every rank."""
+    limit = min(pack_tokens, max(int(tokens_B.max()), -(-int(tokens_B.sum()) // dp_size)))
+    rooms: list[int] = []
+    pack_B = []
+    for tokens in tokens_B.tolist():
+        open_packs = range(max(0, len(rooms) - OPEN_PACKS), len(rooms))
+        pack = next((number for number in open_packs if rooms[number] >= tokens), len(rooms))
+        if pack == len(rooms):
+            rooms.append(limit)
+        rooms[pack] -= tokens
+        pack_B.append(pack)
+    loads = np.bincount(np.array(pack_B) % dp_size, weights=macs_of(tokens_B, cost), minlength=dp_size)
+    return _waste(tokens_B, cost, loads, int(tokens_B.sum()))
+
+
+def _waste(tokens_B: np.ndarray, cost: Cost, loads: np.ndarray, computed: int) -> Waste:
+    useful = float(macs_of(tokens_B, cost).sum())
+    return Waste(
+        padding_share=1 - int(tokens_B.sum()) / computed,
+        imbalance=float(loads.max() / loads.mean() - 1),
+        time_lost=1 - useful / (len(loads) * float(loads.max())),
+    )
