@@ -185,7 +185,7 @@ def test_the_floors_profile_is_that_of_lmfit():
 def test_terms_too_small_or_too_large_for_a_float_are_added(name, amplitude):
     law = LAWS[name]
     theta = np.zeros(len(law.parameters))  # exponents and floor 0: the metric is the terms' amplitude
-    theta[[term.amplitude for term in law.terms]] = amplitude
+    theta[[law.parameters.index(name) for name in law.terms]] = amplitude
     with np.errstate(all="raise", under="ignore"):
         value, jacobian = law.evaluate(theta[None], np.ones((3, len(law.inputs))))
     terms = amplitude + np.log(len(law.terms))

@@ -44,7 +44,7 @@ def fit_scaling(options: argparse.Namespace) -> int:
         written = write_report(answer, options.output, folders)
     _say(answer)
     print("\n".join(f"wrote {path}" for path in written))
-    if not answer.answered:
+    if not (answer.results or answer.isoflops):
         return REFUSED
     return CAUTIONS if options.strict and (answer.cautions or answer.refusals) else FITTED
 

@@ -157,12 +157,7 @@ def best_of(law: Law, points: FittedPoints, start_KP: Array, loss: ResidualLoss)
 
 
 def refit(
-    law: Law,
-    x_NF: Array,
-    y: Array,
-    start_KP: Array,
-    loss: ResidualLoss,
-    bounds: tuple[Array, Array] | None = None,
+    law: Law, x_NF: Array, y: Array, start_KP: Array, loss: ResidualLoss, bounds: tuple[Array, Array] | None = None
 ) -> tuple[Array, Array]:
     """K fits at once, each from its own start: theta_KP, objective_K.
 

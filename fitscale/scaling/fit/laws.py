@@ -11,7 +11,7 @@ Shapes: K parameter sets, N points, P parameters, F inputs.
 """
 
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from itertools import product
 
 import numpy as np
@@ -27,31 +27,31 @@ NO_FLOOR = 1e-300  # a floor of 0 on the logarithmic scale
 
 
 @dataclass(frozen=True)
-class Term:
-    """exp(amplitude - sum of exponent * x[input]); numbers index the law's parameters and inputs."""
-
-    amplitude: int
-    slopes: tuple[tuple[int, int], ...]  # (input, exponent)
-
-
-@dataclass(frozen=True)
 class Law:
-    """A sum of terms; the last parameter is the floor where there is one."""
+    """A sum of terms, and a floor where the formula has one. A term is exp(amplitude - sum of exponent * x[input])."""
 
     name: str
     formula: str
-    inputs: tuple[str, ...]  # columns of the runs table
-    parameters: tuple[str, ...]
-    terms: tuple[Term, ...]
+    terms: dict[str, dict[str, str]]  # amplitude: {input, a column of the runs table: exponent}
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(column for slopes in self.terms.values() for column in slopes))
+
+    @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """Term by term the amplitude and its exponents; the floor is the last."""
+        names = [name for amplitude, slopes in self.terms.items() for name in (amplitude, *slopes.values())]
+        return tuple(dict.fromkeys(names + ["e"] * self.floor))
 
     @property
     def floor(self) -> bool:
-        return self.parameters[-1] == "e"
+        return self.formula.endswith("+ e")
 
     @property
     def exponents(self) -> list[int]:
         """Indices of the parameters that are exponents."""
-        return sorted({exponent for term in self.terms for _, exponent in term.slopes})
+        return sorted({exponent for amplitude in self.terms for _, exponent in self._slopes(amplitude)})
 
     @property
     def bounds(self) -> tuple[Array, Array]:
@@ -75,16 +75,16 @@ class Law:
 
         Terms are added on the logarithmic scale, where none is too small or too large for a float.
         """
-        logs = [self._log_term(term, theta_KP, x_NF) for term in self.terms]
+        logs = [self._log_term(amplitude, theta_KP, x_NF) for amplitude in self.terms]
         if self.floor:
             logs.append(np.log(np.maximum(theta_KP[:, -1:], NO_FLOOR)))
         largest = reduce(np.maximum, logs)
         total = largest + np.log(reduce(np.add, [np.exp(log - largest) for log in logs]))
         jacobian = np.zeros((*total.shape, len(self.parameters)))
-        for term, log in zip(self.terms, logs, strict=False):
+        for amplitude, log in zip(self.terms, logs, strict=False):
             share = np.exp(log - total)
-            jacobian[:, :, term.amplitude] += share
-            for column, exponent in term.slopes:
+            jacobian[:, :, self.parameters.index(amplitude)] += share
+            for column, exponent in self._slopes(amplitude):
                 jacobian[:, :, exponent] -= x_NF[:, column] * share
         if self.floor:
             jacobian[:, :, -1] = np.exp(np.minimum(-total, 300.0))
@@ -107,42 +107,30 @@ class Law:
         floor = share * metric_N.min()
         if self.floor:
             theta[-1] = floor
-        columns = np.exp(np.stack([self._log_term(term, theta[None], x_NF)[0] for term in self.terms], axis=1))
+        columns = np.exp(np.stack([self._log_term(name, theta[None], x_NF)[0] for name in self.terms], axis=1))
         amplitudes, _ = nnls(columns / metric_N[:, None], (metric_N - floor) / metric_N)
         least = 1e-3 * metric_N.mean()
-        for term, amplitude in zip(self.terms, amplitudes, strict=True):
-            theta[term.amplitude] = np.log(max(amplitude, least))
+        for name, amplitude in zip(self.terms, amplitudes, strict=True):
+            theta[self.parameters.index(name)] = np.log(max(amplitude, least))
         return theta
 
-    def _log_term(self, term: Term, theta_KP: Array, x_NF: Array) -> Array:
-        power = theta_KP[:, term.amplitude, None]
-        for column, exponent in term.slopes:
+    def _log_term(self, amplitude: str, theta_KP: Array, x_NF: Array) -> Array:
+        power = theta_KP[:, self.parameters.index(amplitude), None]
+        for column, exponent in self._slopes(amplitude):
             power = power - theta_KP[:, exponent, None] * x_NF[:, column]
         return power
 
+    def _slopes(self, amplitude: str) -> list[tuple[int, int]]:
+        """(input, exponent) of a term, as numbers."""
+        slopes = self.terms[amplitude].items()
+        return [(self.inputs.index(column), self.parameters.index(exponent)) for column, exponent in slopes]
 
-COMPUTE, SURFACE = ("train_flops",), ("parameters", "images")
-POWER = Law("power", "a (C/C0)^-b", COMPUTE, ("ln_a", "b"), (Term(0, ((0, 1),)),))
-OFFSET = Law("offset", "a (C/C0)^-b + e", COMPUTE, ("ln_a", "b", "e"), POWER.terms)
-ADDITIVE = Law(
-    "additive",
-    "a (N/N0)^-alpha + b (D/D0)^-beta + e",
-    SURFACE,
-    ("ln_a", "alpha", "ln_b", "beta", "e"),
-    (Term(0, ((0, 1),)), Term(2, ((1, 3),))),
-)
-TIED = Law(
-    "tied",
-    "a (N/N0)^-alpha + b (D/D0)^-alpha + e",
-    SURFACE,
-    ("ln_a", "alpha", "ln_b", "e"),
-    (Term(0, ((0, 1),)), Term(2, ((1, 1),))),
-)
-SEPARABLE = Law(
-    "separable",
-    "a (N/N0)^-alpha (D/D0)^-beta + e",
-    SURFACE,
-    ("ln_a", "alpha", "beta", "e"),
-    (Term(0, ((0, 1), (1, 2))),),
-)
+
+C, N, D = "train_flops", "parameters", "images"
+COMPUTE, SURFACE = (C,), (N, D)
+POWER = Law("power", "a (C/C0)^-b", {"ln_a": {C: "b"}})
+OFFSET = Law("offset", "a (C/C0)^-b + e", {"ln_a": {C: "b"}})
+ADDITIVE = Law("additive", "a (N/N0)^-alpha + b (D/D0)^-beta + e", {"ln_a": {N: "alpha"}, "ln_b": {D: "beta"}})
+TIED = Law("tied", "a (N/N0)^-alpha + b (D/D0)^-alpha + e", {"ln_a": {N: "alpha"}, "ln_b": {D: "alpha"}})
+SEPARABLE = Law("separable", "a (N/N0)^-alpha (D/D0)^-beta + e", {"ln_a": {N: "alpha", D: "beta"}})
 LAWS = {law.name: law for law in (POWER, OFFSET, ADDITIVE, TIED, SEPARABLE)}

@@ -54,10 +54,6 @@ class Economics:
     def train_flops(self, model: ModelConfig, steps: int) -> float:
         return float(flops.train_flops(model, self.tokens)) * steps * self.batch
 
-    def evaluation_flops(self, model: ModelConfig) -> float:
-        """Of one Frechet distance: a forward pass is a third of training's."""
-        return float(flops.train_flops(model, self.tokens)) / 3 * self.samples * self.evaluations_per_sample
-
     def steps_evaluated(self, steps: int) -> list[int]:
         return EvaluationConfig(points=self.points, first_step=min(self.first_step, steps // 2)).steps(steps)
 
@@ -72,8 +68,11 @@ class PlannedRun:
     steps: int
 
     def hours(self, economics: Economics) -> float:
-        evaluations = len(economics.steps_evaluated(self.steps)) * economics.evaluation_flops(self.model)
-        return (economics.train_flops(self.model, self.steps) + evaluations) / economics.flops_per_hour
+        """Device-hours of training, and of sampling for its evaluations: a forward pass is a third of training's."""
+        per_image = flops.train_flops(self.model, economics.tokens)
+        evaluations = len(economics.steps_evaluated(self.steps)) * economics.evaluations_per_sample
+        sampling = per_image / flops.TRAIN_PASSES * economics.samples * evaluations
+        return (economics.train_flops(self.model, self.steps) + sampling) / economics.flops_per_hour
 
 
 @dataclass(frozen=True)
@@ -185,8 +184,7 @@ def outlook(
     goal = pd.DataFrame({"train_flops": [target]})
     new_K = rng.normal(0, np.hypot(prior.run_noise, prior.point_noise), count)
     ratio_K = new_K - (fit.log_metric(goal, theta_KP)[:, 0] - fit.log_metric(goal)[0])
-    low, high = central(np.exp(ratio_K))
-    return Outlook(low, high)
+    return Outlook(*central(np.exp(ratio_K)))
 
 
 def _changes(

@@ -14,11 +14,19 @@ import numpy as np
 import pandas as pd
 
 from fitscale.config.errors import UserError
+from fitscale.scaling.fit.compute_optimal import METHODS, IsoFlop, isoflop, slices_of_runs
 from fitscale.scaling.fit.fitting import Fit, fit_law
-from fitscale.scaling.fit.isoflop import METHODS, IsoFlop, isoflop, slices_of_runs
 from fitscale.scaling.fit.laws import COMPUTE, LAWS, Law
 from fitscale.scaling.fit.question import Question
-from fitscale.scaling.fit.uncertainty import FEW_RUNS, FloorProfile, Resamples, floor_profile, new_run_KN, resample
+from fitscale.scaling.fit.uncertainty import (
+    FEW_RUNS,
+    FloorProfile,
+    Resamples,
+    central,
+    floor_profile,
+    new_run_KN,
+    resample,
+)
 from fitscale.scaling.rows.fitted_points import chosen
 from fitscale.scaling.rows.refusals import Caution, Refusal
 from fitscale.scaling.rows.selection import size_order
@@ -71,10 +79,6 @@ class Study:
     isoflops: list[IsoFlop] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     cautions: list[Caution] = field(default_factory=list)
-
-    @property
-    def answered(self) -> bool:
-        return bool(self.results or self.isoflops)
 
 
 def study(table: pd.DataFrame, question: Question) -> Study:
@@ -165,7 +169,7 @@ def _result(law: Law, rows: pd.DataFrame, question: Question) -> LawResult:
     fit = fit_law(law, used, question.loss)
     draws = resample(fit, question.resamples, question.seed)
     unseen = predicted(fit, rows).sort_values(["run", "train_flops"])
-    low, high = np.quantile(new_run_KN(fit, draws, unseen, question.seed), [0.05, 0.95], axis=0)
+    low, high = central(new_run_KN(fit, draws, unseen, question.seed))
     inside = (low <= unseen["value"]) & (unseen["value"] <= high)
     unseen = unseen.assign(low=low, high=high, inside=inside)
     return LawResult(fit, used, draws, floor_profile(fit) if law.floor else None, unseen)

@@ -6,6 +6,7 @@ single points or residuals would pretend to know more than the data do. Shapes: 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,10 +39,10 @@ class FloorProfile:
     identified: bool  # zero is excluded
 
 
-def central(values_K: Array, level: float = 0.9) -> tuple[float, float]:
-    """The central interval that holds `level` of the values."""
-    low, high = np.quantile(values_K, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+def central(values: Array, level: float = 0.9) -> tuple[Any, Any]:
+    """The central interval that holds `level` of the values (K,); of (K, N) one for every column."""
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return low, high
 
 
 def resample(fit: Fit, count: int, seed: int) -> Resamples:

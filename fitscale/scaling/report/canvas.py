@@ -14,12 +14,9 @@ Images = dict[str, bytes]  # png, svg
 
 def new_figure(width: float = 8.5, height: float = 5.2) -> Any:
     """An empty figure of that many inches, in the "constrained" layout."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def over_compute(axes: Any, rows: pd.DataFrame, heights: tuple[float, float] | None = None) -> None:

@@ -5,9 +5,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fitscale.scaling.fit.isoflop import IsoFlop, Optimum
+from fitscale.scaling.fit.compute_optimal import IsoFlop, Optimum, optimal_sizes
 from fitscale.scaling.fit.laws import COMPUTE, SURFACE
-from fitscale.scaling.fit.optimal_size import optimal_sizes
 from fitscale.scaling.fit.study import LawResult, Study
 from fitscale.scaling.fit.uncertainty import central
 from fitscale.scaling.rows.fid import GUIDANCE
@@ -25,17 +24,14 @@ def readable(metric: str) -> str:
 
 
 def report_content(study: Study) -> dict[str, Any]:
-    """What the Markdown and the HTML page show, as text ready to print."""
+    """What the Markdown and the HTML page show: the study, and what of it is not yet text ready to print."""
     extrapolation = None
     if study.held_out:
         flops = study.rows.groupby("held_out")["train_flops"].max()
         extrapolation = f"{flops[True] / flops[False]:.2f}"
     return {
-        "metric": study.question.metric,
+        "study": study,
         "title": readable(study.question.metric),
-        "question": study.question,
-        "refusals": study.refusals,
-        "cautions": study.cautions,
         "headlines": [headline(study, result) for result in study.results],
         "laws": [_law_lines(study, result) for result in study.results],
         "isoflops": [_isoflop_lines(iso) for iso in study.isoflops] + _surface_lines(study),

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fitscale.scaling.fit.isoflop import IsoFlop, slices_of_runs
+from fitscale.scaling.fit.compute_optimal import IsoFlop, slices_of_runs
 from fitscale.scaling.fit.laws import COMPUTE
 from fitscale.scaling.fit.study import LawResult, Study
-from fitscale.scaling.fit.uncertainty import new_run_KN
+from fitscale.scaling.fit.uncertainty import central, new_run_KN
 from fitscale.scaling.report import canvas
 from fitscale.scaling.report.content import readable
 from fitscale.scaling.rows.selection import ascending_sizes
@@ -69,9 +69,8 @@ def predictions(study: Study) -> canvas.Images:
     every = pd.concat([result.claimed for result in drawn])
     span = canvas.limits(every["value"])
     canvas.logarithmic(axes.xaxis, *span)
-    canvas.logarithmic(
-        axes.yaxis, *canvas.limits(pd.concat([every[name] for name in ("value", "predicted", "low", "high")]))
-    )
+    heights = pd.concat([every[name] for name in ("value", "predicted", "low", "high")])
+    canvas.logarithmic(axes.yaxis, *canvas.limits(heights))
     axes.plot(span, span, color="black", linewidth=0.8, label="exact")
     for index, result in enumerate(drawn):
         points = result.claimed
@@ -116,20 +115,13 @@ def draw_runs(axes: Any, study: Study, rows: pd.DataFrame) -> None:
     first_runs = rows.groupby("size")["run"].min()
     for run, points in rows.sort_values("train_flops").groupby("run", sort=False):
         size = points["size"].iloc[0]
-        held_out = size in study.held_out
-        color = _color(study, rows, size)
-        axes.plot(
-            points["train_flops"],
-            points["value"],
-            color=color,
-            linestyle=":" if held_out else "-",
-            linewidth=1.4,
-            marker="D" if held_out else "o",
-            markersize=6 if held_out else 5,
-            markerfacecolor="white" if held_out else color,
-            label=(f"{size}, held out" if held_out else size) if run == first_runs[size] else None,
-            zorder=3,
-        )
+        label, style = size, {"linestyle": "-", "marker": "o", "markersize": 5}
+        if size in study.held_out:
+            label = f"{size}, held out"
+            style = {"linestyle": ":", "marker": "D", "markersize": 6, "markerfacecolor": "white"}
+        style |= {"color": _color(study, rows, size), "linewidth": 1.4, "zorder": 3}
+        label = label if run == first_runs[size] else None
+        axes.plot(points["train_flops"], points["value"], label=label, **style)
 
 
 def _drawable(study: Study) -> pd.DataFrame:
@@ -188,7 +180,7 @@ def _draw_compute_law(axes: Any, study: Study, result: LawResult, rows: pd.DataF
 
 def _draw_band(axes: Any, study: Study, result: LawResult, compute: Any, line: pd.DataFrame, label: str | None) -> None:
     draws = new_run_KN(result.fit, result.resamples, line, study.question.seed)
-    low, high = np.quantile(draws, [0.05, 0.95], axis=0)
+    low, high = central(draws)
     style = {"color": "black", "alpha": 0.12, "linewidth": 0, "zorder": 1}
     axes.fill_between(compute, low, high, label=label, **style)
 

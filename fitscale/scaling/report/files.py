@@ -14,7 +14,7 @@ import pandas as pd
 
 from fitscale.config.errors import UserError
 from fitscale.config.files import write_atomic
-from fitscale.scaling.fit.isoflop import IsoFlop
+from fitscale.scaling.fit.compute_optimal import IsoFlop
 from fitscale.scaling.fit.study import LawResult, Study
 from fitscale.scaling.fit.uncertainty import covariance
 from fitscale.scaling.report.content import parameter_intervals, report_content

@@ -2,14 +2,14 @@
 
 BODY = """\
 {{ heading(1, "Scaling of " ~ title ~ " with training compute") }}
-{% for refusal in refusals %}
+{% for refusal in study.refusals %}
 {{ note("Refused", "refusal", refusal) }}
 {% endfor %}
-{% for caution in cautions %}
+{% for caution in study.cautions %}
 {{ note("Caution", "caution", caution) }}
 {% endfor %}
 {{ items(headlines) }}
-{{ figure("curves", metric ~ " against training compute") }}
+{{ figure("curves", study.question.metric ~ " against training compute") }}
 {{ heading(2, "Sizes, at their last evaluation") }}
 {{ table(*sizes) }}
 {% if predictions and held_out %}
@@ -30,7 +30,7 @@ A point that does not count lies above the frontier (or is not the run's last): 
 {% call paragraph() %}
 {{ law.fitted }}; at {{ law.reference }}.
 Scatter {{ law.scatter }}; best fit reached from {{ law.reached }} starts;
-intervals from {{ question.resamples }} refits with the deviation of every run drawn anew.
+intervals from {{ study.question.resamples }} refits with the deviation of every run drawn anew.
 {% endcall %}
 {{ table(["parameter", "value", "90 % interval"], law.lines) }}
 {% endfor %}
@@ -42,7 +42,8 @@ intervals from {{ question.resamples }} refits with the deviation of every run d
 {% call paragraph() %}
 {{ iso.text }}
 {% endcall %}
-{{ table(["budget (FLOPs)", "best parameters", metric ~ " there", "spread of ln(parameters)"], iso.optima) }}
+{{ table(["budget (FLOPs)", "best parameters", study.question.metric ~ " there", "spread of ln(parameters)"], iso.optima)
+}}
 {% endfor %}
 {% endif %}
 {% if "samples" in figures %}
@@ -56,12 +57,11 @@ Every folder's first images, drawn from the same noise and classes where the see
 {{ heading(2, "How it was measured") }}
 {{ items(key or ["no comparability key in the table"]) }}
 {% call paragraph() %}
-Data {{ data_hash }}, seed {{ question.seed }}.
+Data {{ data_hash }}, seed {{ study.question.seed }}.
 {% endcall %}
 """
 
-MARKDOWN = (
-    """\
+MARKDOWN_PARTS = """\
 {% macro heading(level, text) %}
 {{ "#" * level }} {{ text }}
 {% endmacro %}
@@ -90,11 +90,8 @@ MARKDOWN = (
 {% endmacro %}
 {% macro contact_sheets(sheets) %}{% endmacro %}
 """
-    + BODY
-)
 
-HTML = (
-    """\
+HTML_PARTS = """\
 {% macro heading(level, text) %}<h{{ level }}>{{ text }}</h{{ level }}>{% endmacro %}
 {% macro note(word, kind, it) %}
 <p class="{{ kind }}"><strong>{{ word }} ({{ it.code }}).</strong> {{ it.message }}</p>
@@ -144,9 +141,6 @@ figure { margin: 1rem 0; overflow-x: auto; } figure img { width: 60rem; min-widt
 </head>
 <body>
 """
-    + BODY
-    + """\
-</body>
-</html>
-"""
-)
+
+MARKDOWN = MARKDOWN_PARTS + BODY
+HTML = HTML_PARTS + BODY + "</body>\n</html>\n"

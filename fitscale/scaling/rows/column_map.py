@@ -11,6 +11,7 @@ The map is YAML; left a column of the runs table, right where it comes from:
 With `metrics`, the columns metric and value come from it; without, they are mapped like the others.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,12 @@ def read_mapped(path: Path, column_map: Path) -> pd.DataFrame:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable CSV: {error}") from error
     metrics = mapping.pop("metrics", None)
-    shared = pd.DataFrame(
-        {name: _column(source, name, rule, path) for name, rule in mapping.items()}, index=source.index
-    )
+    columns = {name: _column(source, name, rule, path) for name, rule in mapping.items()}
+    shared = pd.DataFrame(columns, index=source.index)
     if metrics is None:
         return validate(shared, str(path))
-    parts = [_of_metric(shared, source, metric, column, path) for metric, column in metrics.items()]
+    values = {metric: _column(source, metric, column, path) for metric, column in metrics.items()}
+    parts = [shared.assign(metric=metric, value=cells)[cells.notna()] for metric, cells in values.items()]
     return validate(pd.concat(parts, ignore_index=True), str(path))
 
 
@@ -52,17 +53,9 @@ def _read_map(path: Path) -> dict[str, Any]:
     return mapping
 
 
-def _of_metric(shared: pd.DataFrame, source: pd.DataFrame, metric: str, column: str, path: Path) -> pd.DataFrame:
-    values = _column(source, metric, column, path)
-    return shared.assign(metric=metric, value=values)[values.notna()]
-
-
 def _column(source: pd.DataFrame, name: str, rule: Any, path: Path) -> Any:
     if isinstance(rule, list):
-        product: Any = 1.0
-        for factor in rule:
-            product = product * (factor if isinstance(factor, int | float) else _column(source, name, factor, path))
-        return product
+        return math.prod((_column(source, name, factor, path) for factor in rule), start=1.0)
     if not isinstance(rule, str):
         return rule
     if rule.startswith("="):

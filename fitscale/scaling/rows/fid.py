@@ -25,9 +25,7 @@ def infinity(rows: pd.DataFrame) -> pd.DataFrame:
     Raises:
         Refusal: no checkpoint has three sample counts.
     """
-    rows = rows.dropna(subset=["samples", "value"])
-    identity = _identity(rows, without=(SAMPLES, "key_seed"))
-    groups = [group for _, group in rows.groupby(identity, dropna=False, sort=False)]
+    groups = _groups(rows.dropna(subset=["samples", "value"]), SAMPLES, "key_seed")
     whole = [group for group in groups if group["samples"].nunique() >= LEAST_COUNTS]
     if not whole:
         text = f"no checkpoint is measured at {LEAST_COUNTS} sample counts, as FID-infinity needs"
@@ -44,9 +42,7 @@ def tuned_guidance(rows: pd.DataFrame) -> pd.DataFrame:
     """
     if GUIDANCE not in rows:
         raise UserError(f"no column {GUIDANCE}: the table does not say with which guidance it was measured")
-    rows = rows.dropna(subset=["value"])
-    groups = [group for _, group in rows.groupby(_identity(rows, without=(GUIDANCE,)), dropna=False, sort=False)]
-    tried = [group for group in groups if group[GUIDANCE].nunique() > 1]
+    tried = [group for group in _groups(rows.dropna(subset=["value"]), GUIDANCE) if group[GUIDANCE].nunique() > 1]
     if not tried:
         raise Refusal("too_few_points", "no checkpoint is measured at more than one guidance scale")
     best = [group.loc[[group["value"].idxmin()]].assign(samples=group["samples"].sum()) for group in tried]
@@ -72,14 +68,16 @@ def ema_rule(rows: pd.DataFrame, share: float) -> pd.DataFrame:
     rows, decay = rows[decay.notna()], decay.dropna()
     if missing := int(rows["step"].isna().sum()):
         raise UserError(f"column step is missing in {missing} of {len(rows)} rows, and an EMA's share depends on it")
-    rows = rows.assign(_miss=np.abs(np.log((1 - decay) * rows["step"].astype(float) * share)))
-    nearest = rows.groupby(_identity(rows, without=(WEIGHTS, "weights")), dropna=False, sort=False)["_miss"].idxmin()
-    return rows.loc[nearest].drop(columns="_miss").assign(**{WEIGHTS: f"ema {share:g} of training"})
+    misses = np.abs(np.log((1 - decay) * rows["step"].astype(float) * share))
+    nearest = [misses[group.index].idxmin() for group in _groups(rows, WEIGHTS, "weights")]
+    return rows.loc[nearest].assign(**{WEIGHTS: f"ema {share:g} of training"})
 
 
-def _identity(rows: pd.DataFrame, without: tuple[str, ...]) -> list[str]:
+def _groups(rows: pd.DataFrame, *but: str) -> list[pd.DataFrame]:
+    """The rows that agree in everything that tells checkpoints and measurements apart, `but` for these columns."""
     names = ["run", "step", "train_flops", "images", "metric", "weights", *key_columns(rows)]  # steps may be missing
-    return [name for name in names if name not in without]
+    same = [name for name in names if name not in but]
+    return [group for _, group in rows.groupby(same, dropna=False, sort=False)]
 
 
 def _extrapolated(group: pd.DataFrame) -> pd.DataFrame:

@@ -17,14 +17,11 @@ from fitscale.config.files import replacing
 KEY = "key_"
 
 
-Dtype = Literal["string", "Int64", "float64"]
-
-
 @dataclass(frozen=True)
 class Column:
     """A column's pandas type (nullable) and what it holds."""
 
-    dtype: Dtype
+    dtype: Literal["string", "Int64", "float64"]
     meaning: str
 
 
@@ -66,21 +63,20 @@ def validate(table: pd.DataFrame, source: str = "runs table") -> pd.DataFrame:
     Raises:
         UserError: an unknown or missing column, or a value of the wrong type.
     """
-    unknown = [name for name in table.columns if name not in COLUMNS and not str(name).startswith(KEY)]
+    unknown = [name for name in table.columns if name not in [*COLUMNS, *key_columns(table)]]
     if unknown:
         raise UserError(f"{source}: unknown columns {', '.join(unknown)}; valid: {', '.join(COLUMNS)} and {KEY}<name>")
     missing = [name for name in REQUIRED if name not in table.columns]
     if missing:
         raise UserError(f"{source}: columns {', '.join(missing)} are missing")
-    keys = sorted(name for name in table.columns if str(name).startswith(KEY))
-    columns = {name: _typed(table, name, column.dtype, source) for name, column in COLUMNS.items()}
-    columns |= {name: _typed(table, name, "string", source) for name in keys}
-    return pd.DataFrame(columns)
+    keys = {name: Column("string", "how the value was measured") for name in sorted(key_columns(table))}
+    whole = table.reindex(columns=[*COLUMNS, *keys])
+    return pd.DataFrame({name: _typed(whole[name], column, source) for name, column in (COLUMNS | keys).items()})
 
 
 def key_columns(table: pd.DataFrame) -> list[str]:
     """Names of the comparability key's columns."""
-    return [name for name in table.columns if name.startswith(KEY)]
+    return [name for name in table.columns if str(name).startswith(KEY)]
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
@@ -115,10 +111,9 @@ def data_hash(table: pd.DataFrame) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _typed(table: pd.DataFrame, name: str, dtype: Dtype, source: str) -> pd.Series:
-    if name not in table.columns:
-        return pd.Series(pd.NA if dtype != "float64" else float("nan"), index=table.index, dtype=dtype, name=name)
+def _typed(values: pd.Series, column: Column, source: str) -> pd.Series:
     try:
-        return pd.to_numeric(table[name]).astype(dtype) if dtype != "string" else table[name].astype(dtype)
+        return (values if column.dtype == "string" else pd.to_numeric(values)).astype(column.dtype)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{source}: column {name} must hold {dtype} ({COLUMNS[name].meaning}): {error}") from error
+        text = f"{source}: column {values.name} must hold {column.dtype} ({column.meaning}): {error}"
+        raise UserError(text) from error

@@ -1,12 +1,18 @@
-"""IsoFLOP analysis: at each compute budget the best size, and how it grows with compute: N*(C) = k C^a.
+"""The compute-optimal size: at each compute budget the best size, and how it grows with compute: N*(C) = k C^a.
 
+From isoFLOP curves:
 1. Rows of equal compute (or slices through the runs' curves at common budgets) give metric against size per budget.
 2. Akima's interpolation of ln(metric) over ln(N) finds the minimum (Porian et al. 2024); a parabola, the usual
    choice, moves exponents by up to .03, and is fitted to compare.
 3. Each optimum's uncertainty comes from redrawing the noise of its points; the exponent is a weighted regression.
    It has no interval where budgets share runs, whose deviations move several optima at once, nor with four sizes,
    which do not tell noise from shape.
-A budget whose minimum lies at the smallest or largest size, or that has none, is refused by name.
+
+From a fitted law of size and data, where such curves do not overlap: a budget C buys C / c(N) images of a model of N
+parameters; c(N), the training FLOPs per image, is a power of N fitted to the table. The best N minimises the law along
+that line.
+
+A budget whose minimum lies at the smallest or largest size tried, or that has none, is refused by name.
 """
 
 from collections.abc import Callable
@@ -16,6 +22,7 @@ import numpy as np
 import pandas as pd
 from scipy.interpolate import Akima1DInterpolator
 
+from fitscale.scaling.fit.fitting import Fit
 from fitscale.scaling.fit.solver import Array
 from fitscale.scaling.fit.uncertainty import central
 from fitscale.scaling.rows.refusals import Refusal
@@ -89,6 +96,30 @@ def fit_exponent(optima: list[Optimum], logs: Array | None = None) -> Array:
     return np.polyfit(np.log([optimum.budget for optimum in optima]), logs, 1, w=weights)
 
 
+def optimal_sizes(fit: Fit, rows: pd.DataFrame, theta_KP: Array, budgets: Array) -> tuple[list[Optimum], list[Refusal]]:
+    """The best size of each budget, its `spread` over the parameter sets `theta_KP`; edge optima are refused."""
+    sizes = rows.drop_duplicates("parameters").sort_values("parameters")
+    logs_N = np.linspace(np.log(float(sizes["parameters"].min())), np.log(float(sizes["parameters"].max())), FINE)
+    cost = np.log(sizes["train_flops"] / sizes["images"].astype(float))
+    slope, constant = np.polyfit(np.log(sizes["parameters"].astype(float)), cost, 1)
+    optima, refusals = [], []
+    for budget in budgets:
+        images_N = np.exp(np.log(budget) - constant - slope * logs_N)
+        line = pd.DataFrame({"parameters": np.exp(logs_N), "images": images_N})
+        metric_N = fit.metric(line)
+        best = int(np.argmin(metric_N))
+        if best in (0, FINE - 1):
+            refusals.append(_edge(f"budget {budget:.3g}", "smallest trained" if best == 0 else "largest trained"))
+            continue
+        spread = float(np.std(logs_N[np.argmin(fit.metric(line, theta_KP), axis=1)]))
+        optima.append(Optimum(float(budget), float(np.exp(logs_N[best])), float(metric_N[best]), spread, len(sizes)))
+    return optima, refusals
+
+
+def _edge(where: str, which: str) -> Refusal:
+    return Refusal("edge_optimum", f"{where}: the {which} size is the best, so the optimum lies outside")
+
+
 def _no_interval(slices: pd.DataFrame, noise: float | None) -> str | None:
     """Why the exponent's interval cannot be estimated, if it cannot."""
     if noise is None:
@@ -155,8 +186,7 @@ def _optimum(
     if np.isinf(best):
         raise Refusal("concave_optimum", f"{where}: the curve over size opens downward, no optimum")
     if not x_N[0] < best < x_N[-1]:
-        which = "smallest" if best <= x_N[0] else "largest"
-        raise Refusal("edge_optimum", f"{where}: the {which} size is the best, so the optimum lies outside")
+        raise _edge(where, "smallest" if best <= x_N[0] else "largest")
     draws_K = np.array([find(x_N, y_N + rng.normal(0, noise, len(y_N)))[0] for _ in range(DRAWS)])
     draws_K = np.clip(draws_K, x_N[0], x_N[-1])
     gap = np.diff(x_N)[np.searchsorted(x_N, best) - 1]

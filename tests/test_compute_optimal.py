@@ -4,10 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fitscale.scaling.fit.compute_optimal import fit_exponent, isoflop, optimal_sizes, slices_of_runs
 from fitscale.scaling.fit.fitting import fit_law
-from fitscale.scaling.fit.isoflop import fit_exponent, isoflop, slices_of_runs
 from fitscale.scaling.fit.laws import ADDITIVE
-from fitscale.scaling.fit.optimal_size import optimal_sizes
 from fitscale.scaling.rows.refusals import Refusal
 
 BUDGETS = np.geomspace(1e18, 1e21, 7)
