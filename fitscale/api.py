@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fitscale.config.checks import given
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
 from fitscale.config.schema import Config
@@ -60,8 +61,8 @@ class Model:
         most = self.config.model.num_classes
         if wrong := [label for label in labels if not 0 <= label <= most]:
             raise UserError(f"labels: {wrong[0]} is not one of 0 to {most - 1}, or {most} for no class")
-        sampling = _replaced(self.config.sampling, steps=steps, method=method)
-        sampling = replace(sampling, guidance=_replaced(sampling.guidance, scale=guidance))
+        sampling = given(self.config.sampling, steps=steps, method=method)
+        sampling = replace(sampling, guidance=given(sampling.guidance, scale=guidance))
         config = replace(self.config, sampling=sampling)
         rows, cols = patches(config, height, width)
         requests = [Request(i, label, rows, cols) for i, label in enumerate(labels)]
@@ -111,7 +112,3 @@ def _sections(path: Path) -> dict[str, Any]:
         return {name: json.loads(found[name]) for name in SECTIONS if name in found}
     except ValueError as error:
         raise UserError(f"{path}: its metadata is not JSON: {error}") from error
-
-
-def _replaced(section: Any, **chosen: Any) -> Any:
-    return replace(section, **{key: value for key, value in chosen.items() if value is not None})

@@ -9,7 +9,7 @@ A field of a config says where it is declared what is valid, and its section che
 None and an empty list pass; of a list every entry is checked.
 """
 
-from dataclasses import field, fields
+from dataclasses import field, fields, replace
 from typing import Any, ClassVar
 
 from fitscale.config.errors import UserError
@@ -51,6 +51,11 @@ class Section:
             for item in value if isinstance(value, list | tuple) else [value]:
                 if one.metadata and item is not None:
                     _check(f"{self.path}.{one.name}".lstrip("."), item, **one.metadata)
+
+
+def given(section: Any, **chosen: Any) -> Any:
+    """`section` with what is chosen in its place; None is not."""
+    return replace(section, **{key: value for key, value in chosen.items() if value is not None})
 
 
 def _field(default: Any, rule: dict[str, Any]) -> Any:

@@ -2,8 +2,8 @@
 
 import argparse
 from dataclasses import asdict, replace
-from typing import Any
 
+from fitscale.config.checks import given
 from fitscale.config.errors import UserError
 from fitscale.config.schema import Config, ModelConfig, SamplingConfig
 from fitscale.eval.evaluate import EvaluationOptions, evaluate_run
@@ -65,13 +65,8 @@ def _name(arguments: argparse.Namespace, step: int, weights: str, sampling: Samp
 
 def _sampling(sampling: SamplingConfig, arguments: argparse.Namespace) -> SamplingConfig:
     """`sampling` with what `arguments` name in its place."""
-    chosen = _replaced(sampling, {name: getattr(arguments, name) for name in ("method", "steps", "spacing")})
-    guidance = _replaced(sampling.guidance, {"scale": arguments.guidance, "power": arguments.power})
-    return replace(chosen, guidance=guidance)
-
-
-def _replaced(section: Any, chosen: dict[str, Any]) -> Any:
-    return replace(section, **{key: value for key, value in chosen.items() if value is not None})
+    chosen = given(sampling, method=arguments.method, steps=arguments.steps, spacing=arguments.spacing)
+    return replace(chosen, guidance=given(sampling.guidance, scale=arguments.guidance, power=arguments.power))
 
 
 def _model(config: Config, arguments: argparse.Namespace) -> ModelConfig:
@@ -89,7 +84,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     if arguments.samples is not None and arguments.samples < 2:
         raise UserError(f"--samples: {arguments.samples} is too small, a Frechet distance needs 2 or more")
     names = ("weights", "samples", "features", "reference")
-    evaluation = _replaced(config.evaluation, {name: getattr(arguments, name) for name in names})
+    evaluation = given(config.evaluation, **{name: getattr(arguments, name) for name in names})
     config = replace(config, sampling=_sampling(config.sampling, arguments), evaluation=evaluation)
     model, size = _model(config, arguments), _size(arguments)
     options = EvaluationOptions(model, size, arguments.seed, arguments.device, arguments.force)

@@ -15,7 +15,7 @@ tests/distributed/test_plan_memory.py. With P numbers of this tensor-parallel ra
                       + small tensors whole
 
 and 4P/n for each average of the weights (stage 0: 4P). Frozen parameters have weights alone. An offloaded optimizer
-keeps fp32 weights, moments and averages in host memory, gradients besides; of the gradients, stage 1 has 4P on the
+keeps fp32 weights, moments and EMA in host memory, gradients besides; of the gradients, stage 1 has 4P on the
 device in the backward pass, stage 2 in bf16 4P/n.
 """
 
@@ -41,14 +41,14 @@ class Moment:
     weights: float
     gradients: float
     optimizer: float  # fp32 weights and the two moments of Adam
-    averages: float
+    ema: float
     activations: float
     buffers: float  # communication, gathered weights, temporaries of the optimizer
 
     @property
     def state(self) -> float:
-        """Weights, gradients, optimizer and averages."""
-        return self.weights + self.gradients + self.optimizer + self.averages
+        """Weights, gradients, optimizer and EMA."""
+        return self.weights + self.gradients + self.optimizer + self.ema
 
     @property
     def total(self) -> float:
@@ -69,18 +69,36 @@ class RankMemory:
 
     @property
     def state(self) -> float:
-        """Peak of weights, gradients, optimizer and averages together, on the device and the host."""
+        """Peak of weights, gradients, optimizer and EMA together, on the device and the host."""
         return max(self.backward.state, self.step.state) + self.host
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class RankParameters:
     """Numbers that one tensor-parallel rank holds before ZeRO divides them."""
 
     all: int
     trained: int
     persistent: int  # in tensors that ZeRO-3 keeps whole
     largest: int  # in one tensor
+
+    @property
+    def gathered(self) -> int:
+        """Numbers that ZeRO-3 gathers for each pass."""
+        return self.all - self.persistent
+
+    @property
+    def kept(self) -> int:
+        """Numbers that ZeRO-3 keeps gathered from the forward pass to the backward pass."""
+        return min(self.gathered, REUSE // 2)  # the way there and back
+
+
+def rank_parameters(config: Config) -> RankParameters:
+    """Parameters of one tensor-parallel rank."""
+    tp, table, patterns = config.parallel.tensor_parallel_size, parameter_table(config.model), config.optim.trainable
+    local = [one.local(tp) for one in table]
+    trained = sum(one.local(tp) for one in table if not patterns or one.matches(patterns))
+    return RankParameters(sum(local), trained, sum(size for size in local if size <= PERSISTENT), max(local))
 
 
 def rank_memory(config: Config, dp_size: int, pack_tokens: int, pack_images: int, on_cuda: bool) -> RankMemory:
@@ -92,52 +110,26 @@ def rank_memory(config: Config, dp_size: int, pack_tokens: int, pack_images: int
         on_cuda: DeepSpeed overlaps communication there (two buckets), torch steps all tensors at once, and attention
             keeps one copy of its output less.
     """
-    sizes = _sizes(config)
+    sizes = rank_parameters(config)
     backward_weights, step_weights = _weights(config, sizes, dp_size)
     in_backward, in_step = _gradients(config, sizes, dp_size)
-    optimizer, averages = _optimizer(config, sizes, dp_size)
+    optimizer, ema = _optimizer(config, sizes, dp_size)
     backward_buffers, step_buffers = _buffers(config, sizes, dp_size, on_cuda)
     activations = activation_bytes(config, pack_tokens, pack_images, on_cuda)
     host = 0.0
     if config.parallel.offload_optimizer:
-        host = optimizer + averages + _host_gradients(config, sizes, dp_size)
-        optimizer = averages = 0.0
+        host = optimizer + ema + _host_gradients(config, sizes, dp_size)
+        optimizer = ema = 0.0
     return RankMemory(
-        backward=Moment(backward_weights, in_backward, optimizer, averages, activations, backward_buffers),
-        step=Moment(step_weights, in_step, optimizer, averages, 0.0, step_buffers),
+        backward=Moment(backward_weights, in_backward, optimizer, ema, activations, backward_buffers),
+        step=Moment(step_weights, in_step, optimizer, ema, 0.0, step_buffers),
         host=host,
     )
-
-
-def state_bytes(config: Config, dp_size: int) -> float:
-    """Peak bytes of one rank's weights, gradients, optimizer and averages."""
-    return rank_memory(config, dp_size, 0, 0, on_cuda=False).state
 
 
 def number_bytes(config: Config) -> int:
     """Bytes of a weight or an activation."""
     return 2 if config.parallel.precision == "bf16" else FP32
-
-
-def local_parameters(config: Config) -> int:
-    """Parameters of one tensor-parallel rank."""
-    return _sizes(config).all
-
-
-def trained_parameters(config: Config) -> int:
-    """Parameters of one tensor-parallel rank that are trained."""
-    return _sizes(config).trained
-
-
-def persistent_parameters(config: Config) -> int:
-    """Parameters of one tensor-parallel rank that ZeRO-3 keeps whole."""
-    return _sizes(config).persistent
-
-
-def kept_parameters(config: Config) -> int:
-    """Parameters that ZeRO-3 keeps gathered from the forward pass to the backward pass."""
-    sizes = _sizes(config)
-    return min(sizes.all - sizes.persistent, REUSE // 2)  # the way there and back
 
 
 def recomputed_blocks(config: Config) -> int:
@@ -170,16 +162,7 @@ def _kept_blocks(config: Config) -> int:
     return backbone_of(config.model).kept(config.model, False).blocks
 
 
-def _sizes(config: Config) -> _Sizes:
-    tp = config.parallel.tensor_parallel_size
-    found, patterns = parameter_table(config.model), config.optim.trainable
-    trained = [one for one in found if not patterns or one.matches(patterns)]
-    small = [one.local(tp) for one in found if one.local(tp) <= PERSISTENT]
-    largest = max(one.local(tp) for one in found)
-    return _Sizes(sum(one.local(tp) for one in found), sum(one.local(tp) for one in trained), sum(small), largest)
-
-
-def _weights(config: Config, sizes: _Sizes, dp_size: int) -> tuple[float, float]:
+def _weights(config: Config, sizes: RankParameters, dp_size: int) -> tuple[float, float]:
     """In the backward pass and in the step, for which ZeRO-3 lets go of the small tensors that it keeps whole."""
     each = number_bytes(config)
     if config.parallel.zero_stage < 3:
@@ -188,13 +171,13 @@ def _weights(config: Config, sizes: _Sizes, dp_size: int) -> tuple[float, float]
     return shard + each * sizes.persistent, shard
 
 
-def _optimizer(config: Config, sizes: _Sizes, dp_size: int) -> tuple[float, float]:
-    """fp32 weights with the two moments, and the averages; wherever they are kept."""
+def _optimizer(config: Config, sizes: RankParameters, dp_size: int) -> tuple[float, float]:
+    """fp32 weights with the two moments, and the EMA; wherever they are kept."""
     own = sizes.trained / (dp_size if config.parallel.zero_stage else 1)
     return FP32 * (3 if config.parallel.zero_stage else 2) * own, FP32 * len(config.optim.ema_decays) * own
 
 
-def _gradients(config: Config, sizes: _Sizes, dp_size: int) -> tuple[float, float]:
+def _gradients(config: Config, sizes: RankParameters, dp_size: int) -> tuple[float, float]:
     """On the device, in the backward pass and in the step."""
     stage, bf16, whole = config.parallel.zero_stage, config.parallel.precision == "bf16", FP32 * sizes.trained
     if config.parallel.offload_optimizer:
@@ -212,7 +195,7 @@ def _gradients(config: Config, sizes: _Sizes, dp_size: int) -> tuple[float, floa
     return (whole if stage == 1 else whole / dp_size), whole / dp_size
 
 
-def _host_gradients(config: Config, sizes: _Sizes, dp_size: int) -> float:
+def _host_gradients(config: Config, sizes: RankParameters, dp_size: int) -> float:
     """What an offloaded optimizer keeps beside its state: gradients, and the new weights on their way back."""
     stage, each, own = config.parallel.zero_stage, number_bytes(config), sizes.trained / dp_size
     if stage == 3:
@@ -221,7 +204,7 @@ def _host_gradients(config: Config, sizes: _Sizes, dp_size: int) -> float:
     return FP32 * own + sums + each * own + each * sizes.largest
 
 
-def _buffers(config: Config, sizes: _Sizes, dp_size: int, on_cuda: bool) -> tuple[float, float]:
+def _buffers(config: Config, sizes: RankParameters, dp_size: int, on_cuda: bool) -> tuple[float, float]:
     """In the backward pass and in the step (in which torch's AdamW has one temporary on CUDA, two on the CPU)."""
     stage, each, offload = config.parallel.zero_stage, number_bytes(config), config.parallel.offload_optimizer
     temporaries = 0 if offload else FP32 * (1 if on_cuda else 2)
@@ -236,6 +219,6 @@ def _buffers(config: Config, sizes: _Sizes, dp_size: int, on_cuda: bool) -> tupl
         return FP32 * buckets, step
     if stage == 2:
         return each * buckets + flattened, step
-    gathered = each * min(sizes.all - sizes.persistent, kept_parameters(config) + PREFETCH + sizes.largest)
+    gathered = each * min(sizes.gathered, sizes.kept + PREFETCH + sizes.largest)
     step = temporaries * min(sizes.trained, SUB_GROUP) / dp_size
     return each * BUCKET + flattened + gathered, each * BUCKET + step

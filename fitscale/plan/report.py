@@ -21,7 +21,7 @@ from fitscale.data.index import open_index
 from fitscale.model import flops
 from fitscale.plan.devices import device_reported_as, find_device
 from fitscale.plan.layout import Machine, in_words, layouts
-from fitscale.plan.memory import local_parameters
+from fitscale.plan.memory import rank_parameters
 from fitscale.plan.step import RunPlan, measured_utilisation, plan, typical_images
 from fitscale.run.layout import RunDir
 
@@ -30,7 +30,7 @@ _PARTS = {
     "weights": "weights",
     "gradients": "gradients",
     "optimizer": "fp32 weights, moments",
-    "averages": "EMA",
+    "ema": "EMA",
     "activations": "activations",
     "buffers": "buffers, temporaries",
     "total": "total",
@@ -115,7 +115,7 @@ def detail(one: RunPlan, source: str) -> Iterator[str]:
 
 def _layout(one: RunPlan) -> dict[str, str]:
     config, model, stats, tokens_B = one.config, one.config.model, one.packing.stats, one.images.tokens_B
-    local = f", {local_parameters(config):,} on a rank" if config.parallel.tensor_parallel_size > 1 else ""
+    local = f", {rank_parameters(config).all:,} on a rank" if config.parallel.tensor_parallel_size > 1 else ""
     return {
         "model": f"{model.name} ({model.family}), {flops.parameters(model):,} parameters{local}",
         "layout": f"{in_words(config.parallel, one.dp_size)}, {config.parallel.precision}, "

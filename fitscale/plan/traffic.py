@@ -40,14 +40,11 @@ class Traffic:
 
 def step_traffic(config: Config, dp_size: int, micro_batches: int, tokens: float) -> Traffic:
     """Traffic of one rank; `tokens` are those it computes in a step, padding included; precision must be resolved."""
-    stage, each = config.parallel.zero_stage, memory.number_bytes(config)
+    stage, each, own = config.parallel.zero_stage, memory.number_bytes(config), memory.rank_parameters(config)
     ring = (dp_size - 1) / dp_size
-    trained = each * memory.trained_parameters(config)
+    trained = each * own.trained
     if stage == 3:
-        persistent = each * memory.persistent_parameters(config)
-        gathered = each * memory.local_parameters(config) - persistent
-        again = gathered - each * memory.kept_parameters(config)
-        weights = ring * (micro_batches * (gathered + again) + persistent)
+        weights = ring * each * (micro_batches * (2 * own.gathered - own.kept) + own.persistent)
         return Traffic(ring * micro_batches * trained, weights, _tensor_parallel(config, tokens))
     times = micro_batches if stage == 2 else 1
     weights = ring * trained if stage else 0.0

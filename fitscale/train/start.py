@@ -14,7 +14,7 @@ from fitscale.data.batch_plan import BatchPlan
 from fitscale.model import flops
 from fitscale.parallel.groups import Topology
 from fitscale.plan.layout import in_words
-from fitscale.plan.memory import state_bytes
+from fitscale.plan.memory import rank_memory
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "webdataset")
 
@@ -52,11 +52,12 @@ def start_table(config: Config, topology: Topology, plan: BatchPlan, first_step:
     model, batch, parallel = config.model, config.batch.global_batch_size, config.parallel
     tokens_per_image = float(plan.step(first_step).tokens_B.mean())
     step_flops = flops.train_flops(model, round(tokens_per_image)) * batch
+    state = rank_memory(config, topology.dp_size, 0, 0, on_cuda=False).state
     rows = {
         "model": f"{model.name} ({model.family}), {flops.parameters(model):,} parameters",
         "images": f"{_images(config, plan)} for training, {tokens_per_image:.1f} tokens each on average",
         "batch": f"{batch} images, about {tokens_per_image * batch:,.0f} tokens, {step_flops:.3g} FLOP a step",
-        "state": f"{state_bytes(config, topology.dp_size) / 2**30:.3f} GiB a rank (weights, gradients, optimizer, EMA)",
+        "state": f"{state / 2**30:.3f} GiB a rank (weights, gradients, optimizer, EMA)",
         "layout": f"{in_words(parallel, topology.dp_size)}, {parallel.precision}, {_device_name(topology.device)}",
         "steps": f"{first_step:,} to {config.run.steps:,}",
         "run": config.run.dir,
