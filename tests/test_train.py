@@ -3,10 +3,10 @@
 import gzip
 import json
 import random
+import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -16,6 +16,7 @@ from fitscale.config.files import read_jsonl
 from fitscale.config.schema import Config
 from fitscale.run.layout import RunDir
 from tests.distributed.spawn import context, run_ranks
+from tests.kills import SAVE_CALLS, STEP_CALLS, train_and_die
 from tests.tiny import tiny_config
 
 
@@ -66,8 +67,8 @@ def test_a_run_killed_ten_times_ends_bit_identical(tmp_path, digits_shards):
     run_ranks(train_here, 1, tiny_config(tmp_path / "calm", digits_shards, *overrides))
     config = tiny_config(tmp_path / "killed", digits_shards, *overrides)
     chance = random.Random(0)
-    kills = [kill_once(config, chance, during_save=attempt % 2 == 0) for attempt in range(10)]
-    assert "finished" not in kills and kills.count("saving") >= 3
+    kills = [kill_once(config, chance, in_save=attempt % 2 == 0) for attempt in range(10)]
+    assert kills.count("saving") >= 3
     run_ranks(train_here, 1, config)
     calm, killed = RunDir(tmp_path / "calm"), RunDir(tmp_path / "killed")
     assert killed.metrics.read_bytes() == calm.metrics.read_bytes()
@@ -76,27 +77,14 @@ def test_a_run_killed_ten_times_ends_bit_identical(tmp_path, digits_shards):
         assert all(ours[key].equal(theirs[key]) for key in theirs)
 
 
-def kill_once(config: Config, chance: random.Random, during_save: bool) -> str:
-    """Start the run and SIGKILL it at a random moment after its next checkpoint; tells what it was doing."""
-    run = RunDir(Path(config.run.dir))
-    before = run.checkpoint_folders()
-    process = context().Process(target=train_here, args=(config,))
+def kill_once(config: Config, chance: random.Random, in_save: bool) -> str:
+    """Run until SIGKILL, at a random point of a save or of some steps; tells what the run was doing."""
+    calls = chance.randrange(SAVE_CALLS if in_save else 4 * STEP_CALLS)
+    process = context().Process(target=train_and_die, args=(config, in_save, calls))
     process.start()
-    _wait_until(lambda: run.checkpoint_folders() != before, process)
-    if during_save:
-        _wait_until(lambda: any(run.path.glob("checkpoints/.saving-*/*")), process)
-    else:
-        time.sleep(chance.uniform(0, 0.3))
-    process.kill()
     process.join()
-    if process.exitcode == 0:
-        return "finished"
-    return "saving" if any(run.path.glob("checkpoints/.saving-*")) else "training"
-
-
-def _wait_until(condition: Callable[[], bool], process: Any) -> None:
-    while process.is_alive() and not condition():
-        time.sleep(0.001)
+    assert process.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
+    return "saving" if any(Path(config.run.dir).glob("checkpoints/.saving-*")) else "training"
 
 
 def test_a_half_written_checkpoint_is_skipped_with_a_warning(tmp_path, digits_shards):
