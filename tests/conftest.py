@@ -1,12 +1,28 @@
 """What several test modules share."""
 
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.hookimpl(trylast=True)  # pytest has chosen its folder by then
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep what this process and all that it starts leave behind in pytest's own folder, which pytest clears.
+
+    Temporary files, caches (torch's, matplotlib's, wandb's, data.cache_dir's default) and settings. As early as this,
+    because imports leave some. Of what is at home only git's settings are of use here.
+    """
+    folder = config._tmp_path_factory.mktemp("left")  # type: ignore[attr-defined]
+    settings = os.environ.get("GIT_CONFIG_GLOBAL", str(Path("~/.gitconfig").expanduser()))
+    os.environ |= {name: str(folder) for name in ("TMPDIR", "HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")}
+    os.environ |= {"GIT_CONFIG_GLOBAL": settings}
+    tempfile.tempdir = str(folder)
 
 
 @pytest.fixture(scope="session")

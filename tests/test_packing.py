@@ -1,7 +1,6 @@
 """Packing: every image once, no pack over the limit, ranks even, hardly any padding, fast at any size."""
 
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -142,23 +141,6 @@ def test_an_image_beyond_the_limit_is_refused():
         pack(np.array([1]), 1, pack_tokens=7, pad_multiple=8)
 
 
-def seconds(images: int, dp_size: int, kind: str) -> float:
-    """Of the fastest of some runs: what the work takes when nothing else disturbs it."""
-    tokens = DISTRIBUTIONS[kind](np.random.default_rng(1), images)
-    best = np.inf
-    for _ in range(5):
-        start = time.process_time()
-        pack(tokens, dp_size)
-        best = min(best, time.process_time() - start)
-    return best
-
-
-@pytest.mark.parametrize("kind", sorted(DISTRIBUTIONS))
-@pytest.mark.parametrize("dp_size", [8, 64, 1024])
-def test_16384_images_take_under_100_ms(dp_size, kind):
-    assert seconds(16384, dp_size, kind) < 0.1
-
-
 def calls(images: int, dp_size: int, kind: str) -> int:
     """Functions called, Python's and C's: a measure of the work that no neighbour on the machine changes."""
     tokens, count = DISTRIBUTIONS[kind](np.random.default_rng(1), images), 0
@@ -176,7 +158,7 @@ def calls(images: int, dp_size: int, kind: str) -> int:
 
 
 @pytest.mark.parametrize("kind", sorted(DISTRIBUTIONS))
-@pytest.mark.parametrize("dp_size", [8, 64])
+@pytest.mark.parametrize("dp_size", [8, 64, 1024])
 def test_cost_grows_near_linearly(dp_size, kind):
     """Some packs do not come out at first and are cut again, once or twice: 7 to 42 calls an image, at any size."""
     assert all(calls(images, dp_size, kind) < 50 * images for images in (256, 2048, 16384, 65536))

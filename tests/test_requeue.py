@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 from shlex import quote
 from unittest.mock import patch
@@ -24,6 +23,7 @@ from fitscale.run.attempt import Attempt, begin_attempt
 from fitscale.run.claim import claim
 from fitscale.run.layout import RunDir
 from tests.tiny import tiny_config
+from tests.waiting import LIMIT_S, has_ended, wait_until
 
 JOB = "70"
 KILLED, REFUSED, BAD_NODE = 137, USER_ERROR, 1  # exit codes: of a signal, of a mistake, of anything else
@@ -92,19 +92,21 @@ def test_a_job_that_slurm_is_sending_a_signal_goes_on(tmp_path, state):
     [("COMPLETING TimeLimit", True), ("TIMEOUT TimeLimit", True), ("COMPLETING None", False), ("PENDING None", False)],
 )
 def test_at_a_time_limit_that_the_ranks_did_not_heed_a_job_goes_on(tmp_path, state, again):
-    """Slurm sends SIGTERM to all processes; the ranks (here one that sleeps) would outlive it until SIGKILL."""
+    """Slurm sends SIGTERM to all processes; the ranks (here one that waits) would outlive it until SIGKILL."""
     begin(tmp_path, JOB, 0)
-    work = f"(trap '' TERM; touch {tmp_path}/works; sleep 2)"
+    rank = f"trap '' TERM; touch {tmp_path}/works; until [ -e {tmp_path}/killed ]; do sleep 0.05; done"
+    work = f"echo $watcher >{tmp_path}/watcher; ({rank})"
     command, environment = script(tmp_path, work, f"echo {state}")
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    while not (tmp_path / "works").exists():
-        time.sleep(0.01)
+    wait_until((tmp_path / "works").exists, "the rank")
+    watcher = int((tmp_path / "watcher").read_text())
+    wait_until(Path(f"/proc/{watcher}/task/{watcher}/children").read_text, "the watcher's sleep")
     os.killpg(process.pid, signal.SIGTERM)
-    for _ in range(100):
-        time.sleep(0.01)
-        assert process.poll() is None, "the script ended before its ranks: with it Slurm ends all that it started"
+    wait_until(lambda: has_ended(watcher), "the watcher's decision")
     assert (tmp_path / "requeued").exists() is again
-    process.wait()
+    assert process.poll() is None, "the script ended before its ranks: with it Slurm ends all that it started"
+    (tmp_path / "killed").touch()
+    assert process.wait(LIMIT_S) == 0
 
 
 @pytest.mark.parametrize(("silent", "times", "again"), [(2, 3, True), (30, 30, False)])

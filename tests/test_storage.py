@@ -24,6 +24,7 @@ from fitscale.prepare.statistics import verify
 from fitscale.run.layout import RunDir
 from tests.shard_sets import indexed_set
 from tests.tiny import tiny_config
+from tests.waiting import LIMIT_S, wait_until
 
 
 class Unsteady(MemoryFileSystem):
@@ -142,11 +143,11 @@ def test_the_next_window_is_fetched_while_one_is_read(remote, tmp_path, room):
     """Windows of 2 shards; the cache holds the one that is read and the next, or lacks the room."""
     cache = Cache(tmp_path / "cache", 1.0 if room else 3 * remote.meta.shards[0].bytes / 1e9)
     index = open_index("unsteady://set", cache)
+    before = set(threading.enumerate())
     next(load(index))
-    wanted, deadline = 4 if room else 2, time.monotonic() + (10 if room else 0.5)
-    while len(held := list((tmp_path / "cache").rglob("*.tar"))) != 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert len(held) == wanted
+    for fetching in set(threading.enumerate()) - before:
+        fetching.join(LIMIT_S)
+    assert len(list((tmp_path / "cache").rglob("*.tar"))) == (4 if room else 2)
 
 
 @pytest.mark.parametrize(
@@ -158,28 +159,29 @@ def test_wrong_urls(remote, tmp_path, url, message):
         open_index(url, Cache(tmp_path / "cache"))
 
 
-def test_reads_that_stall_are_hidden_by_readers_that_work_ahead(remote, monkeypatch):
-    """Steps of 0.15 s; every 20th read of a process, two steps' worth, stalls 0.3 s."""
-    read, reads, waited = ShardReader.read, iter(range(10**6)), {}
+@pytest.mark.parametrize("workers", [0, 2])
+def test_reads_that_stall_are_hidden_by_readers_that_work_ahead(remote, tmp_path, monkeypatch, workers):
+    """Two readers work up to 2 steps each ahead; while one stalls in the fifth step, those before it are trained on."""
+    fifth = [step.batch.images_B.tolist() for step in load(remote)][4]
+    read, reads, goes_on = ShardReader.read, tmp_path / "reads", tmp_path / "goes on"
 
     def stalling_read(self, image, variant):
-        if next(reads) % 20 == 19:
-            time.sleep(0.3)
+        with open(reads, "a") as file:
+            file.write(f"{image}\n")
+        if image in fifth:
+            wait_until(goes_on.exists, "the training steps before it")
         return read(self, image, variant)
 
     monkeypatch.setattr(ShardReader, "read", stalling_read)
-    for workers in (0, 2):
-        steps, waits = load(remote, num_workers=workers, prefetch_steps=4), []
-        next(steps)
-        while True:
-            time.sleep(0.15)  # the training step
-            asked = time.perf_counter()
-            if next(steps, None) is None:
-                break
-            waits.append(time.perf_counter() - asked)
-        waited[workers] = sum(waits)
-    assert waited[0] > 0.25  # read when asked: the step waits
-    assert waited[2] < 0.5 * waited[0]
+    steps = load(remote, num_workers=workers, prefetch_steps=2)
+    next(steps)
+    if workers == 0:
+        assert len(reads.read_text().split()) == 10  # read when asked: every step would wait for its own
+        return
+    wait_until(lambda: {str(image) for image in fifth} & set(reads.read_text().split()), "a reader four steps ahead")
+    assert [next(steps).step for _ in range(3)] == [1, 2, 3]
+    goes_on.touch()
+    assert [step.step for step in steps] == [4, 5]
 
 
 def corrupt(folder, index, image: int) -> str:

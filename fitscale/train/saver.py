@@ -126,7 +126,7 @@ class _Save:
     def _wait_for(self, markers: list[Path]) -> None:
         deadline = float("inf")
         while missing := [marker.name for marker in markers if not marker.exists()]:
-            if self.all_parts_over.is_set():
+            if self.all_parts_over.is_set() or not threading.main_thread().is_alive():  # it failed: others may be dead
                 deadline = min(deadline, time.monotonic() + VISIBLE_S)
             if self.error or time.monotonic() > deadline:
                 raise OSError(self.error or f"what other ranks wrote does not show: no {', '.join(missing)}")

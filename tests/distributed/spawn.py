@@ -4,12 +4,14 @@ The processes are forked from a server that has imported torch, megatron-core an
 spawn costs a fraction of a second.
 """
 
+import atexit
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from tests.waiting import LIMIT_S
 
 PRELOAD = ["torch", "deepspeed", "megatron.core.tensor_parallel", "fitscale.train.trainer"]
 
@@ -23,32 +25,47 @@ def context() -> Any:
     return server
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+def start_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Processes of `function(*args)`, one a rank, with torchrun's environment; each has the end of a pipe, `answer`.
+
+    As under torchrun they meet at a store of the process that starts them, whose port nobody else can have taken.
+    """
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return [_start(function, args, rank, world_size, store) for rank in range(world_size)]
+
+
+def _start(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, store: Any) -> Any:
+    server = context()
+    answer, sender = server.Pipe(duplex=False)
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": store.host}
+    environment |= {"MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+    process = server.Process(target=_rank, args=(sender, environment, function, args))
+    process.start()
+    sender.close()
+    process.answer, process.store = answer, store  # the store lives as long as its ranks
+    atexit.register(process.kill)  # else a rank that a failed test leaves behind is waited for
+    return process
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """`[function(*args) on rank 0, on rank 1, ...]`; `function` finds torchrun's environment and must be importable.
 
     Raises:
-        AssertionError: a rank raised (its traceback is the text), died, or took longer than `timeout_s`.
+        AssertionError: a rank raised (its traceback is the text), died, or hangs.
     """
-    server = context()
-    port = _free_port()
-    pipes, processes = [], []
-    for rank in range(world_size):
-        receiver, sender = server.Pipe(duplex=False)
-        process = server.Process(target=_rank, args=(sender, rank, world_size, port, function, args))
-        process.start()
-        sender.close()
-        pipes.append(receiver)
-        processes.append(process)
+    processes = start_ranks(function, world_size, *args)
     try:
-        return [_receive(rank, pipe, timeout_s) for rank, pipe in enumerate(pipes)]
+        return [_receive(rank, process.answer) for rank, process in enumerate(processes)]
     finally:
         for process in processes:
             process.kill()
             process.join()
 
 
-def _receive(rank: int, pipe: Any, timeout_s: float) -> Any:
-    assert pipe.poll(timeout_s), f"rank {rank} gave no answer in {timeout_s} s"
+def _receive(rank: int, pipe: Any) -> Any:
+    assert pipe.poll(LIMIT_S), f"rank {rank} gave no answer in {LIMIT_S:.0f} s"
     try:
         result, error = pipe.recv()
     except EOFError:
@@ -57,18 +74,9 @@ def _receive(rank: int, pipe: Any, timeout_s: float) -> Any:
     return result
 
 
-def _rank(
-    sender: Any, rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _rank(sender: Any, environment: dict[str, Any], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update({name: str(value) for name, value in environment.items()})
     try:
         sender.send((function(*args), None))
     except BaseException:
         sender.send((None, traceback.format_exc()))
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -4,6 +4,7 @@ import math
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from fitscale.data.build_index import build_index
 from fitscale.data.shards import Sample, ShardSetMeta, Variant, write_shards
 from fitscale.run.layout import RunDir
 from fitscale.train.health import HUNG, StepHealth
-from tests.distributed.spawn import context, run_ranks
+from tests.distributed.spawn import run_ranks, start_ranks
 from tests.test_train import train_here
 from tests.tiny import tiny_config
+from tests.waiting import LIMIT_S, wait_until
 
 LATENTS = ("data.latent.kind=vae", "data.latent.factor=8", "data.latent.scaling=0.18215", "data.holdout_fraction=0")
 
@@ -75,45 +77,31 @@ def test_a_spike_is_a_loss_far_above_the_recent_median():
 
 
 def hang_at_step_3(config: Config) -> None:
-    """Trains, but rank 1 sleeps for ever when it is to read its third step."""
+    """Trains, but rank 1 sleeps for ever at the reading of its third step, and its watchdog's clock goes on by a day."""
     import os
 
-    from fitscale.train import trainer
+    from fitscale.train import health, trainer
 
-    original = trainer.Trainer._timed
+    original, passed_s = trainer.Trainer._timed, [0.0]
+    health.time = SimpleNamespace(time=time.time, monotonic=lambda: time.monotonic() + passed_s[0])
 
     def timed(self, loader, monitor):
         for batch in original(self, loader, monitor):
             if batch.step == 2 and os.environ["RANK"] == "1":
-                time.sleep(3600)
+                passed_s[0] = 86400.0
+                time.sleep(86400)
             yield batch
 
     trainer.Trainer._timed = timed
     train_here(config)
 
 
-def start_ranks(function, config: Config, world_size: int) -> list:
-    """Processes of `function(config)` with torchrun's environment, not waited for."""
-    from tests.distributed import spawn
-
-    server, port = context(), spawn._free_port()
-    _, sender = server.Pipe(duplex=False)
-    processes = [
-        server.Process(target=spawn._rank, args=(sender, rank, world_size, port, function, (config,)))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    return processes
-
-
 def test_a_rank_that_hangs_ends_the_job_and_is_named(tmp_path, digits_shards):
-    config = tiny_config(tmp_path, digits_shards, "run.steps=50", "health.timeout_min=0.1")
-    start = time.monotonic()
-    processes = start_ranks(hang_at_step_3, config, 2)
+    """Its own watchdog ends it, and the other rank ends because it is lost, long before it would itself be hung."""
+    config = tiny_config(tmp_path, digits_shards, "run.steps=50", "health.timeout_min=60")
+    processes = start_ranks(hang_at_step_3, 2, config)
     for process in processes:
-        process.join(60)
-    assert time.monotonic() - start < 45
+        process.join(LIMIT_S)
     assert processes[1].exitcode == HUNG
     assert not processes[0].is_alive()
     events = {row["rank"]: row["event"] for row in read_jsonl(RunDir(tmp_path).events)}
@@ -122,11 +110,10 @@ def test_a_rank_that_hangs_ends_the_job_and_is_named(tmp_path, digits_shards):
 
 
 def test_a_rank_that_dies_ends_the_job(tmp_path, digits_shards):
-    processes = start_ranks(train_here, tiny_config(tmp_path, digits_shards, "run.steps=100000"), 2)
-    while len(read_jsonl(RunDir(tmp_path).metrics)) < 3:
-        time.sleep(0.05)
+    processes = start_ranks(train_here, 2, tiny_config(tmp_path, digits_shards, "run.steps=100000"))
+    wait_until(lambda: len(read_jsonl(RunDir(tmp_path).metrics)) >= 3, "three steps")
     processes[1].kill()
-    processes[0].join(30)
+    processes[0].join(LIMIT_S)
     assert not processes[0].is_alive()
     (event,) = read_jsonl(RunDir(tmp_path).events)
     assert event["rank"] == 0 and "failed while" in event["event"]

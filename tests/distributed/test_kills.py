@@ -1,22 +1,20 @@
 """A run of dp 2 x tp 2 whose ranks are killed at random, saves included, ends as the undisturbed one."""
 
 import random
-import time
-from pathlib import Path
+import signal
 
-import pytest
 import torch
 
 from fitscale.config.files import read_jsonl
 from fitscale.config.schema import Config
 from fitscale.run.layout import RunDir
-from tests.distributed.spawn import run_ranks
-from tests.distributed.test_health import start_ranks
+from tests.distributed.spawn import run_ranks, start_ranks
 from tests.distributed.test_layouts import layout_config, metric, tensors, train_here
+from tests.kills import SAVE_CALLS, STEP_CALLS, train_and_die
+from tests.waiting import LIMIT_S
 
 KILLS = 20
 OVERRIDES = ("run.steps=90", "batch.global_batch_size=8", "checkpoint.every_steps=3", "evaluation.points=0")
-OVERRIDES += ("health.timeout_min=0.5",)
 
 
 def test_twenty_kills_of_random_ranks_lose_nothing(tmp_path, digits_shards):
@@ -24,8 +22,7 @@ def test_twenty_kills_of_random_ranks_lose_nothing(tmp_path, digits_shards):
     run_ranks(train_here, 4, calm)
     config = layout_config(tmp_path / "killed", digits_shards, 2, True, 1, *OVERRIDES)
     chance = random.Random(0)
-    killed = [kill_one_rank(config, chance) for _ in range(KILLS)]
-    assert sum(killed) >= 15, "the run ended before it could be killed"
+    assert all(kill_one_rank(config, chance) for _ in range(KILLS)), "the run ended before it could be killed"
     run_ranks(train_here, 4, config)
     steps = [row["step"] for row in read_jsonl(RunDir(tmp_path / "killed").metrics)]
     assert steps == list(range(1, 91))  # with the plan a function of the step: no image lost, none seen twice
@@ -36,18 +33,11 @@ def test_twenty_kills_of_random_ranks_lose_nothing(tmp_path, digits_shards):
 
 
 def kill_one_rank(config: Config, chance: random.Random) -> bool:
-    """Start the run, SIGKILL a random rank some time after the next checkpoint; the others end by themselves."""
-    run = RunDir(Path(config.run.dir))
-    before = run.checkpoint_folders()
-    processes = start_ranks(train_here, config, 4)
-    while run.checkpoint_folders() == before and all(process.is_alive() for process in processes):
-        time.sleep(0.005)
-    time.sleep(chance.uniform(0, 0.3))
-    victim = chance.choice(processes)
-    alive = victim.is_alive()
-    victim.kill()
+    """Run until a random rank ends by SIGKILL, at a random point of a save or of some steps; the others follow."""
+    victim, in_save = chance.randrange(4), chance.random() < 0.5
+    calls = chance.randrange(SAVE_CALLS if in_save else 3 * STEP_CALLS)
+    processes = start_ranks(train_and_die, 4, config, in_save, calls, victim)
     for process in processes:
-        process.join(60)
-        if process.is_alive():
-            pytest.fail("a rank outlived another by a minute")
-    return alive
+        process.join(LIMIT_S)
+        assert not process.is_alive(), "a rank outlived another for ever"
+    return bool(processes[victim].exitcode == -signal.SIGKILL)

@@ -18,21 +18,29 @@ from fitscale.run.attempt import IDLE_ATTEMPTS, TakenOverError, begin_attempt
 from fitscale.run.layout import RunDir
 from fitscale.train import trainer
 from fitscale.train.metrics import Monitor
-from tests.distributed.spawn import context, run_ranks
-from tests.distributed.test_health import start_ranks
+from tests.distributed.spawn import context, run_ranks, start_ranks
 from tests.distributed.test_layouts import tensors
 from tests.test_train import train_here
 from tests.tiny import OVERRIDES as TINY
 from tests.tiny import tiny_config
+from tests.waiting import LIMIT_S, wait_until
 
 STEPS = 60
 OVERRIDES = (f"run.steps={STEPS}", "checkpoint.every_steps=1000")
 
 
 def train_and_exit(config: Config) -> None:
-    """`train_here`, in a process that leaves with training's own exit code, told apart from a crash's by a file."""
+    """`train_here`, which waits after 5 steps for the file `signalled`; a file holds training's own exit code."""
     from fitscale.train.preempt import Preempted
 
+    take_step = trainer.Trainer._step
+
+    def step(self, batch):
+        if batch.step == 5:
+            wait_until(Path(config.run.dir, "signalled").exists, "the signal")
+        return take_step(self, batch)
+
+    trainer.Trainer._step = step
     try:
         train_here(config)
     except Preempted as stop:
@@ -40,10 +48,7 @@ def train_and_exit(config: Config) -> None:
 
 
 def wait_for_steps(run: RunDir, steps: int) -> None:
-    deadline = time.monotonic() + 60
-    while len(read_jsonl(run.metrics)) < steps:
-        assert time.monotonic() < deadline, "the run does not move"
-        time.sleep(0.005)
+    wait_until(lambda: len(read_jsonl(run.metrics)) >= steps, f"{steps} steps")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGUSR2, signal.SIGTERM])
@@ -52,14 +57,15 @@ def test_a_signal_to_one_rank_makes_all_save_and_no_step_is_lost(tmp_path, digit
     run_ranks(train_here, 2, calm)
     config = tiny_config(tmp_path / "stopped", digits_shards, *OVERRIDES)
     run = RunDir(tmp_path / "stopped")
-    processes = start_ranks(train_and_exit, config, 2)
+    processes = start_ranks(train_and_exit, 2, config)
     wait_for_steps(run, 3)
     os.kill(processes[1].pid, signum)  # rank 0 hears nothing
+    (run.path / "signalled").touch()
     for process in processes:
-        process.join(60)
+        process.join(LIMIT_S)
     assert [(run.path / f"exit-{rank}").read_text() for rank in (0, 1)] == [str(128 + signum)] * 2
     steps = read_jsonl(run.metrics)[-1]["step"]
-    assert 3 <= steps < STEPS and run.checkpoints()[-1].step == steps
+    assert 3 <= steps <= 6 and run.checkpoints()[-1].step == steps
 
     run_ranks(train_here, 2, config)
     first, end, second, last = read_jsonl(run.attempts)
@@ -79,7 +85,7 @@ def test_sigterm_to_all_processes_of_a_job_lets_training_save_before_its_readers
     process = subprocess.Popen([*torchrun, "train", *arguments, "data.num_workers=2"])
     wait_for_steps(run, 3)
     process.terminate()
-    process.wait(60)
+    process.wait(LIMIT_S)
     steps = read_jsonl(run.metrics)[-1]["step"]
     assert run.checkpoints()[-1].step == steps
     assert [row["reason"] for row in read_jsonl(run.attempts)[1:]] == ["SIGTERM"]
@@ -117,13 +123,13 @@ def test_a_row_that_was_measured_before_a_newer_start_is_not_written(tmp_path):
 def test_a_stale_attempt_can_write_nothing_more(tmp_path, digits_shards):
     config = tiny_config(tmp_path, digits_shards, "run.steps=100000", "checkpoint.every_steps=2")
     run = RunDir(tmp_path)
-    (stale,) = start_ranks(train_here, config, 1)
+    (stale,) = start_ranks(train_here, 1, config)
     wait_for_steps(run, 5)
     os.kill(stale.pid, signal.SIGSTOP)  # a node that Slurm gave up, with its processes still there
     newer = begin_attempt(run, run.checkpoints()[-1].step)
     before = snapshot(run)
     os.kill(stale.pid, signal.SIGCONT)
-    stale.join(60)
+    stale.join(LIMIT_S)
     assert not stale.is_alive()
     assert snapshot(run) == before
     newer.end("finished", 0)  # the newer one may
@@ -157,7 +163,7 @@ def test_a_new_attempt_waits_for_a_write_under_way(tmp_path):
     ready = context().Manager().Event()
     process = context().Process(target=hold, args=(tmp_path, ready))
     process.start()
-    assert ready.wait(30)
+    assert ready.wait(LIMIT_S)
     begin_attempt(RunDir(tmp_path), 0)
     assert (tmp_path / "written").exists()
     process.join()

@@ -27,7 +27,7 @@ from fitscale.run.layout import RunDir
 from tests.tiny import OVERRIDES
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = Path(tempfile.gettempdir())  # pytest's own folders are too long for unix sockets
+FOLDERS = Path("/tmp")  # pytest's own folders are too long for unix sockets
 PREFIX = "fitscale-slurm-"
 PORTS = range(30000, 32700, 5)  # above the ports of a rendezvous, below those that Linux hands out by itself
 TIMEOUT_S = 240  # generous: the machine may be busy with other things
