@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = ["config", "run", ("data", "parallel", "flow"), "model", "plan", "train", "eval", "jobs", "cli"]
 BELOW = {
     "prepare": ["config", "run", "data"],
-    "scaling": ["config", "run", "model.flops", "plan.devices"],
+    "scaling": ["config", "run", "model.flops"],
     "__main__": ["cli"],
 }
 PARTS = {"scaling": ["rows", "fit", "report"]}  # of a room, in the order of its own import rule

@@ -10,10 +10,11 @@ from fitscale.config.errors import UserError
 from fitscale.config.load import load_config, load_schema
 from fitscale.jobs.sweep import SweepConfig, cells
 from fitscale.model import flops
+from fitscale.plan.devices import DEVICES
 from fitscale.run.progress import wanted_metrics
 from fitscale.scaling.fit.fitting import fit_law
 from fitscale.scaling.fit.laws import OFFSET
-from fitscale.scaling.fit.planner import PEAK_FLOPS, Economics, assumed, grid, measurements, plan
+from fitscale.scaling.fit.planner import Economics, assumed, grid, measurements, plan
 from fitscale.scaling.rows.refusals import Refusal
 from fitscale.scaling.rows.runs import collect
 from fitscale.scaling.rows.table import write_table
@@ -23,7 +24,7 @@ from tests.synthetic_runs import write_sweep
 MODELS = [load_config([f"configs/model/{name}.yaml"]).model for name in ("s", "b", "l", "xl")]
 TARGET_MODEL = load_config(["configs/model/xxl.yaml"]).model
 ECONOMICS = Economics(
-    flops_per_hour=PEAK_FLOPS["h100"] * 0.4 * 3600,
+    flops_per_hour=DEVICES["h100"].peak_flops_per_s * 0.4 * 3600,
     batch=256,
     tokens=256,
     points=6,

@@ -116,12 +116,13 @@ def _missing(options: argparse.Namespace) -> dict[str, str]:
 
 
 def _economics(options: argparse.Namespace) -> "Economics":
-    from fitscale.scaling.fit.planner import PEAK_FLOPS, Economics
+    from fitscale.plan.devices import DEVICES
+    from fitscale.scaling.fit.planner import Economics
 
     if not 0 < options.mfu <= 1:
         raise UserError(f"--mfu {options.mfu}: a utilisation lies above 0 and at most at 1")
     return Economics(
-        flops_per_hour=PEAK_FLOPS[options.gpu] * options.mfu * 3600,
+        flops_per_hour=DEVICES[options.gpu].peak_flops_per_s * options.mfu * 3600,
         batch=options.batch,
         tokens=options.tokens,
         points=options.points,
@@ -151,13 +152,13 @@ def _prior(options: argparse.Namespace) -> "Prior":
 
 
 def _parser() -> argparse.ArgumentParser:
-    from fitscale.scaling.fit.planner import PEAK_FLOPS
+    from fitscale.plan.devices import DEVICES
     from fitscale.scaling.rows.options import add_filter_options
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--gpu-hours", type=float, required=True, help="the budget; training and evaluation stay within it")
-    add("--gpu", choices=sorted(PEAK_FLOPS), default="h100")
+    add("--gpu", choices=sorted(DEVICES), default="h100")
     add("--mfu", type=float, default=0.4, help="share of the peak that training reaches (default: 0.4)")
     add("--sizes", default="s,b,l,xl", help="names in configs/model, with commas")
     add("--target", default="xxl", help="size to predict (default: xxl)")

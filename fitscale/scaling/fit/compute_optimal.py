@@ -29,6 +29,7 @@ from fitscale.scaling.rows.refusals import Refusal
 
 SAME_BUDGET = 1.1  # rows whose compute differs by less belong to one budget
 LEAST_SIZES = 4
+CUTS = 6  # budgets at which curves are cut
 FINE = 2001
 DRAWS = 200
 
@@ -67,22 +68,20 @@ def isoflop(slices: pd.DataFrame, method: str = "akima", seed: int = 0) -> IsoFl
     """
     curves = {budget: _curve(slices[slices["budget"] == budget]) for budget in np.unique(slices["budget"])}
     noise = _noise([curve for curve in curves.values() if len(curve[0]) > LEAST_SIZES])
-    optima, draws, refusals = [], [], []
+    found, refusals = [], []
     for index, (budget, (x_N, y_N)) in enumerate(curves.items()):
         try:
             rng = np.random.default_rng([seed, index])
-            optimum, draws_K = _optimum(budget, x_N, y_N, METHODS[method], noise or 0.0, rng)
+            found.append(_optimum(budget, x_N, y_N, METHODS[method], noise or 0.0, rng))
         except Refusal as refusal:
             refusals.append(refusal)
-            continue
-        optima.append(optimum)
-        draws.append(draws_K)
+    optima = [optimum for optimum, _ in found]
     if len(optima) < 2:
         what = f"isoflop: {len(optima)} budgets have an optimum, two are needed"
         raise Refusal("too_few_points", f"{what}; {'; '.join(map(str, refusals))}")
     exponent, constant = fit_exponent(optima)
     no_interval = _no_interval(slices, noise)
-    interval = None if no_interval else central(fit_exponent(optima, np.array(draws))[0])
+    interval = None if no_interval else central(fit_exponent(optima, np.array([draws_K for _, draws_K in found]))[0])
     return IsoFlop(method, float(exponent), interval, no_interval, float(np.exp(constant)), optima, refusals)
 
 
@@ -129,11 +128,11 @@ def _no_interval(slices: pd.DataFrame, noise: float | None) -> str | None:
     return None
 
 
-def slices_of_runs(rows: pd.DataFrame, budgets: int = 6) -> pd.DataFrame:
+def slices_of_runs(rows: pd.DataFrame) -> pd.DataFrame:
     """Columns budget, run, parameters, value for `isoflop`.
 
     Runs that were made for common budgets are taken as they are. Otherwise every run's curve, a line between its
-    evaluations in logarithms, is cut at log-spaced budgets that at least `LEAST_SIZES` sizes reach.
+    evaluations in logarithms, is cut at `CUTS` log-spaced budgets that at least `LEAST_SIZES` sizes reach.
     """
     rows = rows.sort_values("train_flops")
     group = (np.log(rows["train_flops"]).diff() > np.log(SAME_BUDGET)).cumsum()
@@ -141,7 +140,7 @@ def slices_of_runs(rows: pd.DataFrame, budgets: int = 6) -> pd.DataFrame:
     if len(whole) and whole.groupby(group)[["train_flops", "run"]].apply(_is_budget).all():
         budget = whole.groupby(group)["train_flops"].transform(lambda flops: np.exp(np.log(flops).mean()))
         return whole.assign(budget=budget)[["budget", "run", "parameters", "value"]]
-    return _cut(rows, budgets)
+    return _cut(rows)
 
 
 def _is_budget(rows: pd.DataFrame) -> bool:
@@ -150,7 +149,7 @@ def _is_budget(rows: pd.DataFrame) -> bool:
     return bool(together and rows["run"].is_unique)
 
 
-def _cut(rows: pd.DataFrame, budgets: int) -> pd.DataFrame:
+def _cut(rows: pd.DataFrame) -> pd.DataFrame:
     grid = np.geomspace(rows["train_flops"].min(), rows["train_flops"].max(), 400)
     curves = [_along(run, grid) for _, run in rows.groupby("run", sort=True) if len(run) > 1]
     cuts = pd.concat(curves) if curves else rows.iloc[:0].assign(budget=0.0)
@@ -158,7 +157,7 @@ def _cut(rows: pd.DataFrame, budgets: int) -> pd.DataFrame:
     reached = sizes.index[sizes >= LEAST_SIZES]
     if reached.empty:
         raise Refusal("too_few_points", f"isoflop: no compute is reached by {LEAST_SIZES} sizes at least")
-    chosen = reached[[round(i * (len(reached) - 1) / (budgets - 1)) for i in range(budgets)]]
+    chosen = reached[[round(i * (len(reached) - 1) / (CUTS - 1)) for i in range(CUTS)]]
     return cuts.loc[cuts["budget"].isin(chosen), ["budget", "run", "parameters", "value"]]
 
 

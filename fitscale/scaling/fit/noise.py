@@ -67,7 +67,12 @@ def estimate(residual_N: Array, jacobian_NP: Array, run_N: NDArray[np.str_]) -> 
     if np.linalg.cond(sums_22) > SINGULAR:
         return _of_runs_alone(residual_N, left_NN, shared_NN)
     squares_2 = np.array([residual_N @ part @ residual_N for part in parts])
-    run, point = _positive(sums_22, squares_2)
+    run, point = np.linalg.solve(sums_22, squares_2).tolist()
+    if run < 0:  # both sums are explained best by one variance alone
+        run, point = 0.0, float(squares_2.sum() / sums_22[:, 1].sum())
+    if point < 0:
+        run, point = float(squares_2.sum() / sums_22[:, 0].sum()), 0.0
+    point = max(point, LEAST_VARIANCE)
     covariance_NN = run * shared_NN + point * unit_NN
     degrees = (_freedom(parts[0], covariance_NN), _freedom(parts[1], covariance_NN))
     return Noise(run, point, sums_22, squares_2, degrees)
@@ -90,16 +95,6 @@ def _of_runs_alone(residual_N: Array, left_NN: Array, shared_NN: Array) -> Noise
     squares = max(float(residual_N @ residual_N), LEAST_VARIANCE * seen)
     sums_22, squares_2 = np.array([[seen, freedom], [0.0, 0.0]]), np.array([squares, 0.0])
     return Noise(squares / seen, 0.0, sums_22, squares_2, (freedom, 1.0))
-
-
-def _positive(sums_22: Array, squares_2: Array) -> tuple[float, float]:
-    """The two variances that explain both sums of squares, or the best of one kind alone."""
-    run, point = np.linalg.solve(sums_22, squares_2)
-    if run < 0:
-        run, point = 0.0, squares_2.sum() / sums_22[:, 1].sum()
-    if point < 0:
-        run, point = squares_2.sum() / sums_22[:, 0].sum(), 0.0
-    return float(run), max(float(point), LEAST_VARIANCE)
 
 
 def _freedom(part_NN: Array, covariance_NN: Array) -> float:

@@ -17,16 +17,15 @@ import pandas as pd
 
 from fitscale.config.schema import EvaluationConfig, ModelConfig
 from fitscale.model import flops
-from fitscale.plan.devices import DEVICES
 from fitscale.scaling.fit.fitting import Fit, FittedPoints, ResidualLoss
 from fitscale.scaling.fit.laws import OFFSET
 from fitscale.scaling.fit.solver import Array
 from fitscale.scaling.fit.uncertainty import central, refits
 from fitscale.scaling.rows.refusals import Refusal
 
-PEAK_FLOPS = {name: device.peak_flops_per_s for name, device in DEVICES.items()}
 GAMMAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 STEP_UNIT = 1000
+SWEEPS = 1000  # simulated
 
 
 @dataclass(frozen=True)
@@ -172,17 +171,15 @@ def measurements(cells: list[PlannedRun], economics: Economics) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def outlook(
-    cells: list[PlannedRun], economics: Economics, prior: Prior, target: float, seed: int, count: int = 1000
-) -> Outlook:
-    """Simulate `count` sweeps and predict a new measurement at `target` training FLOPs from each."""
+def outlook(cells: list[PlannedRun], economics: Economics, prior: Prior, target: float, seed: int) -> Outlook:
+    """Simulate `SWEEPS` sweeps and predict a new measurement at `target` training FLOPs from each."""
     rows = measurements(cells, economics)
     law, centre_F = prior.fit.law, prior.fit.points.centre_F
     fit = replace(prior.fit, points=FittedPoints.of(law, rows.assign(value=prior.fit.metric(rows)), centre_F))
     rng = np.random.default_rng(seed)
-    theta_KP = refits(fit, rng, np.full(count, prior.run_noise**2), np.full(count, prior.point_noise**2))
+    theta_KP = refits(fit, rng, np.full(SWEEPS, prior.run_noise**2), np.full(SWEEPS, prior.point_noise**2))
     goal = pd.DataFrame({"train_flops": [target]})
-    new_K = rng.normal(0, np.hypot(prior.run_noise, prior.point_noise), count)
+    new_K = rng.normal(0, np.hypot(prior.run_noise, prior.point_noise), SWEEPS)
     ratio_K = new_K - (fit.log_metric(goal, theta_KP)[:, 0] - fit.log_metric(goal)[0])
     return Outlook(*central(np.exp(ratio_K)))
 

@@ -50,13 +50,12 @@ class Prediction:
 
 def target(model: ModelConfig, steps: int, batch: int, tokens: float, squared_tokens: float) -> Target:
     """The run of `steps` steps on images of `tokens` tokens in the mean, and `squared_tokens` in the mean square."""
-    per_token, _ = flops.cost(model)
-    linear = flops.linear_macs(model, 0) + per_token * tokens
-    attention = flops.mixing_macs(model, 1) * squared_tokens
+    per_token, square = flops.cost(model)
+    fixed = flops.linear_macs(model, 0) + flops.mixing_macs(model, 0)
+    macs = fixed + per_token * tokens + square * squared_tokens
     images = steps * batch
-    per_image = flops.TRAIN_PASSES * flops.FLOPS_PER_MAC * (linear + attention)
-    parameters = flops.parameters(model)
-    return Target(model.name, parameters, images, per_image * images, model.family, model.patch_size)
+    train_flops = flops.TRAIN_PASSES * flops.FLOPS_PER_MAC * macs * images
+    return Target(model.name, flops.parameters(model), images, train_flops, model.family, model.patch_size)
 
 
 def tokens_of(rows: pd.DataFrame) -> tuple[float, float]:

@@ -62,7 +62,7 @@ class LawResult:
     @property
     def error(self) -> float | None:
         """Mean |ln(predicted / actual)| over the held-out points that count."""
-        return mean_error(self.claimed) if len(self.claimed) else None
+        return mean_error(self.claimed)
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,12 @@ def study(table: pd.DataFrame, question: Question) -> Study:
             refuse_far(seen, unseen, question.extrapolate)
     except Refusal as refusal:
         return Study(question, table, table.iloc[:0], refusals=[refusal])
-    results: list[LawResult] = []
-    isoflops: list[IsoFlop] = []
-    refusals: list[Refusal] = []
+    results, isoflops, refusals = [], [], []
     for name in question.laws:
         try:
             if name == "isoflop":
                 slices = slices_of_runs(rows)
-                isoflops = [isoflop(slices, method, question.seed) for method in METHODS]
+                isoflops += [isoflop(slices, method, question.seed) for method in METHODS]
             else:
                 results.append(_result(LAWS[name], rows, question))
         except Refusal as refusal:
@@ -134,9 +132,9 @@ def predicted(fit: Fit, rows: pd.DataFrame) -> pd.DataFrame:
     return unseen.assign(predicted=metric, error=metric / unseen["value"] - 1)
 
 
-def mean_error(predictions: pd.DataFrame) -> float:
-    """Mean |ln(predicted / actual)|."""
-    return float(np.log1p(predictions["error"]).abs().mean())
+def mean_error(predictions: pd.DataFrame) -> float | None:
+    """Mean |ln(predicted / actual)|; None of none."""
+    return float(np.log1p(predictions["error"]).abs().mean()) if len(predictions) else None
 
 
 def refuse_far(fitted_flops: float, target_flops: float, agreed: bool) -> None:
@@ -164,8 +162,8 @@ def _result(law: Law, rows: pd.DataFrame, question: Question) -> LawResult:
     if used["size"].nunique() < 2:  # one can own the frontier: then nothing says how the law carries over to another
         where = " on the frontier" if question.points == "frontier" else ""
         what = f"{law.name} law: all {len(used)} points{where} are of size {used['size'].iloc[0]}"
-        why = "so they do not tell how runs differ from what the law says"
-        raise Refusal("one_size", f"{what}, {why}; try --points last or all, or train the other sizes longer")
+        advice = "try --points last or all, or train the other sizes longer"
+        raise Refusal("one_size", f"{what}, so they do not tell how much runs differ; {advice}")
     fit = fit_law(law, used, question.loss)
     draws = resample(fit, question.resamples, question.seed)
     unseen = predicted(fit, rows).sort_values(["run", "train_flops"])

@@ -10,8 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from fitscale.config.errors import UserError
 from fitscale.config.files import write_atomic
 from fitscale.scaling.fit.compute_optimal import IsoFlop
@@ -38,7 +36,8 @@ def write_report(study: Study, out: Path, folders: list[SampleFolder]) -> list[P
     places = placed(study, folders) if len(study.rows) else []
     if places:
         drawn["samples"] = samples_along_the_curve(study, places)
-    sheets = [(_caption(folder, row), _data_uri(folder.contact_sheet)) for folder, row in places]
+    captions = [f"{row['size']} after {folder.step:,} steps, {folder.how}" for folder, row in places]
+    sheets = list(zip(captions, [_data_uri(folder.contact_sheet) for folder, _ in places], strict=True))
     content = report_content(study)
     files: dict[str, str | bytes] = {"fit.json": json.dumps(fit_record(study), indent=2, allow_nan=False) + "\n"}
     files |= {f"{name}.{kind}": data for name, figure in drawn.items() for kind, data in figure.items()}
@@ -99,11 +98,6 @@ def _render(template: str, content: dict[str, Any], escape: bool) -> str:
         autoescape=escape, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.from_string(template).render(content)
-
-
-def _caption(folder: SampleFolder, row: pd.Series) -> str:
-    how = f"{folder.height} x {folder.width} pixels, guidance {folder.guidance:g}"
-    return f"{row['size']} after {folder.step:,} steps, {how}"
 
 
 def _data_uri(path: Path) -> str:

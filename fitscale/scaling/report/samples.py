@@ -37,6 +37,10 @@ class SampleFolder:
     images: tuple[Path, ...]
 
     @property
+    def how(self) -> str:
+        return f"{self.height} x {self.width} pixels, guidance {self.guidance:g}"
+
+    @property
     def contact_sheet(self) -> Path:
         return self.path / "contact_sheet.png"
 
@@ -119,10 +123,9 @@ def _draw_column(figure: Any, curve: Any, axes: Any, folder: SampleFolder, row: 
     axes.set_axis_off()
     axes.set_anchor("N")
     value, compute = float(row["value"]), float(row["train_flops"])
-    axes.set_title(
-        f"{row['size']}, {folder.step:,} steps\n{value:.4g} at\n{canvas.power_of_ten(compute, 2)} FLOPs", fontsize=8
-    )
-    how = f"{folder.height} x {folder.width} pixels\nguidance {folder.guidance:g}"
+    title = f"{row['size']}, {folder.step:,} steps\n{value:.4g} at\n{canvas.power_of_ten(compute, 2)} FLOPs"
+    axes.set_title(title, fontsize=8)
+    how = folder.how.replace(", ", "\n")
     axes.text(0.5, -0.02, how, transform=axes.transAxes, fontsize=8, color="0.3", ha="center", va="top")
     line = ConnectionPatch((compute, value), (0.5, 1.2), "data", "axes fraction", axesA=curve, axesB=axes)
     line.set(color="0.6", linewidth=0.8, zorder=0)

@@ -36,14 +36,14 @@ intervals from {{ study.question.resamples }} refits with the deviation of every
 {% endfor %}
 {{ figure("residuals", "residuals") }}
 {% if isoflops %}
+{% set there = study.question.metric ~ " there" %}
 {{ heading(2, "Compute-optimal size") }}
 {{ figure("isoflop", "isoFLOP curves") }}
 {% for iso in isoflops %}
 {% call paragraph() %}
 {{ iso.text }}
 {% endcall %}
-{{ table(["budget (FLOPs)", "best parameters", study.question.metric ~ " there", "spread of ln(parameters)"], iso.optima)
-}}
+{{ table(["budget (FLOPs)", "best parameters", there, "spread of ln(parameters)"], iso.optima) }}
 {% endfor %}
 {% endif %}
 {% if "samples" in figures %}

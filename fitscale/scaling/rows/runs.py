@@ -18,7 +18,7 @@ from fitscale.config.load import load_config
 from fitscale.config.schema import Config, ModelConfig
 from fitscale.model import flops
 from fitscale.run.layout import RunDir, find_runs
-from fitscale.scaling.rows.table import COLUMNS, KEY, read_table, validate
+from fitscale.scaling.rows.table import COLUMNS, FORMATS, KEY, read_table, validate
 
 
 def collect(paths: list[Path]) -> pd.DataFrame:
@@ -35,7 +35,7 @@ def collect(paths: list[Path]) -> pd.DataFrame:
 
 def load_table(paths: list[Path]) -> pd.DataFrame:
     """`read_table` of one .csv or .parquet path, else `collect` of run directories."""
-    tables = [path for path in paths if path.suffix in (".csv", ".parquet")]
+    tables = [path for path in paths if path.suffix in FORMATS]
     if tables and len(paths) > 1:
         raise UserError(f"{tables[0]}: give one table, or run directories")
     return read_table(tables[0]) if tables else collect(paths)
@@ -93,8 +93,8 @@ def _work_per_image(model: ModelConfig, evaluation: dict[str, Any]) -> dict[str,
     images, tokens, train = (evaluation.get(name) for name in ("images", "tokens", "train_flops"))
     if not images or not tokens:
         return {}
-    per_token, _ = flops.cost(model)
-    linear = flops.linear_macs(model, 0) + per_token * tokens / images
+    fixed = flops.linear_macs(model, 0)
+    linear = fixed + (flops.linear_macs(model, 1) - fixed) * tokens / images
     attention = train / (6 * images) - linear if train else None
     return {"tokens_per_image": tokens / images, "linear_macs": linear, "attention_macs": attention}
 

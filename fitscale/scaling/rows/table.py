@@ -5,6 +5,7 @@ key: how the number was measured. Rows whose keys differ must not be fitted toge
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -54,6 +55,7 @@ COLUMNS = {
     "nfe": Column("float64", "network evaluations per generated image"),
     "status": Column("string", "finished, or unfinished if the run has steps left"),
 }
+FORMATS: dict[str, Callable[..., None]] = {".csv": pd.DataFrame.to_csv, ".parquet": pd.DataFrame.to_parquet}
 REQUIRED = ("run", "size", "train_flops", "metric", "value")
 
 
@@ -81,13 +83,10 @@ def key_columns(table: pd.DataFrame) -> list[str]:
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a validated table to `path`, whole or not at all; .csv or .parquet."""
-    if path.suffix not in (".csv", ".parquet"):
-        raise UserError(f"{path}: a runs table is written as .csv or .parquet")
+    if path.suffix not in FORMATS:
+        raise UserError(f"{path}: a runs table is written as {' or '.join(FORMATS)}")
     with replacing(path) as temporary:
-        if path.suffix == ".parquet":
-            table.to_parquet(temporary, index=False)
-        else:
-            table.to_csv(temporary, index=False)
+        FORMATS[path.suffix](table, temporary, index=False)
 
 
 def read_table(path: Path) -> pd.DataFrame:
