@@ -79,10 +79,10 @@ def test_tensor_parallelism_halves_attention_and_mlp_alone():
 def test_state_of_a_rank_is_so_many_bytes_a_parameter(stage, gradients, optimizer, weights):
     config = config_of("b", *layout(stage=stage))
     moment, count = rank_memory(config, 8, 0, 0, on_cuda=True).step, flops.parameters(config.model)
-    found = [part / count for part in (moment.weights, moment.gradients, moment.optimizer, moment.averages)]
+    found = [part / count for part in (moment.weights, moment.gradients, moment.optimizer, moment.ema)]
     assert found == pytest.approx([weights, gradients, optimizer, 4 / 8])
     twice = rank_memory(config_of("b", *layout(stage=stage), "optim.ema_decays=[0.99,0.9]"), 8, 0, 0, on_cuda=True)
-    assert twice.step.averages == 2 * moment.averages
+    assert twice.step.ema == 2 * moment.ema
 
 
 def test_activations_of_a_block_by_hand():

@@ -15,7 +15,7 @@ tests/distributed/test_plan_memory.py. With P numbers of this tensor-parallel ra
                       + small tensors whole
 
 and 4P/n for each average of the weights (stage 0: 4P). Frozen parameters have weights alone. An offloaded optimizer
-keeps fp32 weights, moments and averages in host memory, gradients besides; of the gradients, stage 1 has 4P on the
+keeps fp32 weights, moments and EMA in host memory, gradients besides; of the gradients, stage 1 has 4P on the
 device in the backward pass, stage 2 in bf16 4P/n.
 """
 
@@ -41,14 +41,14 @@ class Moment:
     weights: float
     gradients: float
     optimizer: float  # fp32 weights and the two moments of Adam
-    averages: float
+    ema: float
     activations: float
     buffers: float  # communication, gathered weights, temporaries of the optimizer
 
     @property
     def state(self) -> float:
-        """Weights, gradients, optimizer and averages."""
-        return self.weights + self.gradients + self.optimizer + self.averages
+        """Weights, gradients, optimizer and EMA."""
+        return self.weights + self.gradients + self.optimizer + self.ema
 
     @property
     def total(self) -> float:
@@ -69,7 +69,7 @@ class RankMemory:
 
     @property
     def state(self) -> float:
-        """Peak of weights, gradients, optimizer and averages together, on the device and the host."""
+        """Peak of weights, gradients, optimizer and EMA together, on the device and the host."""
         return max(self.backward.state, self.step.state) + self.host
 
 
@@ -95,22 +95,22 @@ def rank_memory(config: Config, dp_size: int, pack_tokens: int, pack_images: int
     sizes = _sizes(config)
     backward_weights, step_weights = _weights(config, sizes, dp_size)
     in_backward, in_step = _gradients(config, sizes, dp_size)
-    optimizer, averages = _optimizer(config, sizes, dp_size)
+    optimizer, ema = _optimizer(config, sizes, dp_size)
     backward_buffers, step_buffers = _buffers(config, sizes, dp_size, on_cuda)
     activations = activation_bytes(config, pack_tokens, pack_images, on_cuda)
     host = 0.0
     if config.parallel.offload_optimizer:
-        host = optimizer + averages + _host_gradients(config, sizes, dp_size)
-        optimizer = averages = 0.0
+        host = optimizer + ema + _host_gradients(config, sizes, dp_size)
+        optimizer = ema = 0.0
     return RankMemory(
-        backward=Moment(backward_weights, in_backward, optimizer, averages, activations, backward_buffers),
-        step=Moment(step_weights, in_step, optimizer, averages, 0.0, step_buffers),
+        backward=Moment(backward_weights, in_backward, optimizer, ema, activations, backward_buffers),
+        step=Moment(step_weights, in_step, optimizer, ema, 0.0, step_buffers),
         host=host,
     )
 
 
 def state_bytes(config: Config, dp_size: int) -> float:
-    """Peak bytes of one rank's weights, gradients, optimizer and averages."""
+    """Peak bytes of one rank's weights, gradients, optimizer and EMA."""
     return rank_memory(config, dp_size, 0, 0, on_cuda=False).state
 
 
@@ -189,7 +189,7 @@ def _weights(config: Config, sizes: _Sizes, dp_size: int) -> tuple[float, float]
 
 
 def _optimizer(config: Config, sizes: _Sizes, dp_size: int) -> tuple[float, float]:
-    """fp32 weights with the two moments, and the averages; wherever they are kept."""
+    """fp32 weights with the two moments, and the EMA; wherever they are kept."""
     own = sizes.trained / (dp_size if config.parallel.zero_stage else 1)
     return FP32 * (3 if config.parallel.zero_stage else 2) * own, FP32 * len(config.optim.ema_decays) * own
 

@@ -30,7 +30,7 @@ _PARTS = {
     "weights": "weights",
     "gradients": "gradients",
     "optimizer": "fp32 weights, moments",
-    "averages": "EMA",
+    "ema": "EMA",
     "activations": "activations",
     "buffers": "buffers, temporaries",
     "total": "total",
