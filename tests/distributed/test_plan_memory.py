@@ -93,7 +93,7 @@ def bucket_pointers(engine: Any) -> set[int]:
 
 
 def peak_state(config: Config) -> int:
-    """Most bytes of weights, gradients, optimizer and averages in the second of two steps of two micro-batches."""
+    """Most bytes of weights, gradients, optimizer and EMA in the second of two steps of two micro-batches."""
     gc.collect()
     gc.freeze()  # what is alive now is not looked at again
     engine, optimizer = build(config, "cpu")
