@@ -186,6 +186,12 @@ def test_the_same_key_twice_is_refused_with_both_places(tmp_path):
     assert not (tmp_path / "index.json").exists()
 
 
+def test_a_shard_that_is_being_written_is_none_yet(tmp_path):
+    index = indexed_set(tmp_path, 12)
+    (tmp_path / ".shard-000002.tar.1.tmp.tar").write_bytes(b"half of a")
+    assert build_index(tmp_path).meta == index.meta
+
+
 def test_folders_without_shards_or_description_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"dataset.json: no such file"):
         build_index(tmp_path)

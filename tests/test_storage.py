@@ -97,6 +97,15 @@ def test_the_cache_is_bounded_and_serves_all_the_same(remote, tmp_path):
     assert 1 <= len(list((tmp_path / "cache").rglob("*.tar"))) <= 2
 
 
+def test_what_another_process_is_fetching_is_not_evicted(remote, tmp_path):
+    shard = remote.meta.shards[0].bytes
+    index = open_index("unsteady://set", Cache(tmp_path / "cache", 1.5 * shard / 1e9))
+    coming = index.storage.folder / ".shard-000000.tar.1.tmp.tar"
+    coming.write_bytes(bytes(shard))
+    read_all(index)
+    assert coming.is_file() and len(list((tmp_path / "cache").rglob("shard-*.tar"))) == 1
+
+
 def test_new_contents_at_the_same_url_are_never_mixed_with_old(remote, tmp_path):
     read_all(open_index("unsteady://set", Cache(tmp_path / "cache")))
     other = tmp_path / "other"
