@@ -13,6 +13,7 @@ from fitscale.data.build_index import build_index
 from fitscale.data.encode import to_float, unpatchify
 from fitscale.data.index import Index, ShardReader, open_index
 from fitscale.data.loader import Pack, StepBatch, make_loader
+from fitscale.data.packing import PackRule
 from fitscale.data.shards import Sample, ShardSetMeta, Variant, write_shards
 from tests.shard_sets import LATENTS, PIXELS, indexed_set
 
@@ -30,9 +31,9 @@ def plan(index: Index, patch_size: int = 2) -> BatchPlan:
 
 
 def load(index: Index, patch_size: int = 2, **changes: object) -> Iterator[StepBatch]:
-    settings = {"dp_rank": 0, "dp_size": 1, "pack_tokens": 128, "pad_multiple": 1, "cost": (1.0, 1e-3)}
-    settings |= {"first_step": 0, "last_step": STEPS, "num_workers": 0, "prefetch_steps": 2}
-    return make_loader(plan(index, patch_size), **{**settings, **changes})
+    rule = PackRule(changes.pop("pack_tokens", 128), changes.pop("pad_multiple", 1), (1.0, 1e-3))
+    steps = range(changes.pop("first_step", 0), changes.pop("last_step", STEPS))
+    return make_loader(plan(index, patch_size), rule, steps, **changes)
 
 
 def images_of(pack: Pack) -> dict[int, torch.Tensor]:
@@ -86,11 +87,10 @@ def test_stored_moments_are_drawn_anew_at_every_step_whatever_the_ranks(tmp_path
     write_shards(tmp_path, [Sample(f"{n}", 0, [Variant(one)]) for n, one in enumerate(moments)], meta)
     settings = {"seed": 1, "global_batch_size": 8, "patch_size": 2, "window_shards": 1, "holdout_fraction": 0.0}
     plan = single_plan(build_index(tmp_path), **settings)
-    common = {"pack_tokens": 128, "pad_multiple": 1, "cost": (1.0, 0.0), "num_workers": 0, "prefetch_steps": 1}
     runs = [
         [
             {slot: tokens for pack in step.packs for slot, tokens in images_of(pack).items()}
-            for step in make_loader(plan, dp_rank=r, dp_size=n, first_step=0, last_step=4, **common)
+            for step in make_loader(plan, PackRule(128), range(4), dp_rank=r, dp_size=n)
         ]
         for r, n in ((0, 1), (0, 2), (1, 2))
     ]

@@ -17,6 +17,7 @@ from fitscale.config.schema_data import SourceConfig
 from fitscale.data.batch_plan import BatchPlan, open_plan, places
 from fitscale.data.index import Index
 from fitscale.data.loader import make_loader
+from fitscale.data.packing import PackRule
 from fitscale.data.sizes import token_shares
 from fitscale.data.stream import ImageStream
 from fitscale.run.claim import claim
@@ -133,9 +134,7 @@ def test_a_mixture_trains_and_names_its_images(tmp_path):
 def test_the_loader_reads_every_image_from_its_own_shards(tmp_path):
     config = config_of(tmp_path)
     plan = open_plan(config.data, seed=0, global_batch_size=16, patch_size=2)
-    common = {"dp_rank": 0, "dp_size": 1, "pack_tokens": 4096, "pad_multiple": 1, "cost": (1.0, 0.0)}
-    steps = make_loader(plan, **common, first_step=0, last_step=4, num_workers=2, prefetch_steps=1)
-    for step in steps:
+    for step in make_loader(plan, PackRule(4096), range(4), num_workers=2):
         assert np.bincount(step.batch.sources_B).tolist() == [4, 12]
         assert max(step.batch.tokens_B[step.batch.sources_B == 1]) <= 6 < max(step.batch.tokens_B)
         keys = {plan.key(step.batch, slot) for slot in range(16)}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fitscale.config.errors import UserError
-from fitscale.data.packing import Packing, deal, padded, split
+from fitscale.data.packing import Packing, PackRule, deal, split
 
 LINEAR, QUADRATIC = 1.0, 1 / (12 * 768)  # as FiTv2-B: attention is a small share at these lengths
 
@@ -39,7 +39,7 @@ DISTRIBUTIONS = {"fit": fit_tokens, "mixed": mixed_tokens}
 
 
 def pack(tokens: np.ndarray, dp_size: int, pack_tokens: int = 4096, pad_multiple: int = 1) -> Packing:
-    return split(tokens, cost(tokens), dp_size=dp_size, pack_tokens=pack_tokens, pad_multiple=pad_multiple)
+    return split(tokens, PackRule(pack_tokens, pad_multiple, (LINEAR, QUADRATIC)), dp_size)
 
 
 def check(packing: Packing, tokens: np.ndarray, dp_size: int, pack_tokens: int, pad_multiple: int) -> None:
@@ -49,7 +49,7 @@ def check(packing: Packing, tokens: np.ndarray, dp_size: int, pack_tokens: int, 
     flat = [one for rank in packing.packs for one in rank]
     assert all(one.dtype == np.int64 and (np.diff(one) > 0).all() for one in flat)
     assert sorted(np.concatenate(flat).tolist()) == list(range(len(tokens)))
-    lengths = [padded(int(tokens[one].sum()), pad_multiple) for one in flat]
+    lengths = [PackRule(pack_tokens, pad_multiple).padded(int(tokens[one].sum())) for one in flat]
     assert max(lengths) <= pack_tokens
     assert packing.stats.padding_share == pytest.approx(1 - tokens.sum() / sum(lengths))
     loads = [sum(cost(tokens[one]).sum() for one in rank) for rank in packing.packs]

@@ -19,6 +19,7 @@ from fitscale.data import storage
 from fitscale.data.batch_plan import single_plan
 from fitscale.data.index import ShardReader, open_index
 from fitscale.data.loader import make_loader
+from fitscale.data.packing import PackRule
 from fitscale.data.storage import Cache, retried
 from fitscale.prepare.statistics import verify
 from fitscale.run.layout import RunDir
@@ -72,9 +73,7 @@ def read_all(index) -> list[np.ndarray]:
 
 def load(index, **changes):
     settings = {"seed": 0, "global_batch_size": 10, "patch_size": 2, "window_shards": 2, "holdout_fraction": 0.0}
-    options = {"dp_rank": 0, "dp_size": 1, "pack_tokens": 512, "pad_multiple": 1, "cost": (1.0, 0.0)}
-    options |= {"first_step": 0, "last_step": 6, "num_workers": 0, "prefetch_steps": 2}
-    return make_loader(single_plan(index, **settings), **options | changes)
+    return make_loader(single_plan(index, **settings), PackRule(512), range(6), **changes)
 
 
 def test_a_url_reads_as_the_folder_does(remote, tmp_path):

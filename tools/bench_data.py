@@ -23,7 +23,7 @@ from fitscale.config.program import exit_code
 from fitscale.data.batch_plan import BatchPlan, single_plan
 from fitscale.data.build_index import build_index
 from fitscale.data.index import IMAGE, VARIANT, Index, IndexMeta, Shard, open_index
-from fitscale.data.packing import macs_of, split
+from fitscale.data.packing import PackRule, split
 from fitscale.data.shards import Sample, ShardSetMeta, Variant, write_shards
 
 RANKS, STEPS = 1024, 80  # 80 steps of 4 images a rank go through two windows
@@ -106,7 +106,7 @@ def plan_and_split(plan: BatchPlan, n: int) -> None:
     plan.step(n)
     rng = np.random.default_rng(n)
     tokens = rng.integers(64, 257, plan.global_batch_size)  # the made-up index knows one size; splitting wants many
-    split(tokens, macs_of(tokens, (1.0, 1 / 2e4)), dp_size=RANKS, pack_tokens=16384, pad_multiple=1)
+    split(tokens, PackRule(16384, cost=(1.0, 1 / 2e4)), RANKS)
 
 
 def plan_ms(index: Index, batch: int) -> float:
@@ -159,9 +159,7 @@ def read(plan: BatchPlan, steps: int) -> list[float]:
     """Resident memory in MB at every step."""
     from fitscale.data.loader import make_loader
 
-    settings = {"dp_rank": 0, "dp_size": 1, "pack_tokens": 16384, "pad_multiple": 1, "cost": (1.0, 1e-4)}
-    loader = make_loader(plan, first_step=0, last_step=steps, num_workers=0, prefetch_steps=1, **settings)
-    return [resident_mb() for _ in loader]
+    return [resident_mb() for _ in make_loader(plan, PackRule(16384, cost=(1.0, 1e-4)), range(steps))]
 
 
 if __name__ == "__main__":

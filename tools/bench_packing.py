@@ -18,7 +18,7 @@ import numpy as np
 
 from fitscale.config.load import load_config
 from fitscale.config.program import exit_code
-from fitscale.data.packing import macs_of, split
+from fitscale.data.packing import PackRule, macs_of, split
 from fitscale.model import flops
 from fitscale.prepare.preprocess import MULTIPLE, area_limited
 from fitscale.prepare.statistics import bucketed, first_fit, packed, padded_to_longest
@@ -80,7 +80,7 @@ def row(name: str, draw, ranks: int, images: int) -> dict:  # type: ignore[no-un
         tokens = sizes.prod(axis=1)
         cost_B = macs_of(tokens, cost)
         start = time.process_time()
-        split(tokens, cost_B, dp_size=ranks, pack_tokens=PACK_TOKENS, pad_multiple=1)
+        split(tokens, PackRule(PACK_TOKENS, cost=cost), ranks)
         seconds.append(time.process_time() - start)
         least.append(max(0.0, float(cost_B.max() * ranks / cost_B.sum() - 1)))  # the costliest image, alone
         schemes["packed"].append(packed(tokens, cost, ranks, PACK_TOKENS))

@@ -17,7 +17,7 @@ import numpy as np
 
 from fitscale.config.schema_data import DataConfig
 from fitscale.data.index import Index, open_index
-from fitscale.data.packing import padded
+from fitscale.data.packing import PackRule
 from fitscale.data.storage import Cache
 from fitscale.data.stream import LATENT_NOISE, VARIANT_CHOICE, ImageStream, philox
 
@@ -72,14 +72,14 @@ class BatchPlan:
         """The place in each stream where the step after step `n` begins."""
         return places(self.weights, (n + 1) * self.global_batch_size)
 
-    def require_fit(self, pack_tokens: int, pad_multiple: int) -> None:
-        """Raises UserError, naming an image, if one is larger than a pack of `pack_tokens`."""
+    def require_fit(self, rule: PackRule) -> None:
+        """Raises UserError, naming an image, if one is larger than a pack."""
         area = self.patch_size**2
         for stream in self.streams:
             height, width, _ = max(stream.sizes, key=lambda size: size[0] * size[1])
-            if padded(height * width // area, pad_multiple) > pack_tokens:
-                reason = f"{height * width // area} tokens, more than batch.pack_tokens = {pack_tokens}"
-                reason += f" (padded to {pad_multiple})" if pad_multiple > 1 else ""
+            if rule.padded(height * width // area) > rule.pack_tokens:
+                reason = f"{height * width // area} tokens, more than batch.pack_tokens = {rule.pack_tokens}"
+                reason += f" (padded to {rule.pad_multiple})" if rule.pad_multiple > 1 else ""
                 stream.index.refuse_size(height, width, reason)
 
     def key(self, batch: GlobalBatch, slot: int) -> str:

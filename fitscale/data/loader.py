@@ -21,7 +21,7 @@ from fitscale.config.errors import UserError
 from fitscale.data.batch_plan import BatchPlan, GlobalBatch
 from fitscale.data.encode import draw_latent, patchify, to_float
 from fitscale.data.index import CorruptSample, ShardReader
-from fitscale.data.packing import PackingStats, macs_of, padded, split
+from fitscale.data.packing import PackingStats, PackRule, split
 from fitscale.data.prefetch import ShardPrefetcher
 
 PADDING_SLOT = -1
@@ -79,31 +79,27 @@ class StepBatch:
 
 def make_loader(
     plan: BatchPlan,
+    rule: PackRule,
+    steps: range,
     *,
-    dp_rank: int,
-    dp_size: int,
-    pack_tokens: int,
-    pad_multiple: int,
-    cost: tuple[float, float],
-    first_step: int,
-    last_step: int,
-    num_workers: int,
-    prefetch_steps: int,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    num_workers: int = 0,
+    prefetch_steps: int = 1,
     on_error: str = "stop",
 ) -> Iterator[StepBatch]:
-    """Iterator over the StepBatch of steps first_step .. last_step - 1 for rank `dp_rank`.
+    """Iterator over the StepBatch of `steps` for rank `dp_rank`.
 
-    `cost` is (a, b): an image of n tokens costs a * n + b * n^2. `num_workers` processes each read `prefetch_steps`
-    ahead; 0 reads in this process when asked. With `on_error` "skip" a corrupt image becomes padding (slot -1, zero
-    tokens) where it lies in its pack: it weighs nothing, and the step names it.
+    `num_workers` processes each read `prefetch_steps` ahead; 0 reads in this process when asked. With `on_error` "skip"
+    a corrupt image becomes padding (slot -1, zero tokens) where it lies in its pack: it weighs nothing, and the step
+    names it.
 
     Raises:
         UserError: here, if an image is larger than a pack; while iterating, if a shard is missing or corrupt.
     """
-    plan.require_fit(pack_tokens, pad_multiple)
-    steps = _Steps(plan, dp_rank, dp_size, pack_tokens, pad_multiple, cost, range(first_step, last_step), on_error)
+    plan.require_fit(rule)
     loaded_steps: DataLoader[Any] = DataLoader(
-        steps,
+        _Steps(plan, rule, steps, dp_rank, dp_size, on_error),
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=prefetch_steps if num_workers else None,
@@ -126,12 +122,10 @@ class _Steps(Dataset[Any]):
     """Step number -> what this rank computes. Runs in the workers."""
 
     plan: BatchPlan
+    rule: PackRule
+    steps: range
     dp_rank: int
     dp_size: int
-    pack_tokens: int
-    pad_multiple: int
-    cost: tuple[float, float]
-    steps: range
     on_error: str
 
     def __post_init__(self) -> None:
@@ -151,10 +145,7 @@ class _Steps(Dataset[Any]):
         batch = self.plan.step(step)
         for prefetcher, place in zip(self.prefetchers, self.plan.next_places(step), strict=True):
             prefetcher.fetch_after(place)
-        cost_B = macs_of(batch.tokens_B, self.cost)
-        packing = split(
-            batch.tokens_B, cost_B, dp_size=self.dp_size, pack_tokens=self.pack_tokens, pad_multiple=self.pad_multiple
-        )
+        packing = split(batch.tokens_B, self.rule, self.dp_size)
         mine = packing.packs[self.dp_rank]
         sizes_B2 = np.stack([batch.rows_B, batch.cols_B], axis=1)
         slots, sizes = zip(*(self._pad(pack, sizes_B2[pack]) for pack in mine), strict=True)
@@ -165,7 +156,7 @@ class _Steps(Dataset[Any]):
     def _pad(self, slots: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Slots and sizes of a pack, with its padding image if it needs one."""
         tokens = int(sizes.prod(axis=1).sum())
-        padding = padded(tokens, self.pad_multiple) - tokens
+        padding = self.rule.padded(tokens) - tokens
         if padding == 0:
             return slots, sizes
         return np.append(slots, PADDING_SLOT), np.append(sizes, [[1, padding]], axis=0)

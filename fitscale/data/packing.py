@@ -41,22 +41,31 @@ class Packing:
     stats: PackingStats
 
 
+@dataclass(frozen=True)
+class PackRule:
+    """What decides how images become packs."""
+
+    pack_tokens: int  # most tokens of a pack, padding included
+    pad_multiple: int = 1  # packs are padded to a multiple of this
+    cost: tuple[float, float] = (1.0, 0.0)  # (a, b): an image of n tokens costs a * n + b * n^2 MACs
+
+    def padded(self, tokens: int) -> int:
+        """Length of a pack of `tokens` after padding; a pack without images is one multiple of padding."""
+        return max(-(-tokens // self.pad_multiple), 1) * self.pad_multiple
+
+
 def macs_of(tokens: np.ndarray, cost: tuple[float, float]) -> np.ndarray:
     """MACs of images of so many tokens: a * n + b * n^2 for `cost` (a, b)."""
     return cost[0] * tokens + cost[1] * tokens.astype(np.float64) ** 2
 
 
-def padded(tokens: int, pad_multiple: int) -> int:
-    """Length of a pack of `tokens` after padding; a pack without images is one multiple of padding."""
-    return max(-(-tokens // pad_multiple), 1) * pad_multiple
-
-
-def split(tokens_B: np.ndarray, cost_B: np.ndarray, *, dp_size: int, pack_tokens: int, pad_multiple: int) -> Packing:
-    """Split the images of a global batch, of `tokens_B` tokens and `cost_B` FLOPs each, over ranks and micro-batches.
+def split(tokens_B: np.ndarray, rule: PackRule, dp_size: int) -> Packing:
+    """Split the images of a global batch, of `tokens_B` tokens each, over ranks and micro-batches.
 
     Raises:
-        UserError: an image does not fit into a pack of `pack_tokens`, padded to a multiple of `pad_multiple`.
+        UserError: an image does not fit into a pack.
     """
+    pack_tokens, pad_multiple, cost_B = rule.pack_tokens, rule.pad_multiple, macs_of(tokens_B, rule.cost)
     limit = pack_tokens // pad_multiple * pad_multiple
     if limit == 0:
         raise UserError(f"batch.pack_tokens: {pack_tokens} is less than the padding multiple, {pad_multiple}")
@@ -75,7 +84,7 @@ def split(tokens_B: np.ndarray, cost_B: np.ndarray, *, dp_size: int, pack_tokens
     count = len(packs[0])
     pack_B = _owners([pack for rank in packs for pack in rank], len(tokens_B))
     arrays = _groups(pack_B, dp_size * count)
-    stats = _stats(pack_B, tokens_B, cost_B, pad_multiple, dp_size, count)
+    stats = _stats(pack_B, tokens_B, rule, dp_size, count)
     return Packing([arrays[rank * count : (rank + 1) * count] for rank in range(dp_size)], stats)
 
 
@@ -188,12 +197,10 @@ def _spread(slots: list[int], tokens: list[int], cost: list[float], limit: int, 
     return packs
 
 
-def _stats(
-    pack_B: np.ndarray, tokens_B: np.ndarray, cost_B: np.ndarray, pad_multiple: int, dp_size: int, count: int
-) -> PackingStats:
+def _stats(pack_B: np.ndarray, tokens_B: np.ndarray, rule: PackRule, dp_size: int, count: int) -> PackingStats:
     tokens = np.bincount(pack_B, tokens_B, minlength=dp_size * count).astype(np.int64)
-    computed = sum(padded(one, pad_multiple) for one in tokens.tolist())
-    loads = np.bincount(pack_B // count, cost_B, minlength=dp_size)
+    computed = sum(map(rule.padded, tokens.tolist()))
+    loads = np.bincount(pack_B // count, macs_of(tokens_B, rule.cost), minlength=dp_size)
     return PackingStats(
         padding_share=1 - int(tokens_B.sum()) / computed,
         imbalance=float(loads.max() / loads.mean() - 1) if loads.any() else 0.0,

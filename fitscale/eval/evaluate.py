@@ -25,6 +25,7 @@ from fitscale.config.files import append_jsonl, read_jsonl
 from fitscale.config.schema import Config, ModelConfig
 from fitscale.data.batch_plan import BatchPlan, open_plan
 from fitscale.data.loader import Pack, make_loader
+from fitscale.data.packing import PackRule
 from fitscale.eval.features import AT_ONCE, FeatureNet, batched
 from fitscale.eval.frechet import Moments, frechet_distance
 from fitscale.eval.generate import Request, find_checkpoint, generate, load_model, patches, weights_name
@@ -198,19 +199,7 @@ def validation_losses(model: torch.nn.Module, config: Config) -> np.ndarray:
 def _validation_packs(config: Config) -> Iterator[Pack]:
     plan = _plan(config, "holdout", VALIDATION_SEED, config.evaluation.validation_images)
     plan.global_batch_size = min(plan.global_batch_size, plan.num_images)
-    loader = make_loader(
-        plan,
-        dp_rank=0,
-        dp_size=1,
-        pack_tokens=config.batch.pack_tokens,
-        pad_multiple=1,
-        cost=flops.cost(config.model),
-        first_step=0,
-        last_step=1,
-        num_workers=0,
-        prefetch_steps=1,
-    )
-    for step in loader:
+    for step in make_loader(plan, PackRule(config.batch.pack_tokens, cost=flops.cost(config.model)), range(1)):
         yield from step.packs
 
 

@@ -11,6 +11,8 @@ from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
 from fitscale.data.batch_plan import BatchPlan, OpenIndex, open_plan
 from fitscale.data.index import Index, open_index
+from fitscale.data.packing import PackRule
+from fitscale.model import flops
 from fitscale.model.backbone import parameter_table
 
 
@@ -29,7 +31,7 @@ def open_data(config: Config, open_index: OpenIndex = open_index) -> BatchPlan:
     )
     for stream in plan.streams:
         _require_same_latents(config, stream.index)
-    plan.require_fit(config.batch.pack_tokens, pad_multiple(config))
+    plan.require_fit(pack_rule(config))
     _require_names(config)
     return plan
 
@@ -49,9 +51,10 @@ def require_files(config: Config) -> None:
         raise UserError(f"evaluation.reference: {evaluation.reference}: no such file or folder")
 
 
-def pad_multiple(config: Config) -> int:
-    """Packs are padded to a multiple of this: the config's, and one that sequence parallelism can cut."""
-    return math.lcm(config.batch.pad_multiple, config.parallel.tensor_parallel_size)
+def pack_rule(config: Config) -> PackRule:
+    """Packs are padded to a multiple of the config's and one that sequence parallelism can cut."""
+    multiple = math.lcm(config.batch.pad_multiple, config.parallel.tensor_parallel_size)
+    return PackRule(config.batch.pack_tokens, multiple, flops.cost(config.model))
 
 
 def _require_names(config: Config) -> None:

@@ -19,12 +19,12 @@ from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
 from fitscale.data.batch_plan import OpenIndex
 from fitscale.data.index import open_index
-from fitscale.data.packing import Packing, macs_of, padded, split
+from fitscale.data.packing import Packing, split
 from fitscale.data.sizes import token_shares
 from fitscale.model import flops
 from fitscale.plan.layout import Machine, dp_size, resolve_precision
 from fitscale.plan.memory import RankMemory, rank_memory, recomputed_share
-from fitscale.plan.preflight import pad_multiple
+from fitscale.plan.preflight import pack_rule
 from fitscale.plan.traffic import Traffic, exposed_seconds, step_traffic
 
 ASSUMED_TOKENS = 256  # FiTv2 at 256 x 256: at most so many
@@ -112,15 +112,9 @@ def plan(config: Config, machine: Machine, images: Images, utilisation: float) -
         UserError: the layout does not go with the number of devices or of a node's devices.
     """
     config = resolve_precision(config, machine.has_gpus)
-    ranks, multiple, tokens_B = dp_size(config, machine), pad_multiple(config), images.tokens_B
-    packing = split(
-        tokens_B,
-        macs_of(tokens_B, flops.cost(config.model)),
-        dp_size=ranks,
-        pack_tokens=config.batch.pack_tokens,
-        pad_multiple=multiple,
-    )
-    packs = [(padded(int(tokens_B[pack].sum()), multiple), len(pack)) for rank in packing.packs for pack in rank]
+    ranks, rule, tokens_B = dp_size(config, machine), pack_rule(config), images.tokens_B
+    packing = split(tokens_B, rule, ranks)
+    packs = [(rule.padded(int(tokens_B[pack].sum())), len(pack)) for rank in packing.packs for pack in rank]
     longest, most_images = max(packs)
     traffic = step_traffic(config, ranks, packing.stats.packs_per_rank, sum(tokens for tokens, _ in packs) / ranks)
     train_flops = sum(flops.train_flops(config.model, int(n)) for n in tokens_B)

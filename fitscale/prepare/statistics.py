@@ -14,7 +14,7 @@ import numpy as np
 from fitscale.config.errors import UserError
 from fitscale.data.batch_plan import single_plan
 from fitscale.data.index import Index
-from fitscale.data.packing import macs_of, split
+from fitscale.data.packing import PackRule, macs_of, split
 from fitscale.data.storage import checksum_of
 
 PIECE = 1 << 20  # images looked at together
@@ -108,7 +108,7 @@ def wasted(index: Index, patch_size: int, batch: int, dp_size: int, pack_tokens:
 
 def packed(tokens_B: np.ndarray, cost: Cost, dp_size: int, pack_tokens: int) -> Waste:
     """fitscale's packs."""
-    stats = split(tokens_B, macs_of(tokens_B, cost), dp_size=dp_size, pack_tokens=pack_tokens, pad_multiple=1).stats
+    stats = split(tokens_B, PackRule(pack_tokens, cost=cost), dp_size).stats
     return Waste(stats.padding_share, stats.imbalance, 1 - 1 / (1 + stats.imbalance))
 
 

@@ -23,7 +23,6 @@ from fitscale.config.files import append_jsonl, write_atomic
 from fitscale.config.schema import Config
 from fitscale.data.batch_plan import BatchPlan
 from fitscale.data.loader import StepBatch, make_loader
-from fitscale.model import flops
 from fitscale.model.build import build_network
 from fitscale.model.init import initial_items
 from fitscale.model.weights import read_items
@@ -32,7 +31,7 @@ from fitscale.parallel.groups import Topology, init_parallel
 from fitscale.parallel.layers import set_value
 from fitscale.parallel.zero import building, make_engine
 from fitscale.plan.layout import resolve_precision
-from fitscale.plan.preflight import open_data, pad_multiple
+from fitscale.plan.preflight import open_data, pack_rule
 from fitscale.run.attempt import begin_attempt
 from fitscale.run.claim import claim
 from fitscale.run.layout import Checkpoint, RunDir
@@ -166,13 +165,10 @@ class Trainer:
         config, topology = self.config, self.topology
         return make_loader(
             self.plan,
+            pack_rule(config),
+            range(self.totals["step"], self.last_step),
             dp_rank=topology.dp_rank,
             dp_size=topology.dp_size,
-            pack_tokens=config.batch.pack_tokens,
-            pad_multiple=pad_multiple(config),
-            cost=flops.cost(config.model),
-            first_step=self.totals["step"],
-            last_step=self.last_step,
             num_workers=config.data.num_workers,
             prefetch_steps=config.data.prefetch_steps,
             on_error=config.data.on_error,
