@@ -160,5 +160,5 @@ def calls(images: int, dp_size: int, kind: str) -> int:
 @pytest.mark.parametrize("kind", sorted(DISTRIBUTIONS))
 @pytest.mark.parametrize("dp_size", [8, 64, 1024])
 def test_cost_grows_near_linearly(dp_size, kind):
-    """Some packs do not come out at first and are cut again, once or twice: 7 to 42 calls an image, at any size."""
-    assert all(calls(images, dp_size, kind) < 50 * images for images in (256, 2048, 16384, 65536))
+    """Some packs do not come out at first and are cut again, once or twice: still so many calls an image and rank."""
+    assert all(calls(images, dp_size, kind) < 50 * (images + dp_size) for images in (256, 2048, 16384, 65536))
