@@ -29,7 +29,18 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
     )
 
 
-HEAVY = {"torch", "deepspeed", "megatron", "diffusers", "torchdiffeq", "matplotlib", "pandas", "scipy", "sklearn", "wandb"}
+HEAVY = {
+    "torch",
+    "deepspeed",
+    "megatron",
+    "diffusers",
+    "torchdiffeq",
+    "matplotlib",
+    "pandas",
+    "scipy",
+    "sklearn",
+    "wandb",
+}
 
 
 @pytest.mark.parametrize(

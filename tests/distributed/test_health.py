@@ -76,7 +76,7 @@ def test_a_spike_is_a_loss_far_above_the_recent_median():
 
 
 def hang_at_step_3(config: Config) -> None:
-    """Trains, but rank 1 sleeps for ever when it is to read its third step, and its watchdog's clock goes on by a day."""
+    """Trains, but rank 1 hangs when it is to read its third step, and its watchdog's clock goes on by a day."""
     import os
 
     from fitscale.train import health, trainer
