@@ -12,8 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -30,7 +29,6 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = Path("/tmp")  # pytest's own folders are too long for unix sockets
 PREFIX = "fitscale-slurm-"
 PORTS = range(30000, 32700, 5)  # above the ports of a rendezvous, below those that Linux hands out by itself
-TIMEOUT_S = 240  # generous: the machine may be busy with other things
 
 
 class Cluster:
@@ -172,13 +170,6 @@ def write_profile(path: Path, **changes: object) -> Path:
     profile = yaml.safe_load((ROOT / "configs/cluster/demo.yaml").read_text())
     path.write_text(yaml.safe_dump(profile | changes))
     return path
-
-
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"gave up waiting for {what}"
-        time.sleep(0.1)
 
 
 def last_step(run: RunDir) -> int:

@@ -15,11 +15,12 @@ from fitscale.config.schema import Config
 from fitscale.run.layout import RunDir
 from tests.distributed.spawn import run_ranks
 from tests.distributed.test_layouts import tensors
-from tests.slurm.cluster import Cluster, end_soon, last_step, saved_step, starts, wait_until, write_profile
+from tests.slurm.cluster import Cluster, end_soon, last_step, saved_step, starts, write_profile
 from tests.test_train import train_here
 from tests.tiny import tiny_config
+from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slurm
 EVERY = 20
 LONG = ("run.steps=1000000", f"checkpoint.every_steps={EVERY}", "health.timeout_min=1", "model.depth=1")
 

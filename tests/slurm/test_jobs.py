@@ -15,10 +15,11 @@ import pytest
 
 from fitscale.config.files import read_jsonl
 from fitscale.run.layout import RunDir
-from tests.slurm.cluster import ROOT, Cluster, end_soon, last_step, saved_step, starts, wait_until, write_profile
+from tests.slurm.cluster import ROOT, Cluster, end_soon, last_step, saved_step, starts, write_profile
 from tests.tiny import OVERRIDES
+from tests.waiting import has_ended, wait_until
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slurm
 EVERY = 20
 LONG = ("run.steps=1000000", f"checkpoint.every_steps={EVERY}", "model.depth=1")
 LATER = {"begin": "now+1hour"}  # such a job waits until the test has it start
@@ -133,14 +134,6 @@ def send(signum: signal.Signals, pids: list[int]) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):  # ended meanwhile
             os.kill(pid, signum)
-
-
-def has_ended(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    return stat.rsplit(")", 1)[1].split()[0] == "Z"
 
 
 def test_the_newest_start_owns_the_run_directory(slurm_cluster, tmp_path, digits_shards, profile):

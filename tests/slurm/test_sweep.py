@@ -9,10 +9,11 @@ import pytest
 
 from fitscale.config.files import read_jsonl
 from fitscale.run.layout import RunDir
-from tests.slurm.cluster import Cluster, last_step, starts, wait_until
+from tests.slurm.cluster import Cluster, last_step, starts
 from tests.tiny import OVERRIDES
+from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slurm
 PROFILE = "configs/cluster/demo.yaml"
 LONG = 1500  # steps of the largest size: it is disturbed
 SIZES = {
@@ -64,7 +65,7 @@ class Sweep:
 
     def wait_for_the_end(self) -> None:
         queue = ("squeue", "--noheader", "--format", "%i")
-        wait_until(lambda: not self.cluster.run(*queue).stdout.split(), "an empty queue", timeout_s=600)
+        wait_until(lambda: not self.cluster.run(*queue).stdout.split(), "an empty queue")
 
 
 def test_a_sweep_survives_what_happens_and_is_completed_by_submitting_again(slurm_cluster, tmp_path, digits_shards):
@@ -83,13 +84,13 @@ def test_a_sweep_survives_what_happens_and_is_completed_by_submitting_again(slur
     )
 
     disturbed = sweep.cell("l-0")
-    wait_until(lambda: last_step(disturbed) > 110, "the long cell's second job", timeout_s=400)
+    wait_until(lambda: last_step(disturbed) > 110, "the long cell's second job")
     preempt = ("--partition=high", "--nodes=2", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=sleep 1")
     slurm_cluster.run("sbatch", *preempt)
-    wait_until(lambda: len(starts(disturbed)) >= 3, "its start after the preemption", timeout_s=400)
+    wait_until(lambda: len(starts(disturbed)) >= 3, "its start after the preemption")
     assert starts(disturbed)[2]["previous_ended"] == "SIGUSR2"
     step = starts(disturbed)[2]["step"]
-    wait_until(lambda: last_step(disturbed) > step + 5, "its steps after the preemption", timeout_s=400)
+    wait_until(lambda: last_step(disturbed) > step + 5, "its steps after the preemption")
     slurm_cluster.stop("node2")
     slurm_cluster.start()
     sweep.wait_for_the_end()
