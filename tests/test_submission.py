@@ -91,3 +91,11 @@ def test_a_plan_by_the_speed_of_a_run_on_the_same_shards_opens_their_index_once(
     run.throughput.write_text("".join(json.dumps(row) + "\n" for row in rows))
     program = ROOT / "fitscale/__main__.py"
     assert opened(tmp_path, str(program), "plan", *data, "--measured", run.path) == {str(digits_shards): 1}
+
+
+def test_an_evaluation_opens_its_index_once(tmp_path):
+    then = shutil.copytree(ROOT / "tests" / "data" / "version_0_1", tmp_path / "then")
+    config = then / "runs" / "fitv2" / "config.yaml"
+    config.write_text(config.read_text().replace("shards: shards", f"shards: {then}/shards"))
+    asked = ("fitscale/__main__.py", "evaluate", config.parent, "--force", "--device", "cpu")
+    assert opened(tmp_path, *asked) == {f"{then}/shards": 1}

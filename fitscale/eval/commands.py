@@ -2,10 +2,12 @@
 
 import argparse
 from dataclasses import asdict, replace
+from functools import cache
 
 from fitscale.config.checks import given
 from fitscale.config.errors import UserError
 from fitscale.config.schema import Config, ModelConfig, SamplingConfig
+from fitscale.data.index import open_index
 from fitscale.eval.evaluate import EvaluationOptions, evaluate_run
 from fitscale.eval.folder import check_samples_folder, write_samples
 from fitscale.eval.generate import (
@@ -87,7 +89,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     evaluation = given(config.evaluation, **{name: getattr(arguments, name) for name in names})
     config = replace(config, sampling=_sampling(config.sampling, arguments), evaluation=evaluation)
     model, size = _model(config, arguments), _size(arguments)
-    options = EvaluationOptions(model, size, arguments.seed, arguments.device, arguments.force)
+    options = EvaluationOptions(model, size, arguments.seed, arguments.device, arguments.force, cache(open_index))
     for step in _evaluation_steps(config, run) if arguments.step is None else [arguments.step]:
         for row in evaluate_run(config, run, step, options):
             text = f"step {step:>8}  {row['weights']}  {row['metric']:<16}{row['value']:.5g}"

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from fitscale.config.errors import UserError
 from fitscale.config.files import append_jsonl, read_jsonl
 from fitscale.config.schema import Config, ModelConfig
-from fitscale.data.batch_plan import BatchPlan, open_plan
+from fitscale.data.batch_plan import BatchPlan, OpenIndex, open_plan
+from fitscale.data.index import open_index
 from fitscale.data.loader import Pack, make_loader
 from fitscale.data.packing import PackRule
 from fitscale.eval.features import AT_ONCE, FeatureNet, batched
@@ -49,6 +50,7 @@ class EvaluationOptions:
     seed: int = 0
     device: str = "auto"
     force: bool = False
+    open_index: OpenIndex = open_index
 
 
 def evaluate_run(config: Config, run: RunDir, step: int, options: EvaluationOptions) -> Iterator[dict[str, Any]]:
@@ -85,7 +87,7 @@ class _Evaluation:
     @cached_property
     def plan(self) -> BatchPlan:
         """One batch of as many training images as are generated: their labels, and their sizes unless one is given."""
-        return _plan(self.config, "train", self.options.seed, self.config.evaluation.samples)
+        return _plan(self.config, "train", self.options.seed, self.config.evaluation.samples, self.options.open_index)
 
     @cached_property
     def data(self) -> dict[str, str]:
@@ -97,7 +99,7 @@ class _Evaluation:
         if evaluation.validation_images and self.config.data.holdout_fraction:
             key = validation_key(self.config, self.weights) | self.data
             if self._pending("validation_loss", key):
-                loss_S = validation_losses(self.model, self.config)
+                loss_S = validation_losses(self.model, self.config, self.options.open_index)
                 yield self._add("validation_loss", key, loss_S.mean(), _mean_error(loss_S), len(loss_S), None)
         if evaluation.features is not None:
             yield from self._measure_samples(evaluation.features)
@@ -107,7 +109,7 @@ class _Evaluation:
         if evaluation.reference is None:
             raise UserError("evaluation.reference: needed with evaluation.features: an image folder, shards or .npz")
         net = FeatureNet(features, "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
-        reference = load_reference(Path(evaluation.reference), net, config.data.latent, self.run.path)
+        reference = load_reference(Path(evaluation.reference), net, config.data, self.run.path, options.open_index)
         key = sample_key(self.generated, self.weights, options.size, options.seed)
         key |= self.data | {"features": net.identity[:16], "reference": reference.identity[:16]}
         classifies = net.num_scores == config.model.num_classes
@@ -169,7 +171,7 @@ class _Evaluation:
 
 
 @torch.no_grad()
-def validation_losses(model: torch.nn.Module, config: Config) -> np.ndarray:
+def validation_losses(model: torch.nn.Module, config: Config, opened: OpenIndex = open_index) -> np.ndarray:
     """Loss of each held-out image (S,), mean over `validation_times` fixed times (k + 1/2) / K.
 
     Noise comes from (fixed seed, k, image); the times are uniform whatever the training drew, so that runs with
@@ -179,7 +181,7 @@ def validation_losses(model: torch.nn.Module, config: Config) -> np.ndarray:
     objective = make_objective(config.flow, config.model)
     device = next(model.parameters()).device
     losses: dict[int, float] = {}
-    for pack in _validation_packs(config):
+    for pack in _validation_packs(config, opened):
         lengths, slots = lengths_of(pack.cu_seqlens).tolist(), pack.slots_S.tolist()
         layout = pack_layout(pack.sizes_S2, pack.cu_seqlens, device)
         total_S = torch.zeros(len(slots), dtype=torch.float64)
@@ -196,16 +198,16 @@ def validation_losses(model: torch.nn.Module, config: Config) -> np.ndarray:
     return np.array([losses[slot] for slot in sorted(losses)])
 
 
-def _validation_packs(config: Config) -> Iterator[Pack]:
-    plan = _plan(config, "holdout", VALIDATION_SEED, config.evaluation.validation_images)
+def _validation_packs(config: Config, opened: OpenIndex) -> Iterator[Pack]:
+    plan = _plan(config, "holdout", VALIDATION_SEED, config.evaluation.validation_images, opened)
     plan.global_batch_size = min(plan.global_batch_size, plan.num_images)
     for step in make_loader(plan, PackRule(config.batch.pack_tokens, cost=flops.cost(config.model)), range(1)):
         yield from step.packs
 
 
-def _plan(config: Config, split: str, seed: int, batch_size: int) -> BatchPlan:
-    patch_size = config.model.patch_size
-    return open_plan(config.data, seed=seed, global_batch_size=batch_size, patch_size=patch_size, split=split)
+def _plan(config: Config, split: str, seed: int, images: int, opened: OpenIndex) -> BatchPlan:
+    about = {"global_batch_size": images, "patch_size": config.model.patch_size}
+    return open_plan(config.data, seed=seed, split=split, open_index=opened, **about)  # type: ignore[arg-type]
 
 
 def _mean_error(values: np.ndarray) -> float | None:

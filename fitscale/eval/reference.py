@@ -19,9 +19,11 @@ from tqdm import tqdm
 
 from fitscale.config.errors import UserError
 from fitscale.config.files import replacing
-from fitscale.config.schema_data import LatentConfig
+from fitscale.config.schema_data import DataConfig, LatentConfig
+from fitscale.data.batch_plan import OpenIndex
 from fitscale.data.encode import Decoder, to_float
-from fitscale.data.index import Index, ShardReader, open_index
+from fitscale.data.index import Index, ShardReader
+from fitscale.data.storage import Cache
 from fitscale.eval.features import AT_ONCE, FeatureNet, batched
 from fitscale.eval.frechet import Moments, Statistics
 
@@ -36,8 +38,8 @@ class Reference:
     identity: str
 
 
-def load_reference(path: Path, net: FeatureNet, latent: LatentConfig, cache: Path) -> Reference:
-    """The reference at `path` as `net` sees it.
+def load_reference(path: Path, net: FeatureNet, data: DataConfig, cache: Path, open_index: OpenIndex) -> Reference:
+    """The reference at `path` as `net` sees it; `data`: how images are stored, and shards cached.
 
     Raises:
         UserError: nothing usable there, or statistics of another feature network.
@@ -48,8 +50,8 @@ def load_reference(path: Path, net: FeatureNet, latent: LatentConfig, cache: Pat
         raise UserError(f"evaluation.reference: {path}: no such .npz file, shards or image folder")
     images: Iterator[np.ndarray]
     if (path / "index.json").is_file():
-        index = open_index(path)
-        identity, number, images = data_identity(index), index.meta.num_variants, _shard_images(index, latent)
+        index = open_index(str(path), Cache(Path(data.cache_dir), data.cache_gb))
+        identity, number, images = data_identity(index), index.meta.num_variants, _shard_images(index, data.latent)
     else:
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
         if not files:
