@@ -168,7 +168,7 @@ def test_torchruns_two_workers_make_the_same_shards(folder, pixels, tmp_path):
 
 
 def convert_and_die(calls: int, folder: str, out: str) -> None:
-    """Make shards until SIGKILL, `calls` calls after the second begins to be written: then, or on the way to a third."""
+    """Make shards until SIGKILL, `calls` calls after the second begins to be written: in it, or before a third."""
     write, shards = convert.write_shard, iter(range(10**6))
 
     def counted_write(*arguments):
