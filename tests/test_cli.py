@@ -29,18 +29,7 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
     )
 
 
-HEAVY = {
-    "torch",
-    "deepspeed",
-    "megatron",
-    "diffusers",
-    "torchdiffeq",
-    "matplotlib",
-    "pandas",
-    "scipy",
-    "sklearn",
-    "wandb",
-}
+HEAVY = {"torch", "deepspeed", "megatron", "diffusers", "matplotlib", "pandas", "scipy", "sklearn", "wandb"}
 
 
 @pytest.mark.parametrize(

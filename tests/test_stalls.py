@@ -42,7 +42,7 @@ class Stalling(LocalFileSystem):
         if rpath.endswith(f"/{cls.slow}"):
             (cls.met / "stalled").touch()
             wait_until(
-                (cls.met / f"waiting for the data of step {cls.until + 1}").exists, "the step of the stall's end"
+                (cls.met / f"waiting for the data of step {cls.until + 1}").exists, "the step that ends the stall"
             )
             time.sleep(cls.stall_s)
         return super().get_file(rpath, lpath, **kwargs)
