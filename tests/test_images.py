@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from fitscale.data.reader import ShardReader
+from fitscale.data.scan import key_hash
 from pyarrow import parquet
 from sklearn.datasets import load_sample_images
 
 from fitscale.config.schema_data import LatentConfig
 from fitscale.data.encode import Decoder, Encoder
 from fitscale.data.index import build_index, open_index
-from fitscale.data.reader import ShardReader
-from fitscale.data.scan import key_hash
 from fitscale.data.shards import KINDS
 from fitscale.prepare import convert
 from fitscale.prepare.preprocess import Rejected, pictures, with_flips
