@@ -1,10 +1,12 @@
-"""Images from Python: load a run, or a .safetensors file, and draw.
+"""Images from Python: load a run, or a .safetensors file, and draw. Torch is imported by `load`, not before.
 
-from fitscale import api
+    from fitscale import api
 
-model = api.load("runs/b")
-images = model.draw([207, 360], height=256, width=384, guidance=1.5)
-images[0].save("retriever.png")
+    model = api.load("runs/b")
+    images = model.draw([207, 360], height=256, width=384, guidance=1.5)
+    images[0].save("retriever.png")
+
+What goes wrong is a `fitscale.config.errors.UserError`.
 """
 
 import json

@@ -6,6 +6,8 @@ from fitscale.config.errors import UserError
 from fitscale.config.schema import ModelConfig
 from fitscale.model.common.rope_config import RopeConfig
 
+TIME_CHANNELS = 256  # width of the time embedding's sinusoids
+
 
 @dataclass(frozen=True)
 class FitConfig(ModelConfig):

@@ -23,8 +23,7 @@ from fitscale.model.common.embedders import ClassEmbedder, TimeEmbedder, TokenEm
 from fitscale.model.common.layout import PackLayout
 from fitscale.model.common.rope import Rope, pack_rope, rotate
 from fitscale.model.common.swiglu import SwiGLU
-from fitscale.model.fit.config import FitConfig
-from fitscale.model.fit.spec import TIME_CHANNELS
+from fitscale.model.fit.config import TIME_CHANNELS, FitConfig
 from fitscale.parallel.layers import ColumnLinear, RowLinear, enter_sharded, gather_tokens, scatter_tokens
 
 

@@ -4,9 +4,7 @@ from typing import Any
 
 from fitscale.config.schema import ParallelConfig
 from fitscale.model.backbone import COLUMNS, ROWS, Backbone, Kept, Parameter, linear
-from fitscale.model.fit.config import FitConfig
-
-TIME_CHANNELS = 256  # width of the time embedding's sinusoids
+from fitscale.model.fit.config import TIME_CHANNELS, FitConfig
 
 
 def parameters(cfg: FitConfig) -> list[Parameter]:
