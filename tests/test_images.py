@@ -13,17 +13,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from fitscale.data.reader import ShardReader
-from fitscale.data.scan import key_hash
 from pyarrow import parquet
 from sklearn.datasets import load_sample_images
 
 from fitscale.config.schema_data import LatentConfig
+from fitscale.data.build_index import build_index
 from fitscale.data.encode import Decoder, Encoder
-from fitscale.data.index import build_index, open_index
+from fitscale.data.index import ShardReader, key_hash, open_index
 from fitscale.data.shards import KINDS
 from fitscale.prepare import convert
-from fitscale.prepare.preprocess import Rejected, pictures, with_flips
+from fitscale.prepare.preprocess import Rejected, pictures
 from tests.conftest import ROOT
 from tests.kills import die_after
 from tests.photographs import broken_files, encoded, photograph, tar, tiny_vae, write_photographs
@@ -106,17 +105,17 @@ def test_pixels_are_stored_exactly(folder, pixels):
     for path in files:
         label, variants = stored[key_hash(str(path.relative_to(folder).with_suffix("")))]
         assert label == 1 + int(path.parent.name.removeprefix("class"))  # "broken" sorts first
-        expected = list(with_flips(pictures(path.read_bytes(), 256)))
-        assert [(kind, flip) for kind, flip, _ in variants] == [(kind, flip) for _, kind, flip in expected]
-        for (_, _, array), (picture, _, _) in zip(variants, expected, strict=True):
-            np.testing.assert_array_equal(array.transpose(1, 2, 0), picture)
+        expected = pictures(path.read_bytes(), 256)
+        assert [(kind, flip) for kind, flip, _ in variants] == [(one.kind, one.flip) for one in expected]
+        for (_, _, array), picture in zip(variants, expected, strict=True):
+            np.testing.assert_array_equal(array, picture.array_CHW)
             assert array.shape[1] % 16 == array.shape[2] % 16 == 0 and array[0].size <= 256**2
     import torch
 
     from fitscale.data.encode import to_float
 
     trained_on = torch.from_numpy(to_float(variants[0][2]))
-    np.testing.assert_array_equal(decoder(trained_on), expected[0][0])
+    np.testing.assert_array_equal(decoder(trained_on), expected[0].array_CHW.transpose(1, 2, 0))
 
 
 def test_every_broken_file_is_rejected_with_its_reason(pixels):
@@ -168,7 +167,7 @@ def test_torchruns_two_workers_make_the_same_shards(folder, pixels, tmp_path):
 
 
 def convert_and_die(calls: int, folder: str, out: str) -> None:
-    """Make shards until SIGKILL, `calls` calls after the second begins to be written: in it, or before a third."""
+    """Make shards until SIGKILL, `calls` calls after the second begins to be written, or on the way to a third."""
     write, shards = convert.write_shard, iter(range(10**6))
 
     def counted_write(*arguments):
@@ -188,7 +187,7 @@ def test_killed_five_times_and_continued_nothing_is_lost_or_double(folder, pixel
         process = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, check=False)
         assert process.returncode == -signal.SIGKILL, f"ended by itself before kill {kill + 1}"
         assert not (out / "index.json").exists()
-    assert any(out.glob(".shard-*.tmp")), "no kill hit a shard that was being written"
+    assert any(out.glob(".shard-*.tmp.tar")), "no kill hit a shard that was being written"
     subprocess.run(command(folder, out), check=True, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     assert contents(out) == contents(pixels)
 
@@ -209,12 +208,11 @@ def test_moments_are_the_vaes_posterior_whatever_was_batched(folder, vae, tmp_pa
     assert (index.meta.kind, index.meta.factor, index.meta.channels, index.meta.moments) == ("vae", 8, 4, True)
     for path in sorted(folder.glob("class1/*"))[:6]:
         _, variants = stored[key_hash(str(path.relative_to(folder).with_suffix("")))]
-        for (kind, flip, moments), (picture, *drawn) in zip(
-            variants, with_flips(pictures(path.read_bytes(), 256)), strict=True
-        ):
-            assert [kind, flip] == drawn
-            assert moments.shape == (8, picture.shape[0] // 8, picture.shape[1] // 8)
-            np.testing.assert_allclose(moments, encoder(picture[None])[0], atol=2e-3)
+        for (kind, flip, moments), picture in zip(variants, pictures(path.read_bytes(), 256), strict=True):
+            _, height, width = picture.array_CHW.shape
+            assert (kind, flip, moments.shape) == (picture.kind, picture.flip, (8, height // 8, width // 8))
+            pixels_BHW3 = np.stack([picture.array_CHW.transpose(1, 2, 0)])
+            np.testing.assert_allclose(moments, encoder(pixels_BHW3)[0], atol=2e-3)
 
 
 def test_store_sample_draws_one_latent(folder, vae, tmp_path):
@@ -268,13 +266,13 @@ def _sources(folder: Path, tmp: Path) -> dict[str, Path]:
 
 def test_every_kind_of_source_gives_the_same_images(folder, tmp_path):
     expected = sorted(
-        (n % 3, pictures(encoded(photograph(n, 40 + n, 50), "PNG"), 256)[0].pixels_HW3.tobytes()) for n in range(6)
+        (n % 3, pictures(encoded(photograph(n, 40 + n, 50), "PNG"), 256)[0].array_CHW.tobytes()) for n in range(6)
     )
     for name, source in _sources(folder, tmp_path).items():
         out = tmp_path / "out" / name
         done = run_tool("make_shards", "images", source, out, "--encoder", "pixels")
         assert done.returncode == 0, (name, done.stderr)
-        found = [(label, v[0][2].transpose(1, 2, 0).tobytes()) for label, v in by_key(out).values()]
+        found = [(label, v[0][2].tobytes()) for label, v in by_key(out).values()]
         assert sorted(found) == expected, name
         assert open_index(out).meta.num_classes == 3
 
@@ -297,7 +295,7 @@ def test_wrong_labels_and_missing_files_are_rejected(tmp_path):
     ("options", "message"),
     [
         (["--side", 100], "--side: 100 is not a multiple of 16"),
-        (["--images-per-shard", 0], "--images-per-shard: 0 is below 1"),
+        (["--images-per-shard", 0], "--images-per-shard: 0 is too small"),
         (["--worker", 1], "--worker and --workers go together"),
         (["--worker", 2, "--workers", 2], "--worker: 2 is not one of 0 .. 1"),
     ],

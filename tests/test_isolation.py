@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fitscale.data.storage import DEFAULT_CACHE
+from fitscale.config.schema_data import DataConfig
 from tests.distributed.spawn import run_ranks
 
 
@@ -15,7 +15,7 @@ def folders() -> list[str]:
     import matplotlib
     from torch._inductor.runtime.runtime_utils import cache_dir
 
-    cached = matplotlib.get_cachedir(), matplotlib.get_configdir(), cache_dir(), str(DEFAULT_CACHE.expanduser())
+    cached = matplotlib.get_cachedir(), matplotlib.get_configdir(), cache_dir(), os.path.expanduser(DataConfig().cache_dir)
     return [tempfile.mkdtemp(), os.path.expanduser("~"), *cached]
 
 

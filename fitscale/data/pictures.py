@@ -1,13 +1,16 @@
-"""What a person sees of generated images: PNG files and contact sheets."""
+"""Images as arrays: batches of one shape, and what a person sees of them, PNG files and contact sheets. No torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from fitscale.config.files import replacing
 
+Item = TypeVar("Item")
 CELL = 96  # least side of an image on a contact sheet, in pixels; small images are enlarged by whole factors
 GAP = 6
 TITLE = 14  # height of a line of text
@@ -16,6 +19,25 @@ TITLE = 14  # height of a line of text
 def rgb(images: np.ndarray) -> np.ndarray:
     """(..., 1 or 3) -> (..., 3): grey is repeated."""
     return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+
+
+def in_batches(
+    function: Callable[[np.ndarray], np.ndarray], arrays: Sequence[np.ndarray], most: int
+) -> list[np.ndarray]:
+    """`function` of stacks of at most `most` arrays of one shape each: its answers, in the order of the arrays."""
+    answers: dict[int, np.ndarray] = {}
+    in_order = sorted(range(len(arrays)), key=lambda place: arrays[place].shape)
+    for _, places in groupby(in_order, key=lambda place: arrays[place].shape):
+        for chosen in batched(places, most):
+            answers |= zip(chosen, function(np.stack([arrays[place] for place in chosen])), strict=True)
+    return [answers[place] for place in range(len(arrays))]
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Runs of `size` items; the last may be shorter."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
 
 
 def write_png(path: Path, image: np.ndarray) -> None:

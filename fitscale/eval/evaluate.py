@@ -27,7 +27,8 @@ from fitscale.data.batch_plan import BatchPlan, OpenIndex, open_plan
 from fitscale.data.index import open_index
 from fitscale.data.loader import Pack, make_loader
 from fitscale.data.packing import PackRule
-from fitscale.eval.features import AT_ONCE, FeatureNet, batched
+from fitscale.data.pictures import batched
+from fitscale.eval.features import AT_ONCE, FeatureNet
 from fitscale.eval.frechet import Moments, frechet_distance
 from fitscale.eval.generate import Request, find_checkpoint, generate, load_model, patches, weights_name
 from fitscale.eval.reference import data_identity, load_reference

@@ -7,21 +7,19 @@ serves every kind of image. Images of different sizes are fed in groups of one s
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, islice
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from fitscale.config.errors import UserError
-from fitscale.data.pictures import rgb
+from fitscale.data.pictures import in_batches, rgb
 
 BATCH = 64  # images per call
 AT_ONCE = 4 * BATCH  # images that are collected before they are looked at: some have one size
-
-Item = TypeVar("Item")
 
 
 class FeatureNet:
@@ -46,22 +44,11 @@ class FeatureNet:
 
     def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Features (N, F), float64, of uint8 (H, W, 1 or 3) images of any sizes."""
-        return self._in_groups(images, return_features=True)
+        return np.stack(in_batches(partial(self._call, return_features=True), images, BATCH))
 
     def scores(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Class scores (N, K), float64."""
-        return self._in_groups(images)
-
-    def _in_groups(self, images: Sequence[np.ndarray], **keywords: Any) -> np.ndarray:
-        def shape(place: int) -> tuple[int, ...]:
-            return images[place].shape
-
-        answers: dict[int, np.ndarray] = {}
-        for _, places in groupby(sorted(range(len(images)), key=shape), key=shape):
-            for chosen in batched(places, BATCH):
-                answer = self._call(np.stack([images[place] for place in chosen]), **keywords)
-                answers |= zip(chosen, answer, strict=True)
-        return np.stack([answers[place] for place in range(len(images))])
+        return np.stack(in_batches(self._call, images, BATCH))
 
     @torch.no_grad()
     def _call(self, images_NHWC: np.ndarray, **keywords: Any) -> np.ndarray:
@@ -74,13 +61,6 @@ class FeatureNet:
                 f"{_first_line(error)}"
             ) from error
         return answer.double().cpu().numpy()
-
-
-def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Runs of `size` items; the last may be shorter."""
-    rest = iter(items)
-    while batch := list(islice(rest, size)):
-        yield batch
 
 
 def _first_line(error: Exception) -> str:

@@ -23,8 +23,9 @@ from fitscale.config.schema_data import DataConfig, LatentConfig
 from fitscale.data.batch_plan import OpenIndex
 from fitscale.data.encode import Decoder, to_float
 from fitscale.data.index import Index, ShardReader
+from fitscale.data.pictures import batched
 from fitscale.data.storage import Cache
-from fitscale.eval.features import AT_ONCE, FeatureNet, batched
+from fitscale.eval.features import AT_ONCE, FeatureNet
 from fitscale.eval.frechet import Moments, Statistics
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}

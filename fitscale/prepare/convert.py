@@ -13,7 +13,6 @@ So the shards are the same bytes for one worker and for a hundred, interrupted o
 import fcntl
 import json
 import shutil
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from fitscale.config.errors import UserError
 from fitscale.config.files import replacing, write_atomic
 from fitscale.data.build_index import Scanned, build_index, scan_shard
 from fitscale.data.index import key_hash
+from fitscale.data.pictures import in_batches
 from fitscale.data.shards import Sample, ShardSetMeta, Variant, shard_path, write_meta, write_shard
 from fitscale.prepare.listing import Item
 from fitscale.prepare.preprocess import MULTIPLE, RESIZE, Rejected, pictures
@@ -203,7 +203,7 @@ class Converter:
             ) from error
 
     def _samples(self, good: list[tuple[Item, list[Variant]]]) -> list[Sample]:
-        encoded = iter(self._encode([variant for _, found in good for variant in found]))
+        encoded = iter(self._encode([variant.array_CHW for _, found in good for variant in found]))
         samples = []
         for item, found in good:
             assert isinstance(item.label, int)
@@ -211,20 +211,12 @@ class Converter:
             samples.append(Sample(item.key, item.label, variants))
         return samples
 
-    def _encode(self, found: list[Variant]) -> list[np.ndarray]:
+    def _encode(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """The encoder's arrays, in batches of one shape; without an encoder the pixels as they are."""
         if self.encoder is None:
-            return [variant.array_CHW for variant in found]
-        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for place, variant in enumerate(found):
-            by_shape[variant.array_CHW.shape].append(place)
-        encoded: dict[int, np.ndarray] = {}
-        for places in by_shape.values():
-            for start in range(0, len(places), self.job.batch_size):
-                batch = places[start : start + self.job.batch_size]
-                pixels_BHW3 = np.stack([found[place].array_CHW.transpose(1, 2, 0) for place in batch])
-                encoded.update(zip(batch, self.encoder(pixels_BHW3), strict=True))
-        return [encoded[place] for place in range(len(found))]
+            return arrays
+        pixels_HW3 = [array.transpose(1, 2, 0) for array in arrays]
+        return in_batches(self.encoder, pixels_HW3, self.job.batch_size)
 
     def _stored(self, variant: Variant, array: np.ndarray, key: str, number: int) -> Variant:
         """The variant with the encoder's array: its moments, or one latent drawn for this key and number."""

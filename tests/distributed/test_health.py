@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from fitscale.config.errors import UserError
 from fitscale.config.files import read_jsonl
 from fitscale.config.schema import Config, HealthConfig
-from fitscale.data.index import build_index
-from fitscale.data.shards import Sample, ShardSetMeta, ShardSetWriter, Variant
+from fitscale.data.build_index import build_index
+from fitscale.data.shards import Sample, ShardSetMeta, Variant, write_shards
 from fitscale.run.layout import RunDir
 from fitscale.train.health import HUNG, StepHealth
 from tests.distributed.spawn import run_ranks, start_ranks
@@ -32,11 +32,12 @@ def poisoned(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("poisoned") / "shards"
     meta = ShardSetMeta("vae", factor=8, scaling=0.18215, channels=1, num_classes=10, recipe={})
     chance = np.random.default_rng(0)
-    with ShardSetWriter(folder, meta, 32) as writer:
-        for number in range(64):
-            array = chance.standard_normal((1, 4 + number % 3, 5), dtype=np.float32)
-            array[0, 0, 0] = 1e30 if number == 17 else 0.0
-            writer.write(Sample(f"latent-{number:02d}", number % 10, [Variant(array)]))
+    samples = []
+    for number in range(64):
+        array = chance.standard_normal((1, 4 + number % 3, 5), dtype=np.float32)
+        array[0, 0, 0] = 1e30 if number == 17 else 0.0
+        samples.append(Sample(f"latent-{number:02d}", number % 10, [Variant(array)]))
+    write_shards(folder, samples, meta, 32)
     build_index(folder)
     return folder
 
@@ -76,7 +77,7 @@ def test_a_spike_is_a_loss_far_above_the_recent_median():
 
 
 def hang_at_step_3(config: Config) -> None:
-    """Trains, but rank 1 hangs when it is to read its third step, and its watchdog's clock goes on by a day."""
+    """Trains, but rank 1 sleeps for ever at reading its third step, and its watchdog's clock goes on by a day."""
     import os
 
     from fitscale.train import health, trainer
