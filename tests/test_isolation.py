@@ -15,7 +15,12 @@ def folders() -> list[str]:
     import matplotlib
     from torch._inductor.runtime.runtime_utils import cache_dir
 
-    cached = matplotlib.get_cachedir(), matplotlib.get_configdir(), cache_dir(), os.path.expanduser(DataConfig().cache_dir)
+    cached = (
+        matplotlib.get_cachedir(),
+        matplotlib.get_configdir(),
+        cache_dir(),
+        os.path.expanduser(DataConfig().cache_dir),
+    )
     return [tempfile.mkdtemp(), os.path.expanduser("~"), *cached]
 
 
