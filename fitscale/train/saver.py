@@ -61,6 +61,14 @@ class Saver:
         self.pending = None
         return done
 
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Where training fails, other ranks may be dead: what they have not written by now is waited for no longer."""
+        if error is not None and self.pending is not None:
+            self.pending.all_parts_over.set()
+
 
 class _Save:
     """One rank's part of one save: it is written, and on rank 0 the whole completed, in a thread of its own."""
@@ -126,7 +134,7 @@ class _Save:
     def _wait_for(self, markers: list[Path]) -> None:
         deadline = float("inf")
         while missing := [marker.name for marker in markers if not marker.exists()]:
-            if self.all_parts_over.is_set() or not threading.main_thread().is_alive():  # it failed: others may be dead
+            if self.all_parts_over.is_set():
                 deadline = min(deadline, time.monotonic() + VISIBLE_S)
             if self.error or time.monotonic() > deadline:
                 raise OSError(self.error or f"what other ranks wrote does not show: no {', '.join(missing)}")

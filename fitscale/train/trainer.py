@@ -121,7 +121,7 @@ class Trainer:
             self._end_attempt("finished before")
             return
         monitor = self._start_monitor() if dist.get_rank() == 0 else None
-        with self.watchdog, self.preemption:
+        with self.watchdog, self.preemption, self.saver:
             stop = self._take_steps(monitor)
             self.watchdog.doing("saving the last checkpoint")
             saved = self.saver.wait()

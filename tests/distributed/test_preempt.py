@@ -16,7 +16,7 @@ from fitscale.config.schema import Config
 from fitscale.parallel.groups import Topology
 from fitscale.run.attempt import IDLE_ATTEMPTS, TakenOverError, begin_attempt
 from fitscale.run.layout import RunDir
-from fitscale.train import trainer
+from fitscale.train import step, trainer
 from fitscale.train.metrics import Monitor
 from tests.distributed.spawn import context, run_ranks, start_ranks
 from tests.distributed.test_layouts import tensors
@@ -33,14 +33,14 @@ def train_and_exit(config: Config) -> None:
     """`train_here`, which waits after 5 steps for the file `signalled`; a file holds training's own exit code."""
     from fitscale.train.preempt import Preempted
 
-    take_step = trainer.Trainer._step
+    take_step = step.Stepper.take
 
-    def step(self, batch):
+    def take_when_signalled(self, batch):
         if batch.step == 5:
             wait_until(Path(config.run.dir, "signalled").exists, "the signal")
         return take_step(self, batch)
 
-    trainer.Trainer._step = step
+    step.Stepper.take = take_when_signalled
     try:
         train_here(config)
     except Preempted as stop:
