@@ -107,6 +107,11 @@ def parameter_table(model: ModelConfig) -> tuple[Parameter, ...]:
     return tuple(backbone_of(model).parameters(model))
 
 
+def parameters_by_name(network: Any) -> dict[str, Parameter]:
+    """The table of a network that has its config, by the names of `named_parameters`."""
+    return {entry.name: entry for entry in parameter_table(network.config)}
+
+
 def linear(
     name: str,
     shape: tuple[int, int],

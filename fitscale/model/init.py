@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fitscale.model.backbone import Parameter, parameter_table
+from fitscale.model.backbone import Parameter, parameters_by_name
 from fitscale.parallel.layers import tp_shard
 
 NORMAL_STD = 0.02
@@ -19,7 +19,7 @@ NORMAL_STD = 0.02
 
 def initial_items(model: nn.Module, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """(parameter, this rank's shard of its initial fp32 tensor), one at a time, on the CPU; `model` has its config."""
-    table = {entry.name: entry for entry in parameter_table(model.config)}  # type: ignore[arg-type]
+    table = parameters_by_name(model)
     for name, param in model.named_parameters():
         yield param, tp_shard(_draw(table[name], seed), table[name].split)
 

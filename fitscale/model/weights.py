@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from fitscale.config.errors import UserError, writing
 from fitscale.config.files import replacing
 from fitscale.config.schema import ModelConfig
-from fitscale.model.backbone import Parameter, parameter_table
+from fitscale.model.backbone import Parameter, parameter_table, parameters_by_name
 from fitscale.parallel.layers import gather_tp, set_value, tp_shard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -136,7 +136,7 @@ def read_items(model: nn.Module, path: Path) -> Iterator[tuple[nn.Parameter, Ten
     Raises:
         UserError: nothing there, a broken file, or keys or shapes of another model (those that differ are listed).
     """
-    tensors, table = list_tensors(path), _table(model)
+    tensors, table = list_tensors(path), parameters_by_name(model)
     check_keys(model.config, tensors, path)  # type: ignore[arg-type]
     for name, param in model.named_parameters():
         yield param, tp_shard(from_published(table[name], tensors[name].read()), table[name].split)
@@ -153,7 +153,7 @@ def published_items(
         model: names the parameters and says how they are cut.
         get: what to export of a parameter, laid out as the parameter of this rank: itself, its EMA ...
     """
-    table = _table(model)
+    table = parameters_by_name(model)
     for name, param in model.named_parameters():
         yield name, to_published(table[name], gather_tp(get(param), table[name].split).float())
 
@@ -201,10 +201,6 @@ def write_tensors(
 def num_bytes(shape: tuple[int, ...], dtype: str) -> int:
     """Size of a tensor in the file."""
     return torch.Size(shape).numel() * DTYPES[dtype].itemsize
-
-
-def _table(model: nn.Module) -> dict[str, Parameter]:
-    return {entry.name: entry for entry in parameter_table(model.config)}  # type: ignore[arg-type]
 
 
 def _header(shapes: dict[str, tuple[int, ...]], dtype: str, metadata: dict[str, str]) -> bytes:
