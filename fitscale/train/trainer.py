@@ -163,16 +163,8 @@ class Trainer:
 
     def _loader(self) -> Iterator[StepBatch]:
         config, topology = self.config, self.topology
-        return make_loader(
-            self.plan,
-            pack_rule(config),
-            range(self.totals["step"], self.last_step),
-            dp_rank=topology.dp_rank,
-            dp_size=topology.dp_size,
-            num_workers=config.data.num_workers,
-            prefetch_steps=config.data.prefetch_steps,
-            on_error=config.data.on_error,
-        )
+        steps = range(self.totals["step"], self.last_step)
+        return make_loader(self.plan, pack_rule(config), steps, config.data, topology.dp_rank, topology.dp_size)
 
     def _timed(self, loader: Iterator[StepBatch], monitor: Monitor | None) -> Iterator[StepBatch]:
         """The loader's batches. Waits are timed from the second on; until the first there is the readers' start."""
