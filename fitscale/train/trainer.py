@@ -23,8 +23,7 @@ from fitscale.config.files import append_jsonl, write_atomic
 from fitscale.config.schema import Config
 from fitscale.data.batch_plan import BatchPlan
 from fitscale.data.loader import StepBatch, make_loader
-from fitscale.model.build import build_network
-from fitscale.model.init import initial_items
+from fitscale.model.build import build_network, initial_items
 from fitscale.model.weights import read_items
 from fitscale.parallel.groups import Topology, init_parallel, on_rank_zero
 from fitscale.parallel.layers import set_value

@@ -32,8 +32,7 @@ def config_of(tp: int, stage: int, precision: str, *overrides: str) -> Config:
 
 
 def build(config: Config, device: str) -> tuple[Any, Any]:
-    from fitscale.model.build import build_network
-    from fitscale.model.init import initial_items
+    from fitscale.model.build import build_network, initial_items
     from fitscale.parallel.groups import init_parallel
     from fitscale.parallel.layers import set_value
     from fitscale.parallel.zero import building, make_engine
