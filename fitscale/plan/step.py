@@ -133,7 +133,7 @@ def plan(config: Config, machine: Machine, images: Images, utilisation: float) -
         traffic=traffic,
         train_flops=train_flops,
         compute_s=compute_s,
-        exposed_s=exposed_seconds(config, traffic, ranks, machine.device, machine.gpus_per_node, compute_s),
+        exposed_s=exposed_seconds(config, traffic, ranks, machine, compute_s),
     )
 
 
