@@ -58,7 +58,9 @@ def init_parallel(config: ParallelConfig, device: str = "auto", timeout: timedel
         )
     _prepare(own_device)
     if not dist.is_initialized():
-        _join_world(world_size, "nccl" if own_device.type == "cuda" else "gloo", timeout)
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": world_size}
+        backend = "nccl" if own_device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, **alone)  # type: ignore[arg-type]
     _divide_world(config.tensor_parallel_size, timeout)
     return Topology(
         dp_rank=parallel_state.get_data_parallel_rank(),
@@ -117,11 +119,6 @@ def _prepare(device: torch.device) -> None:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-
-
-def _join_world(world_size: int, backend: str, timeout: timedelta) -> None:
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": world_size}
-    dist.init_process_group(backend, timeout=timeout, **alone)  # type: ignore[arg-type]
 
 
 def _divide_world(tp_size: int, timeout: timedelta) -> None:
