@@ -76,7 +76,7 @@ def _read(argument: Any) -> Any:
     try:
         return OmegaConf.from_dotlist([argument])
     except YAMLError as error:
-        raise UserError(f"{argument}: the value is not valid YAML ({_one_line(error)})") from error
+        raise UserError(f"{argument}: the value is not valid YAML ({error})") from error
 
 
 def _read_file(argument: str) -> Any:
@@ -86,14 +86,10 @@ def _read_file(argument: str) -> Any:
     try:
         content = OmegaConf.load(path)
     except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{argument}: not valid YAML ({_one_line(error)})") from error
+        raise UserError(f"{argument}: not valid YAML ({error})") from error
     if not OmegaConf.is_dict(content):
         raise UserError(f"{argument}: must hold key: value pairs")
     return content
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _explain(error: OmegaConfBaseException) -> str:
