@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fitscale.config.schema import Config
-from fitscale.data.batch_plan import OpenIndex
+from fitscale.data.index import OpenIndex
 from fitscale.model import flops
 from fitscale.plan.preflight import open_data, require_files
 from fitscale.plan.step import Images, typical_images
