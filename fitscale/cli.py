@@ -67,9 +67,10 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _config(arguments: argparse.Namespace) -> None:
-    from fitscale.config.load import load_config, to_yaml
+    from fitscale.config.load import to_yaml
+    from fitscale.data.encoding import load_run
 
-    sys.stdout.write(to_yaml(load_config(arguments.config)))
+    sys.stdout.write(to_yaml(load_run(arguments.config)))
 
 
 def _data(arguments: argparse.Namespace) -> None:
@@ -79,9 +80,9 @@ def _data(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from fitscale.config.load import load_config
+    from fitscale.data.encoding import load_run
 
-    config = load_config(arguments.config)
+    config = load_run(arguments.config)
     from fitscale.train.trainer import train
 
     train(config)

@@ -16,8 +16,9 @@ from functools import cache
 from submitit import LocalExecutor
 
 from fitscale.config.errors import UserError
-from fitscale.config.load import load_config, load_schema
+from fitscale.config.load import load_schema
 from fitscale.config.program import exit_code
+from fitscale.data.encoding import load_run
 from fitscale.data.index import open_index
 from fitscale.jobs import launch
 from fitscale.jobs.chain import jobs_of_same_config, submit_missing, told
@@ -53,9 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     local = arguments.cluster == "local"
     profile = THIS_MACHINE if local else read_profile(arguments.cluster)
-    config = load_config(arguments.config)
+    opened = cache(open_index)
+    config = load_run(arguments.config, opened)
     run = check_claim(config)
-    one = as_told(look_at(config, cache(open_index)), profile, LayoutConfig(arguments.nodes, arguments.tasks_per_node))
+    one = as_told(look_at(config, opened), profile, LayoutConfig(arguments.nodes, arguments.tasks_per_node))
     print(one)
     if one.memory_lack:
         print(f"warning: {one.memory_lack}", file=sys.stderr)

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     sweep, opened = load_schema(SweepConfig, arguments.sweep), cache(open_index)
     ladder = []
-    for config in cells(sweep):
+    for config in cells(sweep, opened):
         with mistakes_in(f"cell {Path(config.run.dir).name}"):
             ladder.append(look_at(config, opened))
     if arguments.cluster != "local":

@@ -11,8 +11,11 @@ from sklearn.datasets import load_digits
 from fitscale.config.errors import UserError
 from fitscale.data.encode import patchify
 from fitscale.data.index import ShardReader, key_hash, open_index
+from fitscale.prepare.convert import _load_part
 from fitscale.prepare.digits import SCALES, digit_variants
 from tests.conftest import ROOT
+from tests.photographs import write_photographs
+from tests.programs import run_tool
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +153,29 @@ def test_what_is_not_of_the_published_layout_is_named(main, tmp_path, capsys):
     assert main("published", tmp_path, tmp_path / "out") == 2
     assert "b.safetensors: not a file of the published layout" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_images_says_what_it_does_after_the_last_image(tmp_path):
+    write_photographs(tmp_path / "source", 6, sizes=2)
+    options = ("--encoder", "pixels", "--images-per-shard", "3")
+    done = run_tool("make_shards", "images", tmp_path / "source", tmp_path / "out", *options)
+    assert done.returncode == 0, done.stderr
+    stages = ("encoding shard-000001.tar", "checking shard-000001.tar", "joining", "index")
+    told = [done.stderr.rfind(text) for text in stages]
+    assert -1 not in told and told == sorted(told)
+
+
+def test_a_damaged_part_is_named_and_never_unpacked_beyond_its_size(tmp_path):
+    path, about = tmp_path / "000000.npz", np.array('{"shard": ["a.tar", 1, "x"], "rejected": []}')
+    writers = {
+        "a bomb": lambda: np.savez_compressed(path, about=about, images=np.zeros(10**7, np.uint8)),
+        "garbage": lambda: path.write_bytes(b"PK\x03\x04" + bytes(100)),
+        "no archive": lambda: np.save(path.open("wb"), np.zeros(3)),
+        "nested text": lambda: np.savez(path, about=np.array("[" * 100_000)),
+        "rows of another kind": lambda: np.savez(path, about=about, images=np.zeros(3, "U3"), variants=np.zeros(3)),
+        "no rows": lambda: np.savez(path, about=about),
+    }
+    for name, write in writers.items():
+        write()
+        with pytest.raises(UserError, match=r"000000\.npz: damaged .*; remove it and start again"):
+            pytest.fail(f"{name}: {_load_part(path)}")

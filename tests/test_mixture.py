@@ -16,6 +16,7 @@ from fitscale.config.files import read_jsonl
 from fitscale.config.load import load_config, to_yaml
 from fitscale.config.schema_data import DataConfig, SourceConfig
 from fitscale.data.batch_plan import BatchPlan, open_plan, places, token_shares
+from fitscale.data.encoding import indices_of
 from fitscale.data.index import Index
 from fitscale.data.loader import READ_HERE, make_loader
 from fitscale.data.packing import PackRule
@@ -111,7 +112,7 @@ def config_of(folder, *overrides: str):
             indexed_set(folder / name, images, meta=LATENTS)
     sources = [f"data.mixture.{name}.shards={folder / name}" for name in ("a", "b")]
     latent = ("data.latent.kind=vae", "data.latent.factor=8", "data.latent.scaling=0.18215")
-    model = ("model.in_channels=4", "model.patch_size=2", f"run.dir={folder / 'run'}")
+    model = ("model.in_channels=4", "model.num_classes=7", "model.patch_size=2", f"run.dir={folder / 'run'}")
     limits = ("data.mixture.b.weight=3", "data.mixture.b.max_tokens=6")
     return load_config([*OVERRIDES, *sources, *latent, *model, *limits, *overrides])
 
@@ -141,11 +142,15 @@ def test_the_loader_reads_every_image_from_its_own_shards(tmp_path):
         assert len(keys) <= 16 and all(key.startswith("image/") for key in keys)
 
 
+def shares_of(config):
+    return token_shares(config.data, 2, indices_of(config.data))
+
+
 def test_token_shares_follow_weights_and_limits(tmp_path):
     config = config_of(tmp_path)
-    shares = token_shares(config.data, 2)
+    shares = shares_of(config)
     assert sum(shares.values()) == pytest.approx(1)
-    only_a = token_shares(config_of(tmp_path, "data.mixture.b.weight=1e-9").data, 2)
+    only_a = shares_of(config_of(tmp_path, "data.mixture.b.weight=1e-9"))
     assert sum(share for tokens, share in shares.items() if tokens > 6) == pytest.approx(
         0.25 * sum(share for tokens, share in only_a.items() if tokens > 6)
     )

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from fitscale.config.errors import UserError
 from fitscale.data.batch_plan import BatchPlan, GlobalBatch
-from fitscale.data.index import IMAGE, VARIANT, Index, IndexMeta, Shard, is_held_out, key_hash, open_index
+from fitscale.data.index import Index, is_held_out, key_hash, open_index
+from fitscale.data.index_file import IMAGE, VARIANT, IndexMeta, Shard
 from fitscale.data.shards import KINDS
 from fitscale.data.storage import Storage
 from fitscale.data.stream import philox, stable_order
@@ -134,11 +135,16 @@ def test_sizes_that_patches_do_not_divide_are_refused_by_name(index):
 
 def test_memory_is_shards_and_windows_not_images(tmp_path):
     """Over a made-up index of 3 million images, a plan holds windows of them and no more."""
-    shards = tuple(Shard(str(number), 10_000, 0, "", number * 10_000) for number in range(300))
-    images = np.memmap(tmp_path / "images", IMAGE, "w+", shape=3_000_000)
-    images["variants"] = 1
-    variants = np.memmap(tmp_path / "variants", VARIANT, "w+", shape=1)
-    index = Index(Storage(str(tmp_path)), IndexMeta("pixels", 1, 1.0, 1, 10, shards=shards), images, variants)
+    number = 3_000_000
+    shards = tuple(Shard(f"{n}.tar", 10_000, 4, "0" * 32, n * 10_000) for n in range(300))
+    meta = IndexMeta("pixels", 1, 1.0, 1, 10, shards=shards, sizes=((2, 2, number),))
+    images = np.memmap(tmp_path / "images", IMAGE, "w+", shape=number)
+    images["variants"], images["first_variant"] = 1, np.arange(number)
+    images["shard"] = np.arange(number) // 10_000
+    variants = np.memmap(tmp_path / "variants", VARIANT, "w+", shape=number)
+    variants["height"] = variants["width"] = 2
+    variants["length"] = 4
+    index = Index(Storage(str(tmp_path)), meta, images, variants)
     tracemalloc.start()
     one = plan(index, window_shards=4, batch=256)
     for n in range(0, 400, 40):
@@ -163,8 +169,7 @@ def test_shards_ahead_are_those_of_the_next_window(index):
     """Over two epochs and into the third, whose order is another."""
     one = plan(index).streams[0]
     shards = index.images["shard"][one.images(0, 3 * IMAGES)]
-    names = [shard.name for shard in index.meta.shards]
-    ahead = [[names.index(shard.name) for shard in one.shards_ahead(place)] for place in range(2 * IMAGES)]
+    ahead = [one.shards_ahead(place) for place in range(2 * IMAGES)]
     starts = [place for place in range(1, 2 * IMAGES) if ahead[place] != ahead[place - 1]]
     assert len(starts) == 2 * 5 - 1  # 13 shards, windows of 3
     for start in starts:

@@ -42,7 +42,7 @@ def test_the_report_says_what_is_there(shards, tmp_path, capsys):
         "tokens per image",
         "aspect ratio",
         "padded to the longest",
-        "5 shards verified",
+        "5 shards verified: every checksum is right, index.json and all rows agree",
     ):
         assert text in out
     for name in ("tokens.png", "contact_sheet.png"):

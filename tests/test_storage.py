@@ -21,7 +21,7 @@ from fitscale.data.index import ShardReader, open_index
 from fitscale.data.loader import READ_HERE, make_loader
 from fitscale.data.packing import PackRule
 from fitscale.data.storage import Cache, retried
-from fitscale.prepare.statistics import verify
+from fitscale.prepare.verify import verify
 from fitscale.run.layout import RunDir
 from tests.shard_sets import indexed_set, plan_of
 from tests.tiny import tiny_config
@@ -141,7 +141,7 @@ def test_processes_that_need_the_same_file_fetch_it_once(remote, tmp_path):
     index = open_index("unsteady://set", Cache(tmp_path / "cache"))
     before, Unsteady.every, Unsteady.stall_s = Unsteady.fetches, 1, 0.2
     with ThreadPoolExecutor(4) as pool:
-        paths = list(pool.map(index.storage.local, [remote.meta.shards[0].name] * 4))
+        paths = list(pool.map(index.shard_path, [0] * 4))
     assert Unsteady.fetches == before + 1
     assert {path.read_bytes() for path in paths} == {(remote.storage.folder / remote.meta.shards[0].name).read_bytes()}
 
@@ -347,7 +347,7 @@ def test_bytes_that_the_store_itself_has_wrong_are_told_by_their_images(server, 
     named = [problem for step in load(index, on_error="skip") for problem in step.skipped]
     assert len(named) == 1 and key in named[0] and server.asked.count("shard-000000.tar") == 2
     with pytest.raises(UserError, match=r"wrong checksums in 1 shards: shard-000000.tar"):
-        list(verify(index))
+        verify(index)
 
 
 def train_here(config) -> None:

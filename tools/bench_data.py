@@ -23,9 +23,10 @@ from fitscale.config.program import exit_code
 from fitscale.config.schema_data import DataConfig
 from fitscale.data.batch_plan import BatchPlan, open_plan
 from fitscale.data.build_index import build_index
-from fitscale.data.index import IMAGE, VARIANT, Index, IndexMeta, Shard, open_index
+from fitscale.data.index import Index, open_index
+from fitscale.data.index_file import IMAGE, VARIANT, IndexMeta, Shard
 from fitscale.data.packing import PackRule, split
-from fitscale.data.shards import Sample, ShardSetMeta, Variant, write_shards
+from fitscale.data.shards import DTYPES, Sample, ShardSetMeta, Variant, write_shards
 
 RANKS, STEPS = 1024, 80  # 80 steps of 4 images a rank go through two windows
 LATENT = ShardSetMeta("vae", factor=8, scaling=0.18215, channels=4, num_classes=1000)
@@ -55,17 +56,28 @@ def report(what: str, figure: str) -> None:
 
 
 def made_up_index(folder: Path, images: int, shard_images: int = 10_000) -> None:
-    """An index of sparse files: one 32 x 32 variant for all images, of shards that are empty files."""
+    """An index of one 32 x 32 variant an image, all at one place, of shards that are sparse files."""
     folder.mkdir()
     names = [f"shard-{number:06d}.tar" for number in range(images // shard_images)]
+    size = 4 * 32 * 32 * 2
     for name in names:
         (folder / name).touch()
-    shards = tuple(Shard(name, shard_images, 0, "", number * shard_images) for number, name in enumerate(names))
+        os.truncate(folder / name, size)
+    shards = tuple(
+        Shard(name, shard_images, size, "0" * 32, number * shard_images) for number, name in enumerate(names)
+    )
     meta = IndexMeta(**asdict(LATENT), shards=shards, sizes=((32, 32, images),))
-    for name, dtype in (("images", IMAGE), ("variants", VARIANT)):
-        rows = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (images,))
-        rows[0] = 0
-        rows.flush()
+    rows = np.lib.format.open_memmap(folder / "images.npy", "w+", IMAGE, (images,))
+    for start in range(0, images, shard_images):
+        part = rows[start : start + shard_images]
+        part["first_variant"], part["variants"] = np.arange(start, start + len(part)), 1
+        part["shard"] = start // shard_images
+    rows.flush()
+    rows = np.lib.format.open_memmap(folder / "variants.npy", "w+", VARIANT, (images,))
+    row = np.array([(0, size, 0, 32, 32, DTYPES.index("float16"), 0, False)], VARIANT)
+    for start in range(0, images, shard_images):
+        rows[start : start + shard_images] = row
+    rows.flush()
     (folder / "index.json").write_text(json.dumps(asdict(meta)))
 
 

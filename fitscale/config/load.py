@@ -50,7 +50,7 @@ def _merge(merged: Any, sources: list[tuple[str, Any]]) -> Any:
     for argument, content in sources:
         try:
             merged = OmegaConf.merge(merged, content)
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, TypeError, ValueError) as error:  # it lets some of Python's own pass
             raise UserError(f"{argument}: {_explain(error)}") from error
     try:
         return OmegaConf.to_object(merged)
@@ -91,7 +91,7 @@ def _read_file(argument: str) -> Any:
     return content
 
 
-def _explain(error: OmegaConfBaseException) -> str:
+def _explain(error: Exception) -> str:
     """omegaconf's first line (which says "did you mean") with the key's full path."""
     first = str(error).splitlines()[0]
     key = getattr(error, "full_key", None)

@@ -1,10 +1,10 @@
 """The data section of a config: shard sets, and how they are read."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import inf
 from typing import Any
 
-from fitscale.config.checks import Section, at_least, number, one_of
+from fitscale.config.checks import Section, at_least, check_plain, number, one_of
 from fitscale.config.errors import UserError
 
 
@@ -14,8 +14,8 @@ class LatentConfig(Section, path="data.latent"):
 
     kind: str = one_of("vae", "pixels")
     vae: str | None = None  # local folder or hub name of a diffusers AutoencoderKL; needed to decode
-    factor: int = number(8, least=1)  # image pixels per latent pixel, along one side
-    scaling: float = 0.18215  # latent = scaling * (VAE's latent)
+    factor: int = number(8, least=1, below=1025)  # image pixels per latent pixel, along one side
+    scaling: float = number(0.18215, above=0)  # latent = scaling * (VAE's latent)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,9 +51,9 @@ class DataConfig(Section, path="data"):
     holdout_fraction: float = number(
         0.0, least=0.0, below=1.0
     )  # share of images, by the hash of their key, not trained on
-    window_shards: int = number(16, least=1)  # shards among whose images the order is random at one time
-    num_workers: int = number(2, least=0)  # reader processes per rank; 0 reads in the training process
-    prefetch_steps: int = number(2, least=1)  # steps read ahead, per worker
+    window_shards: int = number(16, least=1, below=2**20)  # shards among whose images the order is random at one time
+    num_workers: int = number(2, least=0, below=1025)  # reader processes per rank; 0 reads in the training process
+    prefetch_steps: int = number(2, least=1, below=1025)  # steps read ahead, per worker
     on_error: str = one_of("stop", "skip")  # at a corrupt sample; skip: it counts for nothing, events.jsonl names it
     cache_dir: str = "~/.cache/fitscale"  # local copies of shards that are read from a URL
     cache_gb: float = number(100.0, above=0)  # most GB of them; those unused for longest go first
@@ -78,6 +78,7 @@ def _check_source(key: str, source: SourceConfig) -> None:
         raise UserError(f"{key}.shards: must be given")
     if not 0 < source.weight < inf:
         raise UserError(f"{key}.weight: {source.weight} must be above 0")
+    check_plain(key, asdict(source))
     at_least(f"{key}.min_tokens", source.min_tokens, 0)
     if source.max_tokens is not None:
         at_least(f"{key}.max_tokens", source.max_tokens, max(source.min_tokens, 1))

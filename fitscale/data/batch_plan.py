@@ -7,20 +7,17 @@
 So the state of the data is the step alone: every rank computes the same plan and none is sent.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 
 from fitscale.config.schema_data import DataConfig
-from fitscale.data.index import Index, open_index
+from fitscale.data.encoding import indices_of
+from fitscale.data.index import Index, OpenIndex, open_index
 from fitscale.data.packing import PackRule
-from fitscale.data.storage import Cache
 from fitscale.data.stream import LATENT_NOISE, VARIANT_CHOICE, ImageStream, philox
-
-OpenIndex = Callable[[str, Cache], Index]  # functools.cache(open_index) where one command reads a shard set twice
 
 
 @dataclass(frozen=True)
@@ -104,30 +101,26 @@ def open_plan(
     Raises:
         UserError: a shard set cannot be opened, or has no image that fits.
     """
-    cache, about = Cache(Path(data.cache_dir), data.cache_gb), {"seed": seed, "patch_size": patch_size, "split": split}
+    about = {"seed": seed, "patch_size": patch_size, "split": split}
     streams = [
-        ImageStream(open_index(source.shards, cache), data, source, number=number, **about)  # type: ignore[arg-type]
-        for number, source in enumerate(data.sources.values())
+        ImageStream(index, data, source, number=number, **about)  # type: ignore[arg-type]
+        for number, (index, source) in enumerate(zip(indices_of(data, open_index), data.sources.values(), strict=True))
     ]
     weights = [source.weight for source in data.sources.values()]
     return BatchPlan(streams, seed=seed, global_batch_size=global_batch_size, weights=weights)
 
 
-def token_shares(data: DataConfig, patch_size: int, open_index: OpenIndex = open_index) -> dict[int, float]:
-    """Share of the images that have each number of tokens, as their variants do; adds up to 1.
-
-    Raises:
-        UserError: a shard set cannot be opened.
-    """
+def token_shares(data: DataConfig, patch_size: int, indices: Sequence[Index]) -> dict[int, float]:
+    """Share of the draws that have each number of tokens; adds up to 1. `indices` are those of `data.sources`."""
     shares: dict[int, float] = {}
     weights = sum(source.weight for source in data.sources.values())
-    for source in data.sources.values():
-        sizes = open_index(source.shards, Cache(Path(data.cache_dir), data.cache_gb)).meta.sizes
-        counts = [((height // patch_size) * (width // patch_size), count) for height, width, count in sizes]
-        used = [(tokens, count) for tokens, count in counts if source.uses(tokens)]
-        total = sum(count for _, count in used)
-        for tokens, count in used:
-            shares[tokens] = shares.get(tokens, 0.0) + source.weight / weights * count / total
+    for source, index in zip(data.sources.values(), indices, strict=True):
+        sizes = zip(index.meta.sizes, index.draws.tolist(), strict=True)
+        counts = [((height // patch_size) * (width // patch_size), draws) for (height, width, _), draws in sizes]
+        used = [(tokens, draws) for tokens, draws in counts if source.uses(tokens)]
+        total = sum(draws for _, draws in used)
+        for tokens, draws in used:
+            shares[tokens] = shares.get(tokens, 0.0) + source.weight / weights * draws / total
     return dict(sorted(shares.items()))
 
 

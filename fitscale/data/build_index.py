@@ -8,6 +8,7 @@
 
 import io
 import json
+import math
 import zlib
 from collections import Counter
 from collections.abc import Iterable
@@ -18,12 +19,16 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fitscale.config.errors import UserError
-from fitscale.config.files import replacing, write_atomic
-from fitscale.data.index import IMAGE, VARIANT, Index, IndexMeta, Shard, key_hash, map_index, open_index
-from fitscale.data.shards import DTYPES, KINDS, Sample, ShardSetMeta, Variant, check_sample, read_set, sample_files
+from fitscale.config.files import parse_json, replacing, write_atomic
+from fitscale.data.index import Index, key_hash, map_index, open_index
+from fitscale.data.index_file import IMAGE, IMAGES, VARIANT, VARIANTS, IndexMeta, Shard, size_counts
+from fitscale.data.shards import DTYPES, KINDS, Sample, ShardSetMeta, Variant, check_sample, read_set
 from fitscale.data.storage import Storage, checksum_of
+from fitscale.data.tars import sample_files
 
+MOST_NPY_HEADER = 1024  # bytes; what they say is parsed as Python
 VariantRow = tuple[Any, ...]  # as VARIANT
+Size = tuple[int, int]  # height, width in latent pixels
 
 
 @dataclass(frozen=True)
@@ -46,17 +51,21 @@ def build_index(folder: str | Path, scanned: Iterable[Scanned] | None = None) ->
     folder = Path(folder)
     meta, paths = read_set(folder)
     with (
-        replacing(folder / "images.npy") as images_path,
-        replacing(folder / "variants.npy") as variants_path,
+        replacing(folder / IMAGES) as images_path,
+        replacing(folder / VARIANTS) as variants_path,
         open(images_path, "wb") as images,
         open(variants_path, "wb") as variants,
     ):
-        shards, sizes = _append_rows(scanned or (scan_shard(path, meta) for path in paths), images, variants)
-        if not sizes:
+        shards, counts, draws = _append_rows(scanned or (scan_shard(path, meta) for path in paths), images, variants)
+        if not counts:
             raise UserError(f"{folder}: its shards hold no images")
+        images.flush()
+        variants.flush()
+        checksums = {IMAGES: checksum_of(images_path), VARIANTS: checksum_of(variants_path)}
         (folder / "index.json").unlink(missing_ok=True)
-    counted = tuple((height, width, count) for (height, width), count in sorted(sizes.items()))
-    whole = IndexMeta(**asdict(meta), shards=tuple(shards), sizes=counted)
+    sizes = tuple((*size, counts[size]) for size in sorted(counts))
+    drawn = tuple(float(draws[size]) for size in sorted(counts))
+    whole = IndexMeta(**asdict(meta), shards=tuple(shards), sizes=sizes, draws=drawn, checksums=checksums)
     storage = Storage(str(folder))
     _check_unique(map_index(storage, whole, storage.local))
     write_atomic(folder / "index.json", json.dumps(asdict(whole), indent=1) + "\n")
@@ -65,24 +74,30 @@ def build_index(folder: str | Path, scanned: Iterable[Scanned] | None = None) ->
 
 def _append_rows(
     scanned: Iterable[Scanned], images: BinaryIO, variants: BinaryIO
-) -> tuple[list[Shard], Counter[tuple[int, int]]]:
-    """Write the .npy files of both kinds of rows; their headers, of one length for any number of rows, twice."""
+) -> tuple[list[Shard], Counter[Size], Counter[Size]]:
+    """Write the .npy files of both kinds of rows; their headers, of one length for any number of rows, twice.
+
+    Returns:
+        the shards; of each size the variants that have it, and in how many of an epoch's draws it occurs.
+    """
     shards: list[Shard] = []
-    sizes: Counter[tuple[int, int]] = Counter()
+    counts, draws = Counter[Size](), Counter[Size]()
     first = 0
     _write_header(images, IMAGE, 0)
     _write_header(variants, VARIANT, 0)
     for number, one in enumerate(scanned):
         one.images["shard"] = number
-        one.images["first_variant"] += sizes.total()
+        one.images["first_variant"] += counts.total()
         images.write(one.images.tobytes())
         variants.write(one.variants.tobytes())
         shards.append(Shard(one.name, len(one.images), one.bytes, one.checksum, first))
-        sizes.update(zip(one.variants["height"].tolist(), one.variants["width"].tolist(), strict=True))
+        for size, variants_of, draws_of in size_counts(one.images, one.variants):
+            counts[size] += variants_of
+            draws[size] += draws_of  # type: ignore[assignment]
         first += len(one.images)
     _write_header(images, IMAGE, first)
-    _write_header(variants, VARIANT, sizes.total())
-    return shards, sizes
+    _write_header(variants, VARIANT, counts.total())
+    return shards, counts, draws
 
 
 def _write_header(file: BinaryIO, dtype: np.dtype, rows: int) -> None:
@@ -109,7 +124,7 @@ def scan_shard(path: Path, meta: ShardSetMeta) -> Scanned:
     for number, (key, files) in enumerate(sample_files(path)):
         try:
             found.append((key_hash(key), *_read_sample(key, files, meta)))
-        except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(f"{path}: sample {number} ({key}) is corrupt: {error}") from error
     found.sort(key=lambda image: image[0])
     images = np.array([(of_key, 0, 0, label, len(rows)) for of_key, label, rows in found], IMAGE)
@@ -119,7 +134,7 @@ def scan_shard(path: Path, meta: ShardSetMeta) -> Scanned:
 
 
 def _read_sample(key: str, files: dict[str, tuple[int, bytes]], meta: ShardSetMeta) -> tuple[int, list[VariantRow]]:
-    described = json.loads(files.pop("json")[1])
+    described = parse_json(files.pop("json")[1], "the .json")
     if len(files) != len(described["variants"]):
         raise UserError(f"{len(described['variants'])} variants described, {len(files)} stored")
     variants, rows = [], []
@@ -136,10 +151,21 @@ def _read_sample(key: str, files: dict[str, tuple[int, bytes]], meta: ShardSetMe
 
 
 def _read_npy(data: bytes) -> tuple[np.ndarray, int]:
-    """The array, and the length of the header before its data (in C order, little-endian)."""
+    """The array, a view of `data`, and the length of the header before it. Nothing is allocated for what a header says.
+
+    Raises:
+        UserError: not in C order and little-endian, or not as many bytes as its shape needs.
+    """
     file = io.BytesIO(data)
-    array = np.load(file, allow_pickle=False)
-    header = len(data) - array.nbytes
-    if file.tell() != len(data) or array.tobytes() != data[header:]:
-        raise UserError("an array must be stored in C order, little-endian, with nothing after it")
-    return array, header
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise UserError("an array must be stored as .npy of version 1.0")
+    try:
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file, max_header_size=MOST_NPY_HEADER)
+    except (SyntaxError, RecursionError, MemoryError, OverflowError) as error:
+        raise UserError(f"not the header of an array: {error}") from error
+    header = file.tell()
+    if fortran or dtype.name not in DTYPES or dtype.byteorder == ">":
+        raise UserError(f"an array must be stored in C order, little-endian, as one of {', '.join(DTYPES)}")
+    if min(shape, default=1) < 0 or math.prod(shape) * dtype.itemsize != len(data) - header:
+        raise UserError(f"an array of shape {shape} with {len(data) - header} bytes")
+    return np.frombuffer(data, dtype, offset=header).reshape(shape), header

@@ -10,13 +10,13 @@ shards.
 """
 
 import hashlib
-import json
+import math
 import mmap
 import os
 import zlib
 from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -25,55 +25,15 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from fitscale.config.errors import UserError
-from fitscale.data.shards import DTYPES, ShardSetMeta, tar_members
-from fitscale.data.storage import Cache, Storage
+from fitscale.config.errors import PassingError, UserError
+from fitscale.data import index_file
+from fitscale.data.index_file import IMAGE, IMAGES, MOST_BYTES, VARIANT, VARIANTS, IndexMeta
+from fitscale.data.shards import DTYPES, shard_path
+from fitscale.data.storage import Cache, File, Storage
+from fitscale.data.tars import tar_members
 
-VERSION = 1
 OPEN_SHARDS = 64  # files a reader keeps open
-IMAGE = np.dtype(
-    [("key_hash", "<u8"), ("first_variant", "<u8"), ("shard", "<u4"), ("label", "<i4"), ("variants", "<u2")]
-)
-VARIANT = np.dtype(
-    [
-        ("offset", "<u8"),  # of the array's data, from the start of the shard, bytes
-        ("length", "<u4"),  # bytes
-        ("crc32", "<u4"),  # of the array's data
-        ("height", "<u2"),  # latent pixels
-        ("width", "<u2"),
-        ("dtype", "u1"),  # position in shards.DTYPES
-        ("kind", "u1"),  # position in shards.KINDS
-        ("flip", "?"),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar: its images are rows first_image .. first_image + images - 1; `checksum` is BLAKE2b-128 of the file."""
-
-    name: str
-    images: int
-    bytes: int
-    checksum: str
-    first_image: int
-
-
-@dataclass(frozen=True)
-class IndexMeta(ShardSetMeta):
-    """What `index.json` holds: `ShardSetMeta` and the shards."""
-
-    version: int = VERSION
-    shards: tuple[Shard, ...] = ()
-    sizes: tuple[tuple[int, int, int], ...] = ()  # (height, width, number of variants that have it), ascending
-
-    @property
-    def num_images(self) -> int:
-        return sum(shard.images for shard in self.shards)
-
-    @property
-    def num_variants(self) -> int:
-        return sum(count for _, _, count in self.sizes)
+PIECE = 1 << 20  # images looked at together
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,24 +62,52 @@ class Index:
         ends = [bisect_left(hashes, limit, start, end) for start, end in pairwise(first)]
         return np.array(ends, dtype=np.int64) - first[:-1]
 
+    def shard_of(self, image: int) -> int:
+        """The number of an image's shard."""
+        return int(np.searchsorted(self.first_images, image, side="right")) - 1
+
     def shard_path(self, shard: int) -> Path:
         """Local path of shard number `shard`, fetched if no copy has the right size; raises as `Storage.local`."""
         one = self.meta.shards[shard]
-        return self.storage.local(one.name, one.bytes, one.checksum)
+        copy = shard_path(Path(), shard).name  # a name of ours
+        return self.storage.local(File(one.name, one.bytes, True, one.checksum, copy, damaged=True))
+
+    def check_rows(self, start: int, end: int) -> None:
+        """Raises UserError if the rows of images start .. end - 1, or of their variants, cannot be; names the first."""
+        if start == end:
+            return
+        images, numbers = self.images[start:end], np.arange(start, end)
+        shards = np.searchsorted(self.first_images, numbers, side="right") - 1
+        wrong = index_file.wrong_images(self.meta, shards, images)
+        self._refuse_rows(IMAGES, images, wrong, start)
+        first = int(images["first_variant"][0])
+        variants = self.variants[first : int(images["first_variant"][-1]) + int(images["variants"][-1])]
+        sizes = np.array([one.bytes for one in self.meta.shards[shards[0] : shards[-1] + 1]], np.uint64)
+        shard_bytes = np.repeat(sizes[shards - shards[0]], images["variants"])
+        wrong = index_file.wrong_variants(self.meta, shard_bytes, variants)
+        self._refuse_rows(VARIANTS, variants, wrong, first)
+
+    def _refuse_rows(self, name: str, rows: np.ndarray, wrong: np.ndarray, start: int) -> None:
+        if wrong.any():
+            place = int(np.argmax(wrong))
+            values = ", ".join(f"{key} {rows[place][key]}" for key in rows.dtype.names or ())
+            raise UserError(
+                f"{self.storage.name_of(name)}: row {start + place} cannot be ({values}); build the index again"
+            )
 
     def key(self, image: int) -> str:
         """The key of an image for a person, looked up in its shard; its row where the shard cannot tell it any more."""
         row = self.images[image]
         try:
-            path, offset = self.shard_path(int(row["shard"])), int(self.variants[row["first_variant"]]["offset"])
+            path, offset = self.shard_path(self.shard_of(image)), int(self.variants[row["first_variant"]]["offset"])
             found = (one for one in tar_members(path) if one.offset_data <= offset < one.offset_data + one.size)
             return next(found).name.rsplit(".", 2)[0]
-        except (UserError, OSError, StopIteration, ValueError):  # damaged headers, or no shard at all
+        except (OSError, StopIteration, ValueError, LookupError, OverflowError):  # damaged headers, or no shard at all
             return f"row {image} of the index"
 
     def describe(self, image: int) -> str:
         """An image for a person: its key and shard."""
-        shard = self.meta.shards[self.images[image]["shard"]].name
+        shard = self.meta.shards[self.shard_of(image)].name
         return f"image {self.key(image)!r} in {self.storage.name_of(shard)}"
 
     def refuse_size(self, height: int, width: int, reason: str) -> NoReturn:
@@ -129,15 +117,38 @@ class Index:
         raise UserError(f"{self.describe(image)} is {height} x {width} latent pixels: {reason}")
 
     def read_ahead(self, start: int, end: int) -> None:
-        """Read the rows of images start .. end - 1 and of their variants in one go.
+        """Read the rows of images start .. end - 1 and of their variants in one go, and check them.
 
         Rows that are mapped and touched at random come from the disk page by page; after this they are in memory.
         """
         if start == end:
             return
         _read_rows(self.images, start, end)
-        first, last = self.images[start], self.images[end - 1]
-        _read_rows(self.variants, int(first["first_variant"]), int(last["first_variant"]) + int(last["variants"]))
+        first, last = (min(int(self.images[row]["first_variant"]), len(self.variants)) for row in (start, end - 1))
+        _read_rows(self.variants, first, max(first, last))
+        self.check_rows(start, end)
+
+    def pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All rows, checked: `PIECE` images at a time, and their variants."""
+        for start in range(0, len(self.images), PIECE):
+            self.check_rows(start, min(start + PIECE, len(self.images)))
+            images = self.images[start : start + PIECE]
+            first = int(images["first_variant"][0])
+            yield images, self.variants[first : first + int(images["variants"].sum(dtype=np.int64))]
+            self.release()
+
+    @cached_property
+    def draws(self) -> np.ndarray:
+        """In how many of an epoch's draws each of the sizes occurs: of an image's variants each is drawn equally often.
+
+        An index of an earlier version does not say so; then all rows are read.
+        """
+        if self.meta.draws:
+            return np.array(self.meta.draws)
+        draws = Counter[tuple[int, int]]()
+        for images, variants in self.pieces():
+            draws.update({size: draw for size, _, draw in index_file.size_counts(images, variants)})  # type: ignore[misc]
+        return np.array([draws[height, width] for height, width, _ in self.meta.sizes], dtype=np.float64)
 
     def release(self) -> None:
         """Give back the memory of rows touched so far; they are mapped again when next used."""
@@ -159,12 +170,19 @@ def open_index(location: str | Path, cache: Cache | None = None) -> Index:
     """Open the index of the shard set at `location`, a folder or an fsspec URL, without reading the shards.
 
     Raises:
-        UserError: no index, one of another version, or one that does not go with the shards that are there.
+        UserError: no index, one of another version or that cannot be, or one that does not go with the shards there.
     """
     storage = Storage(str(location), cache or Cache())
     if storage.remote:
         return _open_remote(storage)
-    meta = _read_index(storage.folder / "index.json")
+    path = storage.folder / "index.json"
+    remedy = f"make it with: python tools/make_shards.py index {path.parent}"
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{path}: no such index ({error.strerror}); if the folder holds shards, {remedy}") from None
+    meta = index_file.parse_index(data, str(path), remedy)
     for shard in meta.shards:
         path = storage.folder / shard.name
         if not path.is_file():
@@ -176,14 +194,22 @@ def open_index(location: str | Path, cache: Cache | None = None) -> Index:
     return map_index(storage, meta, storage.local)
 
 
+OpenIndex = Callable[[str, Cache], Index]  # functools.cache(open_index) where one command reads a shard set twice
+
+
 def _open_remote(storage: Storage) -> Index:
     """Map the cached rows; copies that are damaged are fetched again."""
     try:
-        meta = _read_index(storage.fetch("index.json"))  # the remote one may be newer than the copy
-        contents = hashlib.blake2b("".join(shard.checksum for shard in meta.shards).encode(), digest_size=8)
-        storage = replace(storage, version=contents.hexdigest())
+        path = storage.fetch(File("index.json", MOST_BYTES))  # the remote one may be newer than the copy
+        meta = index_file.parse_index(
+            path.read_bytes(), storage.name_of("index.json"), "make it again where the shards are"
+        )
+        checksums = "".join([*(shard.checksum for shard in meta.shards), *meta.checksums.values()])
+        storage = replace(storage, version=hashlib.blake2b(checksums.encode(), digest_size=8).hexdigest())
         try:
             return map_index(storage, meta, storage.local)
+        except PassingError:
+            raise
         except UserError:
             return map_index(storage, meta, storage.fetch)
     except FileNotFoundError as error:
@@ -194,37 +220,11 @@ def _hash_limit(fraction: float) -> int:
     return int(fraction * 2.0**64)
 
 
-def _read_index(path: Path) -> IndexMeta:
-    remedy = f"make it with: python tools/make_shards.py index {path.parent}"
-    try:
-        content = json.loads(path.read_text())
-        version = content["version"]
-        if version != VERSION:
-            raise UserError(f"{path}: version {version} of the index, only {VERSION} can be read; {remedy}")
-        content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
-        content["sizes"] = tuple((height, width, count) for height, width, count in content["sizes"])
-        return IndexMeta(**content)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: no such index; if the folder holds shards, {remedy}") from None
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not an index ({error}); {remedy}") from error
-
-
-def map_index(storage: Storage, meta: IndexMeta, get: Callable[[str], Path]) -> Index:
+def map_index(storage: Storage, meta: IndexMeta, get: Callable[[File], Path]) -> Index:
     """The index `meta` with its rows mapped from the files that `get` gets; UserError if they do not go with it."""
-    images, variants = get("images.npy"), get("variants.npy")
-    rows = _map_rows(images, IMAGE, meta.num_images), _map_rows(variants, VARIANT, meta.num_variants)
-    return Index(storage, meta, *rows)
-
-
-def _map_rows(path: Path, dtype: np.dtype, rows: int) -> np.memmap:
-    try:
-        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: missing or cut short, build the index again: {error}") from error
-    if mapped.dtype != dtype or mapped.shape != (rows,):
-        raise UserError(f"{path}: does not go with index.json beside it, build the index again")
-    return mapped
+    images = index_file.map_rows(get(meta.file(IMAGES, IMAGE, meta.num_images)), IMAGE, meta.num_images)
+    variants = index_file.map_rows(get(meta.file(VARIANTS, VARIANT, meta.num_variants)), VARIANT, meta.num_variants)
+    return Index(storage, meta, images, variants)
 
 
 def _read_rows(rows: np.memmap, start: int, end: int) -> None:
@@ -251,13 +251,16 @@ class ShardReader:
             CorruptSample: the bytes are not those that were indexed; names shard and sample.
             UserError: the shard cannot be read.
         """
-        row = self.index.variants[variant]
-        data = os.pread(self._file(int(self.index.images[image]["shard"])), int(row["length"]), int(row["offset"]))
-        if zlib.crc32(data) != row["crc32"]:
-            what = f"{len(data)} of {row['length']} bytes" if len(data) < row["length"] else "checksum differs"
-            raise CorruptSample(f"{self.index.describe(image)} is truncated or corrupt: {what}")
-        shape = (self.index.meta.stored_channels, int(row["height"]), int(row["width"]))
-        return np.frombuffer(data, DTYPES[row["dtype"]]).reshape(shape)
+        index, row, shard = self.index, self.index.variants[variant], self.index.shard_of(image)
+        offset, length, crc32, height, width, code = (int(row[name]) for name in VARIANT.names[:6])  # type: ignore[index]
+        shape, dtype = (index.meta.stored_channels, height, width), np.dtype(DTYPES[min(code, len(DTYPES) - 1)])
+        if offset + length > index.meta.shards[shard].bytes or math.prod(shape) * dtype.itemsize != length:
+            raise CorruptSample(f"{index.storage.name_of(VARIANTS)}: row {variant} does not go with its shard")
+        data = os.pread(self._file(shard), length, offset)
+        if zlib.crc32(data) != crc32:
+            what = f"{len(data)} of {length} bytes" if len(data) < length else "checksum differs"
+            raise CorruptSample(f"{index.describe(image)} is truncated or corrupt: {what}")
+        return np.frombuffer(data, dtype).reshape(shape)
 
     def close(self) -> None:
         while self._open:

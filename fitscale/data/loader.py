@@ -24,9 +24,8 @@ from fitscale.config.errors import UserError
 from fitscale.config.schema_data import DataConfig
 from fitscale.data.batch_plan import BatchPlan, GlobalBatch
 from fitscale.data.encode import draw_latent, patchify, to_float
-from fitscale.data.index import CorruptSample, Shard, ShardReader
+from fitscale.data.index import CorruptSample, Index, ShardReader
 from fitscale.data.packing import PackingStats, PackRule, split
-from fitscale.data.storage import Storage
 from fitscale.data.stream import ImageStream
 
 PADDING_SLOT = -1
@@ -199,25 +198,26 @@ class ShardPrefetcher:
 
     def __init__(self, stream: ImageStream) -> None:
         self.stream = stream
-        self._asked: list[Shard] = []
+        self._asked: list[int] = []
 
     def fetch_after(self, place: int) -> None:
         """Begin to fetch what comes after the window of image `place`, unless this is so already.
 
         Nothing is fetched that would push the window before it out of the cache.
         """
-        storage = self.stream.index.storage
-        if not storage.remote:
+        index = self.stream.index
+        if not index.storage.remote:
             return
         shards = self.stream.shards_ahead(place)
-        if shards == self._asked or 2 * sum(shard.bytes for shard in shards) > storage.cache.size_gb * 1e9:
+        size = sum(index.meta.shards[shard].bytes for shard in shards)
+        if shards == self._asked or 2 * size > index.storage.cache.size_gb * 1e9:
             return
         self._asked = shards
         first = os.getpid() % len(shards)  # the processes of a machine begin at different ones
-        threading.Thread(target=_fetch, args=(storage, shards[first:] + shards[:first]), daemon=True).start()
+        threading.Thread(target=_fetch, args=(index, shards[first:] + shards[:first]), daemon=True).start()
 
 
-def _fetch(storage: Storage, shards: list[Shard]) -> None:
+def _fetch(index: Index, shards: list[int]) -> None:
     with contextlib.suppress(UserError, OSError):  # who reads it will meet the same error, and report it
         for shard in shards:
-            storage.local(shard.name, shard.bytes, shard.checksum)
+            index.shard_path(shard)

@@ -1,4 +1,4 @@
-"""Webdataset shards of tokens-to-be: writing them, and finding their members.
+"""Writing webdataset shards of tokens-to-be.
 
 1. An image comes as a `Sample`: key, class label, and its variants (latents of a VAE, or plain pixels).
 2. It is checked, and encoded to `<key>.json` and one `<key>.<n>.npy` per variant.
@@ -11,11 +11,11 @@ are.
 
 import json
 import re
-import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import groupby, islice
+from itertools import islice
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ import numpy as np
 
 from fitscale.config.checks import at_least, choice
 from fitscale.config.errors import UserError
-from fitscale.config.files import replacing, write_atomic
+from fitscale.config.files import read_json, replacing, write_atomic
 
 KINDS = ("resize", "crop", "scale")  # the index stores a kind by its position here
 DTYPES = ("uint8", "float16", "float32")  # likewise
+MOST_JSON = 2**24  # bytes of a dataset.json
 _KEY = re.compile(r"[^.\s]+")  # webdataset ends a key at its first dot
 
 
@@ -60,6 +61,17 @@ class ShardSetMeta:
     recipe: dict[str, Any] = field(default_factory=dict)
     moments: bool = False  # arrays hold the mean of the VAE's posterior, then its standard deviation; training samples
 
+    def __post_init__(self) -> None:
+        """Raises UserError for what cannot be; the file that it was read from may be anybody's."""
+        choice("kind", self.kind, ("pixels", "vae"))
+        whole("factor", self.factor, 1, 2**10)
+        whole("channels", self.channels, 1, 2**14)
+        whole("num_classes", self.num_classes, 1, 2**31 - 1)
+        if type(self.scaling) not in (int, float) or not 0 < self.scaling < inf:
+            raise UserError(f"scaling: {self.scaling!r:.80} is no number above 0")
+        if not isinstance(self.recipe, dict) or not isinstance(self.moments, bool):
+            raise UserError("recipe must be an object, moments true or false")
+
     @property
     def stored_channels(self) -> int:
         """Channels of a stored array: twice `channels` where it holds moments."""
@@ -69,6 +81,12 @@ class ShardSetMeta:
     def dtypes(self) -> tuple[str, ...]:
         """Array types that go with `kind`: pixels are uint8, latents float16 or float32."""
         return ("uint8",) if self.kind == "pixels" else ("float16", "float32")
+
+
+def whole(key: str, value: object, least: int, most: int) -> None:
+    """Raise UserError unless `value` is a whole number from `least` to `most`."""
+    if type(value) is not int or not least <= value <= most:
+        raise UserError(f"{key}: {value!r:.80} is not a whole number from {least} to {most}")
 
 
 def write_shards(folder: Path, samples: Iterable[Sample], meta: ShardSetMeta, images_per_shard: int = 1000) -> None:
@@ -123,13 +141,14 @@ def write_meta(folder: Path, meta: ShardSetMeta) -> None:
 def read_set(folder: Path) -> tuple[ShardSetMeta, list[Path]]:
     """A folder's `dataset.json` and shards; UserError if there are none."""
     path = folder / "dataset.json"
-    try:
-        meta = ShardSetMeta(**json.loads(path.read_text()))
-    except FileNotFoundError:
+    if not path.is_file():
         raise UserError(
             f"{path}: no such file; it says what the arrays are (kind, factor, scaling, channels, num_classes)"
-        ) from None
-    except (ValueError, TypeError) as error:
+        )
+    content = read_json(path, MOST_JSON)
+    try:
+        meta = ShardSetMeta(**content)
+    except (UserError, TypeError) as error:
         raise UserError(f"{path}: not the description of a shard set: {error}") from error
     if shards := shard_files(folder):
         return meta, shards
@@ -181,55 +200,3 @@ def _encoded(sample: Sample) -> dict[str, Any]:
     arrays = [np.ascontiguousarray(v.array_CHW, v.array_CHW.dtype.newbyteorder("<")) for v in sample.variants]
     files = {f"{number}.npy": array for number, array in enumerate(arrays)}
     return {"__key__": sample.key, "json": {"label": int(sample.label), "variants": described}, **files}
-
-
-def sample_files(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
-    """Each sample of a shard: its key, and by extension its files' places in the shard (offset, bytes) and data.
-
-    Raises:
-        UserError: as `tar_members`, or a member is no plain file.
-    """
-    with open(path, "rb") as shard:
-
-        def read(member: tarfile.TarInfo) -> tuple[int, bytes]:
-            if not member.isfile():
-                raise UserError(f"{path}: {member.name} is no plain file")
-            shard.seek(member.offset_data)
-            return member.offset_data, shard.read(member.size)
-
-        for key, members in groupby(tar_members(path), key=lambda member: split_name(member.name)[0]):
-            yield key, {split_name(member.name)[1]: read(member) for member in members}
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Key and extension of a tar's member by webdataset's rule: the key ends at the first dot of the file's name."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension
-
-
-def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar, in their order.
-
-    tarfile takes a damaged or overwritten header, and a file cut between two members, for the end of the archive; here
-    the end must be there, and nothing behind it.
-
-    Raises:
-        UserError: it is no tar, or is truncated or corrupt; names the member after which.
-    """
-    last = "the start"
-    with open(path, "rb") as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while member := tar.next():
-                    tar.members = []  # type: ignore[attr-defined]  # or it keeps them all
-                    last = member.name
-                    yield member
-                file.seek(tar.offset)
-                if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                    raise tarfile.ReadError("the tar's end is missing")
-                while block := file.read(2**20):
-                    if block.strip(tarfile.NUL):
-                        raise tarfile.ReadError("more data follow the tar's end")
-        except tarfile.TarError as error:
-            raise UserError(f"{path}: truncated or corrupt after {last}, or no tar: {error}") from error

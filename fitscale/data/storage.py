@@ -2,10 +2,12 @@
 
 A remote file is fetched whole, once per machine, when first asked for: the plan reads a window of shards nearly to the
 end before it goes on, so a shard in the cache serves many reads, and the store sees long sequential ones. A fetch that
-fails is tried again, waiting twice as long each time. A copy is written under a temporary name, checked and synced to
-disk before it takes its place; one whose size is not the index's is fetched again. The cache is shared by the processes
-of a machine, of which one fetches a file while the others that need it wait; the files unused for longest go when it
-exceeds its bound (one that is open stays readable until it is closed).
+fails is tried again, waiting twice as long each time. The cache is shared by the processes of a machine, of which one
+fetches a file while the others that need it wait; the files unused for longest go when it exceeds its bound (one that
+is open stays readable until it is closed).
+
+The store is not trusted (docs/security.md). A copy has a name of ours; it is `unverified-<name>` unless it has the
+checksum that the index says; and no more is read than the index says there is.
 """
 
 import contextlib
@@ -37,6 +39,18 @@ class Cache:
 
 
 @dataclass(frozen=True)
+class File:
+    """A file of a shard set, and what is known of it before it is read."""
+
+    name: str
+    most: int  # bytes
+    exact: bool = False  # it has exactly `most` bytes
+    checksum: str = ""  # BLAKE2b-128, in hexadecimal; "" where none is known
+    copy: str = ""  # its name in the cache, where that is another
+    damaged: bool = False  # bytes without the checksum serve: each image has a checksum of its own
+
+
+@dataclass(frozen=True)
 class Storage:
     """The files of one shard set, by name."""
 
@@ -60,38 +74,58 @@ class Storage:
         """A file's path or URL, for messages."""
         return f"{self.location.rstrip('/')}/{name}" if self.remote else str(self.folder / name)
 
-    def local(self, name: str, size: int | None = None, checksum: str = "") -> Path:
-        """A local path of the file, fetched if need be: if there is no copy, or one that has not `size` bytes.
+    def local(self, file: File) -> Path:
+        """A local path of the file, fetched if need be: if there is no copy, or one of another size.
 
         Raises:
             FileNotFoundError: the remote store has no such file.
-            UserError: it could not be fetched in `ATTEMPTS` attempts.
+            UserError: it could not be fetched in `ATTEMPTS` attempts; it is not what the index says.
         """
-        path = self.folder / name
-        if self.remote and not _is_held(path, size):
-            locks = self.cache.folder.expanduser() / "locks"
-            locks.mkdir(parents=True, exist_ok=True)
-            with open(locks / f"{zlib.crc32(str(path).encode()) % LOCKS:04d}", "w") as lock:
-                with contextlib.suppress(OSError):  # where the file system knows no locks, go without
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                if not _is_held(path, size):  # another process may have been faster
-                    self.fetch(name, size, checksum)
-        return path
+        if not self.remote:
+            return self.folder / file.name
+        if held := self._held(file):
+            return held
+        locks = self.cache.folder.expanduser() / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with open(locks / f"{zlib.crc32(str(self._place(file)).encode()) % LOCKS:04d}", "w") as lock:
+            with contextlib.suppress(OSError):  # where the file system knows no locks, go without
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            return self._held(file) or self.fetch(file)  # another process may have been faster
 
-    def fetch(self, name: str, size: int | None = None, checksum: str = "") -> Path:
+    def fetch(self, file: File) -> Path:
         """Copy a remote file into the cache, whether or not it is there; as `local` otherwise.
 
-        Bytes that do not have `checksum` are fetched once more and then kept: the store holds them so, and those who
-        read them find out which images are damaged.
+        Bytes that do not have the checksum are fetched once more. Then those of a shard are kept as they are,
+        unverified: the store holds them so, and those who read them find out which images are damaged.
         """
-        url, path = self.name_of(name), self.folder / name
-        with replacing(path) as temporary:
-            for _ in range(2):
-                retried(lambda: _copy(url, temporary, size), url)
-                if not checksum or checksum_of(temporary) == checksum:
+        from fitscale.data.remote import fetch_file  # imports fsspec, which local shards do not need
+
+        url, path = self.name_of(file.name), self._place(file)
+        unverified, verified = path.with_name(f"unverified-{path.name}"), False
+        with replacing(unverified) as temporary:
+            for _ in range(2 if file.checksum else 1):
+                retried(lambda: fetch_file(self.location, file.name, temporary, file.most, file.exact), url)
+                if verified := bool(file.checksum) and checksum_of(temporary) == file.checksum:
                     break
+            if file.checksum and not (verified or file.damaged):
+                raise UserError(f"{url}: came twice without the checksum that index.json says; the set is damaged")
+        path = unverified.replace(path) if verified else unverified
         evict(self.cache.folder.expanduser(), self.cache.size_gb * 1e9, keep=path)
         return path
+
+    def _place(self, file: File) -> Path:
+        return self.folder / (file.copy or file.name)
+
+    def _held(self, file: File) -> Path | None:
+        """The copy that serves, if there is one; its turn to be evicted comes last again."""
+        path = self._place(file)
+        unverified = path.with_name(f"unverified-{path.name}")
+        for one in [path, unverified] if file.damaged or not file.checksum else [path]:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(one)
+                if not file.exact or one.stat().st_size == file.most:
+                    return one
+        return None
 
 
 def checksum_of(path: Path) -> str:
@@ -121,28 +155,6 @@ def retried(function: Callable[[], Result], what: str) -> Result:
                 raise PassingError(f"{what}: cannot be read after {ATTEMPTS} attempts: {reason}") from error
             time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
             attempt += 1
-
-
-def _is_held(path: Path, size: int | None) -> bool:
-    """Whether a copy of that size, or of any, is there; its turn to be evicted comes last again."""
-    try:
-        os.utime(path)
-        return size is None or path.stat().st_size == size
-    except FileNotFoundError:
-        return False
-
-
-def _copy(url: str, path: Path, size: int | None) -> None:
-    """Fetch a file; OSError if it has not `size` bytes, UserError if fsspec does not know such a URL."""
-    import fsspec
-
-    try:
-        store, remote = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{url}: {error}") from error
-    store.get_file(remote, str(path))
-    if size not in (None, came := path.stat().st_size):
-        raise OSError(f"{came} bytes came, the index says {size}")
 
 
 def evict(folder: Path, limit: float, keep: Path) -> None:

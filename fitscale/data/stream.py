@@ -15,7 +15,7 @@ import numpy as np
 
 from fitscale.config.errors import UserError
 from fitscale.config.schema_data import DataConfig, SourceConfig
-from fitscale.data.index import Index, Shard
+from fitscale.data.index import Index
 
 SHARD_ORDER, IMAGE_ORDER, VARIANT_CHOICE, LATENT_NOISE = range(4)  # what a draw is for
 PURPOSES = 256  # draws of source k of a mixture are for purpose + k * PURPOSES
@@ -81,11 +81,11 @@ class ImageStream:
             start, count = start + len(parts[-1]), count - len(parts[-1])
         return np.concatenate(parts)
 
-    def shards_ahead(self, place: int) -> list[Shard]:
-        """The shards of the window after the one that image `place` of the stream is in, of this epoch or the next."""
+    def shards_ahead(self, place: int) -> list[int]:
+        """The shards' numbers in the window after the one that image `place` is in, of this epoch or the next."""
         epoch, window, left = self._locate(place)
         epoch, window, _ = self._locate(place + left)
-        return [self.index.meta.shards[shard] for shard in self._members(epoch, window).tolist()]
+        return self._members(epoch, window).tolist()  # type: ignore[no-any-return]
 
     def _locate(self, place: int) -> tuple[int, int, int]:
         """Epoch and window of image `place` of the stream, and how many images the window has from there on."""
@@ -120,6 +120,7 @@ class ImageStream:
         rows = np.arange(start, end)
         if not self.limits.limited or start == end:
             return rows
+        self.index.check_rows(start, end)
         first = self.index.images["first_variant"][start:end].astype(np.int64)
         last = int(first[-1] + self.index.images[end - 1]["variants"])
         allowed = self._allowed(slice(int(first[0]), last))

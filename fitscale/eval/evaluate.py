@@ -23,8 +23,8 @@ from tqdm import tqdm
 from fitscale.config.errors import UserError
 from fitscale.config.files import append_jsonl, read_jsonl
 from fitscale.config.schema import Config, ModelConfig
-from fitscale.data.batch_plan import BatchPlan, OpenIndex, open_plan
-from fitscale.data.index import open_index
+from fitscale.data.batch_plan import BatchPlan, open_plan
+from fitscale.data.index import OpenIndex, open_index
 from fitscale.data.loader import Pack, make_loader
 from fitscale.data.packing import PackRule
 from fitscale.data.pictures import batched
@@ -36,6 +36,7 @@ from fitscale.flow.loss import make_objective
 from fitscale.flow.path import VALIDATION, image_noise, lengths_of
 from fitscale.model import flops
 from fitscale.model.common.layout import pack_layout
+from fitscale.plan.preflight import require_encoding
 from fitscale.run.comparability import sample_key, validation_key
 from fitscale.run.layout import Checkpoint, RunDir
 
@@ -208,7 +209,9 @@ def _validation_packs(config: Config, opened: OpenIndex) -> Iterator[Pack]:
 
 def _plan(config: Config, split: str, seed: int, images: int, opened: OpenIndex) -> BatchPlan:
     about = {"global_batch_size": images, "patch_size": config.model.patch_size}
-    return open_plan(config.data, seed=seed, split=split, open_index=opened, **about)  # type: ignore[arg-type]
+    plan = open_plan(config.data, seed=seed, split=split, open_index=opened, **about)  # type: ignore[arg-type]
+    require_encoding(config, plan)
+    return plan
 
 
 def _mean_error(values: np.ndarray) -> float | None:

@@ -20,9 +20,9 @@ from tqdm import tqdm
 from fitscale.config.errors import UserError
 from fitscale.config.files import replacing
 from fitscale.config.schema_data import DataConfig, LatentConfig
-from fitscale.data.batch_plan import OpenIndex
 from fitscale.data.encode import Decoder, to_float
-from fitscale.data.index import Index, ShardReader
+from fitscale.data.encoding import require_latent
+from fitscale.data.index import Index, OpenIndex, ShardReader
 from fitscale.data.pictures import batched
 from fitscale.data.storage import Cache
 from fitscale.eval.features import AT_ONCE, FeatureNet
@@ -52,6 +52,7 @@ def load_reference(path: Path, net: FeatureNet, data: DataConfig, cache: Path, o
     images: Iterator[np.ndarray]
     if (path / "index.json").is_file():
         index = open_index(str(path), Cache(Path(data.cache_dir), data.cache_gb))
+        require_latent(data.latent, index)
         identity, number, images = data_identity(index), index.meta.num_variants, _shard_images(index, data.latent)
     else:
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)

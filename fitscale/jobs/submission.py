@@ -11,7 +11,7 @@ from typing import Any
 
 from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
-from fitscale.data.batch_plan import OpenIndex
+from fitscale.data.index import OpenIndex
 from fitscale.jobs.profile import ClusterConfig, LayoutConfig
 from fitscale.model import flops
 from fitscale.plan.layout import GIB, Machine, dp_size, in_words, layouts

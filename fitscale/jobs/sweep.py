@@ -14,9 +14,10 @@ from typing import Any
 
 from fitscale.config.checks import Section, choice, number
 from fitscale.config.errors import UserError, mistakes_in
-from fitscale.config.load import load_config
 from fitscale.config.program import aligned
 from fitscale.config.schema import Config
+from fitscale.data.encoding import load_run
+from fitscale.data.index import OpenIndex, open_index
 from fitscale.jobs.profile import LayoutConfig
 from fitscale.jobs.submission import Submission
 from fitscale.run.progress import wanted_metrics
@@ -89,7 +90,7 @@ class SweepConfig(Section):
                 raise UserError(f"cells: {name!r} cannot be a directory's name; use letters, digits, '-', '_' and '.'")
 
 
-def cells(sweep: SweepConfig) -> list[Config]:
+def cells(sweep: SweepConfig, open_index: OpenIndex = open_index) -> list[Config]:
     """The configs of the cells, in the sweep's order.
 
     Raises:
@@ -99,7 +100,7 @@ def cells(sweep: SweepConfig) -> list[Config]:
     found = []
     for name, arguments in sweep.arguments.items():
         with mistakes_in(f"cell {name}"):
-            config = load_config(arguments)
+            config = load_run(arguments, open_index)
             if config.evaluation.points and not wanted_metrics(config):
                 raise UserError(
                     f"evaluation.points: {config.evaluation.points} evaluations would measure nothing; give "

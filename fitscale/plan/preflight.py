@@ -9,8 +9,9 @@ from pathlib import Path
 
 from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
-from fitscale.data.batch_plan import BatchPlan, OpenIndex, open_plan
-from fitscale.data.index import Index, open_index
+from fitscale.data.batch_plan import BatchPlan, open_plan
+from fitscale.data.encoding import require_classes, require_latent
+from fitscale.data.index import OpenIndex, open_index
 from fitscale.data.packing import PackRule
 from fitscale.model import flops
 from fitscale.model.backbone import parameter_table
@@ -29,11 +30,21 @@ def open_data(config: Config, open_index: OpenIndex = open_index) -> BatchPlan:
     plan = open_plan(
         config.data, seed=config.run.seed, global_batch_size=batch, patch_size=patch_size, open_index=open_index
     )
-    for stream in plan.streams:
-        _require_same_latents(config, stream.index)
+    require_encoding(config, plan)
     plan.require_fit(pack_rule(config))
     _require_names(config)
     return plan
+
+
+def require_encoding(config: Config, plan: BatchPlan) -> None:
+    """Raises UserError, with the key, if the plan's shards are not what the config says: arrays, channels, classes."""
+    indices = [stream.index for stream in plan.streams]
+    for index in indices:
+        require_latent(config.data.latent, index)
+        if (channels := index.meta.channels) != config.model.in_channels:
+            said = f"the config says {config.model.in_channels}, the shards in {index.storage.location} have {channels}"
+            raise UserError(f"model.in_channels: {said}")
+    require_classes(config, indices)
 
 
 def require_files(config: Config) -> None:
@@ -63,21 +74,3 @@ def _require_names(config: Config) -> None:
         for pattern in patterns:
             if not any(entry.matches([pattern]) for entry in table):
                 raise UserError(f"{key}: {pattern!r} is part of no parameter's name")
-
-
-def _require_same_latents(config: Config, index: Index) -> None:
-    meta, model, shards = index.meta, config.model, index.storage.location
-    pairs = (
-        ("model.in_channels", model.in_channels, meta.channels),
-        ("data.latent.kind", config.data.latent.kind, meta.kind),
-        ("data.latent.factor", config.data.latent.factor, meta.factor),
-        ("data.latent.scaling", config.data.latent.scaling, meta.scaling),
-    )
-    for key, wanted, stored in pairs:
-        if wanted != stored:
-            raise UserError(f"{key}: the config says {wanted}, the shards in {shards} have {stored}")
-    if meta.num_classes > model.num_classes:
-        raise UserError(
-            f"model.num_classes: {model.num_classes}, but the shards in {shards} have labels of "
-            f"{meta.num_classes} classes"
-        )

@@ -16,8 +16,8 @@ from fitscale.config.errors import UserError
 from fitscale.config.files import read_jsonl
 from fitscale.config.load import load_config
 from fitscale.config.schema import Config
-from fitscale.data.batch_plan import OpenIndex
-from fitscale.data.index import open_index
+from fitscale.data.encoding import load_run
+from fitscale.data.index import OpenIndex, open_index
 from fitscale.model import flops
 from fitscale.plan.devices import device_reported_as, find_device
 from fitscale.plan.layout import GIB, Machine, in_words, layouts
@@ -30,7 +30,8 @@ _PARTS = {"optimizer": "fp32 weights, moments", "ema": "EMA", "buffers": "buffer
 
 def run_plan(arguments: argparse.Namespace) -> None:
     """Print the plan that the command line asks for."""
-    config, opened = load_config(arguments.config), cache(open_index)
+    opened = cache(open_index)
+    config = load_run(arguments.config, opened)
     for key in ("gpus", "gpus_per_node", "best", "target_steps"):
         if getattr(arguments, key) is not None:
             at_least(f"--{key.replace('_', '-')}", getattr(arguments, key), 1)

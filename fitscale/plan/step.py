@@ -17,8 +17,9 @@ import numpy as np
 
 from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
-from fitscale.data.batch_plan import OpenIndex, token_shares
-from fitscale.data.index import open_index
+from fitscale.data.batch_plan import token_shares
+from fitscale.data.encoding import indices_of
+from fitscale.data.index import OpenIndex, open_index
 from fitscale.data.packing import Packing, split
 from fitscale.model import flops
 from fitscale.plan.layout import Machine, dp_size, resolve_precision
@@ -97,7 +98,7 @@ def typical_images(config: Config, open_index: OpenIndex = open_index) -> Images
     if absent or not places:
         why = f"no shards at {', '.join(absent)}" if absent else "no data.shards"
         return Images({ASSUMED_TOKENS: 1.0}, batch, f"assumed: {why}")
-    shares = token_shares(config.data, config.model.patch_size, open_index)
+    shares = token_shares(config.data, config.model.patch_size, indices_of(config.data, open_index))
     return Images(shares, batch, f"sizes in {', '.join(places)}")
 
 

@@ -1,6 +1,5 @@
 """Images inside tars and Parquet files, listed from the tars' headers and the Parquet files' other columns."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -10,10 +9,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fitscale.config.errors import UserError
-from fitscale.data.shards import split_name, tar_members
+from fitscale.config.files import parse_json
+from fitscale.data.tars import split_name, tar_members
 from fitscale.prepare.listing import Label, read_listed
 from fitscale.prepare.preprocess import Rejected, first_line
 
+MOST_TEXT = 2**20  # bytes of a label's file that are read
 MAX_LABEL = 2**31 - 1  # a label is an int32 in the index
 Extent = tuple[int, int]  # offset and size of a member's data
 
@@ -22,7 +23,7 @@ def number_of(text: Any, what: str) -> int | Rejected:
     """The label that `text` says, or why it says none."""
     try:
         number = int(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return Rejected(f"{what} {str(text)[:40]!r} is no number")
     if number > MAX_LABEL:
         return Rejected(f"{what} {str(number)[:40]} is above {MAX_LABEL}")
@@ -79,16 +80,17 @@ def _label(stream: BinaryIO, name: str, side_files: dict[str, Extent]) -> Label 
         return number_of(_text(stream, extent), "the .cls file's label")
     if extent := side_files.get(stem + ".json"):
         try:
-            return number_of(json.loads(_text(stream, extent)).get("label"), "the .json file's label")
-        except (ValueError, AttributeError):
+            content = parse_json(_text(stream, extent).encode(), name)
+        except UserError:
             return Rejected("the .json file beside it is damaged")
+        return number_of(content.get("label"), "the .json file's label")
     folder, slash, _ = _key(name).partition("/")
     return folder if slash else None
 
 
 def _text(stream: BinaryIO, extent: Extent) -> str:
     stream.seek(extent[0])
-    return stream.read(extent[1]).decode(errors="replace")
+    return stream.read(min(extent[1], MOST_TEXT)).decode(errors="replace")
 
 
 @dataclass(frozen=True)

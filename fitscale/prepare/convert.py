@@ -13,6 +13,7 @@ So the shards are the same bytes for one worker and for a hundred, interrupted o
 import fcntl
 import json
 import shutil
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,9 +24,11 @@ from tqdm import tqdm
 
 from fitscale.config.checks import at_least, choice
 from fitscale.config.errors import UserError
-from fitscale.config.files import replacing, write_atomic
+from fitscale.config.files import parse_json, read_json, replacing, write_atomic
 from fitscale.data.build_index import Scanned, build_index, scan_shard
+from fitscale.data.encoding import vae_hash
 from fitscale.data.index import key_hash
+from fitscale.data.index_file import IMAGE, VARIANT
 from fitscale.data.pictures import in_batches
 from fitscale.data.shards import Sample, ShardSetMeta, Variant, shard_path, write_meta, write_shard
 from fitscale.prepare.listing import Item
@@ -77,7 +80,7 @@ def is_finished(job: Conversion, out: Path) -> bool:
 
 def _check_record(record: Path, mine: dict[str, Any]) -> None:
     """Raise UserError unless the `job.json` at `record` says what `mine` does."""
-    held = json.loads(record.read_text())
+    held = read_json(record)
     differing = [key for key, value in mine.items() if key in held and held[key] != value]
     if not mine.keys() <= held.keys():
         begun = "by an earlier version, whose order is not known"
@@ -165,7 +168,9 @@ class Converter:
         if self.encoder is None:
             return ShardSetMeta("pixels", 1, 1.0, 3, self.source.num_classes, recipe)
         vae, moments = self.encoder, self.job.store == "moments"
-        recipe["store"] = self.job.store
+        recipe |= {"store": self.job.store, "encoder_hash": vae_hash(self.job.encoder)}
+        if Path(self.job.encoder).is_dir():  # it is found from any folder
+            recipe["encoder"] = str(Path(self.job.encoder).resolve())
         return ShardSetMeta("vae", vae.factor, vae.scaling, vae.channels, self.source.num_classes, recipe, moments)
 
     def _part(self, chunk: int) -> Path:
@@ -182,12 +187,15 @@ class Converter:
                 rejected.append({"name": item.name, "key": item.key, "reason": str(found)})
             else:
                 good.append((item, found))
+        shard = shard_path(self.out, chunk)
+        bar.set_postfix_str(f"encoding {shard.name}")
         samples = self._samples(good)
         if self._done(chunk):  # another worker was faster
             return
-        shard = shard_path(self.out, chunk)
+        bar.set_postfix_str(f"writing {shard.name}")
         if good:
             write_shard(shard, samples, self.meta)
+        bar.set_postfix_str(f"checking {shard.name}")
         _save_part(self._part(chunk), scan_shard(shard, self.meta) if good else None, rejected)
 
     def _prepare(self, item: Item) -> tuple[Item, list[Variant] | Rejected]:
@@ -237,7 +245,7 @@ class Converter:
             for left in self.out.glob(".*.tmp*"):  # by workers that were killed
                 left.unlink()
             images, rejected = 0, []
-            for scanned, reasons in map(_load_part, parts):
+            for scanned, reasons in map(_load_part, tqdm(parts, desc="joining", unit="shard", mininterval=1.0)):
                 images += len(scanned.images) if scanned else 0
                 rejected += reasons
             if images + len(rejected) != len(self.source):
@@ -252,7 +260,8 @@ class Converter:
                     f"{self.job.source}: all {len(rejected)} images were rejected, the reasons are in {where}"
                 )
             write_meta(self.out, self.meta)
-            build_index(self.out, (scanned for scanned, _ in map(_load_part, parts) if scanned))
+            listed = tqdm(parts, desc="index", unit="shard", mininterval=1.0)
+            build_index(self.out, (scanned for scanned, _ in map(_load_part, listed) if scanned))
             shutil.rmtree(self.out / ".parts")
             (self.out / ".lock").unlink()
 
@@ -265,9 +274,17 @@ def _save_part(path: Path, scanned: Scanned | None, rejected: list[dict[str, str
 
 
 def _load_part(path: Path) -> tuple[Scanned | None, list[dict[str, str]]]:
-    with np.load(path) as part:
-        about = json.loads(str(part["about"]))
-        if about["shard"] is None:
-            return None, about["rejected"]
-        name, size, checksum = about["shard"]
-        return Scanned(name, size, checksum, part["images"], part["variants"]), about["rejected"]
+    """What `_save_part` saved, unpacked: no array outgrows the file. UserError if it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as packed:
+            if sum(member.file_size for member in packed.infolist()) > path.stat().st_size:
+                raise UserError("it is packed, which no part is")
+        with np.load(path) as part:
+            about = parse_json(str(part["about"]).encode(), "its text")
+            if about["shard"] is None:
+                return None, about["rejected"]
+            name, size, checksum = about["shard"]
+            images, variants = part["images"].astype(IMAGE), part["variants"].astype(VARIANT)
+            return Scanned(name, size, checksum, images, variants), about["rejected"]
+    except (ValueError, LookupError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: damaged ({error}); remove it and start again: its shard is made anew") from error

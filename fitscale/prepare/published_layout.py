@@ -21,7 +21,7 @@ from fitscale.data.index import Index
 from fitscale.data.shards import Sample, ShardSetMeta, Variant, write_shards
 
 PATCH, CHANNELS, FACTOR = 2, 4, 8
-SCALING = 0.18215  # of the VAE that the published features come from
+VAE, SCALING = "stabilityai/sd-vae-ft-ema", 0.18215  # that the published features come from
 
 
 def import_layout(source: Path, out: Path, tokens: int, images_per_shard: int) -> Index:
@@ -35,7 +35,8 @@ def import_layout(source: Path, out: Path, tokens: int, images_per_shard: int) -
     files = [(path, kind) for folder, kind in folders for path in sorted(folder.glob("*.safetensors"))]
     if not files:
         raise UserError(f"{source}: holds no .safetensors files in from_16_to_{tokens} or greater_than_{tokens}_resize")
-    recipe = {"preprocessing": "FiT (arXiv 2402.12376), published layout", "source": str(source), "tokens": tokens}
+    about = "FiT (arXiv 2402.12376), published layout"
+    recipe = {"preprocessing": about, "source": str(source), "tokens": tokens, "encoder": VAE}
     classes = 1 + max(_label(path) for path, _ in files)
     meta = ShardSetMeta("vae", FACTOR, SCALING, CHANNELS, classes, recipe)
     write_shards(out, _samples(files, crops), meta, images_per_shard)

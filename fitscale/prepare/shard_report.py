@@ -14,9 +14,11 @@ import numpy as np
 from fitscale.config.checks import at_least
 from fitscale.config.files import read_jsonl, replacing, write_atomic
 from fitscale.config.schema_data import LatentConfig
-from fitscale.data.index import Index, IndexMeta, ShardReader, open_index
+from fitscale.data.index import Index, ShardReader, open_index
+from fitscale.data.index_file import IndexMeta
 from fitscale.data.pictures import write_contact_sheet
-from fitscale.prepare.statistics import DrawnSizes, drawn_sizes, label_counts, verify, wasted
+from fitscale.prepare.statistics import DrawnSizes, drawn_sizes, label_counts, wasted
+from fitscale.prepare.verify import verify
 
 SHEET = 24  # images on the contact sheet
 BAR = 40  # characters of the longest bar
@@ -29,7 +31,7 @@ def run_data(arguments: argparse.Namespace) -> None:
     for key in ("patch_size", "batch", "ranks", "pack_tokens"):
         at_least(f"--{key.replace('_', '-')}", getattr(arguments, key), 1)
     if arguments.verify:
-        print(f"{verify(index)} shards verified: every checksum is right")
+        print(verify(index))
     drawn = drawn_sizes(index, arguments.patch_size)
     print(_counts(index, drawn))
     print(f"tokens per image\n{text_histogram(drawn.tokens, drawn.draws)}")

@@ -6,19 +6,15 @@ ranks' time that no image of the batch needs, since every rank waits for the mos
 a * n + b * n^2, in FLOPs.
 """
 
-from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 
 import numpy as np
 
-from fitscale.config.errors import UserError
 from fitscale.config.schema_data import DataConfig
 from fitscale.data.batch_plan import open_plan
 from fitscale.data.index import Index
 from fitscale.data.packing import PackRule, macs_of, split
-from fitscale.data.storage import checksum_of
 
-PIECE = 1 << 20  # images looked at together
 STEPS = 20  # global batches whose waste is averaged
 OPEN_PACKS = 64  # of first-fit; older packs are taken for full
 Cost = tuple[float, float]  # a, b
@@ -43,42 +39,15 @@ def drawn_sizes(index: Index, patch_size: int) -> DrawnSizes:
         if height % patch_size or width % patch_size:
             index.refuse_size(height, width, f"both must be multiples of --patch-size {patch_size}")
     heights, widths, _ = np.array(index.meta.sizes, dtype=np.int64).T
-    codes = heights << 16 | widths  # ascending, as the sizes are
-    draws = np.zeros(len(codes))
-    for images, variants in _pieces(index):
-        drawn = variants["height"].astype(np.int64) << 16 | variants["width"]
-        weights = np.repeat(1 / images["variants"], images["variants"])
-        draws += np.bincount(np.searchsorted(codes, drawn), weights=weights, minlength=len(codes))
-    return DrawnSizes(heights // patch_size, widths // patch_size, draws)
+    return DrawnSizes(heights // patch_size, widths // patch_size, index.draws)
 
 
 def label_counts(index: Index) -> np.ndarray:
     """Images of each class, (num_classes,)."""
     counts = np.zeros(index.meta.num_classes, dtype=np.int64)
-    for images, _ in _pieces(index):
+    for images, _ in index.pieces():
         counts += np.bincount(images["label"], minlength=len(counts))
     return counts
-
-
-def _pieces(index: Index) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for start in range(0, len(index.images), PIECE):
-        images = index.images[start : start + PIECE]
-        first = int(images["first_variant"][0])
-        yield images, index.variants[first : first + int(images["variants"].sum(dtype=np.int64))]
-        index.release()
-
-
-def verify(index: Index) -> int:
-    """Read every shard; returns how many there are.
-
-    Raises:
-        UserError: at the end, naming every shard whose bytes are not those that were indexed.
-    """
-    shards = enumerate(index.meta.shards)
-    wrong = [shard.name for number, shard in shards if checksum_of(index.shard_path(number)) != shard.checksum]
-    if wrong:
-        raise UserError(f"{index.storage.location}: wrong checksums in {len(wrong)} shards: {', '.join(wrong)}")
-    return len(index.meta.shards)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fitscale.config.schema import Config
-from fitscale.data.batch_plan import BatchPlan
+from fitscale.data.batch_plan import BatchPlan, token_shares
 from fitscale.model import flops
 from fitscale.parallel.groups import Topology
 from fitscale.plan.layout import in_words
@@ -50,7 +50,8 @@ def _git_revision() -> str | None:
 def start_table(config: Config, topology: Topology, plan: BatchPlan, first_step: int) -> str:
     """What is about to run, for a person: one `name  value` line each."""
     model, batch, parallel = config.model, config.batch.global_batch_size, config.parallel
-    tokens_per_image = float(plan.step(first_step).tokens_B.mean())
+    shares = token_shares(config.data, model.patch_size, [stream.index for stream in plan.streams])
+    tokens_per_image = sum(tokens * share for tokens, share in shares.items())
     step_flops = flops.train_flops(model, round(tokens_per_image)) * batch
     state = rank_memory(config, topology.dp_size, 0, 0, on_cuda=False).state
     rows = {
