@@ -1,4 +1,4 @@
-"""The `fitscale` program: config, data, train, plan, sample, evaluate.
+"""The `fitscale` program: config, data, train, plan, sample, evaluate, check.
 
 Only argparse and the arguments are imported before a command is known, so that `--help` answers at once; torch and
 everything above it are imported by the command that needs them.
@@ -12,7 +12,7 @@ from pathlib import Path
 from fitscale.config.program import exit_code
 from fitscale.eval.arguments import add_data_arguments, add_evaluate_arguments, add_sample_arguments
 
-Command = Callable[[argparse.Namespace], None]
+Command = Callable[[argparse.Namespace], int | None]
 Arguments = Callable[[argparse.ArgumentParser], None]
 
 
@@ -46,7 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
     add(_plan, _add_plan_arguments, "memory, communication and time of a run before it is started", example)
     add(_sample, add_sample_arguments, "draw images from a run", "runs/b --height 256 --width 256 --count 16")
     add(_evaluate, add_evaluate_arguments, "measure a run's checkpoints", "runs/b")
+    add(_check, _add_run, "verify that everything in a run directory is as it was written", "runs/b")
     return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -104,3 +109,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from fitscale.eval.commands import run_evaluate
 
     run_evaluate(arguments)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from fitscale.run.check import run_check
+
+    return run_check(arguments.run)

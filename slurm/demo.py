@@ -64,7 +64,10 @@ def run_demo() -> None:
 def why(row: dict) -> str:  # type: ignore[type-arg]
     if row["event"] == "end":
         return str(row["reason"])
-    return f"job {row['job']}, the one before ended by {row['previous_ended']}, {row['lost_steps']} steps lost"
+    if row["attempt"] == 1:
+        return f"job {row['job']}, the first"
+    ended = {"killed": "was killed"}.get(row["previous_ended"], f"ended: {row['previous_ended']}")
+    return f"job {row['job']}, the one before {ended}, {row['lost_steps']} steps lost"
 
 
 def boot(folder: Path) -> None:

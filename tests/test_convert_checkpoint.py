@@ -60,12 +60,13 @@ def make_run(path: Path, sets: dict[str, dict[str, torch.Tensor]], files: int = 
     run = RunDir(path)
     write_atomic(run.config, to_yaml(tiny_config(path, Path("shards"))))
     for step in steps:
-        folder = run.checkpoint_path(step)
+        folder, checksums = run.checkpoint_path(step), {}
         for name, tensors in sets.items():
             for rank in range(files):
                 part = {name: stored(tensor) for name, tensor in list(tensors.items())[rank::files]}
-                write_tensors(folder / "weights" / name / f"{rank:05d}.safetensors", part, {"rank": str(rank)})
-        complete(folder, {"step": step, "model": asdict(CONFIG.model)})
+                file = f"weights/{name}/{rank:05d}.safetensors"
+                checksums[file] = write_tensors(folder / file, part, {"rank": str(rank)})
+        complete(folder, {"step": step, "model": asdict(CONFIG.model)}, checksums)
     return path
 
 

@@ -7,8 +7,10 @@ import pytest
 from fitscale.config.errors import UserError
 from fitscale.config.files import append_jsonl, read_jsonl, write_atomic
 from fitscale.config.load import load_config, to_yaml
+from fitscale.run.attempt import begin_attempt
 from fitscale.run.claim import claim
 from fitscale.run.layout import RunDir, read_checkpoint
+from fitscale.run.progress import progress
 from tests.tiny import OVERRIDES
 
 
@@ -45,7 +47,8 @@ def test_a_half_written_checkpoint_is_absent(tmp_path, damage):
         "file missing": file.unlink,
         "file cut": lambda: file.write_bytes(b"123"),
     }[damage]()
-    assert read_checkpoint(folder) is None
+    with pytest.raises(UserError, match=f"^{folder}/"):
+        read_checkpoint(folder)
     assert [one.step for one in run.checkpoints()] == [1]
     assert run.checkpoint_folders() == [run.checkpoint_path(1), folder]
 
@@ -79,6 +82,32 @@ def test_jsonl_survives_a_line_cut_short(tmp_path):
     append_jsonl(path, {"step": 3})
     assert read_jsonl(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("metrics.jsonl", b'{"loss": 1.0}'),
+        ("metrics.jsonl", b'{"step": "4", "loss": 1.0}'),
+        ("metrics.jsonl", b'{"step": 4, "loss": "much"}'),
+        ("metrics.jsonl", b"garbage"),
+        ("attempts.jsonl", b'{"step": 4, "event": "start"}'),
+        ("attempts.jsonl", b'[{"step": 4, "event": "start", "attempt": 2}]'),
+        ("attempts.jsonl", b"\xff\xfe"),
+        ("evaluations.jsonl", b'{"step": 4, "metric": "fd", "value": 3.0, "weights": "ema", "key": "x"}'),
+    ],
+)
+def test_rows_that_lack_what_is_read(tmp_path, name, line):
+    """Whoever reads the file next, a start or a status table, names its line."""
+    run, config = RunDir(tmp_path), load_config([*OVERRIDES, f"run.dir={tmp_path}"])
+    begin_attempt(run, 0)
+    append_jsonl(run.metrics, {"step": 1, "loss": None})
+    number = 2 if (tmp_path / name).exists() else 1
+    with open(tmp_path / name, "ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(UserError, match=rf"{name}, line {number}: "):
+        begin_attempt(run, 0)
+        progress(config, run)
 
 
 def test_a_first_line_cut_short_is_dropped(tmp_path):

@@ -18,7 +18,7 @@ from fitscale.config.schema import Config
 from fitscale.data.batch_plan import open_plan
 from fitscale.prepare.digits import write_digits
 from fitscale.run.layout import RunDir
-from fitscale.train.metrics import WAITING_LONGEST_S
+from fitscale.train.metrics import WAITING_LONGEST_S, is_waiting
 from tests.distributed.spawn import run_ranks
 from tests.tiny import tiny_config
 from tests.waiting import wait_until
@@ -120,6 +120,21 @@ def test_a_stall_that_cannot_be_hidden_is_told(tmp_path, shards):
     assert row["waiting_for_data"] and row["data_wait_longest_s"] > stall_s
     assert row["data_wait_longest_s"] <= 10 * row["data_wait_s"] < 10 * row["step_s"]
     assert ": waiting for data took " in text
+
+
+@pytest.mark.parametrize(
+    ("steps", "step_s", "wait_s", "longest_s", "expected"),
+    [
+        (10, 0.001, 0.0005, 0.002, False),  # half of the time, but no time at all
+        (1000, 0.01, 0.002, 0.02, True),  # a fifth of ten seconds
+        (1000, 0.01, 0.0009, 0.02, False),  # less than a tenth
+        (10, 1.0, 0.05, 0.1, False),
+        (1000, 1.0, 0.002, 1.5, True),  # once, but long
+    ],
+)
+def test_waiting_is_told_where_it_adds_up(steps, step_s, wait_s, longest_s, expected):
+    speed = {"step_s": step_s, "data_wait_s": wait_s, "data_wait_longest_s": longest_s}
+    assert is_waiting(speed, steps) is expected
 
 
 def waits_of_two_ranks() -> dict[str, dict[str, float]]:

@@ -1,6 +1,8 @@
 """Training on real digits: the loss does not depend on the packs, and a killed run ends as an undisturbed one."""
 
+import contextlib
 import gzip
+import io
 import json
 import os
 import random
@@ -109,6 +111,32 @@ def test_a_checkpoint_before_the_first_logged_step_is_saved(tmp_path, digits_sha
     )
     assert [checkpoint.step for checkpoint in RunDir(tmp_path).checkpoints()] == [1, 2]
     assert column(tmp_path, "step") == [2]
+
+
+def told_by(config: Config, until: int | None = None) -> tuple[str, str]:
+    """In a spawned process: train; what is told on standard output, and on standard error."""
+    from fitscale.train.trainer import train
+
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        train(config, until)
+    return out.getvalue(), err.getvalue()
+
+
+def test_a_run_without_a_terminal_tells_its_progress_in_lines_and_a_finished_one_what_would_change_it(
+    tmp_path, digits_shards
+):
+    config = tiny_config(tmp_path, digits_shards, "run.steps=4")
+    ((_, told),) = run_ranks(told_by, 1, config)
+    lines = [line for line in told.splitlines() if line.startswith("run: step ")]
+    assert "\r" not in told and lines[0].startswith("run: step 1/4, loss ") and "step 4/4" in lines[-1]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    ((told, _),) = run_ranks(told_by, 1, config)
+    assert told == f"{tmp_path}: all 4 steps are trained, nothing is left to do; a larger run.steps trains it further\n"
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert read_jsonl(RunDir(tmp_path).attempts)[-1]["reason"] == "finished before"
+    longer = tiny_config(tmp_path, digits_shards, "run.steps=6")
+    ((told, _),) = run_ranks(told_by, 1, longer, 4)
+    assert told == f"{tmp_path}: trained up to step 4 of 6, as far as was asked\n"
 
 
 def test_retention_keeps_the_newest_and_the_evaluation_steps(tmp_path, digits_shards):

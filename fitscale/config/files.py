@@ -9,30 +9,43 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fitscale.config.errors import UserError
+from fitscale.config.errors import UserError, unreadable
 
 JSON_BYTES = 256 * 2**20  # no file of one JSON object is larger
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, **kinds: Any) -> list[dict[str, Any]]:
     """The rows of a .jsonl file; a last line cut short by a crash is left out, a missing file has no rows.
 
+    Args:
+        path: the file.
+        kinds: what every row has to hold, as in `require_kinds`.
+
     Raises:
-        UserError: a line holds no JSON object.
+        UserError: the file cannot be read; or a line, which is named, holds no JSON object, or not what it has to.
     """
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")
-    return [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines[:-1], 1) if line]
+    with unreadable(path):
+        lines = path.read_bytes().split(b"\n")
+    rows = {number: parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines[:-1], 1) if line}
+    for number, row in rows.items():
+        require_kinds(row, f"{path}, line {number}", **kinds)
+    return list(rows.values())
+
+
+def require_kinds(content: dict[str, Any], what: object, **kinds: Any) -> None:
+    """Raises UserError if `content` of `what` lacks a key of `kinds`, or holds there what is of another type."""
+    for key, kind in kinds.items():
+        if key not in content or not isinstance(content[key], kind):
+            there = repr(content[key])[:100] if key in content else "missing"
+            raise UserError(f"{what}: {key} is {there}, it must be of type {getattr(kind, '__name__', kind)}")
 
 
 def read_json(path: Path, most_bytes: int = JSON_BYTES) -> dict[str, Any]:
     """The JSON object that the file holds; raises UserError for what cannot be read, is no object, or is too large."""
-    try:
-        with open(path, "rb") as file:
-            text = file.read(most_bytes + 1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({os.strerror(error.errno or 0)})") from error
+    with unreadable(path), open(path, "rb") as file:
+        text = file.read(most_bytes + 1)
     if len(text) > most_bytes:
         raise UserError(f"{path}: more than {most_bytes:,} bytes; nothing that fitscale writes here is so large")
     return parse_json(text, path)

@@ -100,7 +100,7 @@ def make_loader(
         batch_size=None,
         num_workers=data.num_workers,
         prefetch_factor=data.prefetch_steps if data.num_workers else None,
-        worker_init_fn=_outlive_sigterm,
+        worker_init_fn=_outlive_signals,
         generator=torch.Generator(),  # else the loader would draw from torch's global generator
     )
     return _iterate(loaded_steps)
@@ -182,8 +182,8 @@ class _Steps(Dataset[Any]):
         return to_float(stored)
 
 
-def _outlive_sigterm(worker: int) -> None:
-    """Let a worker go on for a while after SIGTERM, which torchrun and Slurm send to all processes of a job at once:
+def _outlive_signals(worker: int) -> None:
+    """Let a worker go on after Ctrl-C, and for a while after SIGTERM, which all processes of a job get at once:
     training has a step to end and a checkpoint to save, and the death of a worker would end it at once."""
 
     def hear(signum: int, frame: object) -> None:
@@ -191,6 +191,7 @@ def _outlive_sigterm(worker: int) -> None:
         signal.alarm(TERMINATED_S)
 
     signal.signal(signal.SIGTERM, hear)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its parent
 
 
 class ShardPrefetcher:

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from fitscale.config.errors import UserError
-from fitscale.config.files import append_jsonl, read_jsonl
+from fitscale.config.files import append_jsonl, read_jsonl, require_kinds
 from fitscale.config.schema import Config, ModelConfig
 from fitscale.data.batch_plan import BatchPlan, open_plan
 from fitscale.data.index import OpenIndex, open_index
@@ -37,8 +37,9 @@ from fitscale.flow.path import VALIDATION, image_noise, lengths_of
 from fitscale.model import flops
 from fitscale.model.common.layout import pack_layout
 from fitscale.plan.preflight import require_encoding
+from fitscale.run.checkpoint import MARKER, TOTALS, Checkpoint
 from fitscale.run.comparability import sample_key, validation_key
-from fitscale.run.layout import Checkpoint, RunDir
+from fitscale.run.layout import EVALUATIONS, RunDir
 
 VALIDATION_SEED = 0  # of the held-out images' choice and noise: the same for every run
 
@@ -78,7 +79,7 @@ class _Evaluation:
     options: EvaluationOptions
 
     def __post_init__(self) -> None:
-        done = [] if self.options.force else read_jsonl(self.run.evaluations)
+        done = [] if self.options.force else read_jsonl(self.run.evaluations, **EVALUATIONS, weights=str)
         self.done = [(row["step"], row["metric"], row["weights"], row["key"]) for row in done]
         self.generated = replace(self.config, model=self.options.model)
 
@@ -157,6 +158,7 @@ class _Evaluation:
         self, metric: str, key: dict[str, Any], value: float, error: float | None, samples: int, nfe: float | None
     ) -> dict[str, Any]:
         totals = ("train_flops", "paper_flops", "images", "tokens", "device_hours")
+        require_kinds(self.checkpoint.meta, self.checkpoint.path / MARKER, **{name: TOTALS[name] for name in totals})
         row = {
             "step": self.checkpoint.step,
             "metric": metric,

@@ -27,8 +27,9 @@ from fitscale.model.build import build_network
 from fitscale.model.common.layout import PackLayout, pack_layout
 from fitscale.model.weights import load_weights
 from fitscale.parallel.groups import init_parallel, launched_ranks
+from fitscale.run.checkpoint import Checkpoint, read_checkpoint
 from fitscale.run.comparability import full_weights_name
-from fitscale.run.layout import Checkpoint, RunDir
+from fitscale.run.layout import RunDir
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def find_checkpoint(run: RunDir, step: int | None) -> Checkpoint:
     """
     found = {checkpoint.step: checkpoint for checkpoint in run.checkpoints()}
     if not found:
+        for path in reversed(run.checkpoint_folders()):
+            read_checkpoint(path)  # says what is wrong with it
         raise UserError(f"{run.path}: no complete checkpoint there yet")
     if step is not None and step not in found:
         there = ", ".join(map(str, found))

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -34,6 +35,7 @@ from fitscale.config.files import replacing
 from fitscale.config.schema import ModelConfig
 from fitscale.model.backbone import Parameter, parameter_table, parameters_by_name
 from fitscale.parallel.layers import gather_tp, set_value, tp_shard
+from fitscale.run.checkpoint import require_intact
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _TAGS = {"fp32": "F32", "bf16": "BF16"}
@@ -54,14 +56,20 @@ def stored(tensor: Tensor) -> StoredTensor:
     return StoredTensor(tuple(tensor.shape), tensor.detach)
 
 
-def list_tensors(path: Path) -> dict[str, StoredTensor]:
+def list_tensors(path: Path, verify: bool = True) -> dict[str, StoredTensor]:
     """The tensors of a .safetensors file, or of all those of a folder, by name.
 
     A file is mapped only while one of its tensors is in use, so that what was read does not stay in memory.
 
+    Args:
+        path: the file or folder.
+        verify: compare a checkpoint's files with their checksums first.
+
     Raises:
         UserError: no such file there, or a broken one.
     """
+    if verify:
+        require_intact(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: no .safetensors file in this folder")
@@ -126,17 +134,18 @@ def load_weights(model: nn.Module, path: Path) -> None:
         set_value(param, shard)
 
 
-def read_items(model: nn.Module, path: Path) -> Iterator[tuple[nn.Parameter, Tensor]]:
+def read_items(model: nn.Module, path: Path, verify: bool = True) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """(parameter, this tensor-parallel rank's shard of its tensor in `path`), one at a time, on the CPU.
 
     Args:
         model: has its config; in this rank's layout, partitioned by ZeRO-3 or not.
         path: one .safetensors file, or a folder whose files together hold every tensor.
+        verify: as in `list_tensors`.
 
     Raises:
         UserError: nothing there, a broken file, or keys or shapes of another model (those that differ are listed).
     """
-    tensors, table = list_tensors(path), parameters_by_name(model)
+    tensors, table = list_tensors(path, verify), parameters_by_name(model)
     check_keys(model.config, tensors, path)  # type: ignore[arg-type]
     for name, param in model.named_parameters():
         yield param, tp_shard(from_published(table[name], tensors[name].read()), table[name].split)
@@ -178,8 +187,8 @@ def write_tensors(
     metadata: dict[str, str],
     dtype: str = "fp32",
     progress: Callable[[int], object] = lambda _: None,
-) -> None:
-    """Write `tensors` as one .safetensors file, whole or not at all, replacing what is at `path`.
+) -> str:
+    """Write `tensors` as one .safetensors file, whole or not at all, replacing what is at `path`; returns its xxh3_64.
 
     Args:
         path: its folder is made if there is none.
@@ -191,11 +200,15 @@ def write_tensors(
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
+    header = _header({name: tensors[name].shape for name in sorted(tensors)}, dtype, metadata)
+    checksum = xxhash.xxh3_64(header)
     with writing(path), replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(_header({name: tensors[name].shape for name in sorted(tensors)}, dtype, metadata))
+        file.write(header)
         for name in sorted(tensors):
-            tensor = tensors[name].read().to("cpu", DTYPES[dtype])
-            progress(file.write(tensor.reshape(-1).view(torch.uint8).numpy().data))
+            content = tensors[name].read().to("cpu", DTYPES[dtype]).reshape(-1).view(torch.uint8).numpy().data
+            checksum.update(content)
+            progress(file.write(content))
+    return checksum.hexdigest()
 
 
 def num_bytes(shape: tuple[int, ...], dtype: str) -> int:

@@ -78,7 +78,7 @@ def gather_dp(engine: Any, parameter: torch.nn.Parameter, key: str | None = None
     """The whole fp32 value of `parameter`, or of its optimizer state `key`, gathered over data-parallel ranks.
 
     A collective: every rank calls it for the same parameters in the same order. Tensor-parallel shards stay shards.
-    A frozen parameter has no optimizer state; any `key` gives its value.
+    A frozen parameter has no optimizer state: only its value can be had.
     """
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fitscale.config.errors import UserError
-from fitscale.config.files import append_jsonl, read_jsonl, write_atomic
-from fitscale.run.layout import RunDir
+from fitscale.config.errors import UserError, writing
+from fitscale.config.files import append_jsonl, read_json, read_jsonl, write_atomic
+from fitscale.run.layout import ATTEMPTS, METRICS, RunDir
 
 IDLE_ATTEMPTS = 5  # starts of one Slurm job at the same step, after which it is not started again
 
@@ -66,7 +66,7 @@ class Attempt:
     def end(self, reason: str, step: int) -> None:
         """Note why this attempt ended and after which step."""
         row = {"attempt": self.number, "event": "end", "time_unix_s": time.time(), "step": step, "reason": reason}
-        with self.writing(), contextlib.suppress(OSError):  # a full disk: why training ends is said elsewhere
+        with contextlib.suppress(OSError), self.writing():  # a full disk: why training ends is said elsewhere
             append_jsonl(self.run.attempts, row)
 
 
@@ -83,8 +83,9 @@ def begin_attempt(run: RunDir, step: int) -> Attempt:
     Raises:
         UserError: this Slurm job has started so often at this very step that another try is of no use.
     """
-    with _locked(run):
-        rows, metrics, (job, restart) = read_jsonl(run.attempts), read_jsonl(run.metrics), _slurm_start()
+    with writing(run.path), _locked(run):
+        rows, metrics = read_jsonl(run.attempts, **ATTEMPTS), read_jsonl(run.metrics, **METRICS)
+        job, restart = _slurm_start()
         _require_progress(run, rows, job, step)
         attempt = Attempt(run, 1 + max((row["attempt"] for row in rows), default=0), uuid.uuid4().hex)
         row = {"attempt": attempt.number, "job": job, "restart": restart, "host": socket.gethostname()}
@@ -105,7 +106,7 @@ def begin_attempt(run: RunDir, step: int) -> Attempt:
 
 def _require_progress(run: RunDir, rows: list[dict[str, Any]], job: str | None, step: int) -> None:
     starts = [row for row in rows if row["event"] == "start"][-IDLE_ATTEMPTS:]
-    idle = [row for row in starts if job is not None and row["job"] == job and row["step"] == step]
+    idle = [row for row in starts if job is not None and row.get("job") == job and row["step"] == step]
     if len(idle) == IDLE_ATTEMPTS:
         raise UserError(
             f"{run.path}: job {job} made no progress in {IDLE_ATTEMPTS} attempts, all from step {step}; it is not "
@@ -119,7 +120,7 @@ def _slurm_start() -> tuple[str | None, int]:
 
 
 def _owner(run: RunDir) -> dict[str, Any]:
-    return json.loads(run.owner.read_text()) if run.owner.exists() else {}
+    return read_json(run.owner) if run.owner.exists() else {}
 
 
 @contextlib.contextmanager

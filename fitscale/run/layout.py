@@ -1,28 +1,18 @@
 """The layout of a run directory, for every program that writes or reads one, and where runs are found. No torch."""
 
-import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fitscale.config.errors import UserError
+from fitscale.run.checkpoint import Checkpoint, read_checkpoint
 
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint; `meta` is its marker: step, images, tokens, FLOPs, files."""
-
-    path: Path
-    step: int
-    meta: dict[str, Any]
-
-    def weights(self, name: str) -> Path:
-        """Folder with the full fp32 weights `name` (raw, ema_0.9999 ...): .safetensors files in the published names."""
-        return self.path / "weights" / name
-
-    def weight_names(self) -> list[str]:
-        """The names that `weights` takes here."""
-        return sorted(path.name for path in (self.path / "weights").iterdir())
+# What every line of these files holds, among others.
+METRICS: dict[str, Any] = {"step": int, "loss": int | float | None}
+ATTEMPTS: dict[str, Any] = {"attempt": int, "event": str, "step": int}
+EVALUATIONS: dict[str, Any] = {"step": int, "metric": str, "value": int | float, "key": dict}
+ROWS = {"metrics.jsonl": METRICS, "attempts.jsonl": ATTEMPTS, "evaluations.jsonl": EVALUATIONS | {"weights": str}}
 
 
 class _Inside:
@@ -70,18 +60,11 @@ class RunDir:
 
     def checkpoints(self) -> list[Checkpoint]:
         """The complete checkpoints, oldest first."""
-        found = (read_checkpoint(path) for path in self.checkpoint_folders())
-        return [checkpoint for checkpoint in found if checkpoint is not None]
-
-
-def read_checkpoint(path: Path) -> Checkpoint | None:
-    """The checkpoint at `path`, or None if its marker or one of the marker's files is missing or cut short."""
-    try:
-        meta = json.loads((path / "COMPLETE").read_text())
-        whole = all((path / name).stat().st_size == size for name, size in meta["files"].items())
-    except (OSError, ValueError, KeyError):
-        return None
-    return Checkpoint(path, int(meta["step"]), meta) if whole else None
+        found = []
+        for path in self.checkpoint_folders():
+            with suppress(UserError):
+                found.append(read_checkpoint(path))
+        return found
 
 
 def find_runs(paths: list[Path]) -> list[RunDir]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fitscale.config.files import read_jsonl
 from fitscale.config.schema import Config
 from fitscale.run.comparability import is_as_configured
-from fitscale.run.layout import RunDir
+from fitscale.run.layout import EVALUATIONS, METRICS, RunDir
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Progress:
 
 def progress(config: Config, run: RunDir) -> Progress:
     """The progress of the run with `config` in `run`."""
-    rows, wanted = read_jsonl(run.metrics), wanted_metrics(config)
+    rows, wanted = read_jsonl(run.metrics, **METRICS), wanted_metrics(config)
     step, loss = (rows[-1]["step"], rows[-1]["loss"]) if rows else (0, None)
     saved = [0, *(checkpoint.step for checkpoint in run.checkpoints())]
     evaluations = [step for step in config.evaluation.steps(config.run.steps) if step > saved[-1] or step in saved]
     measured = {
         (row["step"], row["metric"])
-        for row in read_jsonl(run.evaluations)
+        for row in read_jsonl(run.evaluations, **EVALUATIONS)
         if row["metric"] in wanted and is_as_configured(config, row["metric"], row["key"])
     }
     pending = [step for step in evaluations if any((step, metric) not in measured for metric in wanted)]

@@ -1,10 +1,11 @@
 """Checkpoints that are complete or not there, and that fit every layout.
 
-    save:    (saver.py) whole fp32 tensors into .saving-A-step-N -> fsync -> COMPLETE (names and sizes of all files)
+    save:    (saver.py) whole fp32 tensors into .saving-A-step-N -> fsync -> COMPLETE (size and checksum of every file)
              -> rename to step-N
-    resume:  newest folder whose COMPLETE holds; what is not complete is skipped with a warning, never deleted
+    resume:  newest folder whose COMPLETE and files hold; what is not complete is skipped with a warning, what is
+             damaged is renamed to step-N.damaged-TIME, and nothing is deleted
 
-    step-00001000/COMPLETE                     step, images, tokens, FLOPs, model config, files
+    step-00001000/COMPLETE                     run/checkpoint.py
                   weights/raw/00000.safetensors          one file per writing rank, published names, fp32
                   weights/ema_0.9999/...
                   optimizer/exp_avg/...  exp_avg_sq/...
@@ -13,21 +14,26 @@ No tensor is stored as a shard, so any number of ranks, tensor-parallel size or 
 sampling reads `weights/` without DeepSpeed. The batch plan is a pure function: its state is the step.
 """
 
-import json
 import logging
 import os
 import shutil
+import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from fitscale.config.errors import UserError
-from fitscale.config.files import write_atomic
+from fitscale.config.files import require_kinds
 from fitscale.config.schema import ModelConfig
 from fitscale.model.weights import read_items
+from fitscale.parallel.groups import on_rank_zero
 from fitscale.parallel.zero import fill_optimizer_state, set_tensor
+from fitscale.run.checkpoint import MARKER, TOTALS, Checkpoint, read_checkpoint, write_marker
 from fitscale.run.comparability import ema_name
-from fitscale.run.layout import Checkpoint, RunDir, read_checkpoint
+from fitscale.run.layout import RunDir
 
 log = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -39,13 +45,9 @@ def tensor_sets(ema_decays: list[float]) -> dict[str, str | None]:
     return {"weights/raw": None, **ema, **{f"optimizer/{name}": name for name in MOMENTS}}
 
 
-def complete(folder: Path, meta: dict[str, Any]) -> None:
-    """Bring every file to the disk, then write the marker that names them."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        fsync(path)
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    write_atomic(folder / "COMPLETE", json.dumps({**meta, "files": sizes}, indent=1))
+def complete(folder: Path, meta: dict[str, Any], checksums: dict[str, str]) -> None:
+    """Write the marker of files that are on the disk, by path inside the folder, and bring the folders there, too."""
+    write_marker(folder, meta, checksums)
     for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
         fsync(path)
 
@@ -60,13 +62,55 @@ def fsync(path: Path) -> None:
 
 
 def newest_checkpoint(run: RunDir) -> Checkpoint | None:
-    """The newest complete checkpoint; newer folders that are not complete are named in a warning."""
-    for path in reversed(run.checkpoint_folders()):
-        checkpoint = read_checkpoint(path)
-        if checkpoint is not None:
+    """The newest intact checkpoint, None before the first; a collective over all ranks, each of which reads some files.
+
+    Newer ones are named in a warning. The damaged ones among them are renamed, so that nobody takes them for whole.
+
+    Raises:
+        UserError: there are checkpoints, but no intact one.
+    """
+    damaged, problems = [], []
+    for path in reversed(on_rank_zero(run.checkpoint_folders)):
+        checkpoint, problem = on_rank_zero(partial(_read, path))
+        if checkpoint is not None and (problem := _damage(checkpoint)):
+            damaged.append(path)
+        if problem is None:
+            on_rank_zero(lambda: _set_aside(damaged))
             return checkpoint
-        log.warning("%s is not complete (no marker, or a file is missing or cut short): skipped", path)
+        problems.append(problem)
+        if dist.get_rank() == 0:
+            log.warning("%s; skipped", problem)
+    if problems:
+        raise UserError(
+            f"{run.checkpoint_folder}: no checkpoint is intact, the newest: {problems[0]}; bring one back, or move the "
+            "folder away to begin at step 1"
+        )
     return None
+
+
+def _read(path: Path) -> tuple[Checkpoint | None, str | None]:
+    """The checkpoint at `path` if training can go on from it as far as its marker says, else why not."""
+    try:
+        checkpoint = read_checkpoint(path)
+        require_kinds(checkpoint.meta, path / MARKER, **TOTALS, model=dict)
+    except UserError as error:
+        return None, f"{path} is not complete: {error}"
+    return checkpoint, None
+
+
+def _damage(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with the first damaged file; a collective over all ranks, which share the files."""
+    names = sorted(checkpoint.meta.get("checksums", {}))
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, checkpoint.damage(names[dist.get_rank() :: len(found)]))
+    return next((problem for problem in found if problem), None)
+
+
+def _set_aside(paths: list[Path]) -> None:
+    """Rename damaged checkpoints, unless an earlier attempt that is still alive has just deleted them."""
+    for path in paths:
+        if (path / MARKER).exists():
+            path.rename(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
 
 
 def require_same_model(checkpoint: Checkpoint, model: ModelConfig) -> None:
@@ -81,10 +125,13 @@ def require_same_model(checkpoint: Checkpoint, model: ModelConfig) -> None:
 
 
 def load_optimizer(checkpoint: Checkpoint, engine: Any, ema_decays: list[float]) -> None:
-    """Set the optimizer's fp32 weights, EMA and moments; the module was built with `weights/raw` already."""
+    """Set the optimizer's fp32 weights, EMA and moments; the module was built with `weights/raw` already.
+
+    The files are those that `newest_checkpoint` has verified.
+    """
     fill_optimizer_state(engine, checkpoint.meta["optimizer_steps"])
     for folder, key in tensor_sets(ema_decays).items():
-        for parameter, value in read_items(engine.module, checkpoint.path / folder):
+        for parameter, value in read_items(engine.module, checkpoint.path / folder, verify=False):
             if parameter.requires_grad:
                 set_tensor(engine, parameter, value, key)
 
@@ -94,5 +141,8 @@ def prune_checkpoints(run: RunDir, keep_last: int, keep_steps: set[int]) -> None
     complete = run.checkpoints()
     for checkpoint in complete[:-keep_last] if keep_last else []:
         if checkpoint.step not in keep_steps:
-            (checkpoint.path / "COMPLETE").unlink()  # first, so that half a deletion is never taken for whole
-            shutil.rmtree(checkpoint.path)
+            try:
+                (checkpoint.path / MARKER).unlink()  # first, so that half a deletion is never taken for whole
+                shutil.rmtree(checkpoint.path)
+            except OSError as error:  # training need not end for that
+                log.warning("%s: an old checkpoint cannot be deleted (%s)", checkpoint.path, error.strerror)

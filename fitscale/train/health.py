@@ -42,13 +42,17 @@ class StepHealth:
         self.bad_in_row = 0 if finite else self.bad_in_row + 1
         return finite
 
-    def require_progress(self, step: int) -> None:
-        """Raises UserError after `max_bad_steps` bad steps in a row."""
-        if self.bad_in_row >= self.config.max_bad_steps:
+    def require_progress(self, step: int, last: bool) -> None:
+        """Raises UserError after `max_bad_steps` bad steps in a row, and after any at the run's `last` step."""
+        bad = f"{self.bad_in_row} steps in a row, up to step {step}, had a loss or gradient that is not finite; "
+        bad += "their images are in metrics.jsonl. The weights are as before these steps"
+        if last and self.bad_in_row:
             raise UserError(
-                f"health.max_bad_steps: {self.bad_in_row} steps in a row, up to step {step}, had a loss or gradient "
-                "that is not finite; their images are in metrics.jsonl. The weights are as before these steps"
+                f"run.steps: the run does not end well: {bad}. Step {step} is not saved; end at another step "
+                "(run.steps), or begin again with a lower optim.lr or without these images"
             )
+        if self.bad_in_row >= self.config.max_bad_steps:
+            raise UserError(f"health.max_bad_steps: {bad}")
 
     def spike(self, loss: float) -> float | None:
         """The recent median if `loss` is a spike, else None; remembers the loss."""

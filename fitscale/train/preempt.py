@@ -1,28 +1,44 @@
-"""What a run does when the cluster wants its node back.
+"""What a run does when it is to stop before its end: the cluster wants its node back, or a person does.
 
-1. Every rank hears USR2 (time limit near, preemption) and SIGTERM (requeue, cancel) and only sets a flag.
+1. Every rank hears USR2 (time limit near, preemption), SIGTERM (requeue, cancel) and SIGINT (Ctrl-C), and only sets a
+   flag; so does rank 0 when it cannot write what it logs. The first signal is told in one line.
 2. At every step boundary the ranks agree, by the maximum of their flags: a signal may reach one rank a step earlier
    than another, and a save takes all of them.
 3. All save together; then every rank leaves with `Preempted`. Whoever started the run decides what follows.
+
+A second signal after Ctrl-C ends the process at once. Under torchrun that is a second Ctrl-C, too: it hands the first
+on to its ranks as SIGINT, the second as SIGTERM.
 """
 
+import os
 import signal
+import sys
+from enum import IntEnum
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-# By urgency: after a USR2 the job is to be queued again, even if SIGTERM follows before the save is over.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+from fitscale.config.program import INTERRUPTED
+
+
+class Stop(IntEnum):
+    """Why a run stops, by urgency: after a USR2 the job is to be queued again, even if SIGTERM follows before the save
+    is over."""
+
+    SIGINT = 1
+    SIGTERM = 2
+    SIGUSR2 = 3
+    CANNOT_WRITE = 4
 
 
 class Preempted(SystemExit):
     """Training has saved and stopped after `signal`."""
 
-    def __init__(self, signum: signal.Signals) -> None:
-        super().__init__(128 + signum)
-        self.signal = signum
+    def __init__(self, stop: Stop) -> None:
+        self.signal = signal.Signals[stop.name]
+        super().__init__(128 + self.signal)
 
 
 class Preemption:
@@ -30,11 +46,12 @@ class Preemption:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.heard = 0  # 0: nothing; n: SIGNALS[n - 1]
+        self.heard = 0  # a Stop
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
-        self.before = {signum: signal.signal(signum, self._hear) for signum in SIGNALS}
+        signals = (signal.Signals[stop.name] for stop in Stop if stop is not Stop.CANNOT_WRITE)
+        self.before = {signum: signal.signal(signum, self._hear) for signum in signals}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -42,11 +59,17 @@ class Preemption:
             signal.signal(signum, handler)
 
     def _hear(self, signum: int, frame: FrameType | None) -> None:
-        self.heard = max(self.heard, 1 + SIGNALS.index(signal.Signals(signum)))
+        name = signal.Signals(signum).name
+        if self.heard == Stop.SIGINT and signum != signal.SIGUSR2:
+            os._exit(INTERRUPTED)
+        if not self.heard and os.environ.get("RANK", "0") == "0":
+            again = "; once more leaves at once, without saving" if signum == signal.SIGINT else ""
+            text = f"{name}: training saves after this step and leaves, the same command goes on from there{again}"
+            print(f"\n{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+        self.heard = max(self.heard, Stop[name])
 
-    def agreed(self) -> signal.Signals | None:
-        """The most urgent signal that any rank has heard; a collective over all ranks."""
+    def agreed(self) -> Stop | None:
+        """The most urgent reason to stop that any rank has; a collective over all ranks."""
         flag = torch.tensor(self.heard, device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        number = int(flag.item())
-        return SIGNALS[number - 1] if number else None
+        return Stop(int(flag.item())) if flag.item() else None

@@ -1,12 +1,13 @@
 """Saving while training goes on.
 
     loop:        gather every tensor whole to the host memory of the rank that will write it   (the loop waits for this)
-    each rank:   a thread writes the rank's files, brings them to the disk, and leaves `.done-<rank>`
+    each rank:   a thread writes the rank's files, brings them to the disk, and leaves their checksums in `.done-<rank>`
     rank 0:      a thread waits for all of these, writes COMPLETE, renames the folder, prunes old checkpoints, the last
                  two only while no newer attempt owns the run directory
 
 At most one save is in flight: the next one, and the end of the run, wait for it. A save that fails on any rank is
-reported and leaves the checkpoints before it as they were; training goes on, and the next save is a new try.
+reported and leaves the checkpoints before it as they were; training goes on, and the next save is a new try. When that
+fails too, training ends: it would compute what is lost in the end.
 """
 
 import json
@@ -22,13 +23,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fitscale.config.errors import UserError
+from fitscale.config.files import read_json, write_atomic
 from fitscale.model.weights import published_items, stored, write_tensors
 from fitscale.parallel.zero import gather_dp
 from fitscale.run.attempt import Attempt
+from fitscale.run.checkpoint import lines_checksum
 from fitscale.train.checkpoint import MOMENTS, complete, fsync, prune_checkpoints, tensor_sets
 
 log = logging.getLogger(__name__)
 POLL_S = 0.02
+MOST_FAILED = 2  # saves in a row
 VISIBLE_S = 60.0  # how long another node's file may take to show on a shared file system
 
 
@@ -39,27 +44,42 @@ class Saver:
         self.attempt, self.sets = attempt, tensor_sets(ema_decays)
         self.keep_last, self.keep_steps = keep_last, keep_steps
         self.pending: _Save | None = None
+        self.failed = 0  # saves in a row
 
     def save(self, engine: Any, meta: dict[str, Any]) -> None:
-        """Begin the checkpoint of step `meta["step"]`; a collective over all ranks."""
-        self.wait()
-        tensors = {name: dict(_owned_items(engine, key)) for name, key in self.sets.items()}
+        """Begin the checkpoint of step `meta["step"]`; a collective over all ranks. Raises UserError as `wait`."""
+        self.settle()
+        begun = meta["optimizer_steps"] > 0
+        tensors = {name: dict(_owned_items(engine, key, begun)) for name, key in self.sets.items()}
         self.pending = _Save(self.attempt, tensors, meta)
         if dist.get_rank() == 0:
             shutil.rmtree(self.pending.temporary, ignore_errors=True)  # what a killed save of this step left behind
         dist.barrier()
         self.pending.start()
 
-    def wait(self) -> bool:
-        """Wait until no save is in flight; True if the last one is complete. A collective over all ranks."""
+    def settle(self) -> None:
+        """`wait`, and say what could not be saved: training goes on."""
+        problem = self.wait()
+        if problem and dist.get_rank() == 0:
+            log.error("%s", problem)
+
+    def wait(self) -> str | None:
+        """Wait until no save is in flight; why the last one is not complete, if so. A collective over all ranks.
+
+        Raises:
+            UserError: the one before it was not complete either.
+        """
         if self.pending is None:
-            return True
-        done = self.pending.finish()
-        if done and dist.get_rank() == 0:
+            return None
+        problem = self.pending.finish()
+        self.pending = None
+        self.failed = self.failed + 1 if problem else 0
+        if self.failed == MOST_FAILED:
+            raise UserError(f"{problem}; nor could the one before it: mend that and start again")
+        if problem is None and dist.get_rank() == 0:
             with self.attempt.writing():
                 prune_checkpoints(self.attempt.run, self.keep_last, self.keep_steps)
-        self.pending = None
-        return done
+        return problem
 
     def __enter__(self) -> "Saver":
         return self
@@ -78,6 +98,7 @@ class _Save:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.folder = self.run.checkpoint_path(meta["step"])
         self.temporary = self.folder.with_name(f".saving-{attempt.number}-{self.folder.name}")
+        self.logged_bytes = self.run.metrics.stat().st_size
         self.error: str | None = None  # of the first rank that could not write its part
         self.all_parts_over = threading.Event()
 
@@ -87,20 +108,20 @@ class _Save:
         self.completed = thread.submit(self._complete) if self.rank == 0 else self.written
         thread.shutdown(wait=False)
 
-    def finish(self) -> bool:
-        """Wait for all ranks; True if the checkpoint is complete. A collective over all ranks."""
+    def finish(self) -> str | None:
+        """Wait for all ranks; why the checkpoint is not complete, if so. A collective over all ranks."""
         errors: list[str | None] = [None] * self.world_size
         dist.all_gather_object(errors, self._error_of(self.written))
         self.error = next((error for error in errors if error), None)
         self.all_parts_over.set()
         outcome = [self._error_of(self.completed)]
-        dist.broadcast_object_list(outcome, src=0)
         if outcome[0] and self.rank == 0:
             shutil.rmtree(self.temporary, ignore_errors=True)  # gives a full disk its space back
             steps = [checkpoint.step for checkpoint in self.run.checkpoints()]
             newest = f"step {steps[-1]}" if steps else "none yet"
-            log.error("checkpoint of step %d was not saved (%s); newest: %s", self.meta["step"], outcome[0], newest)
-        return outcome[0] is None
+            outcome = [f"{self.folder}: the checkpoint could not be saved ({outcome[0]}); newest: {newest}"]
+        dist.broadcast_object_list(outcome, src=0)
+        return outcome[0]
 
     def _error_of(self, task: Future[None]) -> str | None:
         """Wait for the end of a task; what went wrong in it, whatever that is: training goes on."""
@@ -109,10 +130,12 @@ class _Save:
 
     def _write(self) -> None:
         about = {"model": json.dumps(self.meta["model"]), "step": str(self.meta["step"])}
+        checksums = {}
         for name, items in self.tensors.items():
-            path = self.temporary / name / f"{self.rank:05d}.safetensors"
-            write_tensors(path, {key: stored(tensor) for key, tensor in items.items()}, about)
-        self._marker(self.rank).touch()
+            file = f"{name}/{self.rank:05d}.safetensors"
+            tensors = {key: stored(tensor) for key, tensor in items.items()}
+            checksums[file] = write_tensors(self.temporary / file, tensors, about)
+        write_atomic(self._marker(self.rank), json.dumps(checksums))
 
     def _marker(self, rank: int) -> Path:
         return self.temporary / f".done-{rank:05d}"
@@ -121,10 +144,13 @@ class _Save:
         self.written.result()
         markers = [self._marker(rank) for rank in range(self.world_size)]
         self._wait_for(markers)
+        checksums: dict[str, str] = {}
         for marker in markers:
+            checksums |= read_json(marker)
             marker.unlink()
         fsync(self.run.metrics)  # a resumed run has to find the lines up to this step
-        complete(self.temporary, self.meta)
+        logged = lines_checksum(self.run.metrics, self.logged_bytes)
+        complete(self.temporary, {**self.meta, "logged": logged}, checksums)
         with self.attempt.writing():
             if self.folder.exists():  # not complete, or training would have resumed after it
                 self.folder.rename(self.folder.with_name(f"{self.folder.name}.incomplete-{time.time_ns()}"))
@@ -141,13 +167,17 @@ class _Save:
             time.sleep(POLL_S)
 
 
-def _owned_items(engine: Any, key: str | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """All ranks gather every tensor; each keeps, on the host, those it writes."""
+def _owned_items(engine: Any, key: str | None, begun: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """All ranks gather every tensor; each keeps, on the host, those it writes.
+
+    What no optimizer step has touched, frozen or not `begun`, has no state: moments are zero, the EMA is the weights.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
     def value(parameter: torch.nn.Parameter) -> torch.Tensor:
-        tensor = gather_dp(engine, parameter, key)
-        return tensor.zero_() if key in MOMENTS and not parameter.requires_grad else tensor
+        touched = begun and parameter.requires_grad
+        tensor = gather_dp(engine, parameter, key if touched else None)
+        return torch.zeros_like(tensor) if key in MOMENTS and not touched else tensor
 
     items = published_items(engine.module, value)
     for number, (name, tensor) in enumerate(items):

@@ -66,6 +66,16 @@ def start_table(config: Config, topology: Topology, plan: BatchPlan, first_step:
     return "\n".join(f"  {name:<8}{value}" for name, value in rows.items())
 
 
+def nothing_to_do(config: Config, step: int) -> str:
+    """What to say of a run whose newest checkpoint is that of its last step."""
+    if step < config.run.steps:
+        return f"{config.run.dir}: trained up to step {step:,} of {config.run.steps:,}, as far as was asked"
+    text = f"{config.run.dir}: all {config.run.steps:,} steps are trained, nothing is left to do; "
+    if config.optim.schedule == "cosine":
+        return f"{text}with optim.schedule=cosine a longer run is another one (run.steps=..., run.dir=...)"
+    return f"{text}a larger run.steps trains it further"
+
+
 def _images(config: Config, plan: BatchPlan) -> str:
     """How many images there are to train on, by shard set."""
     if len(plan.streams) == 1:

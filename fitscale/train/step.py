@@ -18,12 +18,10 @@ from fitscale.model import flops
 from fitscale.model.common.layout import pack_layout
 from fitscale.parallel.groups import Topology
 from fitscale.parallel.zero import optimizer_step
+from fitscale.run.checkpoint import TOTALS
 from fitscale.train.health import StepHealth, Watchdog
 from fitscale.train.optim import learning_rate
 from fitscale.train.timing import PhaseTimer
-
-# Since the run's first step; "optimizer_steps" leaves out those that were skipped.
-TOTALS = ("step", "optimizer_steps", "images", "tokens", "train_flops", "paper_flops", "device_hours")
 
 PackLoss = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # slots (S,), loss of each (S,), share of the batch's loss
 

@@ -1,16 +1,15 @@
 """Training, from a config to a finished run directory.
 
 1. Open the shards' index; check config, data and run directory before anything is written.
-2. Build the network, AdamW with its EMA, and the DeepSpeed engine; resume from the newest complete checkpoint.
+2. Build the network, AdamW with its EMA, and the DeepSpeed engine; resume from the newest intact checkpoint.
 3. For every step: the batch plan's packs of this rank -> one optimizer step (step.py).
 4. Log; save at the checkpoint and evaluation steps; keep what evaluation needs.
 """
 
 import json
-import logging
-import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fitscale.config.errors import UserError
+from fitscale.config.errors import UserError, writing
 from fitscale.config.files import append_jsonl, write_atomic
 from fitscale.config.schema import Config
 from fitscale.data.batch_plan import BatchPlan
@@ -30,20 +29,18 @@ from fitscale.parallel.layers import set_value
 from fitscale.parallel.zero import building, make_engine
 from fitscale.plan.layout import resolve_precision
 from fitscale.plan.preflight import open_data, pack_rule
-from fitscale.run.attempt import begin_attempt
+from fitscale.run.attempt import Attempt, TakenOverError, begin_attempt
+from fitscale.run.checkpoint import TOTALS, Checkpoint
 from fitscale.run.claim import claim
-from fitscale.run.layout import Checkpoint, RunDir
 from fitscale.train import checkpoint as checkpoints
 from fitscale.train import start
 from fitscale.train.health import Watchdog
 from fitscale.train.metrics import Monitor, rewind_metrics
 from fitscale.train.optim import AdamWEMA, freeze_untrained, is_named
-from fitscale.train.preempt import Preempted, Preemption
+from fitscale.train.preempt import Preempted, Preemption, Stop
 from fitscale.train.saver import Saver
-from fitscale.train.step import TOTALS, Stepper
+from fitscale.train.step import Stepper
 from fitscale.train.timing import Profiler
-
-log = logging.getLogger(__name__)
 
 
 def train(config: Config, until: int | None = None) -> None:
@@ -52,32 +49,47 @@ def train(config: Config, until: int | None = None) -> None:
     Stopping at `until` changes nothing but when the rest is computed: schedules go by `run.steps`.
 
     Raises:
-        UserError: the config, the data or the run directory cannot be right; nothing has been written then.
+        UserError: the config, the data or the run directory cannot be right, and nothing has been written then; or
+            training cannot go on: steps that are not finite, a full disk.
+        Preempted: a signal has ended training, which has saved.
     """
     plan = open_data(config)
     timeout = timedelta(minutes=config.health.timeout_min)
     topology = init_parallel(config.parallel, config.run.device, timeout)
     config = resolve_precision(config, topology.device.type == "cuda")
     run = on_rank_zero(lambda: claim(config))
-    Trainer(config, run, plan, topology, until).run_to_end()
+    found = checkpoints.newest_checkpoint(run)
+    if found is not None:
+        checkpoints.require_same_model(found, config.model)
+    step, last_step = found.step if found else 0, min(config.run.steps, until or config.run.steps)
+    attempt = on_rank_zero(lambda: begin_attempt(run, step))
+    if step < last_step:
+        Trainer(config, attempt, plan, topology, found, last_step).run_to_end()
+    elif topology.rank == 0:
+        attempt.end("finished before", step)
+        print(start.nothing_to_do(config, step), flush=True)
 
 
 class Trainer:
     """One process's part of a run."""
 
-    def __init__(self, config: Config, run: RunDir, plan: BatchPlan, topology: Topology, until: int | None) -> None:
-        self.config, self.run, self.plan, self.topology = config, run, plan, topology
-        self.last_step = min(config.run.steps, until or config.run.steps)
-        self.evaluation_steps = set(config.evaluation.steps(config.run.steps))
-        found = on_rank_zero(lambda: checkpoints.newest_checkpoint(run))
-        if found is not None:
-            checkpoints.require_same_model(found, config.model)
-        self.attempt = on_rank_zero(lambda: begin_attempt(run, found.step if found else 0))
-        self.preemption = Preemption(topology.device)
+    def __init__(
+        self,
+        config: Config,
+        attempt: Attempt,
+        plan: BatchPlan,
+        topology: Topology,
+        found: Checkpoint | None,
+        last_step: int,
+    ) -> None:
+        """All as it was after the checkpoint `found`, or is before the first step; a collective over all ranks."""
+        self.config, self.attempt, self.run, self.plan, self.topology = config, attempt, attempt.run, plan, topology
+        self.last_step, self.evaluation_steps = last_step, set(config.evaluation.steps(config.run.steps))
+        self.preemption, self.write_error = Preemption(topology.device), ""
         keep_steps = self.evaluation_steps | {config.run.steps}
         self.saver = Saver(self.attempt, config.optim.ema_decays, config.checkpoint.keep_last, keep_steps)
-        self.profiler = Profiler(config.profile, run.path / "profile")
-        self.watchdog = Watchdog(config.health.timeout_min, topology.rank, run.events)
+        self.profiler = Profiler(config.profile, self.run.path / "profile")
+        self.watchdog = Watchdog(config.health.timeout_min, topology.rank, self.run.events)
         self.skipped_samples = 0
         self.engine = self._build_engine(found)
         self.stepper = Stepper(config, self.engine, plan, topology, self.watchdog)
@@ -85,17 +97,19 @@ class Trainer:
         if found is not None:
             self.totals.update({key: found.meta[key] for key in TOTALS})
         self.logged_step = self.totals["step"]
-        if dist.get_rank() == 0:
-            with self.attempt.writing():
-                rewind_metrics(run.metrics, self.totals["step"])
+        on_rank_zero(lambda: rewind_metrics(attempt, found))
 
     def _build_engine(self, found: Checkpoint | None) -> Any:
         """The network (weights of `found`, `run.init_weights` or fresh), its optimizer, and DeepSpeed around both."""
         config = self.config
         with building(config, self.topology):
             model = build_network(config.model, config.parallel)
-        start = found.weights("raw") if found else config.run.init_weights
-        for parameter, piece in read_items(model, Path(start)) if start else initial_items(model, config.run.seed):
+        items = initial_items(model, config.run.seed)
+        if found is not None:
+            items = read_items(model, found.weights("raw"), verify=False)  # `newest_checkpoint` has
+        elif config.run.init_weights:
+            items = read_items(model, Path(config.run.init_weights))
+        for parameter, piece in items:
             set_value(parameter, piece)
         if found is None and config.run.reset:
             fresh = {parameter for name, parameter in model.named_parameters() if is_named(name, config.run.reset)}
@@ -111,36 +125,33 @@ class Trainer:
         return engine
 
     def run_to_end(self) -> None:
-        """Take the steps that are left."""
-        if self.totals["step"] >= self.last_step:
-            log.info("%s has all its steps up to %d", self.run.path, self.last_step)
-            self._end_attempt("finished before")
-            return
+        """Take the steps that are left; raises as `train`."""
         monitor = self._start_monitor() if dist.get_rank() == 0 else None
         with self.watchdog, self.preemption, self.saver:
             stop = self._take_steps(monitor)
             self.watchdog.doing("saving the last checkpoint")
-            saved = self.saver.wait()
+            not_saved = self.saver.wait()
         if monitor:
             monitor.close()
-        self._end_attempt(stop.name if stop else f"reached step {self.last_step}" if saved else "not saved")
+            reason = "not saved" if not_saved else f"reached step {self.last_step}"
+            self.attempt.end(stop.name if stop else reason, self.totals["step"])
+        if stop == Stop.CANNOT_WRITE:
+            step = f"step {self.totals['step']} {'could not be saved either' if not_saved else 'is saved'}"
+            raise UserError(f"{on_rank_zero(lambda: self.write_error)}; {step}: mend that and start again")
         if stop:
             raise Preempted(stop)
-        if not saved:
-            raise UserError(f"{self.run.path}: the last checkpoint could not be saved; make room and start again")
-
-    def _end_attempt(self, reason: str) -> None:
-        if dist.get_rank() == 0:
-            self.attempt.end(reason, self.totals["step"])
+        if not_saved:
+            raise UserError(f"{not_saved}; mend that and start again")
 
     def _start_monitor(self) -> Monitor:
-        with self.attempt.writing():
-            write_atomic(self.run.environment, json.dumps(start.environment(self.topology), indent=1))
-        print(start.start_table(self.config, self.topology, self.plan, self.totals["step"]), flush=True)
-        return Monitor(self.config, self.attempt, self.totals, self.topology)
+        with writing(self.run.path):
+            with self.attempt.writing():
+                write_atomic(self.run.environment, json.dumps(start.environment(self.topology), indent=1))
+            print(start.start_table(self.config, self.topology, self.plan, self.totals["step"]), flush=True)
+            return Monitor(self.config, self.attempt, self.totals, self.topology)
 
-    def _take_steps(self, monitor: Monitor | None) -> signal.Signals | None:
-        """All steps, or those until the ranks agree on a signal, which is returned: that step is saved then."""
+    def _take_steps(self, monitor: Monitor | None) -> Stop | None:
+        """All steps, or those until the ranks agree to stop, for the reason returned: that step is saved then."""
         started, hours_before = time.perf_counter(), self.totals["device_hours"]
         for batch in self._timed(self._loader(), monitor):
             with self.profiler.step(batch.step + 1):
@@ -148,13 +159,14 @@ class Trainer:
             spent_h = (time.perf_counter() - started) / 3600
             self.totals["device_hours"] = hours_before + spent_h * self.topology.world_size
             self._report(row, batch, monitor)
-            stop = self.preemption.agreed()
-            self._save_if_due(row["step"], at_once=stop is not None)
+            stop, last = self.preemption.agreed(), row["step"] == self.config.run.steps
+            if not (last and "skipped" in row):
+                self._save_if_due(row["step"], at_once=stop is not None, unwritten=monitor.unwritten if monitor else [])
+            if "skipped" in row and (last or not stop):
+                self.saver.settle()
+                self.stepper.health.require_progress(row["step"], last)
             if stop:
                 return stop
-            if "skipped" in row:
-                self.saver.wait()
-                self.stepper.health.require_progress(row["step"])
         return None
 
     def _loader(self) -> Iterator[StepBatch]:
@@ -189,18 +201,28 @@ class Trainer:
             phases = self.stepper.timer.read(step - self.logged_step)
             self.logged_step = step
             if monitor:
-                monitor.log(row, phases)
+                self._log(monitor, row, phases)
         median = None if skipped else self.stepper.health.spike(row["loss"])
         if monitor and median is not None:
             images = [self.plan.key(batch.batch, slot) for slot in range(len(batch.batch.images_B))]
             self._note("loss spike", step=step, loss=row["loss"], median=median, images=images)
 
-    def _note(self, event: str, **about: Any) -> None:
-        append_jsonl(self.run.events, {"time_unix_s": time.time(), "event": event, **about})
+    def _log(self, monitor: Monitor, row: dict[str, Any], phases: dict[str, float]) -> None:
+        try:
+            monitor.log(row, phases)
+        except TakenOverError:
+            raise
+        except UserError as error:
+            self.write_error, self.preemption.heard = str(error), Stop.CANNOT_WRITE
 
-    def _save_if_due(self, step: int, at_once: bool) -> None:
+    def _note(self, event: str, **about: Any) -> None:
+        with suppress(OSError):  # where there is no room, training ends for what it cannot log
+            append_jsonl(self.run.events, {"time_unix_s": time.time(), "event": event, **about})
+
+    def _save_if_due(self, step: int, at_once: bool, unwritten: list[dict[str, Any]]) -> None:
         last = step == self.last_step
         if at_once or last or step in self.evaluation_steps or step % self.config.checkpoint.every_steps == 0:
             self.watchdog.doing(f"saving step {step}")
             with self.stepper.timer.phase("save"):
-                self.saver.save(self.engine, {**self.totals, "model": asdict(self.config.model)})
+                meta = {**self.totals, "model": asdict(self.config.model)}
+                self.saver.save(self.engine, meta | ({"unwritten": unwritten} if unwritten else {}))

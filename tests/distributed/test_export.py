@@ -29,10 +29,10 @@ def save_again(config: Config, to: Path) -> None:
     from fitscale.train.trainer import Trainer
 
     run, topology = RunDir(Path(config.run.dir)), init_parallel(config.parallel, config.run.device)
-    trainer = Trainer(config, run, open_data(config), topology, None)
-    trainer.saver.attempt = on_rank_zero(lambda: begin_attempt(RunDir(to), 0))
-    trainer.saver.save(trainer.engine, newest_checkpoint(run).meta)
-    assert trainer.saver.wait()
+    found, attempt = newest_checkpoint(run), on_rank_zero(lambda: begin_attempt(RunDir(to), 0))
+    trainer = Trainer(config, attempt, open_data(config), topology, found, STEPS)
+    trainer.saver.save(trainer.engine, found.meta)
+    assert trainer.saver.wait() is None
 
 
 @pytest.fixture(scope="module")

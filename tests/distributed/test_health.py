@@ -1,10 +1,12 @@
 """When something is wrong: a poisoned image, a rank that hangs, a rank that dies, a full disk."""
 
+import errno
 import math
 import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,6 +71,16 @@ def test_too_many_bad_steps_end_the_run_with_one_message(tmp_path, poisoned):
     assert [row["loss"] for row in read_jsonl(RunDir(tmp_path).metrics)] == [None] * 3
 
 
+def test_bad_steps_at_the_very_end_are_no_finished_run(tmp_path, poisoned):
+    """Fewer than `max_bad_steps`: the run fails all the same, and again when it is started again."""
+    overrides = ("run.steps=2", "batch.global_batch_size=64", "checkpoint.every_steps=1", *LATENTS)
+    for skipped in (2, 1):  # the first step is saved
+        (text,) = run_ranks(fail_here, 1, tiny_config(tmp_path, poisoned, *overrides))
+        assert f"{skipped} steps in a row, up to step 2, had a loss" in text and "run.steps" in text
+        assert [checkpoint.step for checkpoint in RunDir(tmp_path).checkpoints()] == [1]
+    assert [row["loss"] for row in read_jsonl(RunDir(tmp_path).metrics)] == [None, None]
+
+
 def test_a_spike_is_a_loss_far_above_the_recent_median():
     health = StepHealth(HealthConfig(spike_factor=3.0))
     assert [health.spike(1.0) for _ in range(20)] == [None] * 20
@@ -128,11 +140,74 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path, digits_shards
         steps = run_ranks(train_on_a_filling_disk, 2, disk, digits_shards)[0]
     finally:
         subprocess.run(["umount", disk], check=True)
-    assert steps == {"while full": [2], "at the end": [2, 8]}
+    assert steps == {"while full": [2], "at the end": [2, 6, 8]}
+
+
+def test_training_stops_where_only_saves_fail(tmp_path, digits_shards):
+    """A folder that cannot be written, from step 4 on."""
+    overrides = ("run.steps=100", "checkpoint.every_steps=2", "checkpoint.keep_last=0")
+    texts = run_ranks(fail_to_save_from_step_4, 2, tiny_config(tmp_path, digits_shards, *overrides))
+    assert all("step-00000006: the checkpoint could not be saved (rank 1: " in text for text in texts)
+    assert all("newest: step 2; nor could the one before it" in text for text in texts)
+    assert [checkpoint.step for checkpoint in RunDir(tmp_path).checkpoints()] == [2]
+    assert read_jsonl(RunDir(tmp_path).metrics)[-1]["step"] == 8  # where the save of step 6 is waited for
+
+
+def fail_to_save_from_step_4(config: Config) -> str:
+    import os
+
+    from fitscale.train import saver
+
+    write = saver._Save._write
+
+    def no_room(self):
+        if self.meta["step"] >= 4 and os.environ["RANK"] == "1":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self)
+
+    saver._Save._write = no_room
+    return fail_here(config)
+
+
+@pytest.mark.parametrize("saves_too", [False, True])
+def test_a_disk_without_room_for_metrics_ends_the_run_in_one_line(tmp_path, digits_shards, saves_too):
+    """Saved if that is possible; then the run goes on as if nothing had been."""
+    overrides = ("run.steps=6", "checkpoint.every_steps=2")
+    calm, full = (tiny_config(tmp_path / name, digits_shards, *overrides) for name in ("calm", "full"))
+    run_ranks(train_here, 2, calm)
+    texts = run_ranks(train_without_room, 2, full, saves_too)
+    newest = 2 if saves_too else 3
+    told = f"step 3 {'could not be saved either' if saves_too else 'is saved'}"
+    assert all("metrics.jsonl: cannot be written (No space left on device)" in text for text in texts)
+    assert all(told in text and "\n" not in text for text in texts)
+    assert [one.step for one in RunDir(tmp_path / "full").checkpoints()][-1] == newest
+    run_ranks(train_here, 2, full)
+    assert RunDir(tmp_path / "full").metrics.read_bytes() == RunDir(tmp_path / "calm").metrics.read_bytes()
+
+
+def train_without_room(config: Config, saves_too: bool) -> str:
+    """Train where there is no room for metrics at step 3, and for checkpoints after it."""
+    from fitscale.train import metrics, saver
+
+    append, write = metrics.append_jsonl, saver._Save._write
+
+    def no_room(path, row):
+        if path.name == "metrics.jsonl" and row["step"] == 3:
+            path.write_bytes(path.read_bytes() + b'{"step": 3, "lo')
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(path, row)
+
+    def no_room_either(self):
+        if self.meta["step"] == 3 and saves_too:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self)
+
+    metrics.append_jsonl, saver._Save._write = no_room, no_room_either
+    return fail_here(config)
 
 
 def train_on_a_filling_disk(disk: Path, shards: Path) -> dict[str, list[int]]:
-    """Fills the disk after the checkpoint of step 2, frees it after that of step 6 could not be written."""
+    """Fills the disk after the checkpoint of step 2, frees it after that of step 4 could not be written."""
     import os
 
     from fitscale.train import trainer
@@ -141,14 +216,14 @@ def train_on_a_filling_disk(disk: Path, shards: Path) -> dict[str, list[int]]:
     run, ballast, seen = RunDir(disk / "run"), disk / "ballast", {}
     original = trainer.Trainer._save_if_due
 
-    def save_if_due(self, step: int, at_once: bool) -> None:
-        original(self, step, at_once)
+    def save_if_due(self, step: int, **options: Any) -> None:
+        original(self, step, **options)
         self.saver.wait()
         torch.distributed.barrier()
         if os.environ["RANK"] == "0" and step == 2:
             free = os.statvfs(disk)
             ballast.write_bytes(bytes(free.f_bavail * free.f_bsize - 65536))
-        if os.environ["RANK"] == "0" and step == 6:
+        if os.environ["RANK"] == "0" and step == 4:
             seen["while full"] = [checkpoint.step for checkpoint in run.checkpoints()]
             ballast.unlink()
         torch.distributed.barrier()

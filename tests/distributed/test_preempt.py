@@ -51,7 +51,7 @@ def wait_for_steps(run: RunDir, steps: int) -> None:
     wait_until(lambda: len(read_jsonl(run.metrics)) >= steps, f"{steps} steps")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGUSR2, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_rank_makes_all_save_and_no_step_is_lost(tmp_path, digits_shards, signum):
     calm = tiny_config(tmp_path / "calm", digits_shards, *OVERRIDES)
     run_ranks(train_here, 2, calm)
@@ -77,18 +77,48 @@ def test_a_signal_to_one_rank_makes_all_save_and_no_step_is_lost(tmp_path, digit
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_sigterm_to_all_processes_of_a_job_lets_training_save_before_its_readers_end(tmp_path, digits_shards):
-    """torchrun sends it to every process, and so does Slurm on some clusters; torch's own handler ends a reader."""
+def train_until_interrupted_twice(config: Config) -> None:
+    """`train_and_exit`, which notes every signal that it has heard."""
+    from fitscale.train import preempt
+
+    hear = preempt.Preemption._hear
+
+    def noted(self, signum, frame):
+        hear(self, signum, frame)
+        Path(config.run.dir, "heard").touch()
+
+    preempt.Preemption._hear = noted
+    train_and_exit(config)
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_ctrl_c_leaves_at_once(tmp_path, digits_shards, second):
+    """Torchrun hands a second Ctrl-C on as SIGTERM. The step under way never ends here."""
+    run = RunDir(tmp_path)
+    (process,) = start_ranks(train_until_interrupted_twice, 1, tiny_config(tmp_path, digits_shards, *OVERRIDES))
+    wait_for_steps(run, 5)
+    os.kill(process.pid, signal.SIGINT)
+    wait_until((tmp_path / "heard").exists, "the first Ctrl-C to be heard")
+    os.kill(process.pid, second)
+    process.join(LIMIT_S)
+    assert process.exitcode == 130 and not run.checkpoints()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_of_a_job_lets_training_save_before_its_readers_end(tmp_path, digits_shards, signum):
+    """Torchrun sends it to every process, and so does Slurm on some clusters; torch's own handler ends a reader."""
     run = RunDir(tmp_path / "run")
     arguments = [*TINY, f"run.dir={run.path}", f"data.shards={digits_shards}", "run.steps=100000"]
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fitscale")
-    process = subprocess.Popen([*torchrun, "train", *arguments, "data.num_workers=2"])
+    command = [*torchrun, "train", *arguments, "data.num_workers=2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     wait_for_steps(run, 3)
-    process.terminate()
-    process.wait(LIMIT_S)
+    process.send_signal(signum)
+    _, told = process.communicate(timeout=LIMIT_S)
+    assert told.count(f"{signum.name}: training saves") == 1
     steps = read_jsonl(run.metrics)[-1]["step"]
     assert run.checkpoints()[-1].step == steps
-    assert [row["reason"] for row in read_jsonl(run.attempts)[1:]] == ["SIGTERM"]
+    assert [row["reason"] for row in read_jsonl(run.attempts)[1:]] == [signum.name]
 
 
 def test_an_attempt_that_was_taken_over_while_it_was_being_built_leaves_metrics_alone(
