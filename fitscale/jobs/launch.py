@@ -27,6 +27,7 @@ REQUEUE = Path(__file__).with_name("requeue.sh")
 # Slurm's states of a job that is over. Of the others some are rare or new (SIGNALING, STAGE_OUT), and all are live.
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
 ENDED |= {"DEADLINE", "REVOKED"}
+HELD = "HELD"  # pending until somebody releases it: for Slurm the reason of PENDING
 
 
 class _AnywhereExecutor(SlurmExecutor):
@@ -37,8 +38,14 @@ class _AnywhereExecutor(SlurmExecutor):
         return 1
 
 
-def make_executor(profile: ClusterConfig, one: Allocation, job: StepJob, after: str | None = None) -> SlurmExecutor:
-    """submitit's executor for a job of the run `one`; `after`: the id of a job that has to succeed first."""
+def make_executor(
+    profile: ClusterConfig, one: Allocation, job: StepJob, time_min: int, wait: dict[str, str | bool]
+) -> SlurmExecutor:
+    """submitit's executor for a job of the run `one`; `wait`: sbatch's options that say what it waits for.
+
+    Raises:
+        UserError: a name or a value does not reach sbatch as it is written.
+    """
     run, machine = one.run.absolute, one.plan.machine
     nodes, tasks = (machine.nodes, machine.gpus_per_node) if job.kind == "train" else (1, 1)
     executor = _AnywhereExecutor(run.submitit / "%j", job.most_timeouts, python=profile.python)
@@ -54,7 +61,8 @@ def make_executor(profile: ClusterConfig, one: Allocation, job: StepJob, after: 
         nodes=nodes,
         ntasks_per_node=tasks,
         cpus_per_task=profile.cpus_per_task,
-        time=profile.time_min,
+        time=time_min,
+        wckey=None,  # submitit's default is a key of its own, which clusters that check theirs refuse
         signal_delay_s=profile.signal_before_end_s,
         stderr_to_stdout=True,
         setup=[
@@ -63,13 +71,25 @@ def make_executor(profile: ClusterConfig, one: Allocation, job: StepJob, after: 
             REQUEUE.read_text(),
         ],
         teardown=["end_job $?"],
-        # srun does not take over sbatch's --cpus-per-task (Slurm 22.05's release notes)
-        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={profile.cpus_per_task}", *profile.srun],
-        additional_parameters={"requeue": True, **profile.sbatch}
-        | ({"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"} if after else {}),
+        srun_args=srun_arguments(profile),
+        additional_parameters={"requeue": True, **profile.sbatch, **wait},
         **{key: value for key, value in wanted.items() if value is not None},
     )
     return executor
+
+
+def srun_arguments(profile: ClusterConfig) -> list[str]:
+    """What srun is told besides submitit's arguments; the profile's own come last, and win.
+
+    The environment of the batch script is passed on, whatever the user's shell or the cluster has for --export. srun
+    does not take over sbatch's --cpus-per-task (Slurm 22.05's release notes). The ranks of a node are consecutive, and
+    so are their cores on its sockets, as the GPUs are that they take by their local rank: one each. Slurm itself binds
+    no GPU to a task, or the task's control group hides those of its neighbours, which NCCL reaches through NVLink only
+    if it can open their memory.
+    """
+    found = ["--kill-on-bad-exit=1", "--export=ALL", "--distribution=block:block"]
+    found += [f"--cpus-per-task={profile.cpus_per_task}", *["--gpu-bind=none"] * bool(profile.gpus_per_node)]
+    return found + profile.srun
 
 
 def batch_script(executor: SlurmExecutor) -> str:
@@ -97,8 +117,8 @@ def slurm(*command: str) -> str:
     return result.stdout
 
 
-def submit(executor: SlurmExecutor, job: StepJob) -> str:
-    """Hand `job` to Slurm and note it in the run directory; returns its id.
+def submit(executor: SlurmExecutor, job: StepJob, held: bool = False) -> str:
+    """Hand `job` to Slurm and note it in the run directory, as `held` if it is; returns its id.
 
     Raises:
         UserError: sbatch refuses it, or there is no room to write.
@@ -111,7 +131,8 @@ def submit(executor: SlurmExecutor, job: StepJob) -> str:
             reasons = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
             raise UserError(f"sbatch refused the job: {reasons[-1].strip().removeprefix('sbatch: error: ')}") from error
         try:
-            append_jsonl(job.run.jobs, {"job": job_id, "kind": job.kind, "step": job.step, "time_unix_s": time()})
+            row = {"job": job_id, "kind": job.kind, "step": job.step, "held": held, "time_unix_s": time()}
+            append_jsonl(job.run.jobs, row)  # requeue.sh reads it
         except OSError:
             slurm("scancel", job_id)  # nobody would know of it
             raise
@@ -129,8 +150,9 @@ def job_states(ids: list[str]) -> dict[str, str]:
     if shutil.which("sacct"):
         lines = slurm("sacct", "--noheader", "--parsable2", "-X", "-o", "JobID,State", "-j", ",".join(ids)).splitlines()
         states = {job: state.split()[0] for job, state in (line.split("|")[:2] for line in lines)}
-    queued = slurm("squeue", "--noheader", "--states", "all", "--format", "%A %T").splitlines()
-    return states | {job: state for job, state in map(str.split, queued) if job in ids}
+    queued = slurm("squeue", "--noheader", "--states", "all", "--format", "%A %T %r").splitlines()
+    rows = [line.split(maxsplit=2) for line in queued]
+    return states | {job: HELD if why.startswith("JobHeld") else state for job, state, why in rows if job in ids}
 
 
 @dataclass(frozen=True)

@@ -83,17 +83,20 @@ class Allocation(Submission):
         )
 
     @property
-    def evaluate_gpu_hours(self) -> float:
-        """All evaluations on one device each: function evaluations of the samples, and nothing else."""
+    def evaluation_s(self) -> float:
+        """One evaluation on one device: function evaluations of the samples, and nothing else."""
         config = self.config
-        points = len(config.evaluation.steps(config.run.steps))
         if config.evaluation.features is None:
             return 0.0
-        per_image = self.plan.train_flops / self.images.batch_size / flops.TRAIN_PASSES
         guided = 1 if config.sampling.guidance.scale == 1.0 else 2
         stages = 2 if config.sampling.method == "heun" else 1
-        sampled = points * config.evaluation.samples * config.sampling.steps * guided * stages * per_image
-        return sampled / (self.plan.train_flops / (self.plan.compute_s * self.plan.machine.gpus)) / 3600
+        forward_s = self.plan.busy_s * self.plan.machine.gpus / self.images.batch_size / flops.TRAIN_PASSES
+        return config.evaluation.samples * config.sampling.steps * guided * stages * forward_s
+
+    @property
+    def evaluate_gpu_hours(self) -> float:
+        """All evaluations."""
+        return len(self.config.evaluation.steps(self.config.run.steps)) * self.evaluation_s / 3600
 
     @property
     def costs(self) -> dict[str, str]:
