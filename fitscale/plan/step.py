@@ -19,10 +19,9 @@ import numpy as np
 
 from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
-from fitscale.data.batch_plan import OpenIndex
+from fitscale.data.batch_plan import OpenIndex, token_shares
 from fitscale.data.index import open_index
 from fitscale.data.packing import Packing, split
-from fitscale.data.sizes import token_shares
 from fitscale.model import flops
 from fitscale.model.backbone import parameter_table
 from fitscale.plan.layout import Machine, dp_size, resolve_precision
