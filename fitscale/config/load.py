@@ -52,6 +52,9 @@ def _merge(merged: Any, sources: list[tuple[str, Any]]) -> Any:
             merged = OmegaConf.merge(merged, content)
         except OmegaConfBaseException as error:
             raise UserError(f"{argument}: {_explain(error)}") from error
+        except TypeError as error:
+            key, wanted = _mistaken_container(merged, OmegaConf.to_container(content, resolve=False))
+            raise UserError(f"{argument}: {key}: must hold {wanted}") from error
     try:
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -89,6 +92,21 @@ def _read_file(argument: str) -> Any:
     if not OmegaConf.is_dict(content):
         raise UserError(f"{argument}: must hold key: value pairs")
     return content
+
+
+def _mistaken_container(schema: Any, content: Any) -> tuple[str, str]:
+    """The first key of `content` that holds a list in place of a dict or the reverse, and what it must hold."""
+    for key, here in content.items():
+        there = schema.get(key)
+        if OmegaConf.is_list(there) and isinstance(here, dict):
+            return key, "a list, [...]"
+        if OmegaConf.is_dict(there) and isinstance(here, list):
+            return key, "key: value pairs"
+        if OmegaConf.is_dict(there) and isinstance(here, dict):
+            inner, wanted = _mistaken_container(there, here)
+            if inner:
+                return f"{key}.{inner}", wanted
+    return "", "what its schema says"
 
 
 def _explain(error: OmegaConfBaseException) -> str:

@@ -16,6 +16,7 @@ from time import time
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+from fitscale.config.checks import check_plain
 from fitscale.config.errors import UserError, writing
 from fitscale.config.files import append_jsonl, read_jsonl
 from fitscale.jobs.job import StepJob
@@ -47,9 +48,10 @@ def make_executor(
         UserError: a name or a value does not reach sbatch as it is written.
     """
     run, machine = one.run.absolute, one.plan.machine
+    wanted = {key: getattr(profile, key) for key in ("partition", "account", "qos", "constraint", "exclude")}
+    _require_as_written({"run.name": one.config.run.name, "run.dir": str(run.path), **wanted, **profile.sbatch})
     nodes, tasks = (machine.nodes, machine.gpus_per_node) if job.kind == "train" else (1, 1)
     executor = _AnywhereExecutor(run.submitit / "%j", job.most_timeouts, python=profile.python)
-    wanted = {key: getattr(profile, key) for key in ("partition", "account", "qos", "constraint", "exclude")}
     if profile.mem_gb is not None:
         share = min(1.0, tasks / profile.tasks_per_node)  # an evaluation takes a part of a node
         wanted["mem"] = f"{round(1024 * profile.mem_gb * share)}M"
@@ -71,25 +73,27 @@ def make_executor(
             REQUEUE.read_text(),
         ],
         teardown=["end_job $?"],
-        srun_args=srun_arguments(profile),
+        # The environment reaches the ranks whatever the shell or the cluster has for --export. Ranks of a node are
+        # consecutive, and so are their cores on its sockets, as the GPUs are that they take by their local rank; Slurm
+        # is asked to bind none (docs/decisions.md). srun does not take over sbatch's --cpus-per-task (Slurm 22.05).
+        srun_args=[
+            *("--kill-on-bad-exit=1", "--export=ALL", "--distribution=block:block"),
+            *(f"--cpus-per-task={profile.cpus_per_task}", *profile.srun),
+        ],
         additional_parameters={"requeue": True, **profile.sbatch, **wait},
         **{key: value for key, value in wanted.items() if value is not None},
     )
     return executor
 
 
-def srun_arguments(profile: ClusterConfig) -> list[str]:
-    """What srun is told besides submitit's arguments; the profile's own come last, and win.
-
-    The environment of the batch script is passed on, whatever the user's shell or the cluster has for --export. srun
-    does not take over sbatch's --cpus-per-task (Slurm 22.05's release notes). The ranks of a node are consecutive, and
-    so are their cores on its sockets, as the GPUs are that they take by their local rank: one each. Slurm itself binds
-    no GPU to a task, or the task's control group hides those of its neighbours, which NCCL reaches through NVLink only
-    if it can open their memory.
-    """
-    found = ["--kill-on-bad-exit=1", "--export=ALL", "--distribution=block:block"]
-    found += [f"--cpus-per-task={profile.cpus_per_task}", *["--gpu-bind=none"] * bool(profile.gpus_per_node)]
-    return found + profile.srun
+def _require_as_written(texts: dict[str, str | None]) -> None:
+    """Raises UserError for a text that sbatch would change: it drops backslashes, quoted or not."""
+    for key, text in texts.items():
+        check_plain(key, text)  # the working folder is a part of run.dir, too
+        if "\\" in (text or ""):
+            raise UserError(f"{key}: {text!r} holds a backslash, which sbatch drops")
+    if "%" in str(texts["run.dir"]):
+        raise UserError(f"run.dir: {texts['run.dir']}: Slurm replaces % in the names of files; choose another folder")
 
 
 def batch_script(executor: SlurmExecutor) -> str:
@@ -155,6 +159,10 @@ def job_states(ids: list[str]) -> dict[str, str]:
     return states | {job: HELD if why.startswith("JobHeld") else state for job, state, why in rows if job in ids}
 
 
+class QueueUnknownError(UserError):
+    """Nobody answers for Slurm's queue; what the run directories say can be told all the same."""
+
+
 @dataclass(frozen=True)
 class LiveJob:
     """A job that Slurm has not finished with: what it does (train or evaluate, up to or at `step`) and its state."""
@@ -166,8 +174,15 @@ class LiveJob:
 
 
 def live_jobs(runs: list[RunDir]) -> list[list[LiveJob]]:
-    """The live jobs of each run, in the order of their submission; Slurm is asked once for all."""
+    """The live jobs of each run, in the order of their submission; Slurm is asked once for all.
+
+    Raises:
+        QueueUnknownError: Slurm is not there, or not configured.
+    """
     rows = [read_jsonl(run.jobs) for run in runs]
-    states = job_states([row["job"] for of_run in rows for row in of_run])
+    try:
+        states = job_states([row["job"] for of_run in rows for row in of_run])
+    except UserError as error:
+        raise QueueUnknownError(f"the queue is unknown: {error}") from error
     found = [[LiveJob(row["job"], row["kind"], row["step"], states.get(row["job"], "")) for row in one] for one in rows]
     return [[job for job in one if job.state and job.state not in ENDED] for one in found]

@@ -6,10 +6,12 @@ from math import ceil
 
 from fitscale.config.checks import Section, number
 from fitscale.config.errors import UserError
+from fitscale.config.load import load_schema
 from fitscale.config.schema import Config
 from fitscale.plan.devices import find_device
 from fitscale.plan.layout import Machine
 
+EVALUATE = ("between", "beside", "after")  # where evaluations stand in a run's jobs (chain.py)
 MARGIN = 1.5  # a job may take so many times its planned time; training that takes longer is queued again
 START_MIN = 15  # to import and read what a job needs; below 10, submitit takes every USR2 for a time limit
 
@@ -36,7 +38,7 @@ class ClusterConfig(Section):
     tasks_per_node: int = number(8, least=1)  # ranks on a node, each with one GPU if there are any
     max_nodes: int = number(1024, least=1)  # most nodes of one job
     cpus_per_task: int = number(8, least=1)
-    mem_gb: float | None = None  # per node
+    mem_gb: float | None = number(None, above=0)  # per node
     time_min: int = number(1440, least=1)  # most of one job; training that needs longer is queued again at its end
     signal_before_end_s: int = number(120, least=1)  # USR2 comes so early: a step and a checkpoint have to fit in
     constraint: str | None = None
@@ -68,6 +70,9 @@ class ClusterConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         find_device(self.device)
+        for key, value in (*self.environment.items(), *self.sbatch.items()):
+            if not isinstance(value, str):  # omegaconf lets lists pass
+                raise UserError(f"{key}: {value!r} must be a text")
         for key in self.environment:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
                 raise UserError(f"environment: {key!r} is no name of a variable; valid: letters, digits and _")
@@ -84,3 +89,11 @@ class ClusterConfig(Section):
             )
         if self.gpus_per_node and self.tasks_per_node > self.gpus_per_node:
             raise UserError(f"tasks_per_node: {self.tasks_per_node} is more than gpus_per_node = {self.gpus_per_node}")
+
+
+def read_profile(path: str) -> ClusterConfig:
+    """The cluster profile at `path`; a mistake in it is named with the file."""
+    try:
+        return load_schema(ClusterConfig, [path])
+    except UserError as error:
+        raise UserError(str(error) if path in str(error) else f"{path}: {error}") from error
