@@ -23,14 +23,13 @@ from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
 from fitscale.config.program import aligned
 from fitscale.jobs.job import EvaluateJob, StepJob, TrainJob
-from fitscale.jobs.launch import LiveJob, live_jobs, make_executor, submit
+from fitscale.jobs.launch import HELD, LiveJob, QueueUnknownError, live_jobs, make_executor, slurm, submit
 from fitscale.jobs.profile import ClusterConfig
 from fitscale.jobs.submission import Allocation, Submission
 from fitscale.run.claim import differences
 from fitscale.run.layout import RunDir
 from fitscale.run.progress import Progress
 
-WHEN = ("between", "beside", "after")
 # An evaluation begins anew at each start, and much of it is not planned (the VAE, the features, the reference): it is
 # given an hour, and three times what its samples are planned to take.
 EVALUATION_S, EVALUATION_TIMES = 3600.0, 3.0
@@ -51,7 +50,7 @@ def missing_links(state: Progress, live: list[LiveJob], when: str = "between", e
     """The jobs that a run still needs besides its `live` ones, each after the one that it waits for.
 
     Args:
-        when: where its evaluations stand, one of `WHEN`.
+        when: where its evaluations stand, one of `EVALUATE`.
         evaluate: its evaluations too.
     """
     training = {job.step: job.id for job in live if job.kind == "train"}
@@ -107,13 +106,18 @@ def jobs_of_same_config(runs: Sequence[Submission]) -> list[list[LiveJob]]:
     return found
 
 
-def submit_missing(profile: ClusterConfig, one: Allocation, links: list[Link]) -> dict[Link, str]:
-    """Submit the `missing_links` of a run; returns the jobs' ids.
+def submit_missing(
+    profile: ClusterConfig, one: Allocation, live: list[LiveJob], when: str = "between", evaluate: bool = True
+) -> dict[Link, str]:
+    """Submit what neither the run directory holds nor a live job will do (`missing_links`); returns the jobs' ids.
 
     Raises:
         UserError: sbatch refuses a job; those before it stay submitted, and the next try leaves them out.
     """
-    run = one.run.absolute
+    run, links = one.run.absolute, missing_links(one.progress, live, when, evaluate)
+    for job in live:
+        if job.state == HELD and job.step <= one.progress.saved:  # nobody was there to release it
+            slurm("scontrol", "release", job.id)
     if any(link.kind == "train" for link in links):
         run.failed.unlink(missing_ok=True)  # the word of the jobs before these
     ids: dict[Link, str] = {}
@@ -121,6 +125,14 @@ def submit_missing(profile: ClusterConfig, one: Allocation, links: list[Link]) -
         after = ids[link.after] if isinstance(link.after, Link) else link.after
         ids[link] = submit(executor_of(profile, one, link, after), job_of(run, link), link.held)
     return ids
+
+
+def live_or_none(one: Submission) -> list[LiveJob]:
+    """The live jobs of a run, or none where nobody answers for the queue: for a plan of what would be submitted."""
+    try:
+        return live_jobs([one.run])[0]
+    except QueueUnknownError:
+        return []
 
 
 def job_of(run: RunDir, link: Link) -> StepJob:
