@@ -172,7 +172,7 @@ def chain_table(profile: ClusterConfig, one: Allocation, links: list[Link]) -> s
                 f"step {link.step} is saved" if link.held else name,
                 f"{machine.nodes} x {machine.gpus_per_node}" if link.kind == "train" else "1 x 1",
                 str(limit_min(profile, one, link)),
-                f"{hours[link]:,.3g}",
+                f"{hours[link]:,.3g}" if hours[link] else "-",  # a validation loss alone is not planned
             )
         )
     return f"{aligned(rows)}\n{len(links)} jobs, {sum(hours.values()):,.3g} GPU-hours planned"

@@ -117,7 +117,7 @@ class Allocation(Submission):
             "s/step": f"{self.plan.step_s:.3g}",
             "days": f"{self.plan.days:.3g}",
             "GPU-hours": f"{self.plan.gpu_hours:,.3g}",
-            "evaluate": f"{self.evaluate_gpu_hours:,.3g}",
+            "evaluate": f"{self.evaluate_gpu_hours:,.3g}" if self.evaluation_s else "-",
         }
 
     @property
