@@ -4,6 +4,7 @@
     python slurm/status.py sweeps/digits        every cell of a sweep
     python slurm/status.py runs/b --cancel      scancel what is left of their jobs
 
+Where Slurm is not there, the directories alone are told, and UNKNOWN of a run whose jobs may be going on.
 The queue is asked before accounting: that keeps NODE_FAIL for a job that was queued again and may have completed since.
 """
 
@@ -11,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.cancel:
         return cancel(runs)
     while True:
-        rows = [status(run, live) for run, live in zip(runs, launch.live_jobs(runs), strict=True)]
+        rows = [status(run, live) for run, live in zip(runs, live_or_unknown(runs), strict=True)]
         if arguments.json:
             print("\n".join(json.dumps(row) for row in rows), flush=True)
         else:
@@ -55,13 +57,22 @@ def main(argv: list[str] | None = None) -> int:
         time.sleep(EVERY_S)
 
 
-def status(run: RunDir, live: list[launch.LiveJob]) -> dict[str, Any]:
-    """What there is to know of a run with these live jobs; a number that is not known is None."""
-    state, job = progress(load_config([str(run.config)]), run), leading(live)
+def live_or_unknown(runs: list[RunDir]) -> Sequence[list[launch.LiveJob] | None]:
+    """The live jobs of each run; None of those with jobs that nobody answers for, which is said."""
+    try:
+        return launch.live_jobs(runs)
+    except launch.QueueUnknownError as error:
+        print(f"warning: {error}", file=sys.stderr)
+        return [None if run.jobs.exists() else [] for run in runs]
+
+
+def status(run: RunDir, live: list[launch.LiveJob] | None) -> dict[str, Any]:
+    """What there is to know of a run with these live jobs (None: not known); a number that is not known is None."""
+    state, job = progress(load_config([str(run.config)]), run), leading(live or [])
     speed = (read_jsonl(run.throughput) or [{}])[-1]
     starts = [row for row in read_jsonl(run.attempts) if row["event"] == "start"]
     distances = [row["value"] for row in read_jsonl(run.evaluations) if row["metric"] == "fd"]
-    step_s, word = speed.get("step_s"), one_word(state.finished, job, run)
+    step_s, word = speed.get("step_s"), one_word(state.finished, job, run, queue_known=live is not None)
     return {
         "run": str(run.path),
         "state": word,
@@ -80,12 +91,14 @@ def status(run: RunDir, live: list[launch.LiveJob]) -> dict[str, Any]:
 
 
 def leading(live: list[launch.LiveJob]) -> launch.LiveJob | None:
-    """The job that says most of its run: one that runs before one that waits, training before evaluations."""
+    """The job that says most of its run: one that runs before one that waits, training before evaluations. A held one
+    says nothing: it waits for a checkpoint."""
     order = {"train": 0, "evaluate": 1}
-    return min(live, key=lambda job: (job.state != "RUNNING", order[job.kind]), default=None)
+    moving = [job for job in live if job.state != launch.HELD]
+    return min(moving, key=lambda job: (job.state != "RUNNING", order[job.kind]), default=None)
 
 
-def one_word(finished: bool, job: launch.LiveJob | None, run: RunDir) -> str:
+def one_word(finished: bool, job: launch.LiveJob | None, run: RunDir, queue_known: bool) -> str:
     """The run directory says what is finished or failed, Slurm what is still going to happen."""
     if finished:
         return "FINISHED"
@@ -93,6 +106,8 @@ def one_word(finished: bool, job: launch.LiveJob | None, run: RunDir) -> str:
         return job.state if job.kind == "train" else f"EVALUATION {job.state}"
     if run.failed.exists():
         return "FAILED"
+    if not queue_known:
+        return "UNKNOWN"
     return "STOPPED" if run.jobs.exists() or run.attempts.exists() else "NEW"
 
 

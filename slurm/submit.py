@@ -2,7 +2,7 @@
 
 1. Resolve the config with the loader of `fitscale train`; check it, the data, the layout and the cluster.
 2. Write the run directory's config.
-3. Submit jobs that hold only that path: training, up to each step that is to be evaluated, and the evaluations.
+3. Submit jobs that hold only that path: training, in pieces or in one, and the evaluations (jobs/chain.py).
 
 The jobs go on by themselves after time limits, preemption and lost nodes. Submitting again is safe: only what is
 missing is submitted.
@@ -15,15 +15,22 @@ from functools import cache
 
 from submitit import LocalExecutor
 
-from fitscale.config.errors import UserError
-from fitscale.config.load import load_schema
 from fitscale.config.program import exit_code
 from fitscale.data.encoding import load_run
 from fitscale.data.index import open_index
 from fitscale.jobs import launch
-from fitscale.jobs.chain import jobs_of_same_config, submit_missing, told
+from fitscale.jobs.chain import (
+    chain_table,
+    executor_of,
+    jobs_of_same_config,
+    live_or_none,
+    missing_links,
+    submit_missing,
+    told,
+)
 from fitscale.jobs.job import TrainJob
-from fitscale.jobs.profile import ClusterConfig, LayoutConfig
+from fitscale.jobs.local import start_here, stop_here
+from fitscale.jobs.profile import EVALUATE, ClusterConfig, LayoutConfig, read_profile
 from fitscale.jobs.submission import Allocation, Submission, as_told, look_at
 from fitscale.plan.report import detail
 from fitscale.run.claim import check_claim, claim, claimed
@@ -44,7 +51,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=1, help="nodes of the job (default: 1)")
     parser.add_argument("--tasks-per-node", type=int, help="ranks on a node, one GPU each (default: the profile's)")
     parser.add_argument("--no-evaluate", action="store_true", help="train only")
-    parser.add_argument("--dry-run", action="store_true", help="print layout, batch script and plan; submit nothing")
+    parser.add_argument(
+        "--evaluation",
+        choices=EVALUATE,
+        default=EVALUATE[0],
+        help="evaluate between trainings, whose nodes are given back meanwhile (default); beside a training that keeps "
+        "them; or after it",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print script, plan, all jobs and their cost; submit nothing",
+    )
     parser.add_argument("--follow", action="store_true", help="show the run's log until its training has ended")
     return parser.parse_intermixed_args(argv)
 
@@ -62,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     if one.memory_lack:
         print(f"warning: {one.memory_lack}", file=sys.stderr)
     if arguments.dry_run:
-        print("" if local else script_and_plan(profile, one))
+        print("" if local else script_and_plan(profile, one, arguments))
         return 0
     if not local:
         launch.require_slurm(profile.partition)
@@ -73,23 +91,17 @@ def main(argv: list[str] | None = None) -> int:
         return run_here(one)
     (live,) = jobs_of_same_config([one])
     with claimed([one.config]):
-        ids = submit_missing(profile, one, live, evaluate=not arguments.no_evaluate)
+        ids = submit_missing(profile, one, live, arguments.evaluation, not arguments.no_evaluate)
     print("\n".join([*told(live, ids), f"log: {run.log}"]), flush=True)
     return follow(one) if arguments.follow else 0
 
 
-def read_profile(path: str) -> ClusterConfig:
-    """The cluster profile at `path`; a mistake in it is named with the file."""
-    try:
-        return load_schema(ClusterConfig, [path])
-    except UserError as error:
-        raise UserError(str(error) if path in str(error) else f"{path}: {error}") from error
-
-
-def script_and_plan(profile: ClusterConfig, one: Allocation) -> str:
-    """The batch script of the training, and what `fitscale plan` says of it."""
-    executor = launch.make_executor(profile, one, TrainJob(one.run.absolute, one.config.run.steps))
-    return "\n".join(["", launch.batch_script(executor), *detail(one.plan, f"of profile {profile.name}")])
+def script_and_plan(profile: ClusterConfig, one: Allocation, arguments: argparse.Namespace) -> str:
+    """The batch script of the first job, what `fitscale plan` says of the training, and all that would be submitted."""
+    links = missing_links(one.progress, live_or_none(one), arguments.evaluation, not arguments.no_evaluate)
+    script = launch.batch_script(executor_of(profile, one, links[0])) if links else "nothing is missing"
+    planned = detail(one.plan, f"of profile {profile.name}")
+    return "\n".join(["", script, *planned, "", chain_table(profile, one, links)])
 
 
 def run_here(one: Allocation) -> int:
@@ -97,13 +109,13 @@ def run_here(one: Allocation) -> int:
     run = claim(one.config).absolute
     executor = LocalExecutor(run.submitit / "%j")
     executor.update_parameters(timeout_min=NO_TIMEOUT_MIN, tasks_per_node=one.plan.machine.gpus)
-    job = executor.submit(TrainJob(run, one.config.run.steps))
+    job = start_here(executor, TrainJob(run, one.config.run.steps))
     print(f"log: {one.run.log}", flush=True)
     try:
         while not job.done():
             time.sleep(POLL_S)
     finally:
-        job.cancel()
+        stop_here([job])
     return verdict(one)
 
 

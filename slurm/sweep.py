@@ -26,9 +26,10 @@ from fitscale.config.load import load_schema
 from fitscale.config.program import exit_code
 from fitscale.data.index import open_index
 from fitscale.jobs import launch
-from fitscale.jobs.chain import jobs_of_same_config, submit_missing, told
+from fitscale.jobs.chain import chain_table, jobs_of_same_config, live_or_none, missing_links, submit_missing, told
 from fitscale.jobs.job import RunJob
-from fitscale.jobs.profile import ClusterConfig
+from fitscale.jobs.local import start_here, stop_here
+from fitscale.jobs.profile import read_profile
 from fitscale.jobs.submission import Submission, allocate, look_at
 from fitscale.jobs.sweep import SweepConfig, cells, cost_table, manifest
 from fitscale.run.claim import claimed
@@ -45,7 +46,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog="example: python slurm/sweep.py configs/sweep/digits.yaml --cluster configs/cluster/h100.yaml --dry-run",
     )
     parser.add_argument("sweep", nargs="+", metavar="SWEEP|KEY=VALUE", help="sweep YAML files and dotted overrides")
-    parser.add_argument("--dry-run", action="store_true", help="print the cells and their cost, run nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the cells, their cost and jobs; run nothing",
+    )
     parser.add_argument(
         "--cluster",
         default="local",
@@ -93,7 +98,7 @@ def write_manifest(sweep: SweepConfig, ladder: Sequence[Submission]) -> None:
 
 def on_cluster(arguments: argparse.Namespace, sweep: SweepConfig, ladder: list[Submission]) -> None:
     """Give every cell its nodes, and submit what no cell's directory holds and no live job will do."""
-    profile, given = load_schema(ClusterConfig, [arguments.cluster]), []
+    profile, given = read_profile(arguments.cluster), []
     for cell in ladder:
         with mistakes_in(f"cell {cell.name}"):
             given.append(allocate(cell, profile, sweep.layout_of(cell.name), sweep.max_days))
@@ -108,6 +113,9 @@ def on_cluster(arguments: argparse.Namespace, sweep: SweepConfig, ladder: list[S
             f"--max-gpu-hours: {arguments.max_gpu_hours:g}, but the sweep costs {gpu_hours:,.3g}; see above"
         )
     if arguments.dry_run:
+        for cell in given:
+            links = missing_links(cell.progress, live_or_none(cell), sweep.evaluation)
+            print(f"\ncell {cell.name}:\n{chain_table(profile, cell, links)}")
         return
     launch.require_slurm(profile.partition)
     lives, count = jobs_of_same_config(given), 0
@@ -115,7 +123,7 @@ def on_cluster(arguments: argparse.Namespace, sweep: SweepConfig, ladder: list[S
         write_manifest(sweep, given)
         for cell, live in zip(given, lives, strict=True):
             with mistakes_in(f"cell {cell.name}"):
-                ids = submit_missing(profile, cell, live)
+                ids = submit_missing(profile, cell, live, sweep.evaluation)
             count += len(ids)
             print(f"{cell.name}: {'; '.join(told(live, ids)) or 'finished before'}", flush=True)
     print(f"{count} jobs submitted; how they do: python slurm/status.py {sweep.dir} --watch", flush=True)
@@ -149,7 +157,7 @@ class LocalPool:
                 self.display.show(self.ladder)
             self.display.show(self.ladder, last=True)
         finally:
-            self._stop()
+            stop_here([job for _, job in self.running.values()])
         return failed
 
     def _fill(self) -> None:
@@ -157,7 +165,7 @@ class LocalPool:
         for place in range(self.local.parallel_cells):
             if self.waiting and place not in self.running:
                 cell = self.waiting.pop(0)
-                self.running[place] = (cell, self._executor(place).submit(RunJob(cell.run)))
+                self.running[place] = (cell, start_here(self._executor(place), RunJob(cell.run)))
 
     def _executor(self, place: int) -> LocalExecutor:
         executor = LocalExecutor(Path(self.sweep.dir) / "submitit" / "%j")
@@ -174,13 +182,6 @@ class LocalPool:
         ended = [place for place, (_, job) in self.running.items() if job.done()]
         left = [self.running.pop(place)[0] for place in ended]
         return [cell for cell in left if not cell.progress.finished]
-
-    def _stop(self) -> None:
-        for _, job in self.running.values():
-            job.cancel()
-        deadline = time.monotonic() + 10
-        while any(not job.done() for _, job in self.running.values()) and time.monotonic() < deadline:
-            time.sleep(0.1)
 
 
 class Display:
@@ -213,7 +214,7 @@ def with_cores(cells_at_once: int) -> None:
 def catch_signals() -> None:
     """Let SIGINT and SIGTERM end this process through its `finally`: so that it stops its cells.
 
-    SIGINT is set by hand, because a shell's background job starts with it ignored, and so would the cells.
+    SIGINT is set by hand, because a shell's background job starts with it ignored.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

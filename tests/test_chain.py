@@ -108,6 +108,64 @@ def test_a_run_made_longer_goes_on_and_forgets_steps_that_it_passed(tmp_path):
     assert progress(longer, RunDir(tmp_path / "run")).finished
 
 
+def test_beside_a_training_that_keeps_its_nodes_evaluations_wait_for_their_checkpoints(tmp_path):
+    config = configured(tmp_path)
+    links = missing_links(progress(config, RunDir(tmp_path / "run")), [], "beside")
+    assert shape(links) == [("train", 80, None), ("evaluate", 20, None), ("evaluate", 40, None), ("evaluate", 80, 80)]
+    assert [(link.steps, link.held) for link in links] == [(80, False), (0, True), (0, True), (0, False)]
+    save(config, 20)
+    going_on = [LiveJob("7", "train", 80, "RUNNING"), LiveJob("9", "evaluate", 40, launch.HELD)]
+    links = missing_links(progress(config, RunDir(tmp_path / "run")), going_on, "beside")
+    assert [(link.step, link.after, link.held) for link in links] == [(20, None, False), (80, "7", False)]
+
+
+def test_after_a_training_that_keeps_its_nodes_all_evaluations_wait_for_its_end(tmp_path):
+    config = configured(tmp_path)
+    save(config, 20)
+    links = missing_links(progress(config, RunDir(tmp_path / "run")), [], "after")
+    assert shape(links) == [("train", 80, None), ("evaluate", 20, 80), ("evaluate", 40, 80), ("evaluate", 80, 80)]
+
+
+def test_a_training_that_passes_a_step_is_not_started_a_second_time(tmp_path):
+    """Submitted to train only, or beside its evaluations, then again with stops."""
+    links = missing(configured(tmp_path), LiveJob("7", "train", 80, "PENDING"))
+    assert shape(links) == [("evaluate", 20, "7"), ("evaluate", 40, "7"), ("evaluate", 80, "7")]
+
+
+def test_a_held_evaluation_that_nobody_released_is(tmp_path, monkeypatch):
+    config, profile, said = configured(tmp_path), ClusterConfig(), []
+    claim(config)
+    save(config, 20, 80)
+    evaluate(config, 80)
+    monkeypatch.setattr(chain, "slurm", lambda *command: said.append(command))
+    held = [LiveJob(str(step), "evaluate", step, launch.HELD) for step in (20, 120)]
+    assert submit_missing(profile, allocated(config, profile, 1, 1), held, "beside") == {}
+    assert said == [("scontrol", "release", "20")]
+
+
+def test_a_job_is_given_the_time_that_the_plan_says_with_a_margin_and_within_the_profile(tmp_path):
+    config, profile = configured(tmp_path, "run.steps=100000000"), ClusterConfig(time_min=1440, signal_before_end_s=120)
+    one = allocated(config, profile, 1, 8)
+    day_s = one.plan.step_s * 20_000_000
+    short, long = Link("train", 40, steps=int(3600 / one.plan.step_s)), Link("train", 40, steps=20_000_000)
+    assert day_s > 86400 and chain.limit_min(profile, one, long) == 1440
+    assert chain.limit_min(profile, one, short) == pytest.approx(60 * 1.5 + 2 + 15, abs=1)
+    assert chain.limit_min(profile, one, Link("evaluate", 40)) == 60 * 1.5 + 2 + 15  # nothing of it is planned
+    script = batch_script(chain.executor_of(profile, one, short))
+    assert f"#SBATCH --time={chain.limit_min(profile, one, short)}" in script
+    assert "#SBATCH --hold" in batch_script(chain.executor_of(profile, one, Link("evaluate", 40, held=True)))
+
+
+def test_the_table_of_a_chain_has_every_job_with_its_cost(tmp_path):
+    config, profile = configured(tmp_path), ClusterConfig()
+    one = allocated(config, profile, 2, 8)
+    links = missing(config)
+    header, *rows, total = chain.chain_table(profile, one, links).splitlines()
+    assert len(rows) == 6 and "GPU-hours" in header and "2 x 8" in rows[0] and "1 x 1" in rows[1]
+    assert rows[0].split()[:2] == ["train", "20"] and "train 20" in rows[1].split("1 x 1")[0]
+    assert f"6 jobs, {16 * 80 * one.plan.step_s / 3600:,.3g} GPU-hours" in total
+
+
 def test_the_config_stays_while_jobs_are_live(tmp_path, monkeypatch):
     live = [LiveJob("7", "train", 20, "PENDING")]
     monkeypatch.setattr(chain, "live_jobs", lambda runs: [live for _ in runs])
@@ -150,7 +208,7 @@ def test_a_job_that_cannot_be_noted_is_cancelled(tmp_path, monkeypatch):
 def test_an_evaluation_asks_for_its_part_of_a_node_and_tasks_for_their_cores(tmp_path, monkeypatch):
     config, profile = configured(tmp_path), ClusterConfig(mem_gb=800, cpus_per_task=12)
     run, scripts = claim(config), []
-    monkeypatch.setattr(chain, "submit", lambda executor, job: scripts.append(batch_script(executor)) or "1")
+    monkeypatch.setattr(chain, "submit", lambda executor, job, held: scripts.append(batch_script(executor)) or "1")
     run.failed.write_text("why the jobs before these ended")
     submit_missing(profile, allocated(config, profile, 2, 8), [])
     assert len(scripts) == 6
@@ -158,5 +216,7 @@ def test_an_evaluation_asks_for_its_part_of_a_node_and_tasks_for_their_cores(tmp
     assert "#SBATCH --nodes=2" in train and "#SBATCH --nodes=1" in evaluation
     assert "#SBATCH --mem=819200M" in train and "#SBATCH --gpus-per-node=8" in train
     assert "#SBATCH --mem=102400M" in evaluation and "#SBATCH --gpus-per-node=1" in evaluation
-    assert all("--kill-on-bad-exit=1 --cpus-per-task=12" in script for script in scripts)
+    srun = "--kill-on-bad-exit=1 --export=ALL --distribution=block:block --cpus-per-task=12"
+    assert all(srun in script for script in scripts)
+    assert not any(word in script for word in ("wckey", "--gpu-bind", "--gpus-per-task") for script in scripts)
     assert not run.failed.exists()

@@ -18,7 +18,7 @@ from fitscale.model.backbone import parameter_table
 from fitscale.plan.devices import DEVICES, device_reported_as, find_device
 from fitscale.plan.layout import Machine, layouts
 from fitscale.plan.memory import activation_bytes, rank_memory, recomputed_blocks
-from fitscale.plan.step import measured_utilisation, plan, typical_images
+from fitscale.plan.step import measured_utilisation, plan, simplest, typical_images
 from fitscale.plan.traffic import step_traffic
 from tests.shard_sets import LATENTS, indexed_set
 
@@ -148,6 +148,29 @@ def test_communication_that_nothing_hides():
     assert nodes.exposed_s == pytest.approx(nodes.traffic.total / (0.8 * 200e9))
     hidden = plan_of("xxl", 8, *layout(stage=2))
     assert hidden.exposed_s == pytest.approx(sent / 3 / (0.8 * 450e9))  # the weights alone
+
+
+def test_no_step_takes_less_than_launching_its_kernels():
+    """By hand: 114 kernels of 7 us a block and micro-batch, 35 more where the forward pass is run again; ZeRO-3 gathers
+    every tensor twice; 5 ms once a step."""
+    one, again = (plan_of("b", 4, "batch.pack_tokens=4096", *layout(every=every)) for every in (0, 1))
+    assert one.launch_s == pytest.approx(0.005 + 4 * 15 * 114 * 7e-6)
+    assert again.launch_s == pytest.approx(0.005 + 4 * 15 * 149 * 7e-6)
+    tensors = len(parameter_table(one.config.model))
+    gathering = plan_of("b", 4, "batch.pack_tokens=4096", *layout(stage=3))
+    assert gathering.launch_s - one.launch_s == pytest.approx(4 * 2 * tensors * 1e-4)
+    assert one.busy_s < one.launch_s == one.compute_s and one.mfu < 0.4
+    large = plan_of("xl", 1)
+    assert large.launch_s < large.busy_s == large.compute_s
+    config = config_of("s", "parallel.precision=fp32")
+    cpu = plan(config, Machine(DEVICES["cpu"], 1, 1), typical_images(config), 0.2)
+    assert cpu.compute_s == cpu.busy_s + cpu.launch_s  # nothing runs ahead there
+
+
+def test_of_layouts_that_are_as_fast_the_simplest_is_taken():
+    plans = [plan_of("xxl", 8, *layout(stage=stage)) for stage in (3, 2, 1)]
+    assert plans[0].step_s < plans[1].step_s < 1.05 * plans[0].step_s < plans[2].step_s
+    assert simplest(plans) is plans[1] and simplest([plans[0], plans[2]]) is plans[0]
 
 
 def test_packs_are_those_of_training():

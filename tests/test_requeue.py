@@ -5,14 +5,16 @@ import signal
 import subprocess
 from pathlib import Path
 from shlex import quote
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
 
 from fitscale.config.errors import PassingError, UserError
+from fitscale.config.files import append_jsonl, write_atomic
 from fitscale.config.program import USER_ERROR
-from fitscale.jobs.job import EvaluateJob, TrainJob
+from fitscale.jobs.job import EvaluateJob, TrainJob, rendezvous
 from fitscale.jobs.launch import make_executor
 from fitscale.jobs.profile import ClusterConfig, LayoutConfig
 from fitscale.jobs.submission import Submission, as_told
@@ -46,7 +48,7 @@ def script(folder: Path, work: str, squeue: str, restart: int = 0) -> tuple[list
         (folder / name).chmod(0o755)
     config = tiny_config(folder, folder)
     one = as_told(Submission(config, Images({16: 1.0}, 16, "a test")), CPUS, LayoutConfig())
-    asked = make_executor(CPUS, one, TrainJob(one.run, 10)).parameters
+    asked = make_executor(CPUS, one, TrainJob(one.run, 10), 60, {}).parameters
     lines = "\n".join(["set -u", *asked["setup"], work, *asked["teardown"]])
     environment = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": JOB, "SLURM_RESTART_COUNT": str(restart)}
     return ["bash", "-c", lines], environment
@@ -163,6 +165,38 @@ def test_an_earlier_start_of_the_job_is_not_taken_for_this_one(tmp_path):
     begin(tmp_path, JOB, 0)
     assert not requeued(tmp_path, REFUSED, restart=1)
     assert requeued(tmp_path, 140, restart=1)
+
+
+# --- evaluations that were submitted held -------------------------------------------------------
+
+
+def test_evaluations_are_released_when_their_checkpoints_are_there_each_once(tmp_path):
+    """By the watcher while the job runs, and by its end; one whose checkpoint is not there stays held."""
+    for job, kind, step, held in (("7", "train", 30, False), ("8", "evaluate", 10, True), ("9", "evaluate", 20, True)):
+        append_jsonl(RunDir(tmp_path).jobs, {"job": job, "kind": kind, "step": step, "held": held, "time_unix_s": 0.5})
+    append_jsonl(RunDir(tmp_path).jobs, {"job": "10", "kind": "evaluate", "step": 10, "held": False, "time_unix_s": 0})
+    write_atomic(RunDir(tmp_path).checkpoint_path(10) / "COMPLETE", "{}")
+    saved = f"mkdir -p {tmp_path}/checkpoints/step-00000020; touch {tmp_path}/checkpoints/step-00000020/COMPLETE"
+    released = f"{tmp_path}/released"
+    command, environment = script(
+        tmp_path, f"until [ -s {released} ]; do sleep 0.05; done; {saved}", "echo RUNNING None"
+    )
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >>{released}\n')
+    assert subprocess.run(command, env=environment, timeout=LIMIT_S, check=False).returncode == 0
+    told = (tmp_path / "released").read_text().splitlines()
+    assert told[0] == "release 8" and set(told[1:]) == {"release 8", "release 9"}
+
+
+# --- where ranks meet ---------------------------------------------------------------------------
+
+
+def test_a_rank_takes_the_only_gpu_that_slurm_shows_it_or_that_of_its_place(monkeypatch):
+    place = SimpleNamespace(
+        raw_job_id="7", global_rank=5, local_rank=1, num_tasks=8, num_nodes=2, hostnames=["node1", "node2"]
+    )
+    for seen, device in ((1, "0"), (4, "1"), (0, "1")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda seen=seen: seen)
+        assert rendezvous(place)["LOCAL_RANK"] == device
 
 
 # --- what leaves the word that a run cannot go on ------------------------------------------------

@@ -17,11 +17,11 @@ from tests.tiny import OVERRIDES
 ROOT = Path(__file__).parents[1]
 
 
-def show(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def show(*arguments: str | Path, path: Path = Path("/nowhere")) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "slurm/status.py", *map(str, arguments)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PATH": "/nowhere"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PATH": str(path)},
         capture_output=True,
         text=True,
         check=False,
@@ -54,10 +54,31 @@ def test_a_sweep_is_one_row_a_run_and_missing_numbers_stay_missing(tmp_path):
 
 
 def test_without_slurm_a_submitted_run_is_not_guessed_at(tmp_path):
-    run = new_run(tmp_path)
-    append_jsonl(run.jobs, {"job": "1", "kind": "train", "step": 10, "time_unix_s": 0.0})
-    result = show(tmp_path)
-    assert result.returncode == 2 and result.stderr.startswith("error: no squeue on PATH"), result.stderr
+    """What the run directory says is told, and of the queue only that it is unknown."""
+    run, failed = new_run(tmp_path / "a"), new_run(tmp_path / "b")
+    for one in (run, failed):
+        append_jsonl(one.jobs, {"job": "1", "kind": "train", "step": 10, "time_unix_s": 0.0})
+    append_jsonl(run.metrics, {"step": 4, "loss": 0.5})
+    failed.failed.write_text("data.shards: gone\n")
+    result = show(tmp_path, "--json")
+    a, b = (json.loads(line) for line in result.stdout.splitlines())
+    assert (a["state"], a["step"], a["loss"], b["state"]) == ("UNKNOWN", 4, 0.5, "FAILED")
+    assert result.stderr.startswith("warning: the queue is unknown: no squeue on PATH"), result.stderr
+    assert result.stderr.count("\n") == 1 and result.returncode == 1
+    assert show(tmp_path, "--cancel").returncode == 2
+
+
+def test_an_evaluation_that_is_held_says_nothing_of_its_run(tmp_path):
+    """Its training has failed for good: nobody will release it."""
+    (tmp_path / "bin").mkdir()
+    for name, says in (("squeue", "1 PENDING JobHeldUser"), ("sacct", "1|PENDING")):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\necho '{says}'\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    run = new_run(tmp_path / "a")
+    append_jsonl(run.jobs, {"job": "1", "kind": "evaluate", "step": 10, "held": True, "time_unix_s": 0.0})
+    run.failed.write_text("data.shards: gone\n")
+    result = show(run.path, "--json", path=tmp_path / "bin")
+    assert json.loads(result.stdout)["state"] == "FAILED", result.stderr
 
 
 def test_every_state_but_an_end_is_live(tmp_path, monkeypatch):

@@ -42,6 +42,8 @@ def test_a_dry_run_shows_layout_and_script_and_writes_nothing(tmp_path, digits_s
         and "4 x cpu" in result.stdout
         and "GPU-hours" in result.stdout
     )
+    chain = result.stdout[result.stdout.rindex("job ") :].splitlines()
+    assert chain[1].split()[:2] == ["train", "400000"] and chain[-1].startswith("1 jobs, ")
     assert not (tmp_path / "run").exists()
 
 

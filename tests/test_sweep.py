@@ -90,8 +90,13 @@ def test_on_a_cluster_a_dry_run_shows_nodes_and_cost_and_too_dear_a_sweep_is_ref
     cluster = ("--cluster", "configs/cluster/demo.yaml")
     result = sweep(path, *cluster, "layouts.large.nodes=2", "--dry-run")
     assert result.returncode == 0, result.stderr
-    _, small, large, *_, total = result.stdout.splitlines()
+    header, small, large, _, total, *jobs = result.stdout.splitlines()
+    assert "GiB" in header and "s/step" in header and all(len(line) <= 120 for line in (header, small, large))
     assert "1 x 2" in small and "2 x 2" in large and "GPU-hours together, planned at 20% of a cpu's peak" in total
+    told = [line.split() for line in jobs if line.startswith(("cell", "train", "evaluate"))]
+    chain = [["train", "2"], ["evaluate", "2"], ["train", "4"], ["evaluate", "4"]]
+    assert [row[:2] for row in told] == [["cell", "small:"], *chain, ["cell", "large:"], *chain]
+    assert jobs[-1].startswith("4 jobs, ") and jobs[-1].endswith("GPU-hours planned")
     dear = sweep(path, *cluster, "--max-gpu-hours", "1e-9")
     assert dear.returncode == 2 and dear.stderr.startswith("error: --max-gpu-hours: 1e-09, but the sweep costs")
     wide = sweep(path, *cluster, "layouts.large.nodes=3")
@@ -153,7 +158,8 @@ def test_stopped_it_stops_its_cells_and_started_again_it_goes_on(tmp_path, digit
     process.send_signal(signal.SIGTERM)
     assert process.wait(LIMIT_S) == 143
     wait_until(lambda: not run_by_others(run), "the end of its cell")
-    step = read_jsonl(run.metrics)[-1]["step"]
+    step, end = read_jsonl(run.metrics)[-1]["step"], read_jsonl(run.attempts)[-1]
+    assert (end.get("reason"), run.checkpoints()[-1].step) == ("SIGTERM", step)  # it was given the time to save
 
     assert sweep(sweep_yaml(tmp_path, digits_shards, f"run.steps={step + 2}", only=[])).returncode == 0
     assert [row["step"] for row in read_jsonl(run.metrics)] == list(range(1, step + 3))

@@ -14,7 +14,8 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import ClassVar
+from types import FrameType
+from typing import Any, ClassVar
 
 from submitit.core.job_environment import JobEnvironment
 from submitit.helpers import DelayedSubmission
@@ -37,25 +38,57 @@ class RunJob:
     run: RunDir
 
     def __call__(self) -> None:
-        self.fitscale("train", str(self.run.config))
-        self.fitscale("evaluate", str(self.run.path))
+        with Stop() as stop:
+            self.fitscale(stop, "train", str(self.run.config))
+            self.fitscale(stop, "evaluate", str(self.run.path))
 
     def checkpoint(self) -> DelayedSubmission:
         """What submitit queues again when the job's time is over: the same."""
         return DelayedSubmission(self)
 
-    def fitscale(self, *arguments: str) -> None:
-        """Run `fitscale ARGUMENTS`; raises SystemExit(2) on a user's mistake, RuntimeError if it fails otherwise."""
+    def fitscale(self, stop: "Stop", *arguments: str) -> None:
+        """Run `fitscale ARGUMENTS`; raises SystemExit(2) on a user's mistake, RuntimeError if it fails otherwise or is
+        stopped."""
         command = [sys.executable, "-m", "fitscale", *arguments]
         environment = {key: value for key, value in os.environ.items() if key not in RENDEZVOUS}
         with open(self.run.log, "ab") as log:
-            code = subprocess.run(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False
-            ).returncode
+            code = stop.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         if code == USER_ERROR:
             raise SystemExit(code)
         if code:
             raise RuntimeError(f"{' '.join(command)} ended with exit code {code}; its output: {self.run.log}")
+
+
+class Stop:
+    """Passes this process's SIGTERM on to what it runs, which may take its time to save, and a second one as SIGKILL.
+
+    submitit's own handler does nothing, so that what a signal is for is left to the job.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "Stop":
+        self.before = signal.signal(signal.SIGTERM, self._pass_on)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+    def _pass_on(self, signum: int, _: FrameType | None) -> None:
+        if self.process is not None:
+            self.process.send_signal(signal.SIGKILL if self.came else signum)
+        self.came = True
+
+    def run(self, command: list[str], **how: Any) -> int:
+        """The command's exit code; SIGTERM's if that came before, or the command ended well in spite of it."""
+        if self.came:
+            return -signal.SIGTERM
+        self.process = subprocess.Popen(command, **how)
+        if self.came:  # while it was started
+            self.process.terminate()
+        return self.process.wait() or (-signal.SIGTERM if self.came else 0)
 
 
 @dataclass(frozen=True)
@@ -75,7 +108,8 @@ class EvaluateJob(StepJob):
 
     def __call__(self) -> None:
         require_device(load_config([str(self.run.config)]))
-        self.fitscale("evaluate", str(self.run.path), "--step", str(self.step))
+        with Stop() as stop:
+            self.fitscale(stop, "evaluate", str(self.run.path), "--step", str(self.step))
 
 
 @dataclass(frozen=True)
@@ -88,6 +122,8 @@ class TrainJob(StepJob):
     def __call__(self) -> None:
         environment = JobEnvironment()
         rank = environment.global_rank
+        if os.environ.get("SUBMITIT_EXECUTOR") == "local":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it, until training hears it
         os.environ.update(rendezvous(environment))
         if rank == 0:
             self.run.failed.unlink(missing_ok=True)
@@ -132,12 +168,17 @@ def require_device(config: Config) -> None:
 
 
 def rendezvous(environment: JobEnvironment) -> dict[str, str]:
-    """What torch.distributed reads; the port differs between a job's starts, so that no rank meets an earlier one's."""
+    """What torch.distributed reads; the port differs between a job's starts, so that no rank meets an earlier one's.
+
+    LOCAL_RANK is the index of the rank's device: 0 where Slurm has bound a GPU to each task, and shows it no other.
+    """
+    import torch
+
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     port = FIRST_PORT + (101 * int(environment.raw_job_id) + restart) % PORTS
     return {
         "RANK": str(environment.global_rank),
-        "LOCAL_RANK": str(environment.local_rank),
+        "LOCAL_RANK": "0" if torch.cuda.device_count() == 1 else str(environment.local_rank),
         "WORLD_SIZE": str(environment.num_tasks),
         "LOCAL_WORLD_SIZE": str(environment.num_tasks // environment.num_nodes),
         "MASTER_ADDR": environment.hostnames[0] if environment.num_nodes > 1 else "127.0.0.1",

@@ -16,6 +16,7 @@ from time import time
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+from fitscale.config.checks import check_plain
 from fitscale.config.errors import UserError, writing
 from fitscale.config.files import append_jsonl, read_jsonl
 from fitscale.jobs.job import StepJob
@@ -27,6 +28,7 @@ REQUEUE = Path(__file__).with_name("requeue.sh")
 # Slurm's states of a job that is over. Of the others some are rare or new (SIGNALING, STAGE_OUT), and all are live.
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
 ENDED |= {"DEADLINE", "REVOKED"}
+HELD = "HELD"  # pending until somebody releases it: for Slurm the reason of PENDING
 
 
 class _AnywhereExecutor(SlurmExecutor):
@@ -37,12 +39,19 @@ class _AnywhereExecutor(SlurmExecutor):
         return 1
 
 
-def make_executor(profile: ClusterConfig, one: Allocation, job: StepJob, after: str | None = None) -> SlurmExecutor:
-    """submitit's executor for a job of the run `one`; `after`: the id of a job that has to succeed first."""
+def make_executor(
+    profile: ClusterConfig, one: Allocation, job: StepJob, time_min: int, wait: dict[str, str | bool]
+) -> SlurmExecutor:
+    """submitit's executor for a job of the run `one`; `wait`: sbatch's options that say what it waits for.
+
+    Raises:
+        UserError: a name or a value does not reach sbatch as it is written.
+    """
     run, machine = one.run.absolute, one.plan.machine
+    wanted = {key: getattr(profile, key) for key in ("partition", "account", "qos", "constraint", "exclude")}
+    _require_as_written({"run.name": one.config.run.name, "run.dir": str(run.path), **wanted, **profile.sbatch})
     nodes, tasks = (machine.nodes, machine.gpus_per_node) if job.kind == "train" else (1, 1)
     executor = _AnywhereExecutor(run.submitit / "%j", job.most_timeouts, python=profile.python)
-    wanted = {key: getattr(profile, key) for key in ("partition", "account", "qos", "constraint", "exclude")}
     if profile.mem_gb is not None:
         share = min(1.0, tasks / profile.tasks_per_node)  # an evaluation takes a part of a node
         wanted["mem"] = f"{round(1024 * profile.mem_gb * share)}M"
@@ -54,7 +63,8 @@ def make_executor(profile: ClusterConfig, one: Allocation, job: StepJob, after: 
         nodes=nodes,
         ntasks_per_node=tasks,
         cpus_per_task=profile.cpus_per_task,
-        time=profile.time_min,
+        time=time_min,
+        wckey=None,  # submitit's default is a key of its own, which clusters that check theirs refuse
         signal_delay_s=profile.signal_before_end_s,
         stderr_to_stdout=True,
         setup=[
@@ -63,13 +73,27 @@ def make_executor(profile: ClusterConfig, one: Allocation, job: StepJob, after: 
             REQUEUE.read_text(),
         ],
         teardown=["end_job $?"],
-        # srun does not take over sbatch's --cpus-per-task (Slurm 22.05's release notes)
-        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={profile.cpus_per_task}", *profile.srun],
-        additional_parameters={"requeue": True, **profile.sbatch}
-        | ({"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"} if after else {}),
+        # The environment reaches the ranks whatever the shell or the cluster has for --export. Ranks of a node are
+        # consecutive, and so are their cores on its sockets, as the GPUs are that they take by their local rank; Slurm
+        # is asked to bind none (docs/decisions.md). srun does not take over sbatch's --cpus-per-task (Slurm 22.05).
+        srun_args=[
+            *("--kill-on-bad-exit=1", "--export=ALL", "--distribution=block:block"),
+            *(f"--cpus-per-task={profile.cpus_per_task}", *profile.srun),
+        ],
+        additional_parameters={"requeue": True, **profile.sbatch, **wait},
         **{key: value for key, value in wanted.items() if value is not None},
     )
     return executor
+
+
+def _require_as_written(texts: dict[str, str | None]) -> None:
+    """Raises UserError for a text that sbatch would change: it drops backslashes, quoted or not."""
+    for key, text in texts.items():
+        check_plain(key, text)  # the working folder is a part of run.dir, too
+        if "\\" in (text or ""):
+            raise UserError(f"{key}: {text!r} holds a backslash, which sbatch drops")
+    if "%" in str(texts["run.dir"]):
+        raise UserError(f"run.dir: {texts['run.dir']}: Slurm replaces % in the names of files; choose another folder")
 
 
 def batch_script(executor: SlurmExecutor) -> str:
@@ -97,8 +121,8 @@ def slurm(*command: str) -> str:
     return result.stdout
 
 
-def submit(executor: SlurmExecutor, job: StepJob) -> str:
-    """Hand `job` to Slurm and note it in the run directory; returns its id.
+def submit(executor: SlurmExecutor, job: StepJob, held: bool = False) -> str:
+    """Hand `job` to Slurm and note it in the run directory, as `held` if it is; returns its id.
 
     Raises:
         UserError: sbatch refuses it, or there is no room to write.
@@ -111,7 +135,8 @@ def submit(executor: SlurmExecutor, job: StepJob) -> str:
             reasons = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
             raise UserError(f"sbatch refused the job: {reasons[-1].strip().removeprefix('sbatch: error: ')}") from error
         try:
-            append_jsonl(job.run.jobs, {"job": job_id, "kind": job.kind, "step": job.step, "time_unix_s": time()})
+            row = {"job": job_id, "kind": job.kind, "step": job.step, "held": held, "time_unix_s": time()}
+            append_jsonl(job.run.jobs, row)  # requeue.sh reads it
         except OSError:
             slurm("scancel", job_id)  # nobody would know of it
             raise
@@ -129,8 +154,13 @@ def job_states(ids: list[str]) -> dict[str, str]:
     if shutil.which("sacct"):
         lines = slurm("sacct", "--noheader", "--parsable2", "-X", "-o", "JobID,State", "-j", ",".join(ids)).splitlines()
         states = {job: state.split()[0] for job, state in (line.split("|")[:2] for line in lines)}
-    queued = slurm("squeue", "--noheader", "--states", "all", "--format", "%A %T").splitlines()
-    return states | {job: state for job, state in map(str.split, queued) if job in ids}
+    queued = slurm("squeue", "--noheader", "--states", "all", "--format", "%A %T %r").splitlines()
+    rows = [line.split(maxsplit=2) for line in queued]
+    return states | {job: HELD if why.startswith("JobHeld") else state for job, state, why in rows if job in ids}
+
+
+class QueueUnknownError(UserError):
+    """Nobody answers for Slurm's queue; what the run directories say can be told all the same."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +174,15 @@ class LiveJob:
 
 
 def live_jobs(runs: list[RunDir]) -> list[list[LiveJob]]:
-    """The live jobs of each run, in the order of their submission; Slurm is asked once for all."""
+    """The live jobs of each run, in the order of their submission; Slurm is asked once for all.
+
+    Raises:
+        QueueUnknownError: Slurm is not there, or not configured.
+    """
     rows = [read_jsonl(run.jobs) for run in runs]
-    states = job_states([row["job"] for of_run in rows for row in of_run])
+    try:
+        states = job_states([row["job"] for of_run in rows for row in of_run])
+    except UserError as error:
+        raise QueueUnknownError(f"the queue is unknown: {error}") from error
     found = [[LiveJob(row["job"], row["kind"], row["step"], states.get(row["job"], "")) for row in one] for one in rows]
     return [[job for job in one if job.state and job.state not in ENDED] for one in found]

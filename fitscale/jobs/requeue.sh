@@ -3,6 +3,7 @@
 #
 # before srun   all of this file, with FITSCALE_RUN_DIR set: functions, and a watcher
 # after srun    `end_job $?`: the job has ended in its time; queued again unless that is of no use
+# all the time  evaluations that were submitted held start when the checkpoint that they evaluate is there
 # meanwhile     the watcher: Slurm ends the job at its time limit, because a rank did not hear the warning, or had no
 #               time to save; it has `KillWait` to have the job queued again
 #
@@ -44,10 +45,28 @@ queue_again() {
     done
 }
 
+# held_evaluations: id of the job, and step, of every evaluation that was submitted held (jobs/launch.py writes the lines).
+held_evaluations() {
+    sed -n 's/.*"job": "\([0-9]*\)", "kind": "evaluate", "step": \([0-9]*\), "held": true,.*/\1 \2/p' \
+        "$FITSCALE_RUN_DIR/jobs.jsonl" 2>/dev/null
+}
+
+# release_evaluations: those whose checkpoints are there, each once.
+released=" "
+release_evaluations() {
+    local job step
+    while read -r job step; do
+        [[ $released == *" $job "* ]] && continue
+        [ -e "$FITSCALE_RUN_DIR/checkpoints/step-$(printf %08d "$step")/COMPLETE" ] || continue
+        scontrol release "$job" && released+="$job "
+    done < <(held_evaluations)
+}
+
 # end_job CODE: a running job is RUNNING, or SIGNALING for the moments in which Slurm sends it a signal, which is when a
 # preempted one may end.
 end_job() {
     kill -KILL "$watcher" 2>/dev/null # it has ended if it heard SIGTERM
+    release_evaluations >/dev/null 2>&1
     if [ "$1" -ne 0 ] && goes_on "$1"; then queue_again '(RUNNING|SIGNALING) '; fi
     exit "$1"
 }
@@ -60,6 +79,7 @@ exec {listens}< <(
     echo
     exec >/dev/null 2>&1
     while :; do
+        release_evaluations
         sleep 10 &
         wait $!
     done

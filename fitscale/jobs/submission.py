@@ -4,6 +4,7 @@ A run is given the layout that it is told, or the smallest that does. Without on
 nodes (1, 2, 4 ...) on which some layout fits into memory and trains in the time there is, and of those the fastest.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,11 @@ from fitscale.jobs.profile import ClusterConfig, LayoutConfig
 from fitscale.model import flops
 from fitscale.plan.layout import GIB, Machine, dp_size, in_words, layouts
 from fitscale.plan.preflight import open_data, require_files
-from fitscale.plan.step import Images, RunPlan, plan, typical_images
+from fitscale.plan.step import Images, RunPlan, plan, simplest, typical_images
 from fitscale.run.layout import RunDir
 from fitscale.run.progress import Progress, progress
+
+_UNITS = ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1, ""))
 
 
 @dataclass(frozen=True)
@@ -52,15 +55,20 @@ class Submission:
     @property
     def costs(self) -> dict[str, str]:
         """What a person is told of it before it starts."""
-        run, images = self.config.run, self.images
-        return {
-            "parameters": f"{flops.parameters(self.config.model):,}",
-            "steps": f"{run.steps:,}",
+        run, images, evaluated = self.config.run, self.images, self.config.evaluation.steps(self.config.run.steps)
+        shown = evaluated if len(evaluated) <= 4 else [*evaluated[:2], "...", evaluated[-1]]
+        return self._sizes | {
             "images": f"{run.steps * images.batch_size:,}",
             "tokens/image": f"{sum(tokens * share for tokens, share in images.shares.items()):.1f}",
-            "training FLOPs": f"{self.train_flops:.3g}",
-            "evaluated at steps": " ".join(map(str, self.config.evaluation.steps(run.steps))) or "-",
+            "evaluated at steps": " ".join(map(str, shown)) or "-",
         }
+
+    @property
+    def _sizes(self) -> dict[str, str]:
+        parameters = flops.parameters(self.config.model)
+        scale, unit = next((scale, unit) for scale, unit in _UNITS if parameters >= scale)
+        steps, train_flops = f"{self.config.run.steps:,}", f"{self.train_flops:.3g}"
+        return {"params": f"{parameters / scale:.3g}{unit}", "steps": steps, "FLOPs": train_flops}
 
     @property
     def record(self) -> dict[str, Any]:
@@ -83,27 +91,33 @@ class Allocation(Submission):
         )
 
     @property
-    def evaluate_gpu_hours(self) -> float:
-        """All evaluations on one device each: function evaluations of the samples, and nothing else."""
+    def evaluation_s(self) -> float:
+        """One evaluation on one device: function evaluations of the samples, and nothing else."""
         config = self.config
-        points = len(config.evaluation.steps(config.run.steps))
         if config.evaluation.features is None:
             return 0.0
-        per_image = self.plan.train_flops / self.images.batch_size / flops.TRAIN_PASSES
         guided = 1 if config.sampling.guidance.scale == 1.0 else 2
         stages = 2 if config.sampling.method == "heun" else 1
-        sampled = points * config.evaluation.samples * config.sampling.steps * guided * stages * per_image
-        return sampled / (self.plan.train_flops / (self.plan.compute_s * self.plan.machine.gpus)) / 3600
+        forward_s = self.plan.busy_s * self.plan.machine.gpus / self.images.batch_size / flops.TRAIN_PASSES
+        return config.evaluation.samples * config.sampling.steps * guided * stages * forward_s
+
+    @property
+    def evaluate_gpu_hours(self) -> float:
+        """All evaluations."""
+        return len(self.config.evaluation.steps(self.config.run.steps)) * self.evaluation_s / 3600
 
     @property
     def costs(self) -> dict[str, str]:
-        machine = self.plan.machine
-        return super().costs | {
-            "nodes x tasks": f"{machine.nodes} x {machine.gpus_per_node}",
-            "layout": in_words(self.config.parallel, self.plan.dp_size),
+        machine, layout = self.plan.machine, self.config.parallel
+        sp = "+sp" if layout.sequence_parallel else ""
+        return self._sizes | {
+            "nodes": f"{machine.nodes} x {machine.gpus_per_node}",
+            "layout": f"dp{self.plan.dp_size} tp{layout.tensor_parallel_size}{sp} ZeRO{layout.zero_stage}",
+            "GiB": f"{self.plan.memory.peak / GIB:.1f}",
+            "s/step": f"{self.plan.step_s:.3g}",
             "days": f"{self.plan.days:.3g}",
-            "GPU-hours to train": f"{self.plan.gpu_hours:,.3g}",
-            "to evaluate": f"{self.evaluate_gpu_hours:,.3g}",
+            "GPU-hours": f"{self.plan.gpu_hours:,.3g}",
+            "evaluate": f"{self.evaluate_gpu_hours:,.3g}" if self.evaluation_s else "-",
         }
 
     @property
@@ -179,8 +193,9 @@ def allocate(one: Submission, profile: ClusterConfig, given: LayoutConfig | None
             raise UserError(told.memory_lack)
         return told
     largest = None
-    for largest in _smallest_first(one, profile):
-        if largest.plan.spare_bytes >= 0 and (max_days is None or largest.plan.days <= max_days):
+    days = math.inf if max_days is None else max_days
+    for largest in _smallest_first(one, profile, days):
+        if largest.plan.spare_bytes >= 0 and largest.plan.days <= days:
             return largest
     if largest is None:
         raise UserError(f"no layout of profile {profile.name} goes with the model's heads and the batch")
@@ -196,8 +211,9 @@ def allocate(one: Submission, profile: ClusterConfig, given: LayoutConfig | None
     )
 
 
-def _smallest_first(one: Submission, profile: ClusterConfig) -> Iterator[Allocation]:
-    """Of every number of nodes the fastest layout that fits, or the one that lacks least."""
+def _smallest_first(one: Submission, profile: ClusterConfig, days: float) -> Iterator[Allocation]:
+    """Of every number of nodes the simplest layout that fits and is about as fast as any, or the one that lacks least;
+    of those that fit, if there are, of those that take at most so many days."""
     nodes, tasks, batch = 1, profile.tasks_per_node, one.images.batch_size
     config = profile.on_its_devices(one.config)
     while nodes <= min(profile.max_nodes, batch):  # beyond, a rank would have no image
@@ -207,6 +223,11 @@ def _smallest_first(one: Submission, profile: ClusterConfig) -> Iterator[Allocat
             for layout in layouts(config, machine, set())
             if machine.gpus // layout.parallel.tensor_parallel_size <= batch
         ]
-        if found:
-            yield min(found, key=lambda one: (max(-one.plan.spare_bytes, 0.0), one.plan.step_s))
+        fitting = [each for each in found if each.plan.spare_bytes >= 0]
+        in_time = [each for each in fitting if each.plan.days <= days]
+        if best := in_time or fitting:
+            chosen = simplest([each.plan for each in best])
+            yield next(each for each in best if each.plan is chosen)
+        elif found:
+            yield max(found, key=lambda each: each.plan.spare_bytes)
         nodes *= 2

@@ -5,6 +5,7 @@
 3. `manifest` is what the sweep directory records of itself.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,15 +13,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from fitscale.config.checks import Section, choice, number
+from fitscale.config.checks import Section, choice, number, one_of
 from fitscale.config.errors import UserError, mistakes_in
 from fitscale.config.program import aligned
 from fitscale.config.schema import Config
 from fitscale.data.encoding import load_run
 from fitscale.data.index import OpenIndex, open_index
-from fitscale.jobs.profile import LayoutConfig
+from fitscale.jobs.profile import EVALUATE, LayoutConfig
 from fitscale.jobs.submission import Submission
 from fitscale.run.progress import wanted_metrics
+
+TABLE_WIDTH = 120  # characters
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,16 @@ class SweepConfig(Section):
     axes: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # axis: {value: arguments}, not `cells`
     layouts: dict[str, LayoutConfig] = field(default_factory=dict)  # by cell or an axis's value; else from the plan
     max_days: float | None = number(None, above=0)  # a cell is given nodes enough to train in this time
+    evaluation: str = one_of(*EVALUATE)  # on a cluster: where evaluations stand in a run's jobs (chain.py)
     local: LocalConfig = field(default_factory=LocalConfig)
 
     @property
     def arguments(self) -> dict[str, list[str]]:
         """Every cell's arguments of `fitscale train`, by its name."""
         own = self.cells or {cell: [one for _, added in chosen for one in added] for cell, chosen in self._combined()}
+        folder = Path(self.dir)
         return {
-            cell: [*self.base, *added, f"run.name={self.name}-{cell}", f"run.dir={Path(self.dir) / cell}"]
+            cell: [*self.base, *added, f"run.name={self.name}-{cell}", f"run.dir={_quoted(folder / cell)}"]
             for cell, added in own.items()
         }
 
@@ -85,9 +90,16 @@ class SweepConfig(Section):
         known = {*self.arguments, *(value for axis in self.axes.values() for value in axis)}
         for name in self.layouts:
             choice("layouts", name, tuple(sorted(known)))
+        if not re.fullmatch(r"\w[\w. -]*", self.name):
+            raise UserError(f"name: {self.name!r} cannot begin a run's name; use letters, digits, - _ and .")
         for name in self.arguments:
             if not re.fullmatch(r"\w[\w.-]*", name):
                 raise UserError(f"cells: {name!r} cannot be a directory's name; use letters, digits, '-', '_' and '.'")
+
+
+def _quoted(path: Path) -> str:
+    """A path as an override's value: YAML that means just this text."""
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 def cells(sweep: SweepConfig, open_index: OpenIndex = open_index) -> list[Config]:
@@ -112,8 +124,12 @@ def cells(sweep: SweepConfig, open_index: OpenIndex = open_index) -> list[Config
 
 
 def cost_table(ladder: Sequence[Submission]) -> str:
-    """What every cell will cost, as aligned text; of allocated ones also what they are given."""
-    rows = [("cell", *ladder[0].costs), *((cell.name, *cell.costs.values()) for cell in ladder)]
+    """What every cell will cost, as aligned text; of allocated ones what they are given. Long names are cut short, so
+    that a line fits `TABLE_WIDTH`."""
+    costs = [tuple(ladder[0].costs), *(tuple(cell.costs.values()) for cell in ladder)]
+    room = max(TABLE_WIDTH - sum(2 + max(map(len, column)) for column in zip(*costs, strict=True)), 8)
+    names = ["cell", *(cell.name if len(cell.name) <= room else f"{cell.name[: room - 3]}..." for cell in ladder)]
+    rows = [(name, *row) for name, row in zip(names, costs, strict=True)]
     total = sum(cell.train_flops for cell in ladder)
     return f"{aligned(rows)}\n{len(ladder)} cells, {total:.3g} training FLOPs together"
 

@@ -134,15 +134,20 @@ def number_bytes(config: Config) -> int:
     return 2 if config.parallel.precision == "bf16" else FP32
 
 
+def block_count(config: Config) -> int:
+    """Blocks of the network."""
+    return backbone_of(config.model).kept(config.model, False).blocks
+
+
 def recomputed_blocks(config: Config) -> int:
     """Blocks whose forward pass is run again in the backward pass."""
     every = config.parallel.activation_checkpoint_every
-    return -(-_kept_blocks(config) // every) if every else 0
+    return -(-block_count(config) // every) if every else 0
 
 
 def recomputed_share(config: Config) -> float:
     """Share of the forward pass that is run again in the backward pass."""
-    return recomputed_blocks(config) / _kept_blocks(config)
+    return recomputed_blocks(config) / block_count(config)
 
 
 def activation_bytes(config: Config, tokens: int, images: int, on_cuda: bool) -> float:
@@ -158,10 +163,6 @@ def activation_bytes(config: Config, tokens: int, images: int, on_cuda: bool) ->
     ends_recomputed = recomputed > 0 and (kept.blocks - 1) % parallel.activation_checkpoint_every == 0
     alive = kept.blocks - recomputed + ends_recomputed
     return inputs + alive * block + tokens * (each * kept.ends + FP32 * kept.positions)
-
-
-def _kept_blocks(config: Config) -> int:
-    return backbone_of(config.model).kept(config.model, False).blocks
 
 
 def _weights(config: Config, sizes: RankParameters, dp_size: int) -> tuple[float, float]:

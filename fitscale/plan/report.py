@@ -22,7 +22,7 @@ from fitscale.model import flops
 from fitscale.plan.devices import device_reported_as, find_device
 from fitscale.plan.layout import GIB, Machine, in_words, layouts
 from fitscale.plan.memory import Moment, rank_parameters
-from fitscale.plan.step import RunPlan, measured_utilisation, plan, typical_images
+from fitscale.plan.step import RunPlan, measured_utilisation, plan, simplest, typical_images
 from fitscale.run.layout import RunDir
 
 _PARTS = {"optimizer": "fp32 weights, moments", "ema": "EMA", "buffers": "buffers, temporaries"}
@@ -78,8 +78,8 @@ def _report(plans: list[RunPlan], best: int, source: str) -> Iterator[str]:
         yield f"do not fit in {machine.room_bytes / GIB:.1f} GiB, nearest first:"
         yield from _table(over[:best])
     if fitting:
-        yield ""
-        yield from detail(fitting[0], source)
+        yield "\nthe simplest of those that are as good as the fastest:"
+        yield from detail(simplest(fitting), source)
 
 
 def _table(plans: list[RunPlan]) -> Iterator[str]:
@@ -136,9 +136,9 @@ def _speed(one: RunPlan, source: str) -> dict[str, str]:
         "sent per step": f"{traffic.total / 1e9:.2f} GB a GPU: gradients {traffic.gradients / 1e9:.2f}, weights "
         f"{traffic.weights / 1e9:.2f}, tensor parallel {traffic.tensor_parallel / 1e9:.2f}",
         "FLOPs": f"{one.train_flops:.4g} a step (true FLOPs, 2 a MAC; attention included, recomputation not)",
-        "time": f"{one.step_s:.3f} s a step: {one.compute_s:.3f} computing at {one.utilisation:.1%} of the peak "
+        "time": f"{one.step_s:.3f} s a step: {one.busy_s:.3f} computing at {one.utilisation:.1%} of the peak "
         f"({source}),",
-        "": f"{one.exposed_s:.3f} communication that computing does not hide",
+        "": f"{one.launch_s:.3f} launching kernels, {one.exposed_s:.3f} communication that computing does not hide",
         "speed": f"{one.images_per_s:,.0f} images/s, {one.images_per_s * tokens_B.mean():,.0f} tokens/s, "
         f"model FLOP utilisation {one.mfu:.1%}",
         "target": f"{steps:,} steps, {steps * len(tokens_B):,} images: {one.days:.1f} days, "

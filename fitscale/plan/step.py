@@ -5,10 +5,12 @@
 3. Memory of one rank (memory.py), what it sends (traffic.py), FLOPs, and from these the time of a step.
 
 The time is computing at a given utilisation of the peak, recomputed blocks, uneven ranks and padding included, and the
-communication that computing does not hide.
+communication that computing does not hide. No step takes less than Python needs to launch its kernels: what makes a
+small model slow. A GPU computes while Python runs ahead, so the longer of the two counts; on a CPU both do.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +24,20 @@ from fitscale.data.encoding import indices_of
 from fitscale.data.index import OpenIndex, open_index
 from fitscale.data.packing import Packing, split
 from fitscale.model import flops
+from fitscale.model.backbone import parameter_table
 from fitscale.plan.layout import Machine, dp_size, resolve_precision
-from fitscale.plan.memory import RankMemory, rank_memory, recomputed_share
+from fitscale.plan.memory import RankMemory, block_count, rank_memory, recomputed_blocks, recomputed_share
 from fitscale.plan.preflight import pack_rule
 from fitscale.plan.traffic import Traffic, exposed_seconds, step_traffic
 
 ASSUMED_TOKENS = 256  # FiTv2 at 256 x 256: at most so many
+# What launching takes, whatever the size of the tensors. Kernels: of a block of FiTv2, counted in its forward pass and
+# in its backward pass. Seconds: eager PyTorch's 5 to 10 us a kernel on current hosts, and what DeepSpeed's hooks with
+# one collective take for a tensor of ZeRO-3: estimates, to be replaced by measurements.
+FORWARD_KERNELS, BACKWARD_KERNELS = 35, 79
+KERNEL_S, GATHER_S = 7e-6, 1e-4
+NEXT_TO = 1.05  # a time so many times the least counts as the same
+STEP_S = 5e-3  # clipping, the optimizer, logging, once a step
 
 
 @dataclass(frozen=True)
@@ -60,8 +70,14 @@ class RunPlan:
     memory: RankMemory
     traffic: Traffic
     train_flops: int  # of a step, over all devices; true FLOPs, attention included, nothing recomputed
-    compute_s: float
+    busy_s: float  # in which the most loaded device computes
+    launch_s: float  # in which Python launches what it computes
     exposed_s: float  # communication that computing does not hide
+
+    @property
+    def compute_s(self) -> float:
+        """From the first kernel's launch to the last one's end."""
+        return max(self.busy_s, self.launch_s) if self.machine.has_gpus else self.busy_s + self.launch_s
 
     @property
     def step_s(self) -> float:
@@ -121,7 +137,7 @@ def plan(config: Config, machine: Machine, images: Images, utilisation: float) -
     # Every device computes as long as the most loaded one, padding and recomputed blocks included.
     again = recomputed_share(config) / flops.TRAIN_PASSES
     computed = train_flops * (1 + again) * (1 + packing.stats.imbalance) / (1 - packing.stats.padding_share)
-    compute_s = computed / (machine.gpus * machine.device.peak_flops_per_s * utilisation)
+    busy_s = computed / (machine.gpus * machine.device.peak_flops_per_s * utilisation)
     return RunPlan(
         config=config,
         machine=machine,
@@ -133,16 +149,41 @@ def plan(config: Config, machine: Machine, images: Images, utilisation: float) -
         memory=rank_memory(config, ranks, longest, most_images, on_cuda=machine.has_gpus),
         traffic=traffic,
         train_flops=train_flops,
-        compute_s=compute_s,
-        exposed_s=exposed_seconds(config, traffic, ranks, machine, compute_s),
+        busy_s=busy_s,
+        launch_s=launch_seconds(config, packing.stats.packs_per_rank),
+        exposed_s=exposed_seconds(config, traffic, ranks, machine, busy_s),
     )
+
+
+def launch_seconds(config: Config, micro_batches: int) -> float:
+    """Time in which Python launches the kernels of one step."""
+    blocks, again = block_count(config), recomputed_blocks(config)
+    kernels = blocks * (FORWARD_KERNELS + BACKWARD_KERNELS) + again * FORWARD_KERNELS
+    gathers = 2 * len(parameter_table(config.model)) if config.parallel.zero_stage == 3 else 0
+    return STEP_S + micro_batches * (kernels * KERNEL_S + gathers * GATHER_S)
+
+
+def simplest(plans: Sequence[RunPlan]) -> RunPlan:
+    """Of the plans that are next to the fastest the one that asks least of DeepSpeed and megatron-core.
+
+    The model of time is not as exact as the difference; a lower ZeRO stage and less tensor parallelism have fewer ways
+    to be slower than planned.
+    """
+
+    def effort(one: RunPlan) -> tuple[float, ...]:
+        layout = one.config.parallel
+        choices = layout.zero_stage, layout.tensor_parallel_size, layout.sequence_parallel
+        return (*choices, layout.activation_checkpoint_every, one.step_s)
+
+    fastest_s = min(one.step_s for one in plans)
+    return min((one for one in plans if one.step_s <= NEXT_TO * fastest_s), key=effort)
 
 
 def measured_utilisation(steps_s: float, config: Config, machine: Machine, images: Images) -> float:
     """The utilisation at which the plan of a run's own layout takes the `steps_s` seconds that its steps took.
 
     Raises:
-        UserError: the run's communication alone is planned to take longer.
+        UserError: the run's communication, or launching its kernels, is planned to take longer.
     """
     from scipy.optimize import brentq
 
@@ -152,8 +193,8 @@ def measured_utilisation(steps_s: float, config: Config, machine: Machine, image
     high = math.log(1e3)
     if late_s(high) > 0:
         raise UserError(
-            f"--measured: steps of {steps_s:.3g} s are shorter than the communication planned for that run; "
-            "check --gpus-per-node"
+            f"--measured: steps of {steps_s:.3g} s are shorter than the communication or the launching of kernels "
+            "planned for that run, whatever its utilisation; check --gpus-per-node, or measure a larger model"
         )
-    alone = plan(config, machine, images, 1.0).compute_s / steps_s  # at which computing alone takes so long
+    alone = plan(config, machine, images, 1.0).busy_s / steps_s  # at which computing alone takes so long
     return math.exp(brentq(late_s, math.log(alone) - 0.01, high))
