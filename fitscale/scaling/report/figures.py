@@ -82,7 +82,7 @@ def predictions(study: Study) -> canvas.Images:
     for _, point in (first if len(first) <= MOST_NAMED else first.iloc[:0]).iterrows():
         name = str(point["size"]) if pd.isna(point["step"]) else f"{point['size']}, {point['step']:,} steps"
         place = {"xytext": (7, -13), "textcoords": "offset points", "fontsize": 8, "color": "0.3"}
-        axes.annotate(name, (point["value"], point["predicted"]), **place)
+        axes.annotate(canvas.literal(name), (point["value"], point["predicted"]), **place)
     axes.margins(0.15)  # room for the names
     title = f"Held-out size {', '.join(study.held_out)}: predicted against measured"
     canvas.decorate(axes, title, *(f"{what} {readable(study.question.metric)}" for what in ("measured", "predicted")))

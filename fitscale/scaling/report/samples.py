@@ -119,7 +119,9 @@ def _draw_column(figure: Any, curve: Any, axes: Any, folder: SampleFolder, row: 
     axes.set_axis_off()
     axes.set_anchor("N")
     value, compute = float(row["value"]), float(row["train_flops"])
-    title = f"{row['size']}, {folder.step:,} steps\n{value:.4g} at\n{canvas.power_of_ten(compute, 2)} FLOPs"
+    title = (
+        f"{canvas.literal(row['size'])}, {folder.step:,} steps\n{value:.4g} at\n{canvas.power_of_ten(compute, 2)} FLOPs"
+    )
     axes.set_title(title, fontsize=8)
     how = folder.how.replace(", ", "\n")
     axes.text(0.5, -0.02, how, transform=axes.transAxes, fontsize=8, color="0.3", ha="center", va="top")

@@ -34,3 +34,9 @@ class Caution:
 def listed(names: Sequence[str], most: int = 5) -> str:
     """The first `most` names with commas, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value as it is written in Python, on one line, cut where it is long."""
+    text = ascii(value)
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -1,0 +1,115 @@
+"""500 damaged and hostile tables, column maps and sweeps through the real tools: each is used, or refused in one line.
+
+What is refused ends with exit code 2 and leaves nothing behind; an exception would fail the test with its traceback.
+"""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fitscale.scaling.rows.files import write_table
+from fitscale.scaling.rows.runs import collect
+from tests.programs import Done, run_tool
+from tests.sample_folders import write_samples
+from tests.synthetic_runs import write_sweep
+
+LONGEST_ERROR = 1500  # characters
+HOSTILE = [
+    *("", "0", "-1", "-0.0", "1e-320", "1e308", "1e999", "inf", "-inf", "nan", "NaN", "1e30", "9" * 400, "2**53"),
+    *("9007199254740993", "3.5", "1,5", "1_000", "0x10", "true", "None", "[]", "{}", "2026-11-21", "٣", "$\\frac", "$"),
+    *("$x$", "a|b", "<script>alert(1)</script>", "`x`", "[x](javascript:alert(1))", "../../etc/passwd", "/dev/zero"),
+    *(
+        '"',
+        "'",
+        "=1+1",
+        "\\",
+        "\x1b[31m",
+        "\u202e",
+        "\U0001f600",
+        "é",
+        "x" * 300,
+        "x" * 200_000,
+        "a;b",
+        "#",
+        "_",
+        "%s{}",
+    ),
+]
+MAP = "{run: run, size: size, step: step, parameters: parameters, images: images, train_flops: [1.0, train_flops]}\n"
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    write_sweep(folder, lambda flops, _: 50 * (flops / 1e12) ** -0.3, points=2, run_noise=0.02, point_noise=0.01)
+    write_samples(folder / "s-seed0" / "samples" / "drawn", folder / "s-seed0", 4000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(sweep, tmp_path_factory):
+    rows = collect([sweep])
+    path = tmp_path_factory.mktemp("table") / "runs.csv"
+    write_table(rows[rows["metric"] == "fd"], path)
+    return path.read_bytes()
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """`data` with some of its bytes, lines or cells changed."""
+    for _ in range(rng.choice([1, 1, 1, 2, 5])):
+        data = rng.choice([_bytes, _lines, _cells, _cells, _cells, _columns])(data, rng)
+    return data
+
+
+def _bytes(data: bytes, rng: random.Random) -> bytes:
+    start = rng.randrange(len(data) + 1)
+    new = rng.choice([b"", b"\0", b"\xff", b"\xef\xbb\xbf", b'"', b"\r", b"\n", b",", b";", rng.randbytes(4)])
+    whole = [b"", b"\n", b"\xef\xbb\xbf" + data, b"\xff\xfe" + data.decode("latin-1").encode("utf-16-le"), b"PAR1" * 4]
+    cut = [data[:start], data[:start] + new + data[start:], data[:start] + new + data[start + len(new) + 1 :]]
+    tables = [
+        data.replace(b",", b";"),
+        data.replace(b",", b"\t"),
+        data.replace(b".", b","),
+        data.replace(b"\n", b"\r\n"),
+    ]
+    return rng.choice(cut if rng.random() < 0.6 else whole + tables)
+
+
+def _lines(data: bytes, rng: random.Random) -> bytes:
+    lines = data.splitlines(keepends=True) or [b""]
+    first, second = rng.randrange(len(lines)), rng.randrange(len(lines))
+    return b"".join(
+        rng.choice([lines[:1], lines[1:], lines[:first] + lines[second:], [*lines, lines[first]], [*lines, b"\n\n"]])
+    )
+
+
+def _cells(data: bytes, rng: random.Random) -> bytes:
+    lines = data.split(b"\n")
+    line = rng.randrange(len(lines))
+    cells = lines[line].split(b",")
+    cells[rng.randrange(len(cells))] = rng.choice(HOSTILE).encode()
+    return b"\n".join([*lines[:line], b",".join(cells), *lines[line + 1 :]])
+
+
+def _columns(data: bytes, rng: random.Random) -> bytes:
+    """One column changed in every line: removed, doubled, named anew, or filled with one value."""
+    rows = [line.split(b",") for line in data.split(b"\n")]
+    column, what, value = rng.randrange(max(map(len, rows))), rng.randrange(4), rng.choice(HOSTILE).encode()
+    for number, cells in enumerate(rows):
+        old = cells[column : column + 1]
+        new = [[], old * 2, [value] if old and number == 0 else old, [value] if old and number else old]
+        cells[column : column + 1] = new[what]
+    return b"\n".join(b",".join(cells) for cells in rows)
+
+
+def check(done: Done, out: Path, allowed: tuple[int, ...] = (0,)) -> bool:
+    """Whether the tool went through; else it has said why in one line and left nothing."""
+    if done.returncode in allowed:
+        return True
+    assert done.returncode == 2, done
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert len(done.stderr) < LONGEST_ERROR and "Traceback" not in done.stderr, done.stderr
+    assert not out.exists() and not list(out.parent.glob(".*")), "left behind"
+    return False
