@@ -4,7 +4,6 @@ What is refused ends with exit code 2 and leaves nothing behind; an exception wo
 """
 
 import random
-import shutil
 from pathlib import Path
 
 import pytest
@@ -113,3 +112,23 @@ def check(done: Done, out: Path, allowed: tuple[int, ...] = (0,)) -> bool:
     assert len(done.stderr) < LONGEST_ERROR and "Traceback" not in done.stderr, done.stderr
     assert not out.exists() and not list(out.parent.glob(".*")), "left behind"
     return False
+
+
+def test_damaged_tables(table, tmp_path):
+    """Every table through the tool that reads all of it; some of those that it takes through the other tools."""
+    used = 0
+    for seed in range(380):
+        rng = random.Random(seed)
+        path, out = tmp_path / "runs.csv", tmp_path / "out" / "again.csv"
+        path.write_bytes(damaged(table, rng))
+        if not check(run_tool("collect_runs", path, "--check", "-o", out), out, (0, 3)):
+            continue
+        used += 1
+        out.unlink()
+        if used % 8 == 0:
+            check(run_tool("holdout", path, "--law", "power", "-o", out), out)
+        elif used % 8 == 4:
+            size = ["configs/demo/digits.yaml", "configs/demo/l.yaml", "--steps", 4000]
+            check(run_tool("predict", path, "--law", "power", "--size", *size, "--extrapolate", "-o", out), out)
+        out.unlink(missing_ok=True)
+    assert 40 < used < 340, "damage that always or never matters tests nothing"

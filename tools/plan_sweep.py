@@ -34,9 +34,10 @@ def run(options: argparse.Namespace) -> int:
     from fitscale.config.files import write_atomic
     from fitscale.model import flops
     from fitscale.scaling.fit.planner import plan
-    from fitscale.scaling.fit.question import model_named, require_at_least
+    from fitscale.scaling.fit.question import model_named, require_within
 
-    require_at_least(options, points=1, first_step=1, tokens=1, batch=1, samples=2, nfe=1, target_steps=1, seed=0)
+    counts = dict.fromkeys(("first_step", "most_steps", "target_steps", "tokens", "batch", "nfe"), 1)
+    require_within(options, **counts, points=(1, 1000), samples=2, gpu_hours=0, seed=0)
     economics = _economics(options)
     models = sorted((model_named(name, MODELS) for name in options.sizes.split(",")), key=flops.parameters)
     goal = economics.train_flops(model_named(options.target, MODELS), options.target_steps)

@@ -25,6 +25,7 @@ from fitscale.scaling.report.templates import HTML, MARKDOWN, in_markdown, rende
 from fitscale.scaling.rows.table import data_hash
 
 PACKAGES = ("numpy", "scipy", "pandas")
+PNG, MOST_SHEET_BYTES = b"\x89PNG\r\n\x1a\n", 2**25
 
 
 def write_report(study: Study, out: Path, folders: list[SampleFolder]) -> list[Path]:
@@ -48,6 +49,8 @@ def write_report(study: Study, out: Path, folders: list[SampleFolder]) -> list[P
     embedded = {name: _png_uri(figure["png"]) for name, figure in drawn.items()}
     files["report.md"] = render(MARKDOWN, content | {"figures": linked}, in_markdown)
     files["report.html"] = render(HTML, content | {"figures": embedded, "sheets": sheets}, escape)
+    if blocked := [str(out / name) for name in files if (out / name).is_dir()]:
+        raise UserError(f"{', '.join(blocked)}: a folder, where the report has a file")
     with ExitStack() as all_or_none:
         for name, data in files.items():
             temporary = all_or_none.enter_context(replacing(out / name))
@@ -97,10 +100,15 @@ def _isoflop_record(iso: IsoFlop) -> dict[str, Any]:
 
 
 def _data_uri(path: Path) -> str:
+    """Raises UserError for what is no PNG, or so large that no page could show it."""
     try:
-        return _png_uri(path.read_bytes())
+        with open(path, "rb") as file:
+            data = file.read(MOST_SHEET_BYTES + 1)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if not data.startswith(PNG) or len(data) > MOST_SHEET_BYTES:
+        raise UserError(f"{path}: not a PNG of at most {MOST_SHEET_BYTES:,} bytes")
+    return _png_uri(data)
 
 
 def _png_uri(data: bytes) -> str:

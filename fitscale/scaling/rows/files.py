@@ -148,7 +148,7 @@ def _read_map(path: Path) -> dict[str, Any]:
     except UserError:
         raise
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable column map: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: not a readable column map: {error}") from error
     metrics = mapping.get("metrics", {}) if isinstance(mapping, dict) else None
     if not isinstance(metrics, dict) or not all(isinstance(name, str) for name in [*mapping, *metrics]):
         raise UserError(f"{path}: a column map holds `column: source` pairs, and `metrics` pairs of its own")

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from fitscale.config.errors import UserError
-from fitscale.config.files import read_jsonl
+from fitscale.config.files import read_json, read_jsonl
 from fitscale.config.load import load_config
 from fitscale.config.schema import Config, ModelConfig
 from fitscale.model import flops
@@ -50,13 +50,10 @@ def run_rows(run: RunDir, name: str) -> pd.DataFrame:
     Raises:
         UserError: a file cannot be read, or a line holds what is no evaluation.
     """
-    try:
-        evaluations = read_jsonl(run.evaluations)
-    except ValueError as error:
-        raise UserError(f"{run.evaluations}: not JSON lines: {error}") from error
+    evaluations = read_jsonl(run.evaluations)
     for line, evaluation in enumerate(evaluations, 1):
-        if not isinstance(evaluation, dict) or not isinstance(evaluation.get("key") or {}, dict):
-            raise UserError(f"{run.evaluations}: line {line}: an evaluation is an object, and so is its key")
+        if not isinstance(evaluation.get("key") or {}, dict):
+            raise UserError(f"{run.evaluations}, line {line}: key must hold a JSON object")
     index = pd.RangeIndex(1, len(evaluations) + 1, name="line")
     tokens = pd.Series([evaluation.get("tokens") for evaluation in evaluations], index, dtype=object, name="tokens")
     refuse(tokens, tokens.notna() & ~(numbers(tokens) >= 0), "a number of tokens", str(run.evaluations))
@@ -73,10 +70,7 @@ def run_rows(run: RunDir, name: str) -> pd.DataFrame:
 
 
 def _run_columns(run: RunDir, config: Config, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
-    try:
-        environment = json.loads(run.environment.read_text()) if run.environment.exists() else {}
-    except ValueError as error:
-        raise UserError(f"{run.environment}: not JSON: {error}") from error
+    environment = read_json(run.environment) if run.environment.exists() else {}
     model = config.model
     steps = [checkpoint.step for checkpoint in run.checkpoints()] + [number(row.get("step")) for row in evaluations]
     return {
