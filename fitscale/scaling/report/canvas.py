@@ -49,8 +49,9 @@ def power_of_ten(value: float, digits: int = 3) -> str:
 
 
 def literal(text: str, most: int = 40) -> str:
-    """A text as a label: its dollar signs begin no formula, and it is cut where it is long."""
-    return (text if len(text) <= most else f"{text[:most]}...").replace("$", r"\$")
+    """A text from outside as a label: cut where it is long; no dollar sign begins a formula, no underscore hides it."""
+    text = text if len(text) <= most else f"{text[:most]}..."
+    return f"{' ' * text.startswith('_')}{text}".replace("$", r"\$")
 
 
 def limits(values: pd.Series) -> tuple[float, float]:
@@ -61,14 +62,13 @@ def limits(values: pd.Series) -> tuple[float, float]:
 
 
 def decorate(axes: Any, title: str, x_label: str, y_label: str) -> None:
-    """Title, labels, grid, and the legend to the right, all of them literal texts."""
+    """Title and labels, all of them literal texts, grid, and the legend to the right."""
     axes.set(xlabel=literal(x_label, 80), ylabel=literal(y_label, 80))
     axes.set_title(literal(title, 120), loc="left")
     axes.grid(which="major", color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        axes.legend(handles, [*map(literal, labels)], loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 
 
 def rendered(figure: Any) -> Images:
