@@ -63,8 +63,8 @@ def test_a_wandb_export_becomes_a_runs_table(tmp_path):
         (MAP.replace("seed: 3", "seed: sampler"), "line 2, column seed: 'euler' is not a whole number"),
         (MAP.replace("seed: 3", "seed: [2, sampler]"), "line 2, column sampler: 'euler' is not a number"),
         (MAP.replace("fd: eval/fd", "1: eval/fd"), "a column map holds"),
-        (MAP.replace("fd: eval/fd", "fd: [eval/fd, 1.0e+300]"), "line 2, column value: inf is not a number"),
-        ("a: &a [x, x]\n" + "".join(f"b{n}: &b{n} [*a, *a]\n" for n in range(50)), "b0: list is no column"),
+        (MAP.replace("fd: eval/fd", "fd: [eval/fd, 1.0e+300]"), r"line 2, column value: 4\.05e\+301 is not a number"),
+        ("a: &a [_step, _step]\n" + "".join(f"b{n}: &b{n} [*a, *a]\n" for n in range(50)), "b0: list is no column"),
     ],
 )
 def test_wrong_maps_are_named(tmp_path, columns, message):
@@ -73,7 +73,7 @@ def test_wrong_maps_are_named(tmp_path, columns, message):
 
 
 def test_an_export_with_its_index_is_read_and_damage_is_named_by_line(tmp_path):
-    indexed = "".join(f"{'' if not n else n},{line}\n" for n, line in enumerate(WANDB.splitlines()))
+    indexed = "".join(f"{n or ''},{line}\n" for n, line in enumerate(WANDB.splitlines()))
     assert read_mapped(*files(tmp_path, indexed)).equals(read_mapped(*files(tmp_path)))
     with pytest.raises(
         UserError, match=r"line 4, column eval/fd: 'x' is not a number|column value: 'x' is not a number"

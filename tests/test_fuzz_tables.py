@@ -4,6 +4,8 @@ What is refused ends with exit code 2 and leaves nothing behind; an exception wo
 """
 
 import random
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -116,19 +118,69 @@ def check(done: Done, out: Path, allowed: tuple[int, ...] = (0,)) -> bool:
 
 def test_damaged_tables(table, tmp_path):
     """Every table through the tool that reads all of it; some of those that it takes through the other tools."""
-    used = 0
+    path, out, used = tmp_path / "runs.csv", tmp_path / "out" / "again.csv", 0
     for seed in range(380):
-        rng = random.Random(seed)
-        path, out = tmp_path / "runs.csv", tmp_path / "out" / "again.csv"
-        path.write_bytes(damaged(table, rng))
+        path.write_bytes(damaged(table, random.Random(seed)))
         if not check(run_tool("collect_runs", path, "--check", "-o", out), out, (0, 3)):
             continue
         used += 1
         out.unlink()
-        if used % 8 == 0:
+        if used % 16 == 8:
             check(run_tool("holdout", path, "--law", "power", "-o", out), out)
-        elif used % 8 == 4:
+        elif used % 16 == 0:
             size = ["configs/demo/digits.yaml", "configs/demo/l.yaml", "--steps", 4000]
             check(run_tool("predict", path, "--law", "power", "--size", *size, "--extrapolate", "-o", out), out)
         out.unlink(missing_ok=True)
     assert 40 < used < 340, "damage that always or never matters tests nothing"
+
+
+def test_damaged_column_maps(table, tmp_path):
+    path, columns, out, used = tmp_path / "runs.csv", tmp_path / "map.yaml", tmp_path / "out" / "runs.csv", 0
+    path.write_bytes(table)
+    for seed in range(70):
+        columns.write_bytes(damaged(MAP.encode(), random.Random(seed)))
+        used += check(run_tool("collect_runs", path, "--columns", columns, "-o", out), out)
+        out.unlink(missing_ok=True)
+    assert 2 < used < 60
+
+
+def test_damaged_sweeps(sweep, tmp_path):
+    """Files of run directories and of sample folders, as bytes and as JSON lines with a value that is not theirs."""
+    out, used = tmp_path / "runs.csv", 0
+    run = tmp_path / "runs" / "s-seed0"
+    shutil.copytree(sweep / "s-seed0", run)
+    for seed in range(40):
+        rng = random.Random(seed)
+        path = rng.choice([run / "evaluations.jsonl", run / "evaluations.jsonl", run / "environment.json"])
+        whole = path.read_bytes()
+        value = re.search(rb": ([^,{}]+)", whole[rng.randrange(len(whole) // 2) :])
+        wrong = rng.choice([b"null", b"[]", b"{}", b"1e999", b"NaN", b"-1", b"9" * 400, b'"x"', b"true", b'"\\u0000"'])
+        swapped = whole.replace(b": " + value[1], b": " + wrong, 1) if value else whole
+        path.write_bytes(swapped if seed % 2 else damaged(whole, rng))
+        used += check(run_tool("collect_runs", tmp_path / "runs", "-o", out), out)
+        path.write_bytes(whole)
+        out.unlink(missing_ok=True)
+    assert 2 < used < 38
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_damaged_tables_are_fitted_and_drawn_or_refused(table, tmp_path, seed):
+    """With all figures: what a law cannot be fitted to is refused in the report, which is whole."""
+    path, out = tmp_path / "runs.csv", tmp_path / "report"
+    lines = table.decode().splitlines()
+    rng, header = random.Random(seed), lines[0].split(",")
+    for _ in range(2):  # one value of a run, a size, a metric or of the compute, everywhere
+        name = rng.choice(["run", "size", "train_flops", "value", "step", "parameters", "metric"])
+        column, old = header.index(name), rng.choice(lines[1:]).split(",")[header.index(name)]
+        numbers = ["1e-30", "1e30", "1e15", "0", "-1", ""]
+        new = rng.choice(numbers if name in ("train_flops", "value", "step", "parameters") else HOSTILE[18:35])
+        for number, line in enumerate(lines):
+            cells = line.split(",")
+            if len(cells) == len(header) and cells[column] == old and number:
+                lines[number] = ",".join([*cells[:column], new, *cells[column + 1 :]])
+    path.write_text("\n".join(lines) + "\n")
+    done = run_tool("fit_scaling", path, "--law", "power", "--resamples", 20, "--extrapolate", "-o", out)
+    if done.returncode == 0 or "refused (" in done.stderr:
+        assert (out / "report.html").is_file() and (out / "fit.json").is_file() and len(done.stderr) < LONGEST_ERROR
+    else:
+        check(done, out)
