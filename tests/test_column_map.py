@@ -56,7 +56,7 @@ def test_a_wandb_export_becomes_a_runs_table(tmp_path):
         ("[" * 10_000, "not a readable column map"),
         ("a: 2026-99-99", "not a readable column map"),
         ("\0", "is not text in UTF-8"),
-        ("a: b\n" * 20_000, "at most 65536 are read"),
+        ("a: b\n" * 20_000, "more than 65,536 bytes"),
         (MAP.replace("seed: 3", "seed: {a: b}"), "seed: dict is no column, number, =text or list of them"),
         (MAP.replace("seed: 3", "seed: [[_step]]"), "seed: list is no column, number"),
         (MAP.replace("seed: 3", "seed: .inf"), "line 2, column seed: inf is not a whole number"),

@@ -122,7 +122,7 @@ def test_a_parquet_file_that_is_small_and_holds_much_is_refused_unread(tmp_path)
 def test_what_is_no_file_is_named(tmp_path):
     (tmp_path / "folder.csv").mkdir()
     for path in (tmp_path / "none.csv", tmp_path / "folder.csv"):
-        with pytest.raises(UserError, match="no such file"):
+        with pytest.raises(UserError, match="cannot be read"):
             read_table(path)
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match=r"cannot be read \(embedded null byte\)"):
         read_table(tmp_path / "a\0.csv")

@@ -22,10 +22,11 @@ from fitscale.scaling.report.content import parameter_intervals, report_content
 from fitscale.scaling.report.figures import figures
 from fitscale.scaling.report.samples import SampleFolder, placed, samples_along_the_curve
 from fitscale.scaling.report.templates import HTML, MARKDOWN, in_markdown, render
+from fitscale.scaling.rows.files import read_bounded
 from fitscale.scaling.rows.table import data_hash
 
 PACKAGES = ("numpy", "scipy", "pandas")
-PNG, MOST_SHEET_BYTES = b"\x89PNG\r\n\x1a\n", 2**25
+MOST_SHEET_BYTES = 2**25
 
 
 def write_report(study: Study, out: Path, folders: list[SampleFolder]) -> list[Path]:
@@ -101,13 +102,9 @@ def _isoflop_record(iso: IsoFlop) -> dict[str, Any]:
 
 def _data_uri(path: Path) -> str:
     """Raises UserError for what is no PNG, or so large that no page could show it."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MOST_SHEET_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if not data.startswith(PNG) or len(data) > MOST_SHEET_BYTES:
-        raise UserError(f"{path}: not a PNG of at most {MOST_SHEET_BYTES:,} bytes")
+    data = read_bounded(path, MOST_SHEET_BYTES)
+    if not data.startswith(b"\x89PNG\r\n"):
+        raise UserError(f"{path}: not a PNG")
     return _png_uri(data)
 
 

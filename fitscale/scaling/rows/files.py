@@ -95,20 +95,21 @@ def _check_header(header: list[str], path: Path) -> None:
     check_names([name for name in header if name], f"{path}: line 1")
 
 
-def _text(path: Path, most_bytes: int) -> str:
-    """The text of a file of at most so many bytes, in UTF-8 with or without a byte order mark.
-
-    Raises:
-        UserError: it is no such file.
-    """
+def read_bounded(path: Path, most_bytes: int) -> bytes:
+    """The bytes of a file; raises UserError for what cannot be read, or is larger."""
     try:
-        if not path.is_file():
-            raise UserError(f"{shown(str(path))}: no such file")
-        if (size := path.stat().st_size) > most_bytes:
-            raise UserError(f"{path}: {size} bytes; at most {most_bytes} are read")
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        with open(path, "rb") as file:
+            data = file.read(most_bytes + 1)
+    except (OSError, ValueError) as error:  # a name with NUL is a ValueError
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
+    if len(data) > most_bytes:
+        raise UserError(f"{path}: more than {most_bytes:,} bytes; larger files are not read")
+    return data
+
+
+def _text(path: Path, most_bytes: int) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark, and without NUL."""
+    data = read_bounded(path, most_bytes)
     try:
         if b"\0" in data:
             raise UnicodeDecodeError("utf-8", data, data.index(b"\0"), data.index(b"\0") + 1, "NUL")
@@ -160,7 +161,7 @@ def _column(source: pd.DataFrame, name: str, rule: Any, path: Path, column_map: 
     if isinstance(rule, list) and not any(isinstance(factor, list) for factor in rule):
         factors = [_column(source, name, factor, path, column_map) for factor in rule]
         for cells in factors:
-            refuse(cells, numbers(cells).isna() & cells.notna(), "a number", str(path))
+            refuse(cells, (numbers(cells).isna() & cells.notna()).to_numpy(), "a number", str(path))
         return math.prod(map(numbers, factors), start=pd.Series(1.0, source.index))
     if isinstance(rule, int | float) or (isinstance(rule, str) and rule.startswith("=")):
         return pd.Series(rule[1:] if isinstance(rule, str) else rule, source.index, name=name)

@@ -56,7 +56,7 @@ def run_rows(run: RunDir, name: str) -> pd.DataFrame:
             raise UserError(f"{run.evaluations}, line {line}: key must hold a JSON object")
     index = pd.RangeIndex(1, len(evaluations) + 1, name="line")
     tokens = pd.Series([evaluation.get("tokens") for evaluation in evaluations], index, dtype=object, name="tokens")
-    refuse(tokens, tokens.notna() & ~(numbers(tokens) >= 0), "a number of tokens", str(run.evaluations))
+    refuse(tokens, (tokens.notna() & ~(numbers(tokens) >= 0)).to_numpy(), "a number of tokens", str(run.evaluations))
     config = load_config([str(run.config)])
     shared = _run_columns(run, config, evaluations) | {"run": name}
     rows = [

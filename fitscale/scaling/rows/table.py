@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from fitscale.config.errors import UserError
@@ -128,33 +129,35 @@ def numbers(cells: pd.Series) -> pd.Series:
     return pd.Series([number(cell) for cell in cells], cells.index, dtype=float, name=cells.name)
 
 
-def refuse(cells: pd.Series, wrong: pd.Series, valid: str, source: str) -> None:
+def refuse(cells: pd.Series, wrong: NDArray[np.bool_], valid: str, source: str) -> None:
     """Refuse the first of the cells of a column that are wrong.
 
     Raises:
         UserError: there is one; the text names its row, its column and what would be valid.
     """
     if wrong.any():
-        row, cell = wrong.idxmax(), cells[wrong].iloc[0]
-        raise UserError(
-            f"{source}: {cells.index.name or 'row'} {row}, column {cells.name}: {shown(cell)} is not {valid}"
-        )
+        first = int(wrong.argmax())
+        where = f"{cells.index.name or 'row'} {cells.index[first]}, column {cells.name}"
+        raise UserError(f"{source}: {where}: {shown(cells.iloc[first])} is not {valid}")
 
 
 def _typed(cells: pd.Series, column: Column, source: str) -> pd.Series:
-    valid, missing = f"{VALID[column.dtype]} ({column.meaning})", cells.isna()
+    valid, missing = f"{VALID[column.dtype]} ({column.meaning})", cells.isna().to_numpy()
+    if missing.all():
+        return pd.Series(None, cells.index, dtype=column.dtype, name=cells.name)
     if column.dtype == "string":
         cells = cells.astype("string")
-        strange = [text for text in cells.dropna().unique() if not _is_name(text)]
-        refuse(cells, cells.isin(strange), valid, source)
+        strange = [text for text in cells[~missing].unique() if not _is_name(text)]
+        refuse(cells, cells.isin(strange).to_numpy(dtype=bool), valid, source)
         return cells
-    values = numbers(cells)
-    wrong = (values.isna() & ~missing) | (values.abs() > LARGEST) | ((values != 0) & (values.abs() < LEAST))
+    values = numbers(cells).to_numpy()
+    sizes = np.abs(values)
+    wrong = (np.isnan(values) & ~missing) | (sizes > LARGEST) | ((sizes > 0) & (sizes < LEAST))
     if column.dtype == "Int64":
-        wrong |= (values < 0) | (values > LARGEST_COUNT) | ((values - values.round()).abs() > 1e-9 * values)
-        values = values.round()
+        wrong |= (values < 0) | (sizes > LARGEST_COUNT) | (np.abs(values - np.round(values)) > 1e-9 * sizes)
+        values = np.round(values)
     refuse(cells, wrong, valid, source)
-    return values.astype(column.dtype)
+    return pd.Series(values, cells.index, name=cells.name).astype(column.dtype)
 
 
 def _is_name(text: Any) -> bool:
