@@ -81,6 +81,8 @@ def run_demo() -> None:
 def why(row: dict) -> str:  # type: ignore[type-arg]
     if row["event"] == "end":
         return str(row["reason"])
+    if row["previous_ended"] is None:
+        return f"job {row['job']}, the first"
     return f"job {row['job']}, the one before ended by {row['previous_ended']}, {row['lost_steps']} steps lost"
 
 
