@@ -16,6 +16,7 @@ from tests.programs import Done, run_tool
 from tests.sample_folders import write_samples
 from tests.synthetic_runs import write_sweep
 
+pytestmark = pytest.mark.filterwarnings("error")  # it would be a second line, and is a mistake in an array
 LONGEST_ERROR = 1500  # characters
 HOSTILE = [
     *("", "0", "-1", "-0.0", "1e-320", "1e308", "1e999", "inf", "-inf", "nan", "NaN", "1e30", "9" * 400, "2**53"),
@@ -124,7 +125,7 @@ def check(done: Done, out: Path, allowed: tuple[int, ...] = (0,)) -> bool:
 def test_damaged_tables(table, tmp_path):
     """Every table through the tool that reads all of it; some of those that it takes through the other tools."""
     path, out, used = tmp_path / "runs.csv", tmp_path / "out" / "again.csv", 0
-    for seed in range(390):
+    for seed in range(400):
         path.write_bytes(damaged(table, random.Random(seed)))
         if not check(run_tool("collect_runs", path, "--check", "-o", out), out, (0, 3)):
             continue
@@ -143,7 +144,9 @@ def test_damaged_column_maps(table, tmp_path):
     path, columns, out, used = tmp_path / "runs.csv", tmp_path / "map.yaml", tmp_path / "out" / "runs.csv", 0
     path.write_bytes(table)
     for seed in range(70):
-        columns.write_bytes(damaged(MAP.encode(), random.Random(seed)))
+        rng = random.Random(seed)
+        old, new = rng.choice(re.findall(r"\w+", MAP)), rng.choice(["run", "value", "5", "[2, step]", *HOSTILE])
+        columns.write_bytes(damaged(MAP.encode(), rng) if seed % 3 == 0 else MAP.replace(old, new, 1).encode())
         used += check(run_tool("collect_runs", path, "--columns", columns, "-o", out), out)
         out.unlink(missing_ok=True)
     assert 2 < used < 60
@@ -154,7 +157,7 @@ def test_damaged_sweeps(sweep, tmp_path):
     out, used = tmp_path / "runs.csv", 0
     run = tmp_path / "runs" / "s-seed0"
     shutil.copytree(sweep / "s-seed0", run)
-    for seed in range(30):
+    for seed in range(24):
         rng = random.Random(seed)
         path = rng.choice([run / "evaluations.jsonl", run / "evaluations.jsonl", run / "environment.json"])
         whole = path.read_bytes()
@@ -165,10 +168,10 @@ def test_damaged_sweeps(sweep, tmp_path):
         used += check(run_tool("collect_runs", tmp_path / "runs", "-o", out), out)
         path.write_bytes(whole)
         out.unlink(missing_ok=True)
-    assert 2 < used < 28
+    assert 2 < used < 22
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(6))
 def test_damaged_tables_are_fitted_and_drawn_or_refused(table, tmp_path, seed):
     """With all figures: what a law cannot be fitted to is refused in the report, which is whole."""
     path, out = tmp_path / "runs.csv", tmp_path / "report"

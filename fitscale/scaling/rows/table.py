@@ -154,8 +154,9 @@ def _typed(cells: pd.Series, column: Column, source: str) -> pd.Series:
     sizes = np.abs(values)
     wrong = (np.isnan(values) & ~missing) | (sizes > LARGEST) | ((sizes > 0) & (sizes < LEAST))
     if column.dtype == "Int64":
-        wrong |= (values < 0) | (sizes > LARGEST_COUNT) | (np.abs(values - np.round(values)) > 1e-9 * sizes)
-        values = np.round(values)
+        whole = np.round(values)
+        wrong |= (values < 0) | (sizes > LARGEST_COUNT) | ~np.isclose(values, whole, rtol=1e-9, atol=0, equal_nan=True)
+        values = whole
     refuse(cells, wrong, valid, source)
     return pd.Series(values, cells.index, name=cells.name).astype(column.dtype)
 
