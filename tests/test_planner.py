@@ -138,13 +138,25 @@ def test_the_rows_of_a_prior_are_chosen_as_everywhere(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "least"),
-    [("points", 1), ("first-step", 1), ("tokens", 1), ("batch", 1), ("samples", 2), ("nfe", 1), ("target-steps", 1)],
+    ("option", "value", "message"),
+    [
+        *(
+            (option, 0, "0 is outside [1, 1e+12]")
+            for option in ("first-step", "tokens", "batch", "nfe", "target-steps")
+        ),
+        ("points", 0, "0 is outside [1, 1000]"),
+        ("points", 10**9, "1000000000 is outside [1, 1000]"),
+        ("samples", 1, "1 is outside [2, 1e+12]"),
+        ("most-steps", 10**30, f"{10**30} is outside [1, 1e+12]"),
+        ("gpu-hours", "nan", "nan is outside [0, 1e+12]"),
+        ("gpu-hours", "inf", "inf is outside [0, 1e+12]"),
+        ("sizes", "s,s,b", "a size is named twice"),
+    ],
 )
-def test_an_option_out_of_range_is_one_message(option, least):
-    done = run_tool("plan_sweep", "--gpu-hours", "300", f"--{option}={least - 1}")
-    message = f"error: --{option}: {least - 1} is too small, the least is {least}\n"
-    assert (done.returncode, done.stderr, done.stdout) == (2, message, "")
+def test_an_option_out_of_range_is_one_message(option, value, message):
+    done = run_tool("plan_sweep", "--gpu-hours", "300", f"--{option}={value}")
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith(f"error: --{option}")
+    assert message in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_plan_that_cannot_be_written_is_one_message(tmp_path):

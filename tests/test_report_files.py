@@ -1,5 +1,6 @@
 """Reports of studies: their files, their words, and the tool that writes them."""
 
+import html
 import json
 import re
 import subprocess
@@ -7,13 +8,16 @@ import sys
 from dataclasses import replace
 
 import pytest
+from markupsafe import Markup
 
 from fitscale.scaling.fit.fitting import ResidualLoss
 from fitscale.scaling.fit.question import Question
 from fitscale.scaling.fit.study import study
 from fitscale.scaling.report.content import number, report_content, size_table
 from fitscale.scaling.report.files import fit_record, write_report
+from fitscale.scaling.report.templates import in_markdown, on_one_line, render
 from fitscale.scaling.rows.runs import collect
+from fitscale.scaling.rows.table import validate
 from tests.programs import run_tool
 from tests.sample_folders import write_samples
 from tests.synthetic_runs import frontier_law, surface_rows, write_sweep
@@ -107,9 +111,12 @@ def test_exit_codes(sweep, tmp_path):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--resamples=0", "--resamples: 0 is too small, the least is 20"),
-        ("--huber=-0.1", "--huber: -0.1 must be above 0"),
-        ("--seed=-1", "--seed: -1 is too small, the least is 0"),
+        ("--resamples=0", "--resamples: 0 is outside [20, 100000]"),
+        ("--resamples=1000000000", "--resamples: 1000000000 is outside [20, 100000]"),
+        ("--from-step=-5", "--from-step: -5 is outside [0, 1e+12]"),
+        ("--huber=inf", "--huber: inf must be a number above 0"),
+        ("--huber=-0.1", "--huber: -0.1 must be a number above 0"),
+        ("--seed=-1", "--seed: -1 is outside [0, 1e+12]"),
     ],
 )
 def test_an_option_out_of_range_is_one_message(sweep, tmp_path, option, message):
@@ -117,7 +124,54 @@ def test_an_option_out_of_range_is_one_message(sweep, tmp_path, option, message)
     assert (done.returncode, done.stderr) == (2, f"error: {message}\n") and not (tmp_path / "report").exists()
 
 
-def test_a_report_that_cannot_be_written_is_one_message(sweep, tmp_path):
-    (tmp_path / "report").write_text("a file")
-    done = run_tool("fit_scaling", sweep, "--resamples", "20", "-o", tmp_path / "report")
-    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path / 'report'}: cannot be written (File exists)\n")
+HOSTILE = {  # a name: what report.md shows of it
+    "a|b": r"a\|b",
+    "<script>alert(1)</script>": "&lt;script&gt;alert(1)&lt;/script&gt;",
+    "`rm -rf`": r"\`rm -rf\`",
+    "[x](javascript:alert(1))": r"\[x\](javascript:alert(1))",
+    "![x](http://evil/x.png)": r"!\[x\](http\://evil/x.png)",
+    r"$\frac": r"\$\\frac",
+    "_a_ *b* ~~c~~ #d @e": r"\_a\_ \*b\* \~\~c\~\~ \#d \@e",
+    "www.evil.org": r"www\.evil.org",
+}
+
+
+@pytest.mark.parametrize("names", [list(HOSTILE)[:4], list(HOSTILE)[4:]])
+def test_names_from_a_table_are_shown_and_never_obeyed(table, tmp_path, names):
+    """As sizes, runs, a metric, a column and its value; in the pages and in the figures."""
+    sizes = dict(zip(("xs", "s", "m", "l"), names, strict=True))
+    rows = table[table["metric"] == "fd"].drop(columns=[column for column in table if column.startswith("key_")])
+    rows = rows.assign(size=rows["size"].map(sizes), run="run " + rows["size"].map(sizes), metric=names[0])
+    rows = validate(rows.assign(**{f"key_{names[1]}": names[2]}))
+    write_report(study(rows, Question(metric=names[0], laws=("power",), resamples=20)), tmp_path, [])
+    page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    bare = text
+    for name in names:
+        assert HOSTILE[name] in text and html.escape(name) in page
+        assert html.escape(name, quote=False) in (tmp_path / "curves.svg").read_text()
+        bare = bare.replace(HOSTILE[name], "")
+    assert not any(name in bare for name in names) and "<script" not in page + text
+    tables = re.findall(r"^\|.*\|$", text, re.MULTILINE)
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == {9, 4, 10}, "a cell more or less"
+
+
+def test_white_space_and_what_is_not_printed_stay_within_their_line():
+    assert (
+        on_one_line("a\nb\t c\u2028d\x1b[31m\u202ee")
+        == "a b c d\N{REPLACEMENT CHARACTER}[31m\N{REPLACEMENT CHARACTER}e"
+    )
+    page = render("{{ text }}|{{ made }}", {"text": "a\n# b|c", "made": Markup("|")}, in_markdown)
+    assert page == r"a \# b\|c||"
+
+
+def test_a_report_that_cannot_be_written_is_not_half_there(sweep, tmp_path):
+    arguments = ["fit_scaling", sweep, "--law", "power", "--resamples", "20", "-o"]
+    (tmp_path / "file").write_text("mine")
+    for path, message in {"file": "file: is a file", "file/report": "(Not a directory)", "a\0b": "NUL"}.items():
+        done = run_tool(*arguments, tmp_path / path)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("error: ") == 1, done
+        assert "Traceback" not in done.stderr and [path.name for path in tmp_path.iterdir()] == ["file"]
+    (tmp_path / "report" / "report.md").mkdir(parents=True)
+    done = run_tool(*arguments, tmp_path / "report")
+    assert done.returncode == 2 and "report.md" in done.stderr
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["report.md"]

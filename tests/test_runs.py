@@ -81,10 +81,34 @@ def test_a_folder_without_runs_is_refused(tmp_path):
         collect([tmp_path])
 
 
-def test_a_damaged_evaluations_file_is_named(tmp_path):
-    (run,) = write_sweep(tmp_path, law, sizes=("s",))
-    run.evaluations.write_text("{broken}\n")
-    with pytest.raises(UserError, match=r"evaluations\.jsonl: not JSON"):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken}", r"evaluations\.jsonl, line 1: not JSON"),
+        ("[1]", r"evaluations\.jsonl, line 1: must hold a JSON object"),
+        ('{"key": [1]}', r"evaluations\.jsonl, line 1: key must hold a JSON object"),
+        ('{"step": "x", "metric": "fd"}', r"evaluations\.jsonl: line 1, column step: 'x' is not a whole number"),
+        ('{"metric": "fd", "value": {"a": 1}}', r"line 1, column value: {'a': 1} is not a number"),
+        ('{"metric": "fd", "value": Infinity}', r"line 1, column value: inf is not a number"),
+        ('{"metric": "fd", "images": true}', r"line 1, column images: True is not a whole number"),
+        ('{"metric": "fd", "images": 5, "tokens": "x"}', r"line 1, column tokens: 'x' is not a number of tokens"),
+        ('{"metric": "a\\nb"}', r"line 1, column metric: 'a\\nb' is not printable text"),
+        ('{"metric": "fd", "key": {"a\\nb": 1}}', r"is named 'key_a\\nb'; a name is printable text"),
+        ('{"metric": "fd", "value": ' + "9" * 5000 + "}", "line 1"),
+    ],
+)
+def test_what_is_no_evaluation_is_named(tmp_path, line, message):
+    (run,) = write_sweep(tmp_path, law, sizes=("s",), points=1)
+    run.evaluations.write_text(line + "\n")
+    with pytest.raises(UserError, match=message) as refused:
+        collect([tmp_path])
+    assert len(str(refused.value)) < 1200
+
+
+def test_an_environment_that_is_no_object_is_named(tmp_path):
+    (run,) = write_sweep(tmp_path, law, sizes=("s",), points=1)
+    run.environment.write_text("[]")
+    with pytest.raises(UserError, match=r"environment\.json: must hold a JSON object"):
         collect([tmp_path])
 
 

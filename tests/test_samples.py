@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fitscale.config.errors import UserError
 from fitscale.scaling.fit.question import Question
 from fitscale.scaling.fit.study import study
+from fitscale.scaling.report.files import write_report
 from fitscale.scaling.report.samples import find_folders, mosaic, placed, read_folder, samples_along_the_curve
 from fitscale.scaling.rows.runs import collect
 from tests.programs import run_tool
@@ -71,3 +73,35 @@ def test_samples_in_run_directories_are_found_and_what_cannot_be_placed_is_named
     assert (tmp_path / "samples.png").is_file()
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("not drawn: ")]
     assert "at-400:" in line
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        *("[]", "{}", "[" * 100_000, '{"sampling": []}', '{"sampling": {"guidance": {"scale": NaN}}, "step": 1}', "\0"),
+        '{"run": 5, "step": 1, "height": 8, "width": 8, "sampling": {"guidance": {"scale": 1}}}',
+        '{"run": "a", "step": 1e999, "height": 8, "width": 8, "sampling": {"guidance": {"scale": 1}}}',
+        '{"run": "a", "step": "x", "height": 8, "width": 8, "sampling": {"guidance": {"scale": 1}}}',
+    ],
+)
+def test_a_record_of_samples_that_is_none_is_refused(tmp_path, record):
+    folder = write_samples(tmp_path / "drawn", tmp_path / "run", 1)
+    (folder / "samples.json").write_text(record)
+    with pytest.raises(UserError, match="drawn: not a folder that `fitscale sample` wrote: ") as refused:
+        read_folder(folder)
+    assert len(str(refused.value)) < 1200
+
+
+def test_images_that_differ_or_are_too_large_and_sheets_that_are_none_are_refused(sweep, answer, tmp_path):
+    folder = write_samples(tmp_path / "drawn", sweep / "l-seed0", 4000)
+    Image.fromarray(np.zeros((10, 9), dtype=np.uint8)).save(folder / "000003_class3.png")
+    with pytest.raises(UserError, match=r"000003_class3\.png: not of the size of 000000_class0\.png"):
+        mosaic(read_folder(folder).images)
+    Image.fromarray(np.zeros((1, 5000), dtype=np.uint8)).save(folder / "000003_class3.png")
+    with pytest.raises(UserError, match=r"000003_class3\.png: 5000 x 1 pixels; at most 4096 a side"):
+        mosaic(read_folder(folder).images)
+    other = write_samples(tmp_path / "other", sweep / "l-seed0", 4000)
+    (other / "contact_sheet.png").write_text("<script>")
+    with pytest.raises(UserError, match=r"contact_sheet\.png: not a PNG"):
+        write_report(answer, tmp_path / "report", [read_folder(other)])
+    assert not (tmp_path / "report").exists()

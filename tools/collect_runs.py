@@ -63,7 +63,7 @@ def _derived(table: "pd.DataFrame", options: argparse.Namespace) -> "pd.DataFram
         parts.append(infinity(table[table["metric"] == options.infinity]))
     if options.tuned:
         parts.append(tuned_guidance(table[table["metric"] == options.tuned]))
-    return validate(pd.concat(parts, ignore_index=True))
+    return validate(pd.concat(parts, ignore_index=True)) if len(parts) > 1 else table
 
 
 def _table(runs: list[Path], columns: Path | None) -> "pd.DataFrame":

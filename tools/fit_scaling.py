@@ -7,6 +7,7 @@ Exit code: 0 fitted, 2 refused (the report says why), 3 fitted with cautions und
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from fitscale.scaling.report.samples import SampleFolder
 
 FITTED, REFUSED, CAUTIONS = 0, 2, 3
-LEAST_RESAMPLES = 20  # one of them beyond either end of a 90 % interval
+RESAMPLES = (20, 100_000)  # the least has one beyond either end of a 90 % interval; the most takes a minute a law
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,14 +31,16 @@ def main(arguments: list[str] | None = None) -> int:
 def fit_scaling(options: argparse.Namespace) -> int:
     """Fit, write the report, print it in short; the exit code of this program's description."""
     from fitscale.config.errors import writing
-    from fitscale.scaling.fit.question import require_at_least
+    from fitscale.scaling.fit.question import require_within
     from fitscale.scaling.fit.study import study
     from fitscale.scaling.report.files import write_report
     from fitscale.scaling.rows.runs import load_table
 
-    require_at_least(options, resamples=LEAST_RESAMPLES, seed=0)
-    if options.huber is not None and not options.huber > 0:
-        raise UserError(f"--huber: {options.huber:g} must be above 0")
+    require_within(options, resamples=RESAMPLES, seed=0)
+    if options.huber is not None and not 0 < options.huber < math.inf:
+        raise UserError(f"--huber: {options.huber:g} must be a number above 0")
+    if options.output.exists() and not options.output.is_dir():
+        raise UserError(f"{options.output}: is a file; -o names the folder of the report")
     answer = study(load_table(options.runs), _question(options))
     folders = _sample_folders(options, answer)
     with writing(options.output):

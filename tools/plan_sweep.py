@@ -34,11 +34,15 @@ def run(options: argparse.Namespace) -> int:
     from fitscale.config.files import write_atomic
     from fitscale.model import flops
     from fitscale.scaling.fit.planner import plan
-    from fitscale.scaling.fit.question import model_named, require_at_least
+    from fitscale.scaling.fit.question import model_named, require_within
 
-    require_at_least(options, points=1, first_step=1, tokens=1, batch=1, samples=2, nfe=1, target_steps=1, seed=0)
+    counts = dict.fromkeys(("first_step", "most_steps", "target_steps", "tokens", "batch", "nfe"), 1)
+    require_within(options, **counts, points=(1, 1000), samples=2, gpu_hours=0, seed=0)
     economics = _economics(options)
-    models = sorted((model_named(name, MODELS) for name in options.sizes.split(",")), key=flops.parameters)
+    names = options.sizes.split(",")
+    if len(set(names)) < len(names):
+        raise UserError(f"--sizes {options.sizes}: a size is named twice; the planner itself repeats one")
+    models = sorted((model_named(name, MODELS) for name in names), key=flops.parameters)
     goal = economics.train_flops(model_named(options.target, MODELS), options.target_steps)
     answer = plan(models, options.gpu_hours, economics, _prior(options), goal, options.seed)
     print("\n".join(_lines(answer, economics, options)))

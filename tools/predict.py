@@ -34,10 +34,10 @@ def run(options: argparse.Namespace) -> int:
     from fitscale.config.errors import writing
     from fitscale.config.files import write_atomic
     from fitscale.scaling.fit.prediction import describe, predict
-    from fitscale.scaling.fit.question import question, require_at_least
+    from fitscale.scaling.fit.question import question, require_within
     from fitscale.scaling.rows.runs import load_table
 
-    require_at_least(options, steps=1, batch=1, tokens=1, seed=0)
+    require_within(options, steps=1, batch=1, tokens=1, seed=0)
     table, asked = load_table(options.runs), question(options)
     goal = _target(options, asked.select(table).rows)
     predictions, study = predict(table, asked, goal)

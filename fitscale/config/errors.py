@@ -30,6 +30,8 @@ class PassingError(UserError):
 @contextmanager
 def writing(what: object) -> Iterator[None]:
     """Around what writes `what`, for a person; raises UserError where it cannot be written: no right, no room."""
+    if "\0" in str(what):
+        raise UserError(f"{what}: no file has such a name; valid: any character but NUL")
     try:
         yield
     except OSError as error:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pandas as pd
 
-from fitscale.config.checks import at_least
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
 from fitscale.config.schema import ModelConfig
@@ -16,6 +15,8 @@ from fitscale.scaling.fit.fitting import ResidualLoss
 from fitscale.scaling.fit.laws import LAWS
 from fitscale.scaling.rows.fitted_points import POINTS
 from fitscale.scaling.rows.selection import Selection, select
+
+MOST = 1e12  # of an option that counts something
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def question(options: argparse.Namespace, **more: Any) -> Question:
     Raises:
         UserError: a text of --where has no `=`.
     """
+    require_within(options, from_step=0)
     asked = {each.name: getattr(options, each.name) for each in fields(Question) if each.name in options} | more
     for text in options.where:
         if "=" not in text:
@@ -86,15 +88,17 @@ def question(options: argparse.Namespace, **more: Any) -> Question:
     return Question(**asked | {"laws": tuple(dict.fromkeys(asked["laws"])), "where": where})
 
 
-def require_at_least(options: argparse.Namespace, **least: float) -> None:
-    """Check options by name, those that are None aside.
+def require_within(options: argparse.Namespace, **limits: float | tuple[float, float]) -> None:
+    """Check options by name, those that are None aside: the least value, or that and the most (else `MOST`).
 
     Raises:
-        UserError: one is less than its least value.
+        UserError: one is outside.
     """
-    for name, value in least.items():
-        if getattr(options, name) is not None:
-            at_least(f"--{name.replace('_', '-')}", getattr(options, name), value)
+    for name, limit in limits.items():
+        least, most = limit if isinstance(limit, tuple) else (limit, MOST)
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{name.replace('_', '-')}: {value} is outside [{least:g}, {most:g}]")
 
 
 def model_named(name: str, folder: Path) -> ModelConfig:

@@ -20,7 +20,7 @@ from fitscale.scaling.fit.fitting import Fit, fit_law
 from fitscale.scaling.fit.laws import COMPUTE, LAWS, Law
 from fitscale.scaling.fit.question import Question
 from fitscale.scaling.rows.fitted_points import chosen
-from fitscale.scaling.rows.refusals import Caution, Refusal
+from fitscale.scaling.rows.refusals import Caution, Refusal, listed
 from fitscale.scaling.rows.selection import size_order
 
 FAR = 10.0  # a prediction at more than this many times the fitted compute must be asked for
@@ -141,7 +141,7 @@ def _held_out(sizes: list[str], asked: tuple[str, ...]) -> list[str]:
     held_out = list(dict.fromkeys(sizes[-1] if size == "largest" else size for size in asked))
     for size in held_out:
         if size not in sizes:
-            raise UserError(f"--hold-out {size}: no such size; valid: largest, none, {', '.join(sizes)}")
+            raise UserError(f"--hold-out {size}: no such size; valid: largest, none, {listed(sizes, 20)}")
     fitted = [size for size in sizes if size not in held_out]
     if len(fitted) < 2:
         what = f"only size {', '.join(fitted) or 'none'} is left to fit"

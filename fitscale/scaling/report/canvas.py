@@ -48,6 +48,12 @@ def power_of_ten(value: float, digits: int = 3) -> str:
     return f"${power}$" if factor == "1" else rf"${factor}{{\cdot}}{power}$"
 
 
+def literal(text: str, most: int = 40) -> str:
+    """A text from outside as a label: cut where it is long; no dollar sign begins a formula, no underscore hides it."""
+    text = text if len(text) <= most else f"{text[:most]}..."
+    return f"{' ' * text.startswith('_')}{text}".replace("$", r"\$")
+
+
 def limits(values: pd.Series) -> tuple[float, float]:
     """A tenth of the data's logarithmic range above and below, a quarter of their value at most."""
     low, high = float(values.min()), float(values.max())
@@ -56,10 +62,9 @@ def limits(values: pd.Series) -> tuple[float, float]:
 
 
 def decorate(axes: Any, title: str, x_label: str, y_label: str) -> None:
-    """Title, labels, grid, and the legend to the right."""
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.set_title(title, loc="left")
+    """Title and labels, all of them literal texts, grid, and the legend to the right."""
+    axes.set(xlabel=literal(x_label, 80), ylabel=literal(y_label, 80))
+    axes.set_title(literal(title, 120), loc="left")
     axes.grid(which="major", color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:

@@ -54,7 +54,14 @@ def residuals(study: Study) -> canvas.Images:
     for size, points in _by_size(study, result.used):
         points = points.sort_values("train_flops")
         share = 100 * (points["value"].to_numpy() / result.fit.metric(points) - 1)
-        axes.plot(points["train_flops"], share, "o-", color=_color(study, study.rows, size), linewidth=0.8, label=size)
+        axes.plot(
+            points["train_flops"],
+            share,
+            "o-",
+            color=_color(study, study.rows, size),
+            linewidth=0.8,
+            label=canvas.literal(size),
+        )
     axes.axhline(0, color="black", linewidth=0.8)
     canvas.logarithmic(axes.xaxis, *canvas.limits(result.used["train_flops"]), scientific=True)
     title = f"Residuals of the {result.name} law at the points it is fitted to"
@@ -82,7 +89,7 @@ def predictions(study: Study) -> canvas.Images:
     for _, point in (first if len(first) <= MOST_NAMED else first.iloc[:0]).iterrows():
         name = str(point["size"]) if pd.isna(point["step"]) else f"{point['size']}, {point['step']:,} steps"
         place = {"xytext": (7, -13), "textcoords": "offset points", "fontsize": 8, "color": "0.3"}
-        axes.annotate(name, (point["value"], point["predicted"]), **place)
+        axes.annotate(canvas.literal(name), (point["value"], point["predicted"]), **place)
     axes.margins(0.15)  # room for the names
     title = f"Held-out size {', '.join(study.held_out)}: predicted against measured"
     canvas.decorate(axes, title, *(f"{what} {readable(study.question.metric)}" for what in ("measured", "predicted")))
@@ -115,13 +122,13 @@ def draw_runs(axes: Any, study: Study, rows: pd.DataFrame) -> None:
     first_runs = rows.groupby("size")["run"].min()
     for run, points in rows.sort_values("train_flops").groupby("run", sort=False):
         size = points["size"].iloc[0]
-        label, style = size, {"linestyle": "-", "marker": "o", "markersize": 5}
+        label, style = canvas.literal(size), {"linestyle": "-", "marker": "o", "markersize": 5}
         if size in study.held_out:
-            label = f"{size}, held out"
+            label = f"{label}, held out"
             style = {"linestyle": ":", "marker": "D", "markersize": 6, "markerfacecolor": "white"}
         style |= {"color": _color(study, rows, size), "linewidth": 1.4, "zorder": 3}
-        label = label if run == first_runs[size] else None
-        axes.plot(points["train_flops"], points["value"], label=label, **style)
+        named = label if run == first_runs[size] else None
+        axes.plot(points["train_flops"], points["value"], label=named, **style)
 
 
 def _drawable(study: Study) -> pd.DataFrame:

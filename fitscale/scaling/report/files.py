@@ -5,23 +5,28 @@ Refusals and cautions come first. A floor that the data do not identify is repor
 
 import base64
 import json
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from markupsafe import escape
+
 from fitscale.config.errors import UserError
-from fitscale.config.files import write_atomic
+from fitscale.config.files import replacing
 from fitscale.scaling.fit.compute_optimal import IsoFlop
 from fitscale.scaling.fit.study import LawResult, Study
 from fitscale.scaling.fit.uncertainty import covariance
 from fitscale.scaling.report.content import parameter_intervals, report_content
 from fitscale.scaling.report.figures import figures
 from fitscale.scaling.report.samples import SampleFolder, placed, samples_along_the_curve
-from fitscale.scaling.report.templates import HTML, MARKDOWN
+from fitscale.scaling.report.templates import HTML, MARKDOWN, in_markdown, render
+from fitscale.scaling.rows.files import read_bounded
 from fitscale.scaling.rows.table import data_hash
 
 PACKAGES = ("numpy", "scipy", "pandas")
+MOST_SHEET_BYTES = 2**25
 
 
 def write_report(study: Study, out: Path, folders: list[SampleFolder]) -> list[Path]:
@@ -43,10 +48,14 @@ def write_report(study: Study, out: Path, folders: list[SampleFolder]) -> list[P
     files |= {f"{name}.{kind}": data for name, figure in drawn.items() for kind, data in figure.items()}
     linked = {name: f"{name}.png" for name in drawn}
     embedded = {name: _png_uri(figure["png"]) for name, figure in drawn.items()}
-    files["report.md"] = _render(MARKDOWN, content | {"figures": linked}, escape=False)
-    files["report.html"] = _render(HTML, content | {"figures": embedded, "sheets": sheets}, escape=True)
-    for name, data in files.items():
-        write_atomic(out / name, data)
+    files["report.md"] = render(MARKDOWN, content | {"figures": linked}, in_markdown)
+    files["report.html"] = render(HTML, content | {"figures": embedded, "sheets": sheets}, escape)
+    if blocked := [str(out / name) for name in files if (out / name).is_dir()]:
+        raise UserError(f"{', '.join(blocked)}: a folder, where the report has a file")
+    with ExitStack() as all_or_none:
+        for name, data in files.items():
+            temporary = all_or_none.enter_context(replacing(out / name))
+            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
     return [out / name for name in files]
 
 
@@ -91,20 +100,12 @@ def _isoflop_record(iso: IsoFlop) -> dict[str, Any]:
     return record | {"refused_budgets": [str(refusal) for refusal in refusals]}
 
 
-def _render(template: str, content: dict[str, Any], escape: bool) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=escape, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(template).render(content)
-
-
 def _data_uri(path: Path) -> str:
-    try:
-        return _png_uri(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    """Raises UserError for what is no PNG, or so large that no page could show it."""
+    data = read_bounded(path, MOST_SHEET_BYTES)
+    if not data.startswith(b"\x89PNG\r\n"):
+        raise UserError(f"{path}: not a PNG")
+    return _png_uri(data)
 
 
 def _png_uri(data: bytes) -> str:

@@ -4,23 +4,27 @@ A sample folder is what `fitscale sample` writes: samples.json, one PNG an image
 with one seed show the same noise and classes, so what differs is the model.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from fitscale.config.errors import UserError
+from fitscale.config.files import read_json
 from fitscale.scaling.fit.solver import Array
 from fitscale.scaling.fit.study import Study
 from fitscale.scaling.report import canvas
 from fitscale.scaling.report.content import readable
 from fitscale.scaling.report.figures import draw_runs
+from fitscale.scaling.rows.table import LARGEST, LARGEST_COUNT, number
 
 SHOWN = 8  # images of a folder, in two columns
 MOST_FOLDERS = 10
+MOST_SIDE = 4096  # pixels of an image that is drawn
+MOST_RECORD_BYTES = 2**20  # of a samples.json
 SIDE = 96  # least pixels of an image's longer side; small images are enlarged by whole factors, never smoothed
 
 
@@ -48,12 +52,15 @@ def read_folder(path: Path) -> SampleFolder:
         UserError: it holds no images, or no samples.json that says how they were drawn.
     """
     try:
-        record = json.loads((path / "samples.json").read_text())
-        guidance = float(record["sampling"]["guidance"]["scale"])
-        step, height, width = (int(record[name]) for name in ("step", "height", "width"))
+        record = read_json(path / "samples.json", MOST_RECORD_BYTES)
+        guidance = number(record["sampling"]["guidance"]["scale"])
+        counts = [number(record[name]) for name in ("step", "height", "width")]
+        if not abs(guidance) <= LARGEST or not all(0 <= count <= LARGEST_COUNT for count in counts):
+            raise UserError("step, height, width and guidance must be numbers")
+        step, height, width = map(int, counts)
         images = tuple(sorted(path.glob("[0-9]*.png")))
         folder = SampleFolder(path, Path(record["run"]), step, height, width, guidance, images)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a folder that `fitscale sample` wrote: {error}") from error
     if not images:
         raise UserError(f"{path}: holds no images")
@@ -119,7 +126,9 @@ def _draw_column(figure: Any, curve: Any, axes: Any, folder: SampleFolder, row: 
     axes.set_axis_off()
     axes.set_anchor("N")
     value, compute = float(row["value"]), float(row["train_flops"])
-    title = f"{row['size']}, {folder.step:,} steps\n{value:.4g} at\n{canvas.power_of_ten(compute, 2)} FLOPs"
+    title = (
+        f"{canvas.literal(row['size'])}, {folder.step:,} steps\n{value:.4g} at\n{canvas.power_of_ten(compute, 2)} FLOPs"
+    )
     axes.set_title(title, fontsize=8)
     how = folder.how.replace(", ", "\n")
     axes.text(0.5, -0.02, how, transform=axes.transAxes, fontsize=8, color="0.3", ha="center", va="top")
@@ -135,19 +144,24 @@ def mosaic(paths: tuple[Path, ...]) -> Array:
         UserError: an image cannot be read.
     """
     tiles = [_tile(path) for path in paths]
+    for path, tile in zip(paths, tiles, strict=True):
+        if tile.shape != tiles[0].shape:
+            raise UserError(f"{path}: not of the size of {paths[0].name}; the images of a folder are of one size")
     tiles += [np.full_like(tiles[0], 1.0)] * (len(tiles) % 2)
     rows = [np.concatenate(tiles[start : start + 2], axis=1) for start in range(0, len(tiles), 2)]
     return np.concatenate(rows, axis=0)
 
 
 def _tile(path: Path) -> Array:
-    from matplotlib.image import imread
-
     try:
-        image = np.atleast_3d(imread(path))[:, :, :3]
-    except (OSError, SyntaxError) as error:  # a damaged PNG is a SyntaxError to Pillow
+        with Image.open(path, formats=["PNG"]) as file:
+            if max(file.size) > MOST_SIDE:
+                raise UserError(f"{path}: {file.width} x {file.height} pixels; at most {MOST_SIDE} a side are drawn")
+            image = np.asarray(file.convert("RGB"), dtype=np.float32) / 255
+    except UserError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # damage is a SyntaxError, too
         raise UserError(f"{path}: not a readable PNG: {error}") from error
     factor = max(1, SIDE // max(image.shape[:2]))
     wide = image.repeat(factor, axis=0).repeat(factor, axis=1)
-    edged = np.pad(wide, ((2, 2), (2, 2), (0, 0)), constant_values=1.0)
-    return edged.repeat(3 // edged.shape[2], axis=2)
+    return np.pad(wide, ((2, 2), (2, 2), (0, 0)), constant_values=1.0)

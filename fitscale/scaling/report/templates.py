@@ -1,4 +1,19 @@
-"""The report (jinja2): one body, and what its parts look like in Markdown and in HTML."""
+"""The report (jinja2): one body, and what its parts look like in Markdown and in HTML.
+
+What a template prints and has not made itself is a text from outside, and is escaped: names of sizes and runs come from
+tables that anybody may have written.
+"""
+
+import html
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+# Before what has a meaning in Markdown wherever it stands, a _ outside words, and what becomes a link by itself.
+SIGNS = re.compile(r"(?=[\\`*\[\]{}|~$@#])|(?<!\w)(?=_)|(?=_(?!\w))|(?<=www)(?=\.)|(?=:/)")
 
 BODY = """\
 {{ heading(1, "Scaling of " ~ title ~ " with training compute") }}
@@ -63,7 +78,7 @@ Data {{ data_hash }}, seed {{ study.question.seed }}.
 
 MARKDOWN_PARTS = """\
 {% macro heading(level, text) %}
-{{ "#" * level }} {{ text }}
+{% for _ in range(level) %}#{% endfor %} {{ text }}
 {% endmacro %}
 {% macro note(word, kind, it) %}
 > **{{ word }} ({{ it.code }})**: {{ it.message }}
@@ -82,10 +97,13 @@ MARKDOWN_PARTS = """\
 {% endif %}
 {% endmacro %}
 {% macro table(header, rows) %}
-| {{ header | join(" | ") }} |
-|{{ "---|" * header | length }}
+|{% for name in header %} {{ name }} |{% endfor %}
+
+|{% for _ in header %}---|{% endfor %}
+
 {% for row in rows %}
-| {{ row | join(" | ") }} |
+|{% for cell in row %} {{ cell }} |{% endfor %}
+
 {% endfor %}
 {% endmacro %}
 {% macro contact_sheets(sheets) %}{% endmacro %}
@@ -144,3 +162,28 @@ figure { margin: 1rem 0; overflow-x: auto; } figure img { width: 60rem; min-widt
 
 MARKDOWN = MARKDOWN_PARTS + BODY
 HTML = HTML_PARTS + BODY + "</body>\n</html>\n"
+
+
+def render(template: str, content: dict[str, Any], escape: Callable[[str], Markup]) -> str:
+    """`template` filled with `content`, whose texts are put on one line and escaped."""
+
+    def printed(value: Any) -> Markup:
+        return value if isinstance(value, Markup) else escape(on_one_line(str(value)))
+
+    environment = jinja2.Environment(
+        autoescape=True, finalize=printed, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(template).render(content)
+
+
+def in_markdown(text: str) -> Markup:
+    """The text as Markdown shows it, whatever signs it holds."""
+    return Markup(SIGNS.sub(r"\\", html.escape(text, quote=False)))
+
+
+def on_one_line(text: str) -> str:
+    """The text with a space for every white space, and a mark for every other character that is not printed."""
+    text = " ".join(text.split())
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)

@@ -11,6 +11,8 @@ A column map is YAML; left a column of the runs table, right where it comes from
 With `metrics`, the columns metric and value come from it; without, they are mapped like the others.
 """
 
+import csv
+import io
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +23,14 @@ import yaml
 
 from fitscale.config.errors import UserError
 from fitscale.config.files import replacing
-from fitscale.scaling.rows.table import COLUMNS, KEY, validate
+from fitscale.scaling.rows.refusals import listed, shown
+from fitscale.scaling.rows.table import check_names, numbers, refuse, validate
 
 FORMATS: dict[str, Callable[..., None]] = {".csv": pd.DataFrame.to_csv, ".parquet": pd.DataFrame.to_parquet}
+MISSING = frozenset(["", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "-nan", "NULL", "null", "None"])  # of cells
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+MOST_CSV_BYTES, MOST_MAP_BYTES = 2**26, 2**16  # what is larger fits into parquet
+MOST_CELLS = 10**8  # of a parquet file, however few bytes they take there
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
@@ -36,17 +43,8 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
 
 def read_table(path: Path) -> pd.DataFrame:
     """Read and validate a table that `write_table` (or anybody else, with the same columns) wrote."""
-    try:
-        if path.suffix == ".parquet":
-            table = pd.read_parquet(path)
-        else:
-            texts = {name for name, column in COLUMNS.items() if column.dtype == "string"}
-            header = pd.read_csv(path, nrows=0).columns
-            dtypes = {name: "string" for name in header if name in texts or name.startswith(KEY)}
-            table = pd.read_csv(path, dtype=dtypes, float_precision="round_trip")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable runs table: {error}") from error
-    return validate(table, str(path))
+    table = validate(_parquet(path) if path.suffix == ".parquet" else _cells(path), str(path))
+    return table.reset_index(drop=True)
 
 
 def read_mapped(path: Path, column_map: Path) -> pd.DataFrame:
@@ -56,37 +54,119 @@ def read_mapped(path: Path, column_map: Path) -> pd.DataFrame:
         UserError: a file cannot be read, the map names a column that is not there, or the result breaks the schema.
     """
     mapping = _read_map(column_map)
-    try:
-        source = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable CSV: {error}") from error
+    source = _cells(path).drop(columns="", errors="ignore")  # where exports have their index
     metrics = mapping.pop("metrics", None)
-    columns = {name: _column(source, name, rule, path) for name, rule in mapping.items()}
+    columns = {name: _column(source, name, rule, path, column_map) for name, rule in mapping.items()}
     shared = pd.DataFrame(columns, index=source.index)
     if metrics is None:
-        return validate(shared, str(path))
-    values = {metric: _column(source, metric, column, path) for metric, column in metrics.items()}
+        return validate(shared, str(path)).reset_index(drop=True)
+    values = {metric: _column(source, metric, rule, path, column_map) for metric, rule in metrics.items()}
     parts = [shared.assign(metric=metric, value=cells)[cells.notna()] for metric, cells in values.items()]
-    return validate(pd.concat(parts, ignore_index=True), str(path))
+    return validate(pd.concat(parts), str(path)).reset_index(drop=True)
+
+
+def _cells(path: Path) -> pd.DataFrame:
+    """The cells of the CSV at `path` as text, missing ones as NA; the index is the line in the file.
+
+    Raises:
+        UserError: it is no CSV in UTF-8 with commas, or too large, or its rows have not as many cells as its header.
+    """
+    reader = csv.reader(io.StringIO(_text(path, MOST_CSV_BYTES), newline=""), strict=True)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        _check_header(header, path)
+        lines = [(reader.line_num, cells) for cells in reader if cells]
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num}: not CSV: {error}") from error
+    for line, cells in lines:
+        if len(cells) != len(header):
+            raise UserError(f"{path}: line {line}: {len(cells)} cells, where the header has {len(header)} columns")
+    index = pd.Index([line for line, _ in lines], name="line", dtype="int64")
+    rows = [[None if cell.strip() in MISSING else cell for cell in cells] for _, cells in lines]
+    return pd.DataFrame(rows, index=index, columns=header, dtype="string")
+
+
+def _check_header(header: list[str], path: Path) -> None:
+    if not any(header):
+        raise UserError(f"{path}: line 1: no names of columns; a table begins with them")
+    for separator, word in SEPARATORS.items():
+        if len(header) == 1 and separator in header[0]:
+            raise UserError(f"{path}: line 1: columns are separated by {word}; save it with commas and decimal points")
+    check_names([name for name in header if name], f"{path}: line 1")
+
+
+def read_bounded(path: Path, most_bytes: int) -> bytes:
+    """The bytes of a file; raises UserError for what cannot be read, or is larger."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(most_bytes + 1)
+    except (OSError, ValueError) as error:  # a name with NUL is a ValueError
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
+    if len(data) > most_bytes:
+        raise UserError(f"{path}: more than {most_bytes:,} bytes; larger files are not read")
+    return data
+
+
+def _text(path: Path, most_bytes: int) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark, and without NUL."""
+    data = read_bounded(path, most_bytes)
+    try:
+        if b"\0" in data:
+            raise UnicodeDecodeError("utf-8", data, data.index(b"\0"), data.index(b"\0") + 1, "NUL")
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        where = f"line {data.count(10, 0, error.start) + 1}: byte 0x{data[error.start]:02x}"
+        raise UserError(f"{path}: {where} is not text in UTF-8; save the file as UTF-8") from error
+
+
+def _parquet(path: Path) -> pd.DataFrame:
+    """The columns of a parquet file that hold numbers or text.
+
+    Raises:
+        UserError: it is none, too large, or holds columns of another kind.
+    """
+    from pyarrow import ArrowException, parquet, types
+
+    kinds = (types.is_integer, types.is_floating, types.is_string, types.is_large_string, types.is_null)
+    try:
+        with parquet.ParquetFile(path) as file:
+            schema, cells = file.schema_arrow, file.metadata.num_rows * file.metadata.num_columns
+            check_names(schema.names, str(path))
+            if cells > MOST_CELLS:
+                raise UserError(f"{path}: {cells} cells; at most {MOST_CELLS} are read")
+            if other := [field.name for field in schema if not any(kind(field.type) for kind in kinds)]:
+                raise UserError(f"{path}: columns {listed(other)} hold neither numbers nor text")
+            return file.read().to_pandas(ignore_metadata=True)
+    except UserError:
+        raise
+    except (OSError, ValueError, ArrowException) as error:
+        raise UserError(f"{path}: not a readable parquet file: {shown(str(error))}") from error
 
 
 def _read_map(path: Path) -> dict[str, Any]:
     try:
-        mapping = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        mapping = yaml.safe_load(_text(path, MOST_MAP_BYTES))
+    except UserError:
+        raise
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: not a readable column map: {error}") from error
-    if not isinstance(mapping, dict) or not isinstance(mapping.get("metrics", {}), dict):
+    metrics = mapping.get("metrics", {}) if isinstance(mapping, dict) else None
+    if not isinstance(metrics, dict) or not all(isinstance(name, str) for name in [*mapping, *metrics]):
         raise UserError(f"{path}: a column map holds `column: source` pairs, and `metrics` pairs of its own")
     return mapping
 
 
-def _column(source: pd.DataFrame, name: str, rule: Any, path: Path) -> Any:
-    if isinstance(rule, list):
-        return math.prod((_column(source, name, factor, path) for factor in rule), start=1.0)
+def _column(source: pd.DataFrame, name: str, rule: Any, path: Path, column_map: Path) -> pd.Series:
+    """The cells that `rule` makes of the columns of `source`."""
+    if isinstance(rule, list) and not any(isinstance(factor, list) for factor in rule):
+        factors = [_column(source, name, factor, path, column_map) for factor in rule]
+        for cells in factors:
+            refuse(cells, (numbers(cells).isna() & cells.notna()).to_numpy(), "a number", str(path))
+        return math.prod(map(numbers, factors), start=pd.Series(1.0, source.index))
+    if isinstance(rule, int | float) or (isinstance(rule, str) and rule.startswith("=")):
+        return pd.Series(rule[1:] if isinstance(rule, str) else rule, source.index, name=name)
     if not isinstance(rule, str):
-        return rule
-    if rule.startswith("="):
-        return pd.Series(rule[1:], index=source.index)
+        raise UserError(f"{column_map}: {name}: {type(rule).__name__} is no column, number, =text or list of them")
     if rule not in source.columns:
-        raise UserError(f"{path}: no column {rule!r} for {name}; it has: {', '.join(map(str, source.columns))}")
+        raise UserError(f"{path}: no column {shown(rule)} for {name}; it has: {listed(list(source.columns), 20)}")
     return source[rule]

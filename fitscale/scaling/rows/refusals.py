@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from fitscale.config.errors import UserError
 
 OfRows = Literal["no_rows", "mixed_keys", "mixed_models", "missing_values", "non_positive", "conflicting_rows"]
@@ -20,7 +22,7 @@ class Refusal(UserError):
     def __init__(self, code: OfRows | OfAFit | OfSizes, message: str) -> None:
         super().__init__(message)
         self.code = code
-        self.message = message
+        self.message = str(self)
 
 
 @dataclass(frozen=True)
@@ -34,3 +36,9 @@ class Caution:
 def listed(names: Sequence[str], most: int = 5) -> str:
     """The first `most` names with commas, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value as it is written in Python, on one line, cut where it is long."""
+    text = ascii(value.item() if isinstance(value, np.generic) else value)
+    return text if len(text) <= most else f"{text[:most]}..."

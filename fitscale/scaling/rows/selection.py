@@ -69,7 +69,7 @@ def problems(table: pd.DataFrame) -> list[str]:
             of_metric.append(f"the last checkpoint is not the best in {listed(rising)}")
         found += [f"{metric}: {problem}" for problem in of_metric]
     unfinished = _unfinished(table)
-    return found + ([f"unfinished runs: {', '.join(unfinished)}"] if unfinished else [])
+    return found + ([f"unfinished runs: {listed(unfinished)}"] if unfinished else [])
 
 
 def summary(table: pd.DataFrame) -> list[str]:
@@ -103,21 +103,21 @@ def size_order(rows: pd.DataFrame) -> list[str]:
     """
     parameters = rows.groupby("size")["parameters"].max()
     if parameters.isna().any():
-        raise UserError(f"column parameters is missing for size {', '.join(parameters[parameters.isna()].index)}")
+        raise UserError(f"column parameters is missing for size {listed(list(parameters[parameters.isna()].index))}")
     return ascending_sizes(rows)
 
 
 def _filter(table: pd.DataFrame, metric: str, where: dict[str, str]) -> pd.DataFrame:
     rows = table[table["metric"] == metric]
     if rows.empty:
-        known = ", ".join(sorted(table["metric"].dropna().unique())) or "none"
+        known = listed(sorted(table["metric"].dropna().unique()), 20) or "none"
         raise Refusal("no_rows", f"no row has metric {metric}; the table holds: {known}")
     for column, value in where.items():
         if column not in table.columns:
-            raise UserError(f"--where {column}: no such column; valid: {', '.join(table.columns)}")
+            raise UserError(f"--where {column}: no such column; valid: {listed(list(table.columns), 50)}")
         kept = rows[_equals(rows[column], value)]
         if kept.empty:
-            present = ", ".join(sorted(rows[column].dropna().astype(str).unique())) or "nothing"
+            present = listed(sorted(rows[column].dropna().astype(str).unique()), 20) or "nothing"
             raise Refusal("no_rows", f"no {metric} row has {column} = {value}; there is: {present}")
         rows = kept
     return rows
@@ -149,11 +149,11 @@ def _faults(rows: pd.DataFrame, needed: list[str]) -> Iterator[Refusal]:
         yield Refusal("conflicting_rows", text)
     for column in ("family", "patch"):
         if len(values := _values(rows, column)) > 1:
-            what = f"rows of different {column} ({', '.join(values)}) follow different laws"
+            what = f"rows of different {column} ({listed(values)}) follow different laws"
             yield Refusal("mixed_models", f"{what}; choose one with --where {column}={values[0]}")
     differing = {name: values for name in key_columns(rows) if len(values := _values(rows, name)) > 1}
     if differing:
-        text = "; ".join(f"{name}: {', '.join(values)}" for name, values in differing.items())
+        text = "; ".join(f"{name}: {listed(values)}" for name, values in differing.items())
         first, values = next(iter(differing.items()))
         what = f"rows were measured in different ways and cannot be compared ({text})"
         yield Refusal("mixed_keys", f"{what}; choose with --where {first}={values[0]}")
@@ -162,10 +162,10 @@ def _faults(rows: pd.DataFrame, needed: list[str]) -> Iterator[Refusal]:
 def _cautions(rows: pd.DataFrame) -> list[Caution]:
     found = []
     if names := _unfinished(rows):
-        found.append(Caution("unfinished", f"runs with steps left: {', '.join(names)}"))
+        found.append(Caution("unfinished", f"runs with steps left: {listed(names)}"))
     for column in ("batch", "lr"):
         if len(values := _values(rows, column)) > 1:
-            text = f"{column} ({COLUMNS[column].meaning}) differs between runs: {', '.join(values)}"
+            text = f"{column} ({COLUMNS[column].meaning}) differs between runs: {listed(values)}"
             found.append(Caution("mixed_recipe", text))
     if not key_columns(rows):
         found.append(Caution("no_key", "no comparability key: nothing says that these numbers were measured alike"))

@@ -5,14 +5,26 @@ key: how the number was measured. Rows whose keys differ must not be fitted toge
 """
 
 import hashlib
+import math
+import re
+from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from fitscale.config.errors import UserError
+from fitscale.scaling.rows.refusals import listed, shown
 
 KEY = "key_"
+MOST_COLUMNS = 1000
+LONGEST_TEXT = 250  # characters of a name
+LARGEST, LEAST = 1e30, 1e-30  # of a number but 0: what is beyond is a mistake, and would overflow in what follows
+LARGEST_COUNT = 2**53  # up to which floats are exact
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -53,23 +65,41 @@ COLUMNS = {
     "status": Column("string", "finished, or unfinished if the run has steps left"),
 }
 REQUIRED = ("run", "size", "train_flops", "metric", "value")
+VALID = {
+    "string": f"printable text of at most {LONGEST_TEXT} characters",
+    "Int64": f"a whole number from 0 to {LARGEST_COUNT}",
+    "float64": f"a number (0, or of a size from {LEAST:g} to {LARGEST:g})",
+}
 
 
 def validate(table: pd.DataFrame, source: str = "runs table") -> pd.DataFrame:
     """`table` with every column of `COLUMNS`, in order and typed, then its `key_` columns as strings, sorted by name.
 
     Raises:
-        UserError: an unknown or missing column, or a value of the wrong type.
+        UserError: an unknown, missing or repeated column, or a value that is none of its type; the text names the row
+            by the index of `table`, and what it counts by the index's name.
     """
-    unknown = [name for name in table.columns if name not in [*COLUMNS, *key_columns(table)]]
+    check_names(list(table.columns), source)
+    unknown = [name for name in table.columns if name not in COLUMNS and not name.startswith(KEY)]
     if unknown:
-        raise UserError(f"{source}: unknown columns {', '.join(unknown)}; valid: {', '.join(COLUMNS)} and {KEY}<name>")
+        raise UserError(f"{source}: unknown columns {listed(unknown)}; valid: {', '.join(COLUMNS)} and {KEY}<name>")
     missing = [name for name in REQUIRED if name not in table.columns]
     if missing:
         raise UserError(f"{source}: columns {', '.join(missing)} are missing")
     keys = {name: Column("string", "how the value was measured") for name in sorted(key_columns(table))}
     whole = table.reindex(columns=[*COLUMNS, *keys])
     return pd.DataFrame({name: _typed(whole[name], column, source) for name, column in (COLUMNS | keys).items()})
+
+
+def check_names(names: list[Any], source: str) -> None:
+    """Refuse columns that are too many, have no printable name, or share one."""
+    if len(names) > MOST_COLUMNS:
+        raise UserError(f"{source}: {len(names)} columns; at most {MOST_COLUMNS} are read")
+    for number, name in enumerate(names, 1):
+        if not _is_name(name):
+            raise UserError(f"{source}: column {number} is named {shown(name)}; a name is {VALID['string']}")
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{source}: more than one column is named {listed(repeated)}; keep one of each name")
 
 
 def key_columns(table: pd.DataFrame) -> list[str]:
@@ -83,9 +113,53 @@ def data_hash(table: pd.DataFrame) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _typed(values: pd.Series, column: Column, source: str) -> pd.Series:
-    try:
-        return (values if column.dtype == "string" else pd.to_numeric(values)).astype(column.dtype)
-    except (TypeError, ValueError) as error:
-        text = f"{source}: column {values.name} must hold {column.dtype} ({column.meaning}): {error}"
-        raise UserError(text) from error
+def number(cell: Any) -> float:
+    """A number, or a text that is one; NaN for anything else, infinity for what is too large."""
+    if isinstance(cell, str) and NUMBER.fullmatch(cell.strip()):
+        return float(cell)
+    if isinstance(cell, int | float | np.integer | np.floating) and not isinstance(cell, bool):
+        return math.inf if cell > LARGEST or cell < -LARGEST else float(cell)  # NaN stays so; no int is too large
+    return math.nan
+
+
+def numbers(cells: pd.Series) -> pd.Series:
+    """The cells as float64: numbers, or texts that are one, read exactly; NaN where there is none, infinity beyond."""
+    if is_numeric_dtype(cells) and not is_bool_dtype(cells):
+        return pd.Series(cells.to_numpy(dtype=float, na_value=np.nan), cells.index, name=cells.name)
+    return pd.Series([number(cell) for cell in cells], cells.index, dtype=float, name=cells.name)
+
+
+def refuse(cells: pd.Series, wrong: NDArray[np.bool_], valid: str, source: str) -> None:
+    """Refuse the first of the cells of a column that are wrong.
+
+    Raises:
+        UserError: there is one; the text names its row, its column and what would be valid.
+    """
+    if wrong.any():
+        first = int(wrong.argmax())
+        where = f"{cells.index.name or 'row'} {cells.index[first]}, column {cells.name}"
+        raise UserError(f"{source}: {where}: {shown(cells.iloc[first])} is not {valid}")
+
+
+def _typed(cells: pd.Series, column: Column, source: str) -> pd.Series:
+    valid, missing = f"{VALID[column.dtype]} ({column.meaning})", cells.isna().to_numpy()
+    if missing.all():
+        return pd.Series(None, cells.index, dtype=column.dtype, name=cells.name)
+    if column.dtype == "string":
+        cells = cells.astype("string")
+        strange = [text for text in cells[~missing].unique() if not _is_name(text)]
+        refuse(cells, cells.isin(strange).to_numpy(dtype=bool), valid, source)
+        return cells
+    values = numbers(cells).to_numpy()
+    sizes = np.abs(values)
+    wrong = (np.isnan(values) & ~missing) | (sizes > LARGEST) | ((sizes > 0) & (sizes < LEAST))
+    if column.dtype == "Int64":
+        whole = np.round(values)
+        wrong |= (values < 0) | (sizes > LARGEST_COUNT) | ~np.isclose(values, whole, rtol=1e-9, atol=0, equal_nan=True)
+        values = whole
+    refuse(cells, wrong, valid, source)
+    return pd.Series(values, cells.index, name=cells.name).astype(column.dtype)
+
+
+def _is_name(text: Any) -> bool:
+    return isinstance(text, str) and 0 < len(text) <= LONGEST_TEXT and text.isprintable()
