@@ -1,18 +1,31 @@
-"""YAML files, merged left to right, then `key=value` overrides, into a checked `Config`. The only door to omegaconf."""
+"""YAML files, merged left to right, then `key=value` overrides, into a checked `Config`. The only door to omegaconf.
 
-from collections.abc import Sequence
+A config may come from anybody, so what it says is what is read: no interpolation, through which a value would come from
+the environment, and no more values than a config can need, written out or by YAML's aliases.
+"""
+
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from fitscale.config.checks import choice
 from fitscale.config.errors import UserError
 from fitscale.config.schema import MODEL_CONFIGS, Config, ModelConfig
 
 Schema = TypeVar("Schema")
+
+MOST_BYTES = 1 << 18  # of a file
+MOST_VALUES = 20_000  # of a file, those that aliases repeat counted each time
+MOST_LEVELS = 32
 
 
 def load_config(arguments: Sequence[str | dict[str, Any]]) -> Config:
@@ -48,14 +61,25 @@ def _read_all(arguments: Sequence[Any]) -> list[tuple[str, Any]]:
 
 def _merge(merged: Any, sources: list[tuple[str, Any]]) -> Any:
     for argument, content in sources:
-        try:
-            merged = OmegaConf.merge(merged, content)
-        except OmegaConfBaseException as error:
-            raise UserError(f"{argument}: {_explain(error)}") from error
-    try:
+        with _told(argument):
+            try:
+                merged = OmegaConf.merge(merged, content)
+            except TypeError as error:  # a list where a section is due, or the other way round: no key is named
+                key = next(_misplaced(merged, content), "")
+                raise UserError(
+                    f"{argument}: {key}: a list is given whole, as key=[a, b], a section as key.name=value"
+                ) from error
+    with _told():
         return OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise UserError(_explain(error)) from error
+
+
+def _misplaced(schema: Any, content: Any, prefix: str = "") -> Iterator[str]:
+    """Keys of lists in `content` that are sections in `schema`, and the other way round."""
+    if OmegaConf.is_dict(schema) and OmegaConf.is_dict(content):
+        for key in content:
+            yield from _misplaced(schema.get(key), content.get(key), f"{prefix}.{key}".lstrip("."))
+    elif OmegaConf.is_config(schema) and OmegaConf.is_config(content) and type(schema) is not type(content):
+        yield prefix
 
 
 def to_yaml(config: Any) -> str:
@@ -69,30 +93,70 @@ def _is_override(argument: Any) -> bool:
 
 def _read(argument: Any) -> Any:
     if isinstance(argument, dict):
-        return OmegaConf.create(argument)
+        return _parsed("config", json.dumps(argument, ensure_ascii=False).encode(errors="replace"))
     if not _is_override(argument):
         return _read_file(argument)
-    try:
+    key, _, value = argument.partition("=")
+    if key.count(".") >= MOST_LEVELS:
+        raise UserError(f"{argument}: no key has more than {MOST_LEVELS} parts")
+    with _told(argument):
+        _check(argument, value)
         return OmegaConf.from_dotlist([argument])
-    except YAMLError as error:
-        raise UserError(f"{argument}: the value is not valid YAML ({_one_line(error)})") from error
 
 
 def _read_file(argument: str) -> Any:
     path = Path(argument)
-    if not path.is_file():
-        raise UserError(f"{argument}: no such config file (an override is written key=value)")
     try:
-        content = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{argument}: not valid YAML ({_one_line(error)})") from error
+        if not path.is_file():
+            raise UserError(f"{argument}: no such config file (an override is written key=value)")
+        with open(path, "rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{argument}: cannot be read ({os.strerror(error.errno or 0)})") from error
+    if len(data) > MOST_BYTES:
+        raise UserError(f"{argument}: more than {MOST_BYTES} bytes, which no config needs")
+    return _parsed(argument, data)
+
+
+def _parsed(argument: str, data: bytes) -> Any:
+    with _told(argument):
+        text = data.decode()
+        _check(argument, text)
+        content = OmegaConf.load(io.StringIO(text))
     if not OmegaConf.is_dict(content):
         raise UserError(f"{argument}: must hold key: value pairs")
     return content
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _check(argument: str, text: str) -> None:
+    """Raises UserError for YAML that would be far more than it looks, or not what it says, before it is built."""
+    root = yaml.compose(text, yaml.SafeLoader)
+    pending, values = [(root, 1)] if root else [], 1
+    while pending:
+        node, level = pending.pop()
+        if isinstance(node, yaml.ScalarNode):
+            if "${" in node.value or node.value == "???":
+                raise UserError(f"{argument}: {node.value}: values are written out, not as ${{...}} or ???")
+            continue
+        inside = [*chain(*node.value)] if isinstance(node, yaml.MappingNode) else node.value
+        values += len(inside)
+        if values > MOST_VALUES or level > MOST_LEVELS:
+            raise UserError(f"{argument}: more than {MOST_VALUES} values, or {MOST_LEVELS} levels of them")
+        pending += [(one, level + 1) for one in inside]
+
+
+@contextmanager
+def _told(argument: str = "") -> Iterator[None]:
+    """Turn what yaml and omegaconf raise into a UserError about `argument`."""
+    prefix = argument and f"{argument}: "
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        raise UserError(f"{prefix}{_explain(error)}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{prefix}not valid YAML ({error})") from error
+    except RecursionError as error:
+        raise UserError(f"{prefix}more than {MOST_LEVELS} levels") from error
 
 
 def _explain(error: OmegaConfBaseException) -> str:

@@ -6,6 +6,7 @@ raises `UserError` with the key's full path and the values that would be valid.
 
 from dataclasses import dataclass, field, replace
 from math import gcd
+from re import fullmatch
 
 from fitscale.config.checks import Section, number, one_of
 from fitscale.config.errors import UserError
@@ -227,10 +228,17 @@ class EvaluationConfig(Section, path="evaluation"):
     first_step: int = number(1000, least=1)
     weights: str = "ema"  # raw, ema (the first of optim.ema_decays) or ema_<decay>
     samples: int = number(50000, least=1)  # generated images per Frechet distance
-    features: str | None = None  # TorchScript feature network; None = no Frechet distance
+    features: str | None = None  # TorchScript feature network, whose code runs; None = no Frechet distance
+    trusted: list[str] = field(default_factory=list)  # SHA-256 of the feature networks that may be loaded; [] = any
     reference: str | None = None  # image folder, shards or .npz with mu and sigma
     validation_images: int = number(1024, least=0)  # held-out images of the validation loss
     validation_times: int = number(8, least=1)  # fixed times per image of the validation loss
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for entry in self.trusted:
+            if not fullmatch("[0-9a-f]{64}", entry):
+                raise UserError(f"evaluation.trusted: {entry!r} is no SHA-256, which is 64 digits of 0 to 9 and a to f")
 
     def steps(self, last_step: int) -> list[int]:
         """Evaluation steps of a run of `last_step` steps, ascending; the last is `last_step` itself."""

@@ -109,7 +109,8 @@ class _Evaluation:
         config, options, evaluation = self.config, self.options, self.config.evaluation
         if evaluation.reference is None:
             raise UserError("evaluation.reference: needed with evaluation.features: an image folder, shards or .npz")
-        net = FeatureNet(features, "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+        device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+        net = FeatureNet(features, device, evaluation.trusted)
         reference = load_reference(Path(evaluation.reference), net, config.data, self.run.path, options.open_index)
         key = sample_key(self.generated, self.weights, options.size, options.seed)
         key |= self.data | {"features": net.identity[:16], "reference": reference.identity[:16]}
