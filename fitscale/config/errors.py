@@ -4,26 +4,23 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_BEGIN, _END = 400, 180  # characters of a text that are shown of a longer one
+MOST_CHARACTERS = 600  # of a message
 
 
 class UserError(ValueError):
     """A mistake in a config, a file or a command; its text says what is wrong, where, and what would be valid.
 
     Command-line programs print the text alone and exit with code 2; anything else is a fault of fitscale and
-    keeps its traceback. The text is one line that fits a screen, whatever the names and values in it.
+    keeps its traceback. The text is one line that a terminal can show, whatever a file or a name put into it: spaces
+    for white space, escapes for what is not printable, and of a long text its beginning and its end.
     """
 
     def __str__(self) -> str:
-        return one_line(super().__str__())
-
-
-def one_line(text: str) -> str:
-    """`text` for a terminal: one line, control characters escaped, the middle of a long one left out."""
-    if len(text) > _BEGIN + _END:
-        text = f"{text[:_BEGIN]} ... {text[-_END:]}"
-    line = " ".join(map(str.strip, text.splitlines()))
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in line)
+        words = " ".join(super().__str__().split())
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+        if len(text) <= MOST_CHARACTERS:
+            return text
+        return f"{text[: MOST_CHARACTERS // 2]} ... ({len(text):,} characters) ... {text[-MOST_CHARACTERS // 4 :]}"
 
 
 class PassingError(UserError):

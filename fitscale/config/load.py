@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,11 +40,17 @@ def load_config(arguments: Sequence[str | dict[str, Any]]) -> Config:
     families = [model.family for model in models if OmegaConf.is_dict(model) and "family" in model]
     family = families[-1] if families else ModelConfig.family
     choice("model.family", family, tuple(MODEL_CONFIGS))
+    return _merge(_schema(MODEL_CONFIGS[family]), sources)  # type: ignore[arg-type] # classes can be hashed
+
+
+@cache
+def _schema(model: type[ModelConfig]) -> Any:
+    """The schema of configs whose backbone has this config; a merge leaves it as it is."""
     schema = OmegaConf.structured(Config)
     OmegaConf.set_readonly(schema, False)
-    schema.model = MODEL_CONFIGS[family]
+    schema.model = model
     OmegaConf.set_readonly(schema, True)
-    return _merge(schema, sources)
+    return schema
 
 
 def load_schema(schema: type[Schema], arguments: Sequence[str]) -> Schema:
@@ -59,18 +66,26 @@ def _read_all(arguments: Sequence[Any]) -> list[tuple[str, Any]]:
     ]
 
 
-def _merge(merged: Any, sources: list[tuple[str, Any]]) -> Any:
-    for argument, content in sources:
-        with _told(argument):
-            try:
-                merged = OmegaConf.merge(merged, content)
-            except TypeError as error:  # a list where a section is due, or the other way round: no key is named
-                key = next(_misplaced(merged, content), "")
-                raise UserError(
-                    f"{argument}: {key}: a list is given whole, as key=[a, b], a section as key.name=value"
-                ) from error
+def _merge(schema: Any, sources: list[tuple[str, Any]]) -> Any:
+    try:
+        merged = OmegaConf.merge(schema, *(content for _, content in sources))
+    except (OmegaConfBaseException, TypeError):
+        for argument, content in sources:  # again, one by one: whose mistake is it?
+            schema = _merge_one(schema, argument, content)
+        raise
     with _told():
         return OmegaConf.to_object(merged)
+
+
+def _merge_one(schema: Any, argument: str, content: Any) -> Any:
+    with _told(argument):
+        try:
+            return OmegaConf.merge(schema, content)
+        except TypeError as error:  # a list where a section is due, or the other way round: no key is named
+            key = next(_misplaced(schema, content), "")
+            raise UserError(
+                f"{argument}: {key}: a list is given whole, as key=[a, b], a section as key.name=value"
+            ) from error
 
 
 def _misplaced(schema: Any, content: Any, prefix: str = "") -> Iterator[str]:

@@ -97,7 +97,7 @@ class _Evaluation:
 
     def measure(self) -> Iterator[dict[str, Any]]:
         evaluation = self.config.evaluation
-        if evaluation.validation_images and self.config.data.holdout_fraction:
+        if has_validation(self.config):
             key = validation_key(self.config, self.weights) | self.data
             if self._pending("validation_loss", key):
                 loss_S = validation_losses(self.model, self.config, self.options.open_index)
@@ -170,6 +170,11 @@ class _Evaluation:
         }
         append_jsonl(self.run.evaluations, row)
         return row
+
+
+def has_validation(config: Config) -> bool:
+    """Whether there are images to measure a validation loss on."""
+    return config.evaluation.validation_images > 0 and config.data.holdout_fraction > 0
 
 
 @torch.no_grad()

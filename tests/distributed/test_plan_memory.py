@@ -39,13 +39,13 @@ def build(config: Config, device: str) -> tuple[Any, Any]:
     from fitscale.train.optim import AdamWEMA, freeze_untrained
 
     topology = init_parallel(config.parallel, device)
-    with building(config.parallel, config.optim, topology):
+    with building(config, topology):
         model = build_network(config.model, config.parallel)
     for parameter, piece in initial_items(model, seed=0):
         set_value(parameter, piece)
     freeze_untrained(model.named_parameters(), config.optim.trainable)
     optimizer = AdamWEMA([one for one in model.parameters() if one.requires_grad], config.optim)
-    return make_engine(model, optimizer, config.parallel, config.optim, topology), optimizer
+    return make_engine(model, optimizer, config, topology), optimizer
 
 
 def micro_batch(engine: Any, side: int, images: int, device: str, last: bool = True) -> None:
