@@ -37,6 +37,15 @@ def writing(what: object) -> Iterator[None]:
 
 
 @contextmanager
+def reading(what: object) -> Iterator[None]:
+    """Around what looks for `what`, or reads it; raises UserError where the file system refuses: no right, no name."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: cannot be read ({os.strerror(error.errno or 0)})") from error
+
+
+@contextmanager
 def mistakes_in(what: str) -> Iterator[None]:
     """Begin the text of a UserError that is raised inside with `what` it is in, such as a cell of a sweep."""
     try:

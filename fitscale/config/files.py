@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fitscale.config.errors import UserError
+from fitscale.config.errors import UserError, reading
 
 JSON_BYTES = 256 * 2**20  # no file of one JSON object is larger
 
@@ -28,11 +28,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def read_json(path: Path, most_bytes: int = JSON_BYTES) -> dict[str, Any]:
     """The JSON object that the file holds; raises UserError for what cannot be read, is no object, or is too large."""
-    try:
-        with open(path, "rb") as file:
-            text = file.read(most_bytes + 1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({os.strerror(error.errno or 0)})") from error
+    with reading(path), open(path, "rb") as file:
+        text = file.read(most_bytes + 1)
     if len(text) > most_bytes:
         raise UserError(f"{path}: more than {most_bytes:,} bytes; nothing that fitscale writes here is so large")
     return parse_json(text, path)

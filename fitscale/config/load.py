@@ -6,11 +6,10 @@ the environment, and no more values than a config can need, written out or by YA
 
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,14 +18,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fitscale.config.checks import choice
-from fitscale.config.errors import UserError
+from fitscale.config.errors import UserError, reading
 from fitscale.config.schema import MODEL_CONFIGS, Config, ModelConfig
 
 Schema = TypeVar("Schema")
 
 MOST_BYTES = 1 << 18  # of a file
-MOST_VALUES = 20_000  # of a file, those that aliases repeat counted each time
+MOST_VALUES = 10_000  # of a file, those that aliases repeat counted each time
 MOST_LEVELS = 32
+_LONGEST_NAME = 200  # characters of a path or override in a message
 
 
 def load_config(arguments: Sequence[str | dict[str, Any]]) -> Config:
@@ -60,32 +60,28 @@ def load_schema(schema: type[Schema], arguments: Sequence[str]) -> Schema:
 
 def _read_all(arguments: Sequence[Any]) -> list[tuple[str, Any]]:
     """(what it is called, content) of each: sections and files first, then overrides."""
-    return [
-        (argument if isinstance(argument, str) else "config", _read(argument))
-        for argument in sorted(arguments, key=_is_override)
-    ]
+    return [(_named(argument), _read(argument, _named(argument))) for argument in sorted(arguments, key=_is_override)]
+
+
+def _named(argument: Any) -> str:
+    if isinstance(argument, dict):
+        return "config"
+    return argument if len(argument) <= _LONGEST_NAME else f"{argument[:_LONGEST_NAME]}..."
 
 
 def _merge(schema: Any, sources: list[tuple[str, Any]]) -> Any:
-    try:
-        merged = OmegaConf.merge(schema, *(content for _, content in sources))
-    except (OmegaConfBaseException, TypeError):
-        for argument, content in sources:  # again, one by one: whose mistake is it?
-            schema = _merge_one(schema, argument, content)
-        raise
+    merged = deepcopy(schema)
+    for argument, content in sources:
+        with _told(argument):
+            try:
+                merged = OmegaConf.unsafe_merge(merged, content)  # without a copy of either
+            except TypeError as error:  # a list where a section is due, or the other way round: no key is named
+                key = next(_misplaced(merged, content), "")
+                raise UserError(
+                    f"{argument}: {key}: a list is given whole, as key=[a, b], a section as key.name=value"
+                ) from error
     with _told():
         return OmegaConf.to_object(merged)
-
-
-def _merge_one(schema: Any, argument: str, content: Any) -> Any:
-    with _told(argument):
-        try:
-            return OmegaConf.merge(schema, content)
-        except TypeError as error:  # a list where a section is due, or the other way round: no key is named
-            key = next(_misplaced(schema, content), "")
-            raise UserError(
-                f"{argument}: {key}: a list is given whole, as key=[a, b], a section as key.name=value"
-            ) from error
 
 
 def _misplaced(schema: Any, content: Any, prefix: str = "") -> Iterator[str]:
@@ -106,31 +102,29 @@ def _is_override(argument: Any) -> bool:
     return isinstance(argument, str) and "=" in argument and not argument.endswith((".yaml", ".yml"))
 
 
-def _read(argument: Any) -> Any:
+def _read(argument: Any, name: str) -> Any:
     if isinstance(argument, dict):
-        return _parsed("config", json.dumps(argument, ensure_ascii=False).encode(errors="replace"))
+        return _parsed(name, json.dumps(argument, ensure_ascii=False).encode(errors="replace"))
     if not _is_override(argument):
-        return _read_file(argument)
+        return _read_file(argument, name)
     key, _, value = argument.partition("=")
     if key.count(".") >= MOST_LEVELS:
-        raise UserError(f"{argument}: no key has more than {MOST_LEVELS} parts")
-    with _told(argument):
-        _check(argument, value)
+        raise UserError(f"{name}: no key has more than {MOST_LEVELS} parts")
+    with _told(name):
+        _check(name, value)
         return OmegaConf.from_dotlist([argument])
 
 
-def _read_file(argument: str) -> Any:
+def _read_file(argument: str, name: str) -> Any:
     path = Path(argument)
-    try:
+    with reading(name):
         if not path.is_file():
-            raise UserError(f"{argument}: no such config file (an override is written key=value)")
+            raise UserError(f"{name}: no such config file (an override is written key=value)")
         with open(path, "rb") as file:
             data = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{argument}: cannot be read ({os.strerror(error.errno or 0)})") from error
     if len(data) > MOST_BYTES:
-        raise UserError(f"{argument}: more than {MOST_BYTES} bytes, which no config needs")
-    return _parsed(argument, data)
+        raise UserError(f"{name}: more than {MOST_BYTES} bytes, which no config needs")
+    return _parsed(name, data)
 
 
 def _parsed(argument: str, data: bytes) -> Any:
@@ -145,19 +139,25 @@ def _parsed(argument: str, data: bytes) -> Any:
 
 def _check(argument: str, text: str) -> None:
     """Raises UserError for YAML that would be far more than it looks, or not what it says, before it is built."""
-    root = yaml.compose(text, yaml.SafeLoader)
-    pending, values = [(root, 1)] if root else [], 1
-    while pending:
-        node, level = pending.pop()
-        if isinstance(node, yaml.ScalarNode):
-            if "${" in node.value or node.value == "???":
-                raise UserError(f"{argument}: {node.value}: values are written out, not as ${{...}} or ???")
-            continue
-        inside = [*chain(*node.value)] if isinstance(node, yaml.MappingNode) else node.value
-        values += len(inside)
-        if values > MOST_VALUES or level > MOST_LEVELS:
+    counts = [0]  # values so far in each of the lists and sections that are open
+    anchors: list[str | None] = [None]
+    sizes: dict[str | None, int] = {}  # values of what has an anchor
+    for event in yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        size = 0
+        if isinstance(event, yaml.CollectionStartEvent):
+            counts.append(1)
+            anchors.append(event.anchor)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            size = sizes[anchors.pop()] = counts.pop()
+        elif isinstance(event, yaml.AliasEvent):
+            size = sizes.get(event.anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            size = 1
+            if "${" in event.value or event.value == "???":
+                raise UserError(f"{argument}: {event.value}: values are written out, not as ${{...}} or ???")
+        counts[-1] += size
+        if counts[-1] > MOST_VALUES or len(counts) > MOST_LEVELS:
             raise UserError(f"{argument}: more than {MOST_VALUES} values, or {MOST_LEVELS} levels of them")
-        pending += [(one, level + 1) for one in inside]
 
 
 @contextmanager
@@ -168,10 +168,10 @@ def _told(argument: str = "") -> Iterator[None]:
         yield
     except OmegaConfBaseException as error:
         raise UserError(f"{prefix}{_explain(error)}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # numbers of thousands of digits, too
         raise UserError(f"{prefix}not valid YAML ({error})") from error
-    except RecursionError as error:
-        raise UserError(f"{prefix}more than {MOST_LEVELS} levels") from error
 
 
 def _explain(error: OmegaConfBaseException) -> str:
