@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fitscale.cli import main
 from fitscale.config.errors import UserError
 from fitscale.data.pictures import rgb
 from fitscale.eval.features import FeatureNet
@@ -129,3 +130,9 @@ def test_answers_that_are_no_features_are_refused(tmp_path, rows, value):
     torch.jit.script(Answers(rows, value)).save(tmp_path / "net.pt")
     with pytest.raises(UserError, match="one row of finite numbers an image"):
         FeatureNet(tmp_path / "net.pt")
+
+
+def test_the_help_says_that_a_network_is_a_program(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    assert "TorchScript feature network: a program, which runs" in " ".join(capsys.readouterr().out.split())
