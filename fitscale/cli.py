@@ -8,7 +8,9 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
+from fitscale.config.errors import UserError
 from fitscale.config.program import exit_code
 from fitscale.eval.arguments import add_data_arguments, add_evaluate_arguments, add_sample_arguments
 
@@ -22,9 +24,21 @@ def main(argv: list[str] | None = None) -> int:
     return exit_code(lambda: arguments.command(arguments))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells of a mistake in one line that a terminal can show, as a UserError is told."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if any("\0" in word for word in args or []):
+            self.error("an argument holds a null character")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(str(UserError(message)))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The program's commands with their arguments; `command` of the parsed arguments runs the one that was named."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fitscale",
         description="Train FiTv2 at any size, sample it at any resolution, measure it.",
         epilog="example: fitscale train configs/model/b.yaml configs/recipe/fitv2_256.yaml run.dir=runs/b",

@@ -95,8 +95,26 @@ def test_files_merge_left_to_right_and_overrides_win(tmp_path):
         (["optim.grad_clip=0"], ["optim.grad_clip", "above 0"]),
         (["data.latent.kind=pixels"], ["data.latent", "factor = 1"]),
         (["run.device=tpu"], ["run.device", "auto, cpu, cuda"]),
+        (["optim.ema_decays[0]=0.5"], ["optim.ema_decays: a list is given whole, as key=[a, b]"]),
+        (["data.mixture=[]"], ["data.mixture: a list is given whole", "a section as key.name=value"]),
+        (["optim.trainable=[[bias]]"], ["optim.trainable: ['bias'] is no word or number"]),
+        (["run.name=${oc.env:HOME}"], ["values are written out"]),
+        (["run.dir=runs/${run.name}"], ["values are written out"]),
+        (["run.steps=???"], ["values are written out"]),
+        (["model.depth=" + "9" * 5000], ["not valid YAML", "digits"]),
+        (["optim.lr=0x" + "f" * 5000], ["not valid YAML", "too large"]),
+        (["a." * 5000 + "b=1"], ["no key has more than 32 parts"]),
+        (["run.name=" + "[" * 5000], ["10000 values, or 32 levels"]),
+        (["run.name=[&a [1, 1], &b [*a, *a], &c [*b, *b]" + ", *c" * 2000 + "]"], ["10000 values, or 32 levels"]),
+        (["x" * 5000], ["cannot be read", "File name too long"]),
+        (["evaluation.points=1" + "0" * 12], ["evaluation.points: 1000000000000 is too large, the most is 10,000"]),
+        (["model.depth=1000000000"], ["model.depth", "the most is 10,000"]),
+        (["data.num_workers=9223372036854775807"], ["data.num_workers", "the most is 1,000"]),
+        (["optim.lr=1e30"], ["optim.lr", "number from -2^63 to 2^63"]),
+        (["optim.lr=1e15"], ["optim.lr", "is too large"]),
+        (["evaluation.trusted=[abc]"], ["evaluation.trusted: 'abc' is no SHA-256, which is 64 digits"]),
     ],
-    ids=lambda value: value[0] if value and "=" in value[0] else None,
+    ids=lambda value: value[0][:40] if value and "=" in value[0] else None,
 )
 def test_a_mistake_is_one_message_with_key_and_remedy(arguments, parts):
     with pytest.raises(UserError) as caught:
@@ -106,7 +124,14 @@ def test_a_mistake_is_one_message_with_key_and_remedy(arguments, parts):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "\x80"], ids=["broken", "a list", "binary"])
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 8)}]\n" for old, new in zip("abcdefghij", "bcdefghijk", strict=True)
+)
+FILES = {"broken": "a: [", "a list": "- 1\n- 2\n", "binary": "\x80", "8^11 values": BOMB, "deep": "a: " + "[" * 100_000}
+FILES |= {"large": "a: " + "b" * 300_000, "itself": "a: &a [*a]", "twice": "run: {}\nrun: {}", "control": "a: \x1b[31m"}
+
+
+@pytest.mark.parametrize("text", FILES.values(), ids=FILES)
 def test_a_file_that_is_no_config_is_named(tmp_path, text):
     path = tmp_path / "c.yaml"
     path.write_bytes(text.encode("latin-1"))

@@ -84,3 +84,35 @@ def test_a_missing_vae_is_named(tmp_path):
         Decoder(LatentConfig())
     with pytest.raises(UserError, match=r"data.latent.vae: no AutoencoderKL at .*nowhere"):
         Decoder(LatentConfig(vae=str(tmp_path / "nowhere")))
+
+
+def test_weights_in_a_pickle_are_not_loaded(vae, tmp_path):
+    """diffusers would take a .bin where there is no .safetensors: unpickling it could run code."""
+    _, model = vae
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert [path.name for path in tmp_path.glob("*.bin")]
+    with pytest.raises(UserError, match=r"data\.latent\.vae: .*must be \.safetensors"):
+        Decoder(LatentConfig(vae=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("config.json", lambda data: data[:-20]),
+        ("config.json", lambda data: b"[" * 100_000),
+        ("config.json", lambda data: data.replace(b'"latent_channels": 4', b'"latent_channels": 5')),
+        ("config.json", lambda data: data.replace(b'"latent_channels": 4', b'"latent_channels": "x"')),
+        ("diffusion_pytorch_model.safetensors", lambda data: data[:1000]),
+        ("diffusion_pytorch_model.safetensors", lambda data: b"\xff" * 8 + data[8:]),
+        ("diffusion_pytorch_model.safetensors", lambda data: b""),
+    ],
+)
+def test_a_damaged_vae_is_one_line(vae, tmp_path, file, damage):
+    folder, _ = vae
+    whole = (folder / file).read_bytes()
+    assert damage(whole) != whole
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(damage(whole) if path.name == file else path.read_bytes())
+    with pytest.raises(UserError, match=r"data\.latent\.vae: ") as caught:
+        Decoder(LatentConfig(vae=str(tmp_path)))
+    assert "\n" not in str(caught.value)

@@ -75,7 +75,7 @@ def test_the_same_classifier_has_the_same_bytes(tmp_path):
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
 
 
-def test_evaluate_measures_once_and_says_under_what_circumstances(run):
+def test_evaluate_measures_once_and_says_under_what_circumstances(run, capfd):
     run_ranks(call, 1, "evaluate", run.path)
     rows = read_jsonl(run.evaluations)
     assert [(row["step"], row["metric"]) for row in rows] == [
@@ -89,6 +89,7 @@ def test_evaluate_measures_once_and_says_under_what_circumstances(run):
     before = run.evaluations.read_bytes()
     run_ranks(call, 1, "evaluate", run.path)
     assert run.evaluations.read_bytes() == before
+    assert "--force measures it again" in capfd.readouterr().out
     run_ranks(call, 1, "evaluate", run.path, "--step", 30, "--guidance", 2)
     added = read_jsonl(run.evaluations)[len(rows) :]
     assert [row["metric"] for row in added] == ["fd", "recognised"]
@@ -151,6 +152,31 @@ def test_a_second_sample_replaces_the_first_whole(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing temporary is left
 
 
+def test_a_folder_of_samples_has_a_name_that_reads(run):
+    sample = ("sample", run.path, "--height", 7, "--width", 5, "--count", 1)
+    run_ranks(call, 1, *sample, "--method", "dopri5", "--guidance", 1.5, "--power", 2, "--classes", "3")
+    (folder,) = run.samples.iterdir()
+    assert folder.name == "step-00000030_ema_0.9_7x5_dopri5-4-points_guidance-1.5_power-2_seed-0_classes-3"
+
+
+def test_nothing_to_measure_is_said_with_what_would_change_it(run, tmp_path, capfd):
+    from fitscale.cli import main
+
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(run.path, copy.path)
+    text = copy.config.read_text()
+    off = {"holdout_fraction: 0.1": "holdout_fraction: 0.0"}
+    off[f"features: {load_config([str(run.config)]).evaluation.features}"] = "features: null"
+    for old, new in off.items():
+        assert old in text
+        text = text.replace(old, new)
+    copy.config.write_text(text)
+    assert main(["evaluate", str(copy.path)]) == 0
+    told = capfd.readouterr().out
+    assert told.startswith("nothing to measure: ") and told.count("\n") == 1
+    assert all(part in told for part in ("--features", "--reference", "data.holdout_fraction = 0"))
+
+
 def test_rope_of_generated_images_is_part_of_their_key_alone(run):
     run_ranks(call, 1, "evaluate", run.path, "--step", 30, "--rope", "yarn", "--decouple", "--samples", 8)
     fd = [row for row in read_jsonl(run.evaluations) if row["metric"] == "fd"][-1]
@@ -205,10 +231,18 @@ def test_a_folder_of_something_else_is_left_alone(run, tmp_path, capfd):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("below", ["notes.txt", "notes.txt/out", "a" * 300, "b" * 300 + "/out"])
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_drawn(run, tmp_path, capfd, below):
+    (tmp_path / "notes.txt").write_text("mine")
+    text = error_of(capfd, "sample", run.path, "--height", 8, "--width", 8, "--out", tmp_path / below)
+    assert "error: --out: " in text and text.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_an_evaluation_that_cannot_be_made_is_one_message(run, tmp_path, capfd):
-    assert "2 or more" in error_of(capfd, "evaluate", run.path, "--samples", 0)
+    assert "--samples: 0 is outside 2 to" in error_of(capfd, "evaluate", run.path, "--samples", 0)
     assert "not a run directory" in error_of(capfd, "evaluate", tmp_path)
     assert "no such file" in error_of(capfd, "evaluate", run.path, "--features", tmp_path / "no.pt", "--samples", 9)
     bad = tmp_path / "stats.npz"
     np.savez(bad, mu=np.zeros(3), sigma=np.eye(3))
-    assert "statistics of 3 features" in error_of(capfd, "evaluate", run.path, "--reference", bad, "--samples", 9)
+    assert "statistics of (3,) and (3, 3)" in error_of(capfd, "evaluate", run.path, "--reference", bad, "--samples", 9)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fitscale.cli import main
 from fitscale.config.errors import UserError
 from fitscale.data.pictures import rgb
 from fitscale.eval.features import FeatureNet
@@ -21,6 +22,33 @@ class Brightness(torch.nn.Module):
             sides = torch.tensor([[float(images.shape[2]), float(images.shape[3])]]).expand(len(images), 2)
             return torch.cat([means, sides], 1)
         return torch.cat([means, means[:, :1]], 1)
+
+
+class RunsAtLoading(torch.nn.Module):
+    """What its file says runs while it is loaded, before anything is asked of it."""
+
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        return images.float().mean((2, 3))
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[int, bool]:
+        return 0, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[int, bool]) -> None:
+        print("the network's own code")
+        self.training = state[1]
+
+
+class Answers(torch.nn.Module):
+    """Answers with `rows` x 3 numbers, all `value`."""
+
+    def __init__(self, rows: int, value: float) -> None:
+        super().__init__()
+        self.rows, self.value = rows, value
+
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        return torch.full((self.rows, 3), self.value)
 
 
 class NoFeatures(torch.nn.Module):
@@ -64,3 +92,47 @@ def test_wrong_files_are_named(file, tmp_path):
     torch.jit.script(NoFeatures()).save(tmp_path / "other.pt")
     with pytest.raises(UserError, match="return_features=True"):
         FeatureNet(tmp_path / "other.pt")
+
+
+def test_a_network_is_a_program_whose_hash_is_told_before_it_runs(tmp_path, capfd):
+    path = tmp_path / "net.pt"
+    torch.jit.script(RunsAtLoading()).save(path)
+    identity = hashlib.sha256(path.read_bytes()).hexdigest()
+    capfd.readouterr()
+    FeatureNet(path, trusted=["0" * 64, identity])
+    told, ran = capfd.readouterr().out.splitlines()
+    assert identity in told and ran == "the network's own code"
+
+
+def test_a_network_that_is_not_trusted_never_runs(tmp_path, capfd):
+    path = tmp_path / "net.pt"
+    torch.jit.script(RunsAtLoading()).save(path)
+    capfd.readouterr()
+    with pytest.raises(UserError, match=f"evaluation.trusted does not name: its sha256 is {hash_of(path)}"):
+        FeatureNet(path, trusted=["0" * 64])
+    assert "own code" not in capfd.readouterr().out
+
+
+def hash_of(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99])
+def test_a_damaged_network_is_named(file, keep):
+    data = file.read_bytes()
+    file.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(UserError, match=r"net\.pt is not a TorchScript file"):
+        FeatureNet(file)
+
+
+@pytest.mark.parametrize(("rows", "value"), [(2, 0.0), (1, float("nan")), (1, float("inf"))])
+def test_answers_that_are_no_features_are_refused(tmp_path, rows, value):
+    torch.jit.script(Answers(rows, value)).save(tmp_path / "net.pt")
+    with pytest.raises(UserError, match="one row of finite numbers an image"):
+        FeatureNet(tmp_path / "net.pt")
+
+
+def test_the_help_says_that_a_network_is_a_program(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    assert "TorchScript feature network: a program, which runs" in " ".join(capsys.readouterr().out.split())

@@ -84,13 +84,21 @@ def test_evaluations_of_the_function_and_of_the_network_are_told_apart(model, co
 def test_classes_and_sizes_are_checked(config):
     assert parse_classes("3,5-7", 10) == [3, 5, 6, 7]
     assert parse_classes("all", 3) == [0, 1, 2]
-    for text, message in (("10", "0 to 9"), ("cat", "neither"), ("5-3", "out of range")):
+    for text, message in (
+        ("10", "0 to 9"),
+        ("cat", "neither"),
+        ("5-3", "out of range"),
+        ("²", "neither"),
+        ("0-999999999", "range"),
+    ):
         with pytest.raises(UserError, match=message):
             parse_classes(text, 10)
     latent = load_config(["model.name=b"])
     assert patches(latent, 256, 384) == (16, 24)
     with pytest.raises(UserError, match="nearest are 240 and 256"):
         patches(latent, 250, 256)
+    with pytest.raises(UserError, match="more than 16777216 tokens"):
+        patches(latent, 16 * 10**9, 16)
 
 
 def test_a_contact_sheet_enlarges_small_images_without_smoothing(tmp_path):

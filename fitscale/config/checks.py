@@ -49,9 +49,16 @@ def check_plain(key: str, value: Any) -> None:
         raise UserError(f"{key}: must be a number from -2^63 to 2^63")
 
 
-def number(default: Any, *, least: float | None = None, below: float | None = None, above: float | None = None) -> Any:
-    """A number, or a list of them, of at least `least`, below `below` and above `above`."""
-    return _field(default, {"least": least, "below": below, "above": above})
+def number(
+    default: Any,
+    *,
+    least: float | None = None,
+    below: float | None = None,
+    above: float | None = None,
+    most: float = 10**12,
+) -> Any:
+    """A number, or a list of them, of at least `least`, below `below`, above `above` and at most `most`."""
+    return _field(default, {"least": least, "below": below, "above": above, "most": most})
 
 
 def one_of(default: str | None, *others: str) -> Any:
@@ -74,6 +81,8 @@ class Section:
             key, value = f"{self.path}.{one.name}".lstrip("."), getattr(self, one.name)
             check_plain(key, value)
             for item in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(value, list | tuple) and not isinstance(item, str | int | float):
+                    raise UserError(f"{key}: {item!r} is no word or number; valid: a list of them")
                 if one.metadata and item is not None:
                     _check(key, item, **one.metadata)
 
@@ -96,6 +105,7 @@ def _check(
     least: float | None = None,
     below: float | None = None,
     above: float | None = None,
+    most: float | None = None,
 ) -> None:
     if choices:
         choice(key, value, choices)
@@ -105,3 +115,5 @@ def _check(
         at_least(key, value, least)
     elif above is not None and not value > above:
         raise UserError(f"{key}: {value} must be above {above}")
+    if most is not None and value > most:
+        raise UserError(f"{key}: {value} is too large, the most is {most:,}")

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-MOST_CHARACTERS = 1000  # of a message
+MOST_CHARACTERS = 600  # of a message
 
 
 class UserError(ValueError):
@@ -39,8 +39,8 @@ def writing(what: object) -> Iterator[None]:
 
 
 @contextmanager
-def unreadable(what: object) -> Iterator[None]:
-    """Around what reads `what`; raises UserError where it cannot be read: not there, no right, a broken disk."""
+def reading(what: object) -> Iterator[None]:
+    """Around what looks for `what`, or reads it; raises UserError where the file system refuses: no right, no name."""
     try:
         yield
     except OSError as error:

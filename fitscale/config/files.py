@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fitscale.config.errors import UserError, unreadable
+from fitscale.config.errors import UserError, reading
 
 JSON_BYTES = 256 * 2**20  # no file of one JSON object is larger
 
@@ -26,7 +26,7 @@ def read_jsonl(path: Path, **kinds: Any) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    with unreadable(path):
+    with reading(path):
         lines = path.read_bytes().split(b"\n")
     rows = {number: parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines[:-1], 1) if line}
     for number, row in rows.items():
@@ -44,7 +44,7 @@ def require_kinds(content: dict[str, Any], what: object, **kinds: Any) -> None:
 
 def read_json(path: Path, most_bytes: int = JSON_BYTES) -> dict[str, Any]:
     """The JSON object that the file holds; raises UserError for what cannot be read, is no object, or is too large."""
-    with unreadable(path), open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         text = file.read(most_bytes + 1)
     if len(text) > most_bytes:
         raise UserError(f"{path}: more than {most_bytes:,} bytes; nothing that fitscale writes here is so large")

@@ -26,6 +26,7 @@ Schema = TypeVar("Schema")
 MOST_BYTES = 1 << 18  # of a file
 MOST_VALUES = 10_000  # of a file, those that aliases repeat counted each time
 MOST_LEVELS = 32
+_LONGEST_NAME = 200  # characters of a path or override in a message
 
 
 def load_config(arguments: Sequence[str | dict[str, Any]]) -> Config:
@@ -59,10 +60,13 @@ def load_schema(schema: type[Schema], arguments: Sequence[str]) -> Schema:
 
 def _read_all(arguments: Sequence[Any]) -> list[tuple[str, Any]]:
     """(what it is called, content) of each: sections and files first, then overrides."""
-    return [
-        (argument if isinstance(argument, str) else "config", _read(argument))
-        for argument in sorted(arguments, key=_is_override)
-    ]
+    return [(_named(argument), _read(argument, _named(argument))) for argument in sorted(arguments, key=_is_override)]
+
+
+def _named(argument: Any) -> str:
+    if isinstance(argument, dict):
+        return "config"
+    return argument if len(argument) <= _LONGEST_NAME else f"{argument[:_LONGEST_NAME]}..."
 
 
 def _merge(schema: Any, sources: list[tuple[str, Any]]) -> Any:
@@ -98,29 +102,29 @@ def _is_override(argument: Any) -> bool:
     return isinstance(argument, str) and "=" in argument and not argument.endswith((".yaml", ".yml"))
 
 
-def _read(argument: Any) -> Any:
+def _read(argument: Any, name: str) -> Any:
     if isinstance(argument, dict):
-        return _parsed("config", json.dumps(argument, ensure_ascii=False).encode(errors="replace"))
+        return _parsed(name, json.dumps(argument, ensure_ascii=False).encode(errors="replace"))
     if not _is_override(argument):
-        return _read_file(argument)
+        return _read_file(argument, name)
     key, _, value = argument.partition("=")
     if key.count(".") >= MOST_LEVELS:
-        raise UserError(f"{argument}: no key has more than {MOST_LEVELS} parts")
-    with _told(argument):
-        _check(argument, value)
+        raise UserError(f"{name}: no key has more than {MOST_LEVELS} parts")
+    with _told(name):
+        _check(name, value)
         return OmegaConf.from_dotlist([argument])
 
 
-def _read_file(argument: str) -> Any:
+def _read_file(argument: str, name: str) -> Any:
     path = Path(argument)
-    with reading(argument):
+    with reading(name):
         if not path.is_file():
-            raise UserError(f"{argument}: no such config file (an override is written key=value)")
+            raise UserError(f"{name}: no such config file (an override is written key=value)")
         with open(path, "rb") as file:
             data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
-        raise UserError(f"{argument}: more than {MOST_BYTES} bytes, which no config needs")
-    return _parsed(argument, data)
+        raise UserError(f"{name}: more than {MOST_BYTES} bytes, which no config needs")
+    return _parsed(name, data)
 
 
 def _parsed(argument: str, data: bytes) -> Any:
@@ -138,7 +142,7 @@ def _check(argument: str, text: str) -> None:
     counts = [0]  # values so far in each of the lists and sections that are open
     anchors: list[str | None] = [None]
     sizes: dict[str | None, int] = {}  # values of what has an anchor
-    for event in yaml.parse(text, yaml.SafeLoader):
+    for event in yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         size = 0
         if isinstance(event, yaml.CollectionStartEvent):
             counts.append(1)

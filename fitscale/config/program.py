@@ -1,5 +1,6 @@
 """What every program of the project does around its work: a user's mistake becomes one line and an exit code."""
 
+import errno
 import os
 import sys
 import time
@@ -9,11 +10,14 @@ from fitscale.config.errors import UserError
 
 USER_ERROR = 2  # as argparse's own
 INTERRUPTED = 130  # as a shell reports SIGINT
+_OF_NAMES = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS)
 GRACE_S = 2.0  # in which a launcher ends the other processes after the first has failed
 
 
 def exit_code(function: Callable[[], int | None]) -> int:
     """Run `function` and return the process's exit code: its own (None is 0), 2 for a UserError, 130 for Ctrl-C.
+
+    So does a path that the file system refuses for what it is: too long, not a folder, not permitted.
 
     The UserError's text goes to stderr as `error: <text>`, of a rank other than 0 as `rank 5: error: <text>`. Any other
     exception passes: it is a fault of fitscale and keeps its traceback.
@@ -23,6 +27,11 @@ def exit_code(function: Callable[[], int | None]) -> int:
             return function() or 0
         except UserError as error:
             _report(error)
+            return USER_ERROR
+        except OSError as error:
+            if error.errno not in _OF_NAMES or error.filename is None:
+                raise
+            _report(UserError(f"{error.filename}: {os.strerror(error.errno)}"))
             return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -6,6 +6,7 @@ raises `UserError` with the key's full path and the values that would be valid.
 
 from dataclasses import dataclass, field, replace
 from math import gcd
+from re import fullmatch
 
 from fitscale.config.checks import Section, number, one_of
 from fitscale.config.errors import UserError
@@ -29,12 +30,12 @@ class ModelConfig(Section, path="model"):
 
     name: str = "b"
     family: str = "fitv2"
-    depth: int = number(15, least=1)
-    hidden_size: int = number(768, least=1)
-    num_heads: int = number(12, least=1)
-    patch_size: int = number(2, least=1)  # side of a square patch, in latent pixels
-    in_channels: int = number(4, least=1)  # channels of a latent (VAE) or of an image (pixels)
-    num_classes: int = number(1000, least=1)  # without the extra "no class" row
+    depth: int = number(15, least=1, most=10_000)
+    hidden_size: int = number(768, least=1, most=10**6)
+    num_heads: int = number(12, least=1, most=10_000)
+    patch_size: int = number(2, least=1, most=1000)  # side of a square patch, in latent pixels
+    in_channels: int = number(4, least=1, most=10_000)  # channels of a latent (VAE) or of an image (pixels)
+    num_classes: int = number(1000, least=1, most=10**8)  # without the extra "no class" row
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,9 +85,9 @@ MODEL_CONFIGS: dict[str, type[ModelConfig]] = {}  # by family; filled by the reg
 class BatchConfig(Section, path="batch"):
     """The global batch (part of the science) and how it is cut into packs (never part of the science)."""
 
-    global_batch_size: int = number(256, least=1)  # images per optimizer step, over all ranks
-    pack_tokens: int = number(16384, least=1)  # most tokens in one pack, padding included
-    pad_multiple: int = number(1, least=1)  # packs are padded to a multiple of this and of the tensor-parallel size
+    global_batch_size: int = number(256, least=1, most=10**7)  # images per optimizer step, over all ranks
+    pack_tokens: int = number(16384, least=1, most=10**9)  # most tokens in one pack, padding included
+    pad_multiple: int = number(1, least=1, most=10**6)  # packs are padded to one of this and of tensor_parallel_size
 
 
 @dataclass(frozen=True)
@@ -137,12 +138,12 @@ class OptimConfig(Section, path="optim"):
 class ParallelConfig(Section, path="parallel"):
     """How one run is spread over ranks; changes speed and memory, never the result."""
 
-    tensor_parallel_size: int = number(1, least=1)
+    tensor_parallel_size: int = number(1, least=1, most=10_000)
     sequence_parallel: bool = False  # shard the token dimension between the tensor-parallel regions
     zero_stage: int = 1
     precision: str = one_of("auto", "fp32", "bf16")  # bf16 keeps fp32 master weights; auto = bf16 on cuda, else fp32
     offload_optimizer: bool = False  # keep the optimizer's state and step in host memory
-    activation_checkpoint_every: int = number(0, least=0)  # recompute every k-th block in the backward pass; 0 = none
+    activation_checkpoint_every: int = number(0, least=0, most=10_000)  # recompute every k-th block backward; 0 = none
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -202,7 +203,7 @@ class SamplingConfig(Section, path="sampling"):
     """How images are drawn from a trained model."""
 
     method: str = one_of(*ODE_SAMPLERS, *DDPM_SAMPLERS)
-    steps: int = number(50, least=1)  # integration steps (for dopri5: output points, its step size is its own)
+    steps: int = number(50, least=1, most=10**6)  # of integration (dopri5: output points, its step size is its own)
     spacing: str | None = one_of(None, *SPACINGS)  # of ddpm's and ddim's steps; None = published: linspace, leading
     rtol: float = 1e-3  # dopri5
     atol: float = 1e-6  # dopri5
@@ -223,14 +224,21 @@ class SamplingConfig(Section, path="sampling"):
 class EvaluationConfig(Section, path="evaluation"):
     """Log-spaced evaluation steps and what is measured there."""
 
-    points: int = number(6, least=0)  # evaluations of a run, log-spaced from first_step to run.steps; 0 = none
+    points: int = number(6, least=0, most=10_000)  # evaluations, log-spaced from first_step to run.steps; 0 = none
     first_step: int = number(1000, least=1)
     weights: str = "ema"  # raw, ema (the first of optim.ema_decays) or ema_<decay>
-    samples: int = number(50000, least=1)  # generated images per Frechet distance
-    features: str | None = None  # TorchScript feature network; None = no Frechet distance
+    samples: int = number(50000, least=1, most=10**7)  # generated images per Frechet distance
+    features: str | None = None  # TorchScript feature network, whose code runs; None = no Frechet distance
+    trusted: list[str] = field(default_factory=list)  # SHA-256 of the feature networks that may be loaded; [] = any
     reference: str | None = None  # image folder, shards or .npz with mu and sigma
-    validation_images: int = number(1024, least=0)  # held-out images of the validation loss
-    validation_times: int = number(8, least=1)  # fixed times per image of the validation loss
+    validation_images: int = number(1024, least=0, most=10**7)  # held-out images of the validation loss
+    validation_times: int = number(8, least=1, most=10_000)  # fixed times per image of the validation loss
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for entry in self.trusted:
+            if not fullmatch("[0-9a-f]{64}", entry):
+                raise UserError(f"evaluation.trusted: {entry!r} is no SHA-256, which is 64 digits of 0 to 9 and a to f")
 
     def steps(self, last_step: int) -> list[int]:
         """Evaluation steps of a run of `last_step` steps, ascending; the last is `last_step` itself."""
@@ -257,7 +265,7 @@ class RunConfig(Section, path="run"):
 
     name: str = "run"
     dir: str = ""  # run directory: the complete record of the run
-    seed: int = number(0, least=0)
+    seed: int = number(0, least=0, most=2**63 - 1)
     steps: int = number(400000, least=1)
     device: str = one_of("auto", "cpu", "cuda")  # auto = cuda where there is one
     init_weights: str | None = None  # safetensors in the published names to start from

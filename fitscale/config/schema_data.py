@@ -14,7 +14,7 @@ class LatentConfig(Section, path="data.latent"):
 
     kind: str = one_of("vae", "pixels")
     vae: str | None = None  # local folder or hub name of a diffusers AutoencoderKL; needed to decode
-    factor: int = number(8, least=1, below=1025)  # image pixels per latent pixel, along one side
+    factor: int = number(8, least=1, most=1000)  # image pixels per latent pixel, along one side
     scaling: float = number(0.18215, above=0)  # latent = scaling * (VAE's latent)
 
     def __post_init__(self) -> None:
@@ -51,9 +51,9 @@ class DataConfig(Section, path="data"):
     holdout_fraction: float = number(
         0.0, least=0.0, below=1.0
     )  # share of images, by the hash of their key, not trained on
-    window_shards: int = number(16, least=1, below=2**20)  # shards among whose images the order is random at one time
-    num_workers: int = number(2, least=0, below=1025)  # reader processes per rank; 0 reads in the training process
-    prefetch_steps: int = number(2, least=1, below=1025)  # steps read ahead, per worker
+    window_shards: int = number(16, least=1, most=10**6)  # shards among whose images the order is random at one time
+    num_workers: int = number(2, least=0, most=1000)  # reader processes per rank; 0 reads in the training process
+    prefetch_steps: int = number(2, least=1, most=1000)  # steps read ahead, per worker
     on_error: str = one_of("stop", "skip")  # at a corrupt sample; skip: it counts for nothing, events.jsonl names it
     cache_dir: str = "~/.cache/fitscale"  # local copies of shards that are read from a URL
     cache_gb: float = number(100.0, above=0)  # most GB of them; those unused for longest go first

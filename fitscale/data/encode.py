@@ -99,10 +99,12 @@ def _load_vae(name: str | None, dtype: torch.dtype = torch.float32) -> Any:
         raise UserError("data.latent.vae: needed to decode latents: a local folder or a hub name of an AutoencoderKL")
     from diffusers import AutoencoderKL
 
+    # Weights in a pickle (.bin) could run code. The memory option is off anyway without accelerate, after a notice.
+    options = {"torch_dtype": dtype, "use_safetensors": True, "low_cpu_mem_usage": False}
     try:
-        return AutoencoderKL.from_pretrained(name, torch_dtype=dtype).eval().requires_grad_(False)
-    except (OSError, ValueError) as error:
+        return AutoencoderKL.from_pretrained(name, **options).eval().requires_grad_(False)
+    except Exception as error:  # diffusers raises nearly anything on damaged folders
         raise UserError(
-            f"data.latent.vae: no AutoencoderKL at {name!r}, neither a local folder nor a reachable hub name: "
-            f"{str(error).splitlines()[0]}"
+            f"data.latent.vae: no AutoencoderKL at {name!r}, neither a local folder nor a reachable hub name "
+            f"(its weights must be .safetensors): {error}"
         ) from error

@@ -26,7 +26,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """What to measure, of which checkpoints; what is not given comes from the run's config."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--samples", type=int, help="generated images per Frechet distance")
-    parser.add_argument("--features", help="TorchScript feature network")
+    parser.add_argument("--features", help="TorchScript feature network: a program, which runs (evaluation.trusted)")
     parser.add_argument("--reference", help="image folder, shards, or .npz with mu and sigma")
     parser.add_argument("--height", type=int, help="of generated images, in pixels (default: sizes of the dataset)")
     parser.add_argument("--width", type=int, help="of generated images, in pixels")

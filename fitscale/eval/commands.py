@@ -3,15 +3,20 @@
 import argparse
 from dataclasses import asdict, replace
 from functools import cache
+from re import fullmatch
+from zlib import crc32
 
 from fitscale.config.checks import given
 from fitscale.config.errors import UserError
-from fitscale.config.schema import Config, ModelConfig, SamplingConfig
+from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, ModelConfig, SamplingConfig
 from fitscale.data.index import open_index
-from fitscale.eval.evaluate import EvaluationOptions, evaluate_run
+from fitscale.eval.evaluate import EvaluationOptions, evaluate_run, has_validation
 from fitscale.eval.folder import check_samples_folder, write_samples
 from fitscale.eval.generate import Request, find_checkpoint, generate, load_model, open_run, patches, weights_name
 from fitscale.run.layout import RunDir
+
+MOST_IMAGES = 10_000_000
+MOST_SEED = 2**63 - 1
 
 
 def run_sample(arguments: argparse.Namespace) -> None:
@@ -22,8 +27,8 @@ def run_sample(arguments: argparse.Namespace) -> None:
     config = replace(config, sampling=_sampling(config.sampling, arguments), model=_model(config, arguments))
     rows, cols = patches(config, arguments.height, arguments.width)
     labels = parse_classes(arguments.classes, config.model.num_classes)
-    if arguments.count < 1:
-        raise UserError(f"--count: {arguments.count} is too small, the least is 1")
+    _within("--count", arguments.count, 1, MOST_IMAGES)
+    _within("--seed", arguments.seed, 0, MOST_SEED)
     requests = [Request(i, labels[i % len(labels)], rows, cols) for i in range(arguments.count)]
     out = arguments.out or run.samples / _name(arguments, checkpoint.step, weights, config.sampling)
     check_samples_folder(out)
@@ -45,6 +50,11 @@ def run_sample(arguments: argparse.Namespace) -> None:
     print(f"{drawn_in}; the first on {out / 'contact_sheet.png'}")
 
 
+def _within(name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise UserError(f"{name}: {value} is outside {least} to {most}")
+
+
 def parse_classes(text: str, num_classes: int) -> list[int]:
     """Labels of "0,7,3", "0-9" (inclusive), a mix of both, or "all".
 
@@ -56,22 +66,25 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
     labels: list[int] = []
     for part in text.split(","):
         ends = part.split("-")
-        if len(ends) > 2 or not all(end.strip().isdigit() for end in ends):
+        if len(ends) > 2 or not all(fullmatch(" *[0-9]{1,9} *", end) for end in ends):
             raise UserError(f"--classes: {part!r} is neither a label (7), a range (0-9) nor all")
-        labels += range(int(ends[0]), int(ends[-1]) + 1)
-    outside = [label for label in labels if label >= num_classes]
-    if outside or not labels:
-        raise UserError(f"--classes: {text!r} is out of range; the model's classes are 0 to {num_classes - 1}")
+        first, last = int(ends[0]), int(ends[-1])
+        if not first <= last < num_classes:
+            raise UserError(f"--classes: {part!r} is out of range; the model's classes are 0 to {num_classes - 1}")
+        labels += range(first, last + 1)
     return labels
 
 
 def _name(arguments: argparse.Namespace, step: int, weights: str, sampling: SamplingConfig) -> str:
     """Of the folder in RUN/samples: what decides the images, but for their number."""
     guidance = sampling.guidance
-    sampler = f"{sampling.method}{sampling.steps}{sampling.spacing or ''}"
+    sampler = f"{sampling.method}-{sampling.steps}-{'points' if sampling.method in ADAPTIVE_SAMPLERS else 'steps'}"
+    sampler += f"-{sampling.spacing}" if sampling.spacing else ""
     parts = [f"step-{step:08d}", weights, f"{arguments.height}x{arguments.width}", sampler]
-    parts += [f"cfg{guidance.scale:g}" + (f"pow{guidance.power:g}" if guidance.power else ""), f"seed{arguments.seed}"]
-    parts += [] if arguments.classes == "all" else [f"classes{arguments.classes}"]
+    parts += [f"guidance-{guidance.scale:g}", *([f"power-{guidance.power:g}"] if guidance.power else [])]
+    parts += [f"seed-{arguments.seed}"]
+    classes = arguments.classes if len(arguments.classes) < 40 else f"{crc32(arguments.classes.encode()):08x}"
+    parts += [] if classes == "all" else [f"classes-{classes}"]
     parts += [] if arguments.rope is None else [arguments.rope + ("-decoupled" if arguments.decouple else "")]
     return "_".join(parts)
 
@@ -94,20 +107,36 @@ def _model(config: Config, arguments: argparse.Namespace) -> ModelConfig:
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """Measure the checkpoints that `arguments` name."""
     config, run = open_run(arguments.run)
-    if arguments.samples is not None and arguments.samples < 2:
-        raise UserError(f"--samples: {arguments.samples} is too small, a Frechet distance needs 2 or more")
+    if arguments.samples is not None:
+        _within("--samples", arguments.samples, 2, MOST_IMAGES)
+    _within("--seed", arguments.seed, 0, MOST_SEED)
     names = ("weights", "samples", "features", "reference")
     evaluation = given(config.evaluation, **{name: getattr(arguments, name) for name in names})
     config = replace(config, sampling=_sampling(config.sampling, arguments), evaluation=evaluation)
     model, size = _model(config, arguments), _size(arguments)
     options = EvaluationOptions(model, size, arguments.seed, arguments.device, arguments.force, cache(open_index))
+    measured = 0
     for step in _evaluation_steps(config, run) if arguments.step is None else [arguments.step]:
         for row in evaluate_run(config, run, step, options):
+            measured += 1
             text = f"step {step:>8}  {row['weights']}  {row['metric']:<16}{row['value']:.5g}"
             text += "" if row["standard_error"] is None else f" +- {row['standard_error']:.2g}"
             nfe = row["nfe"]
             text += "" if nfe is None else f"  ({row['samples']} samples, {nfe:g} function evaluations each)"
             print(text, flush=True)
+    if not measured:
+        print(_why_nothing(config), flush=True)
+
+
+def _why_nothing(config: Config) -> str:
+    if config.evaluation.features is not None or has_validation(config):
+        return "nothing to measure: everything is in evaluations.jsonl already; --force measures it again"
+    return (
+        "nothing to measure: a Frechet distance needs --features and --reference (evaluation.features and .reference), "
+        "a validation loss images held out from the start of the training (data.holdout_fraction = "
+        f"{config.data.holdout_fraction:g}) and evaluation.validation_images = {config.evaluation.validation_images} "
+        "above 0"
+    )
 
 
 def _size(arguments: argparse.Namespace) -> tuple[int, int] | None:

@@ -99,7 +99,7 @@ class _Evaluation:
 
     def measure(self) -> Iterator[dict[str, Any]]:
         evaluation = self.config.evaluation
-        if evaluation.validation_images and self.config.data.holdout_fraction:
+        if has_validation(self.config):
             key = validation_key(self.config, self.weights) | self.data
             if self._pending("validation_loss", key):
                 loss_S = validation_losses(self.model, self.config, self.options.open_index)
@@ -111,7 +111,8 @@ class _Evaluation:
         config, options, evaluation = self.config, self.options, self.config.evaluation
         if evaluation.reference is None:
             raise UserError("evaluation.reference: needed with evaluation.features: an image folder, shards or .npz")
-        net = FeatureNet(features, "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+        device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+        net = FeatureNet(features, device, evaluation.trusted)
         reference = load_reference(Path(evaluation.reference), net, config.data, self.run.path, options.open_index)
         key = sample_key(self.generated, self.weights, options.size, options.seed)
         key |= self.data | {"features": net.identity[:16], "reference": reference.identity[:16]}
@@ -172,6 +173,11 @@ class _Evaluation:
         }
         append_jsonl(self.run.evaluations, row)
         return row
+
+
+def has_validation(config: Config) -> bool:
+    """Whether there are images to measure a validation loss on."""
+    return config.evaluation.validation_images > 0 and config.data.holdout_fraction > 0
 
 
 @torch.no_grad()

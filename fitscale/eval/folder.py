@@ -5,6 +5,7 @@ it is whole.
 """
 
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from fitscale.config.errors import UserError
+from fitscale.config.errors import UserError, writing
 from fitscale.config.files import replacing
 from fitscale.data.pictures import rgb, write_contact_sheet, write_png
 from fitscale.eval.generate import Generated
@@ -27,17 +28,21 @@ def check_samples_folder(out: Path) -> None:
     """`out` can be written: it is new, empty, or an earlier folder of samples, which will be replaced.
 
     Raises:
-        UserError: there is something else.
+        UserError: there is something else, or it cannot be made.
     """
-    if out.exists() and not (out.is_dir() and ((out / SETTINGS).is_file() or not any(out.iterdir()))):
-        raise UserError(f"--out: {out} exists and is no folder of samples; choose a new one")
+    with writing(f"--out: {out}"):
+        if out.exists() and not (out.is_dir() and ((out / SETTINGS).is_file() or not any(out.iterdir()))):
+            raise UserError(f"--out: {out} exists and is no folder of samples; choose a new one")
+        above = next(path for path in out.absolute().parents if path.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+            raise UserError(f"--out: {above} is no folder that can be written to")
 
 
 def write_samples(
     out: Path, drawn: Iterable[Generated], labels: list[int], settings: dict[str, Any], title: str
 ) -> list[int]:
     """Write the images `drawn`, all of one size and in the order of `labels`; returns their function evaluations."""
-    with replacing(out.resolve()) as folder:
+    with writing(out), replacing(out.resolve()) as folder:
         folder.mkdir()
         nfe, passes, shown = _write_images(folder, drawn, labels)
         write_contact_sheet(folder / "contact_sheet.png", shown, [str(label) for label in labels[: len(shown)]], title)

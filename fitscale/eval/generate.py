@@ -31,6 +31,8 @@ from fitscale.run.checkpoint import Checkpoint, read_checkpoint
 from fitscale.run.comparability import full_weights_name
 from fitscale.run.layout import RunDir
 
+MOST_TOKENS = 1 << 24  # of an image, to draw
+
 
 @dataclass(frozen=True)
 class Request:
@@ -178,7 +180,7 @@ def patches(config: Config, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of patches of a height x width pixel image.
 
     Raises:
-        UserError: a side is no multiple of the patch; names the nearest that are.
+        UserError: a side is no multiple of the patch, and names the nearest that are; or an image is too large.
     """
     multiple = config.model.patch_size * config.data.latent.factor
     for name, side in (("--height", height), ("--width", width)):
@@ -188,4 +190,7 @@ def patches(config: Config, height: int, width: int) -> tuple[int, int]:
                 f"{name}: {side} is not a multiple of {multiple} (model.patch_size {config.model.patch_size} x "
                 f"data.latent.factor {config.data.latent.factor}); the nearest are {low} and {low + multiple}"
             )
-    return height // multiple, width // multiple
+    rows, cols = height // multiple, width // multiple
+    if rows * cols > MOST_TOKENS:
+        raise UserError(f"--height, --width: {height} x {width} pixels are more than {MOST_TOKENS} tokens")
+    return rows, cols

@@ -8,13 +8,14 @@ What had to be computed is kept in the run directory, under a name made of the f
 """
 
 import hashlib
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from fitscale.config.errors import UserError
@@ -28,6 +29,7 @@ from fitscale.data.storage import Cache
 from fitscale.eval.features import AT_ONCE, FeatureNet
 from fitscale.eval.frechet import Moments, Statistics
 
+_HEADER_BYTES = 10_000  # more than the header of an .npy file
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
@@ -77,17 +79,36 @@ def data_identity(*indices: Index) -> str:
 
 
 def _from_npz(path: Path, net: FeatureNet) -> Reference:
+    """mu (F,) and sigma (F, F) of the file: no more is read of it than they need, and nothing pickled."""
+    number = net.num_features
     try:
-        with np.load(path) as arrays:
-            mean_F, cov_FF = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
-    except (OSError, ValueError, KeyError) as error:
+        with zipfile.ZipFile(path) as archive:
+            mean_F, cov_FF = (_array(archive, name, number ** (1 + (name == "sigma"))) for name in ("mu", "sigma"))
+        with open(path, "rb") as file:
+            identity = hashlib.file_digest(file, "sha256").hexdigest()
+    except Exception as error:  # zip archives and arrays that are damaged, or made to be, raise nearly anything
         raise UserError(f"evaluation.reference: {path}: no .npz with arrays mu and sigma: {error}") from error
-    if mean_F.shape != (net.num_features,) or cov_FF.shape != (net.num_features, net.num_features):
+    if mean_F.shape != (number,) or cov_FF.shape != (number, number):
         raise UserError(
-            f"evaluation.reference: {path} has statistics of {mean_F.shape[0]} features, evaluation.features = "
-            f"{net.path} gives {net.num_features}"
+            f"evaluation.reference: {path} has statistics of {mean_F.shape} and {cov_FF.shape}, evaluation.features = "
+            f"{net.path} gives {number} features"
         )
-    return Reference(Statistics(mean_F, cov_FF), hashlib.sha256(path.read_bytes()).hexdigest())
+    finite = np.isfinite(mean_F).all() and np.isfinite(cov_FF).all()
+    if not finite or (cov_FF.diagonal() < 0).any() or not np.allclose(cov_FF, cov_FF.T):
+        raise UserError(f"evaluation.reference: {path}: mu or sigma is not finite, or sigma is no covariance matrix")
+    return Reference(Statistics(mean_F, cov_FF), identity)
+
+
+def _array(archive: zipfile.ZipFile, name: str, most: int) -> np.ndarray:
+    """An array of the archive, float64. A zip member gives no more bytes than it says: those of `most` numbers."""
+    member = archive.getinfo(f"{name}.npy")
+    if member.file_size > 8 * most + _HEADER_BYTES:
+        raise ValueError(f"{name} has more than {most} numbers")
+    with archive.open(member) as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+    if array.dtype.kind != "f":
+        raise ValueError(f"{name} is of type {array.dtype}")
+    return array.astype(np.float64)
 
 
 def _shard_images(index: Index, latent: LatentConfig) -> Iterator[np.ndarray]:
@@ -105,7 +126,7 @@ def _read_image(file: Path) -> np.ndarray:
     try:
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise UserError(f"evaluation.reference: {file} cannot be read as an image: {error}") from error
 
 

@@ -16,7 +16,6 @@ equal bytes here, however many files the tensors came from.
 """
 
 import json
-import pickle
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -99,9 +98,8 @@ def list_state_dict(path: Path, entry: str | None) -> dict[str, StoredTensor]:
     """
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as a state dict of torch.save: {reason}") from error
+    except Exception as error:  # damaged archives raise nearly anything
+        raise UserError(f"{path}: cannot be read as a state dict of torch.save: {error}") from error
     state = loaded if entry is None and _is_state_dict(loaded) else _entry(path, loaded, entry)
     return {name: stored(tensor) for name, tensor in state.items()}
 

@@ -5,9 +5,10 @@ require_files   the weights it starts from, and what its evaluations compare wit
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
-from fitscale.config.errors import UserError
+from fitscale.config.errors import UserError, reading
 from fitscale.config.schema import Config
 from fitscale.data.batch_plan import BatchPlan, open_plan
 from fitscale.data.encoding import require_classes, require_latent
@@ -50,16 +51,20 @@ def require_encoding(config: Config, plan: BatchPlan) -> None:
 def require_files(config: Config) -> None:
     """Raises UserError, with the key, if another file that the run will need is not there."""
     weights, evaluation = config.run.init_weights, config.evaluation
-    if weights is not None and not Path(weights).exists():
-        raise UserError(f"run.init_weights: {weights}: no such file")
+    if weights is not None:
+        _require("run.init_weights", weights)
     if not evaluation.points or evaluation.features is None:
         return
-    if not Path(evaluation.features).is_file():
-        raise UserError(f"evaluation.features: {evaluation.features}: no such file")
+    _require("evaluation.features", evaluation.features, Path.is_file)
     if evaluation.reference is None:
         raise UserError("evaluation.reference: needed with evaluation.features: an image folder, shards or .npz")
-    if not Path(evaluation.reference).exists():
-        raise UserError(f"evaluation.reference: {evaluation.reference}: no such file or folder")
+    _require("evaluation.reference", evaluation.reference)
+
+
+def _require(key: str, path: str, is_there: Callable[[Path], bool] = Path.exists) -> None:
+    with reading(f"{key}: {path}"):
+        if not is_there(Path(path)):
+            raise UserError(f"{key}: {path}: no such file or folder")
 
 
 def pack_rule(config: Config) -> PackRule:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
-from fitscale.config.errors import UserError, unreadable
+from fitscale.config.errors import UserError, reading
 from fitscale.config.files import read_json, read_jsonl, require_kinds
 from fitscale.config.load import load_config
 from fitscale.config.program import USER_ERROR
@@ -60,7 +60,7 @@ def _check_json(path: Path) -> str:
 
 
 def _check_rows(path: Path) -> str:
-    with unreadable(path):
+    with reading(path):
         path.stat()
     rows = read_jsonl(path, **ROWS.get(path.name, {}))
     if path.name == "metrics.jsonl":

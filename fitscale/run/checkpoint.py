@@ -17,7 +17,7 @@ from typing import Any
 
 import xxhash
 
-from fitscale.config.errors import UserError, unreadable
+from fitscale.config.errors import UserError, reading
 from fitscale.config.files import read_json, require_kinds, write_atomic
 
 MARKER = "COMPLETE"
@@ -46,7 +46,7 @@ class Checkpoint:
         """What is wrong with the first of these files that is not as it was written; reads them whole."""
         for name in names:
             try:
-                with unreadable(self.path / name), open(self.path / name, "rb") as file:
+                with reading(self.path / name), open(self.path / name, "rb") as file:
                     found = hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
             except UserError as error:
                 return str(error)
@@ -85,7 +85,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     for name, size in meta["files"].items():
         if ".." in Path(name).parts or Path(name).is_absolute() or "\0" in name:
             raise UserError(f"{marker}: {name} is no file of the checkpoint")
-        with unreadable(path / name):
+        with reading(path / name):
             there = (path / name).stat().st_size
         if there != size:
             raise UserError(f"{path / name}: {there} bytes, {size} were written")

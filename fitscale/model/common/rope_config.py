@@ -14,12 +14,13 @@ class RopeConfig(Section, path="model.rope"):
     theta: float = number(10000.0, least=1.0)
     method: str = one_of(*ROPE_METHODS)
     decouple: bool = False  # scale rows and columns by their own lengths (the papers' "Vision" variants)
-    original_length: int = 16  # patches per axis that the model was trained on
+    original_length: int = number(16, least=1, most=10**6)  # patches per axis that the model was trained on
 
     def __post_init__(self) -> None:
         super().__post_init__()
         # ntk-aware-pro1 and -pro2 divide by the logarithm of the trained length
-        at_least("model.rope.original_length", self.original_length, 2 if "pro" in self.method else 1)
+        if "pro" in self.method:
+            at_least("model.rope.original_length", self.original_length, 2)
 
     def __str__(self) -> str:
         return self.method + (" decoupled" if self.decouple else "")
