@@ -1,7 +1,7 @@
 """The `fitscale` program: config, data, train, plan, sample, evaluate.
 
 Only argparse and the arguments are imported before a command is known, so that `--help` answers at once; torch and
-everything above it are imported by the command that needs them.
+everything above it are imported by the command that needs them, which says so first.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fitscale.config.program import exit_code
+from fitscale.config.program import USER_ERROR, exit_code, loading
 from fitscale.eval.arguments import add_data_arguments, add_evaluate_arguments, add_sample_arguments
 
 Command = Callable[[argparse.Namespace], None]
@@ -22,6 +22,19 @@ def main(argv: list[str] | None = None) -> int:
     return exit_code(lambda: arguments.command(arguments))
 
 
+class _Version(argparse.Action):
+    """As argparse's own, but the package's metadata is read only where it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"fitscale {version('fitscale')}")
+        except PackageNotFoundError:
+            parser.exit(USER_ERROR, "error: fitscale is not installed, so it has no version: pip install -e .\n")
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The program's commands with their arguments; `command` of the parsed arguments runs the one that was named."""
     parser = argparse.ArgumentParser(
@@ -29,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train FiTv2 at any size, sample it at any resolution, measure it.",
         epilog="example: fitscale train configs/model/b.yaml configs/recipe/fitv2_256.yaml run.dir=runs/b",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print fitscale's version")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(command: Command, arguments: Arguments, summary: str, example: str) -> None:
@@ -82,7 +96,8 @@ def _train(arguments: argparse.Namespace) -> None:
     from fitscale.config.load import load_config
 
     config = load_config(arguments.config)
-    from fitscale.train.trainer import train
+    with loading("torch, megatron-core and DeepSpeed"):
+        from fitscale.train.trainer import train
 
     train(config)
 
@@ -94,12 +109,14 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    from fitscale.eval.commands import run_sample
+    with loading("torch and megatron-core"):
+        from fitscale.eval.commands import run_sample
 
     run_sample(arguments)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from fitscale.eval.commands import run_evaluate
+    with loading("torch and megatron-core"):
+        from fitscale.eval.commands import run_evaluate
 
     run_evaluate(arguments)

@@ -1,9 +1,11 @@
 """What every program of the project does around its work: a user's mistake becomes one line and an exit code."""
 
+import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from fitscale.config.errors import UserError
 
@@ -41,6 +43,21 @@ def _report(error: UserError) -> None:
     finally:
         prefix = "" if rank == "0" else f"rank {rank}: "
         print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Around imports that take seconds: says so at once, on rank 0, and keeps the garbage collector out of it.
+
+    The collector would walk hundreds of thousands of new objects again and again, of which none is garbage.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(f"loading {what}", file=sys.stderr, flush=True)
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -100,7 +100,9 @@ def _load_vae(name: str | None, dtype: torch.dtype = torch.float32) -> Any:
     from diffusers import AutoencoderKL
 
     try:
-        return AutoencoderKL.from_pretrained(name, torch_dtype=dtype).eval().requires_grad_(False)
+        # low_cpu_mem_usage would need accelerate, and its default says so at length
+        vae = AutoencoderKL.from_pretrained(name, torch_dtype=dtype, low_cpu_mem_usage=False)
+        return vae.eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"data.latent.vae: no AutoencoderKL at {name!r}, neither a local folder nor a reachable hub name: "
