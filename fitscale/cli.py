@@ -1,4 +1,4 @@
-"""The `fitscale` program: config, data, train, plan, sample, evaluate.
+"""The `fitscale` program: config, data, train, plan, sample, evaluate, doctor.
 
 Only argparse and the arguments are imported before a command is known, so that `--help` answers at once; torch and
 everything above it are imported by the command that needs them, which says so first.
@@ -12,7 +12,7 @@ from pathlib import Path
 from fitscale.config.program import USER_ERROR, exit_code, loading
 from fitscale.eval.arguments import add_data_arguments, add_evaluate_arguments, add_sample_arguments
 
-Command = Callable[[argparse.Namespace], None]
+Command = Callable[[argparse.Namespace], int | None]
 Arguments = Callable[[argparse.ArgumentParser], None]
 
 
@@ -60,6 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(_plan, _add_plan_arguments, "memory, communication and time of a run before it is started", example)
     add(_sample, add_sample_arguments, "draw images from a run", "runs/b --height 256 --width 256 --count 16")
     add(_evaluate, add_evaluate_arguments, "measure a run's checkpoints", "runs/b")
+    example = "--cluster configs/cluster/h100.yaml configs/model/b.yaml data.shards=data/in1k_256 run.dir=runs/b"
+    add(_doctor, _add_doctor_arguments, "check that everything is here that a run needs", example)
     return parser
 
 
@@ -78,6 +80,12 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpus-per-node", type=int, default=8, help="default: 8")
     add("--best", type=int, default=5, help="layouts to list (default: 5)")
     add("--target-steps", type=int, help="steps to plan for (default: run.steps)")
+
+
+def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cluster", metavar="PROFILE", help="cluster profile (configs/cluster/) whose jobs it checks")
+    help = "YAML files and overrides, as `fitscale train` takes them; none = the machine alone"
+    parser.add_argument("config", nargs="*", metavar="CONFIG|KEY=VALUE", help=help)
 
 
 def _config(arguments: argparse.Namespace) -> None:
@@ -120,3 +128,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         from fitscale.eval.commands import run_evaluate
 
     run_evaluate(arguments)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from fitscale.doctor import run_doctor
+
+    return run_doctor(arguments)

@@ -16,7 +16,7 @@ from fitscale.config.load import load_config
 from fitscale.config.program import exit_code
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["config", "data", "train", "plan", "sample", "evaluate"]
+COMMANDS = ["config", "data", "train", "plan", "sample", "evaluate", "doctor"]
 PROGRAMS = sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "slurm").glob("*.py")])
 
 
@@ -85,6 +85,7 @@ NOT_FOR_EVALUATION = NOT_FOR_TRAINING - {"scipy"} | {"deepspeed"}  # Frechet dis
         ("train runs/fitv2/config.yaml run.dir=runs/fitv2 run.steps=5", NOT_FOR_TRAINING),
         ("sample runs/fitv2 --height 8 --width 8 --count 1", NOT_FOR_EVALUATION),
         ("evaluate runs/fitv2", NOT_FOR_EVALUATION),
+        ("doctor runs/fitv2/config.yaml run.dir=runs/fitv2", HEAVY - {"torch"}),
     ],
     ids=lambda given: given.split()[0] if isinstance(given, str) else "",
 )
