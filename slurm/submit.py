@@ -20,12 +20,10 @@ from fitscale.config.load import load_config, load_schema
 from fitscale.config.program import exit_code
 from fitscale.data.index import open_index
 from fitscale.jobs import launch
-from fitscale.jobs.allocate import Allocation, as_told
 from fitscale.jobs.chain import jobs_of_same_config, submit_missing, told
 from fitscale.jobs.job import TrainJob
-from fitscale.jobs.profile import ClusterConfig
-from fitscale.jobs.submission import Submission, look_at
-from fitscale.jobs.sweep import LayoutConfig
+from fitscale.jobs.profile import ClusterConfig, LayoutConfig
+from fitscale.jobs.submission import Allocation, Submission, as_told, look_at
 from fitscale.plan.report import detail
 from fitscale.run.claim import check_claim, claim, claimed
 

@@ -26,11 +26,10 @@ from fitscale.config.load import load_schema
 from fitscale.config.program import exit_code
 from fitscale.data.index import open_index
 from fitscale.jobs import launch
-from fitscale.jobs.allocate import allocate
 from fitscale.jobs.chain import jobs_of_same_config, submit_missing, told
 from fitscale.jobs.job import RunJob
 from fitscale.jobs.profile import ClusterConfig
-from fitscale.jobs.submission import Submission, look_at
+from fitscale.jobs.submission import Submission, allocate, look_at
 from fitscale.jobs.sweep import SweepConfig, cells, cost_table, manifest
 from fitscale.run.claim import claimed
 

@@ -1,9 +1,12 @@
 """Small shard sets for the tests of data."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from fitscale.config.schema_data import DataConfig
+from fitscale.data.batch_plan import BatchPlan, open_plan
 from fitscale.data.build_index import build_index
 from fitscale.data.index import Index
 from fitscale.data.shards import Sample, ShardSetMeta, Variant, write_shards
@@ -38,3 +41,11 @@ def indexed_set(folder: Path, images: int, images_per_shard: int = 10, meta: Sha
     """Write samples 0 .. images - 1 and their index."""
     write_set(folder, images, images_per_shard, meta)
     return build_index(folder)
+
+
+def plan_of(
+    index: Index, seed: int = 0, batch: int = 10, patch_size: int = 2, split: str = "train", **data: Any
+) -> BatchPlan:
+    """The plan of one shard set; `data` are keys of the config's section."""
+    about = {"seed": seed, "global_batch_size": batch, "patch_size": patch_size, "split": split}
+    return open_plan(DataConfig(index.storage.location, **data), open_index=lambda *_: index, **about)  # type: ignore[arg-type]

@@ -4,10 +4,8 @@ import pytest
 
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
-from fitscale.jobs.allocate import Allocation, allocate
-from fitscale.jobs.profile import ClusterConfig
-from fitscale.jobs.submission import Submission
-from fitscale.jobs.sweep import LayoutConfig
+from fitscale.jobs.profile import ClusterConfig, LayoutConfig
+from fitscale.jobs.submission import Allocation, Submission, allocate
 from fitscale.model import flops
 from fitscale.plan.step import plan, typical_images
 

@@ -17,9 +17,8 @@ from fitscale.config.schema import Config, FlowConfig, ParallelConfig
 from fitscale.flow.loss import make_objective
 from fitscale.model import flops
 from fitscale.model.backbone import parameter_table
-from fitscale.model.build import build_network
+from fitscale.model.build import build_network, initial_items
 from fitscale.model.fit.config import FitConfig
-from fitscale.model.init import initial_items
 from fitscale.parallel.groups import init_parallel
 from fitscale.plan.memory import rank_memory
 from fitscale.run.layout import RunDir

@@ -9,12 +9,10 @@ from fitscale.config.errors import UserError
 from fitscale.config.files import write_atomic
 from fitscale.config.load import load_config
 from fitscale.jobs import chain, launch
-from fitscale.jobs.allocate import Allocation, as_told
 from fitscale.jobs.chain import Link, jobs_of_same_config, missing_links, submit_missing
 from fitscale.jobs.launch import LiveJob, batch_script
-from fitscale.jobs.profile import ClusterConfig
-from fitscale.jobs.submission import Submission
-from fitscale.jobs.sweep import LayoutConfig
+from fitscale.jobs.profile import ClusterConfig, LayoutConfig
+from fitscale.jobs.submission import Allocation, Submission, as_told
 from fitscale.plan.step import typical_images
 from fitscale.run.claim import claim, claimed
 from fitscale.run.layout import RunDir

@@ -3,7 +3,7 @@
 import pytest
 
 from fitscale.config.errors import UserError
-from fitscale.scaling.rows.column_map import read_mapped
+from fitscale.scaling.rows.files import read_mapped
 
 WANDB = """Name,_step,eval/fd,eval/loss,params_m,images,gmacs,sampler
 a,1000,40.5,0.61,10,64000,1.5,euler

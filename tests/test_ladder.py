@@ -86,7 +86,7 @@ def test_table_and_manifest_hold_every_cell(tmp_path):
         ("dir: out\n", ["cells: must name at least one cell"]),
         ("dir: out\naxes: {size: {}}\n", ["cells: must name at least one cell"]),
         (TEXT + "axes: {seed: {a: [run.seed=0]}}\n", ["cells and axes: only one"]),
-        (TEXT + "layouts: {lrage: {nodes: 2}}\n", ["layouts.lrage: no such cell", "large, small"]),
+        (TEXT + "layouts: {lrage: {nodes: 2}}\n", ["layouts: 'lrage' is not one of large, small"]),
         (TEXT + "max_days: 0\n", ["max_days: 0.0 must be above 0"]),
         (TEXT.replace("small:", "../small:"), ["'../small' cannot be a directory's name"]),
         (TEXT + "local: {parallel_cells: 0}\n", ["local.parallel_cells"]),

@@ -1,6 +1,7 @@
 """The loader: packs hold exactly the planned images, whatever the ranks, workers and packs they are cut into."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +9,14 @@ import pytest
 import torch
 
 from fitscale.config.errors import UserError
-from fitscale.data.batch_plan import BatchPlan, single_plan
+from fitscale.data.batch_plan import BatchPlan
 from fitscale.data.build_index import build_index
 from fitscale.data.encode import to_float, unpatchify
 from fitscale.data.index import Index, ShardReader, open_index
-from fitscale.data.loader import Pack, StepBatch, make_loader
+from fitscale.data.loader import READ_HERE, Pack, StepBatch, make_loader
 from fitscale.data.packing import PackRule
 from fitscale.data.shards import Sample, ShardSetMeta, Variant, write_shards
-from tests.shard_sets import LATENTS, PIXELS, indexed_set
+from tests.shard_sets import LATENTS, PIXELS, indexed_set, plan_of
 
 STEPS = 12
 
@@ -26,14 +27,14 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
 
 
 def plan(index: Index, patch_size: int = 2) -> BatchPlan:
-    settings = {"window_shards": 2, "holdout_fraction": 0.1}
-    return single_plan(index, seed=5, global_batch_size=16, patch_size=patch_size, **settings)
+    return plan_of(index, seed=5, batch=16, patch_size=patch_size, window_shards=2, holdout_fraction=0.1)
 
 
 def load(index: Index, patch_size: int = 2, **changes: object) -> Iterator[StepBatch]:
     rule = PackRule(changes.pop("pack_tokens", 128), changes.pop("pad_multiple", 1), (1.0, 1e-3))
     steps = range(changes.pop("first_step", 0), changes.pop("last_step", STEPS))
-    return make_loader(plan(index, patch_size), rule, steps, **changes)
+    rank = {name: changes.pop(name) for name in ("dp_rank", "dp_size") if name in changes}
+    return make_loader(plan(index, patch_size), rule, steps, replace(READ_HERE, **changes), **rank)
 
 
 def images_of(pack: Pack) -> dict[int, torch.Tensor]:
@@ -85,8 +86,7 @@ def test_stored_moments_are_drawn_anew_at_every_step_whatever_the_ranks(tmp_path
     means, deviations = (np.broadcast_to(value, (8, 2, 16, 16)) for value in (np.arange(8)[:, None, None, None], 0.25))
     moments = np.concatenate([means, deviations], axis=1).astype(np.float16)
     write_shards(tmp_path, [Sample(f"{n}", 0, [Variant(one)]) for n, one in enumerate(moments)], meta)
-    settings = {"seed": 1, "global_batch_size": 8, "patch_size": 2, "window_shards": 1, "holdout_fraction": 0.0}
-    plan = single_plan(build_index(tmp_path), **settings)
+    plan = plan_of(build_index(tmp_path), seed=1, batch=8, window_shards=1)
     runs = [
         [
             {slot: tokens for pack in step.packs for slot, tokens in images_of(pack).items()}

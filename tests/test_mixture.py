@@ -3,6 +3,7 @@
 import contextlib
 import io
 import pickle
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -13,12 +14,11 @@ from hypothesis import strategies as st
 from fitscale.config.errors import UserError
 from fitscale.config.files import read_jsonl
 from fitscale.config.load import load_config, to_yaml
-from fitscale.config.schema_data import SourceConfig
-from fitscale.data.batch_plan import BatchPlan, open_plan, places
+from fitscale.config.schema_data import DataConfig, SourceConfig
+from fitscale.data.batch_plan import BatchPlan, open_plan, places, token_shares
 from fitscale.data.index import Index
-from fitscale.data.loader import make_loader
+from fitscale.data.loader import READ_HERE, make_loader
 from fitscale.data.packing import PackRule
-from fitscale.data.sizes import token_shares
 from fitscale.data.stream import ImageStream
 from fitscale.run.claim import claim
 from fitscale.run.layout import RunDir
@@ -27,7 +27,7 @@ from tests.shard_sets import LATENTS, indexed_set
 from tests.test_train import train_here
 from tests.tiny import OVERRIDES
 
-SETTINGS = {"seed": 3, "patch_size": 2, "window_shards": 2, "holdout_fraction": 0.0}
+DATA, EVERY, ABOUT = DataConfig(window_shards=2), SourceConfig(), {"seed": 3, "patch_size": 2}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def indices(tmp_path_factory: pytest.TempPathFactory) -> list[Index]:
 
 def mixture(indices: list[Index], weights: list[float], batch: int = 24, **limits: SourceConfig) -> BatchPlan:
     streams = [
-        ImageStream(index, **SETTINGS, number=number, limits=limits.get(f"limits{number}", SourceConfig()))
+        ImageStream(index, DATA, limits.get(f"limits{number}", EVERY), **ABOUT, number=number)
         for number, index in enumerate(indices)
     ]
     return BatchPlan(streams, seed=3, global_batch_size=batch, weights=weights)
@@ -60,7 +60,7 @@ def test_places_are_dealt_one_by_one_as_websters_method_does(weights, n):
 def test_every_source_is_a_stream_of_its_own_whatever_the_others(indices):
     plan = mixture(indices, [3, 2, 0.5])
     for source, index in enumerate(indices):
-        alone = ImageStream(index, **SETTINGS, number=source)
+        alone = ImageStream(index, DATA, EVERY, **ABOUT, number=source)
         seen = images_of(plan, source, 40)
         assert seen == alone.images(0, len(seen)).tolist()
         assert sorted(seen[: index.meta.num_images]) == list(range(index.meta.num_images))  # an epoch, each once
@@ -134,7 +134,7 @@ def test_a_mixture_trains_and_names_its_images(tmp_path):
 def test_the_loader_reads_every_image_from_its_own_shards(tmp_path):
     config = config_of(tmp_path)
     plan = open_plan(config.data, seed=0, global_batch_size=16, patch_size=2)
-    for step in make_loader(plan, PackRule(4096), range(4), num_workers=2):
+    for step in make_loader(plan, PackRule(4096), range(4), replace(READ_HERE, num_workers=2)):
         assert np.bincount(step.batch.sources_B).tolist() == [4, 12]
         assert max(step.batch.tokens_B[step.batch.sources_B == 1]) <= 6 < max(step.batch.tokens_B)
         keys = {plan.key(step.batch, slot) for slot in range(16)}

@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from fitscale.config.schema import ParallelConfig
-from fitscale.model.build import build_network
+from fitscale.model.build import build_network, initial_items
 from fitscale.model.common.attention import packed_attention
 from fitscale.model.common.layout import pack_layout
 from fitscale.model.fit.config import FitConfig
-from fitscale.model.init import initial_items
 from fitscale.parallel.groups import init_parallel
 from tests.reference import CONFIGS, load_reference
 

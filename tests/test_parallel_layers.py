@@ -11,8 +11,7 @@ from torch import nn
 
 from fitscale.config.errors import UserError
 from fitscale.config.schema import ParallelConfig
-from fitscale.model.build import build_network
-from fitscale.model.init import initial_items
+from fitscale.model.build import build_network, initial_items
 from fitscale.model.weights import load_weights, published_items, stored, write_tensors
 from fitscale.parallel import groups
 from fitscale.parallel.layers import enter_sharded, gather_tokens, gather_tp, scatter_tokens, split_of

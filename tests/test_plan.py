@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fitscale.config.errors import UserError
-from fitscale.data.batch_plan import BatchPlan, GlobalBatch, single_plan
+from fitscale.data.batch_plan import BatchPlan, GlobalBatch
 from fitscale.data.index import IMAGE, VARIANT, Index, IndexMeta, Shard, is_held_out, key_hash, open_index
 from fitscale.data.shards import KINDS
 from fitscale.data.storage import Storage
 from fitscale.data.stream import philox, stable_order
-from tests.shard_sets import indexed_set
+from tests.shard_sets import indexed_set, plan_of
 
 IMAGES = 97
 
@@ -26,8 +26,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
 
 
 def plan(index: Index, **changes: object) -> BatchPlan:
-    settings = {"seed": 3, "global_batch_size": 16, "patch_size": 2, "window_shards": 3, "holdout_fraction": 0.0}
-    return single_plan(index, **{**settings, **changes})
+    return plan_of(index, **{"seed": 3, "batch": 16, "window_shards": 3, **changes})  # type: ignore[arg-type]
 
 
 def stream(plan: BatchPlan, images: int) -> np.ndarray:
@@ -52,7 +51,7 @@ def assert_same(a: GlobalBatch, b: GlobalBatch) -> None:
 def test_every_image_of_the_split_once_per_epoch(index, batch, window, fraction, split, seed):
     if fraction == 0 and split == "holdout":
         return
-    one = plan(index, global_batch_size=batch, window_shards=window, holdout_fraction=fraction, split=split, seed=seed)
+    one = plan(index, batch=batch, window_shards=window, holdout_fraction=fraction, split=split, seed=seed)
     held_out = {key_hash(f"image/{n:05d}") for n in range(IMAGES) if is_held_out(f"image/{n:05d}", fraction)}
     wanted = [i for i in range(IMAGES) if (int(index.images[i]["key_hash"]) in held_out) == (split == "holdout")]
     assert one.num_images == len(wanted)
@@ -69,7 +68,7 @@ def test_a_step_is_the_same_whatever_was_asked_before(index):
 
 
 def test_the_stream_does_not_depend_on_the_batch_size(index):
-    np.testing.assert_array_equal(stream(plan(index, global_batch_size=7), 300), stream(plan(index), 300))
+    np.testing.assert_array_equal(stream(plan(index, batch=7), 300), stream(plan(index), 300))
 
 
 def test_seed_and_epoch_change_the_order(index):
@@ -80,7 +79,7 @@ def test_seed_and_epoch_change_the_order(index):
 
 def test_each_epoch_has_its_own_order_inside_a_window_and_each_step_its_own_variants(tmp_path):
     index = indexed_set(tmp_path, 32, images_per_shard=32)
-    one = plan(index, global_batch_size=32)
+    one = plan(index, batch=32)
     first, second = one.step(0), one.step(1)
     assert first.images_B.tolist() != second.images_B.tolist()
     drawn = [batch.variants_B - index.images["first_variant"][batch.images_B].astype(int) for batch in (first, second)]
@@ -110,7 +109,7 @@ def test_batch_describes_the_drawn_variants(index):
 
 
 def test_half_of_the_draws_take_each_kind_and_half_each_flip(index):
-    one = plan(index, global_batch_size=1000)
+    one = plan(index, batch=1000)
     drawn = index.variants[np.concatenate([one.step(n).variants_B for n in range(10)])]
     counts = Counter(zip(drawn["kind"].tolist(), drawn["flip"].tolist(), strict=True))
     assert set(counts) == {(KINDS.index(kind), flip) for kind in ("resize", "crop") for flip in (False, True)}
@@ -141,7 +140,7 @@ def test_memory_is_shards_and_windows_not_images(tmp_path):
     variants = np.memmap(tmp_path / "variants", VARIANT, "w+", shape=1)
     index = Index(Storage(str(tmp_path)), IndexMeta("pixels", 1, 1.0, 1, 10, shards=shards), images, variants)
     tracemalloc.start()
-    one = plan(index, window_shards=4, global_batch_size=256)
+    one = plan(index, window_shards=4, batch=256)
     for n in range(0, 400, 40):
         one.step(n)
     peak = tracemalloc.get_traced_memory()[1]

@@ -222,10 +222,13 @@ def refusal(capsys, *arguments: str) -> str:
 def test_refusals(capsys, tmp_path):
     assert "'h300' is not a known device; valid: h100, h200, a100" in refusal(capsys, "--gpu", "h300")
     tp = "parallel.tensor_parallel_size="
-    assert "--gpus: 12 does not divide by parallel.tensor_parallel_size = 8" in refusal(
-        capsys, f"{tp}8", "--gpus", "12"
+    assert "8 does not divide 12 devices, 8 on a node" in refusal(capsys, f"{tp}8", "--gpus", "12")
+    assert "8 devices, 4 on a node, within which it must stay; valid: 1, 2, 4" in refusal(
+        capsys, f"{tp}8", "--gpus-per-node", "4"
     )
-    assert "leaves a node of 4 devices; valid: at most 4" in refusal(capsys, f"{tp}8", "--gpus-per-node", "4")
+    assert "2 does not divide 6 devices, 3 on a node" in refusal(
+        capsys, f"{tp}2", "--gpus", "6", "--gpus-per-node", "3"
+    )
     assert "num_heads = 24 does not divide by 5; valid: 1, 2, 3" in refusal(capsys, f"{tp}5")
     assert "--mfu: 40.0 is not a utilisation" in refusal(capsys, "--mfu", "40")
     assert "--gpus: 0 is too small" in refusal(capsys, "--gpus", "0")

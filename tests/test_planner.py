@@ -15,9 +15,9 @@ from fitscale.run.progress import wanted_metrics
 from fitscale.scaling.fit.fitting import fit_law
 from fitscale.scaling.fit.laws import OFFSET
 from fitscale.scaling.fit.planner import Economics, assumed, grid, measurements, plan
+from fitscale.scaling.rows.files import write_table
 from fitscale.scaling.rows.refusals import Refusal
 from fitscale.scaling.rows.runs import collect
-from fitscale.scaling.rows.table import write_table
 from tests.programs import run_tool
 from tests.synthetic_runs import write_sweep
 

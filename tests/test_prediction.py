@@ -11,9 +11,9 @@ from fitscale.config.load import load_config
 from fitscale.model import flops
 from fitscale.scaling.fit.prediction import batch_of, describe, predict, target, tokens_of
 from fitscale.scaling.fit.question import Question
+from fitscale.scaling.rows.files import write_table
 from fitscale.scaling.rows.refusals import Refusal
 from fitscale.scaling.rows.runs import collect
-from fitscale.scaling.rows.table import write_table
 from tests.programs import run_tool
 from tests.synthetic_runs import TOKENS, write_sweep
 

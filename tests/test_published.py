@@ -9,7 +9,7 @@ import pytest
 
 from fitscale.scaling.fit.compute_optimal import Optimum, fit_exponent, isoflop
 from fitscale.scaling.fit.holdout import hold_out
-from fitscale.scaling.rows.column_map import read_mapped
+from fitscale.scaling.rows.files import read_mapped
 from fitscale.scaling.rows.selection import correlation
 from tests.programs import run_tool
 

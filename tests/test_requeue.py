@@ -12,12 +12,10 @@ import torch
 
 from fitscale.config.errors import PassingError, UserError
 from fitscale.config.program import USER_ERROR
-from fitscale.jobs.allocate import as_told
 from fitscale.jobs.job import EvaluateJob, TrainJob
 from fitscale.jobs.launch import make_executor
-from fitscale.jobs.profile import ClusterConfig
-from fitscale.jobs.submission import Submission
-from fitscale.jobs.sweep import LayoutConfig
+from fitscale.jobs.profile import ClusterConfig, LayoutConfig
+from fitscale.jobs.submission import Submission, as_told
 from fitscale.plan.step import Images
 from fitscale.run.attempt import Attempt, begin_attempt
 from fitscale.run.claim import claim

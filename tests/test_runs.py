@@ -11,8 +11,9 @@ from fitscale.config.errors import UserError
 from fitscale.config.files import append_jsonl
 from fitscale.config.load import load_config
 from fitscale.model import flops
+from fitscale.scaling.rows.files import read_table, write_table
 from fitscale.scaling.rows.runs import collect, load_table
-from fitscale.scaling.rows.table import data_hash, read_table, write_table
+from fitscale.scaling.rows.table import data_hash
 from tests.synthetic_runs import KEY, TOKENS, write_sweep
 
 

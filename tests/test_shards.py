@@ -8,7 +8,7 @@ import pytest
 import webdataset
 
 from fitscale.config.errors import UserError
-from fitscale.data.shards import Sample, Variant, check_balance, check_sample, read_meta, write_shards
+from fitscale.data.shards import Sample, Variant, check_balance, check_sample, read_set, write_shards
 from tests.shard_sets import DRAWN, LATENTS, PIXELS, sample, write_set
 
 
@@ -39,7 +39,7 @@ def test_same_samples_give_the_same_bytes(tmp_path):
 def test_no_temporary_file_is_left_and_the_description_is_read_back(tmp_path):
     write_set(tmp_path, 12)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset.json", "shard-000000.tar", "shard-000001.tar"]
-    assert read_meta(tmp_path) == PIXELS
+    assert read_set(tmp_path)[0] == PIXELS
 
 
 def test_an_error_leaves_only_whole_shards_and_no_description(tmp_path):

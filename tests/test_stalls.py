@@ -133,7 +133,7 @@ def waits_of_two_ranks() -> dict[str, dict[str, float]]:
     topology = init_parallel(ParallelConfig(), "cpu")
     timer = PhaseTimer(torch.device("cpu"))
     for seconds in (0.125, 0.25) if topology.rank == 0 else (1.5, 0.5):
-        timer.waited(seconds)
+        timer.waits.append(seconds)
     return {"first": timer.read(4), "then": timer.read(4)}
 
 

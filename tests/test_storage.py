@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,14 +17,13 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fitscale.config.errors import PassingError, UserError
 from fitscale.config.files import read_jsonl
 from fitscale.data import storage
-from fitscale.data.batch_plan import single_plan
 from fitscale.data.index import ShardReader, open_index
-from fitscale.data.loader import make_loader
+from fitscale.data.loader import READ_HERE, make_loader
 from fitscale.data.packing import PackRule
 from fitscale.data.storage import Cache, retried
 from fitscale.prepare.statistics import verify
 from fitscale.run.layout import RunDir
-from tests.shard_sets import indexed_set
+from tests.shard_sets import indexed_set, plan_of
 from tests.tiny import tiny_config
 from tests.waiting import LIMIT_S, wait_until
 
@@ -72,8 +72,8 @@ def read_all(index) -> list[np.ndarray]:
 
 
 def load(index, **changes):
-    settings = {"seed": 0, "global_batch_size": 10, "patch_size": 2, "window_shards": 2, "holdout_fraction": 0.0}
-    return make_loader(single_plan(index, **settings), PackRule(512), range(6), **changes)
+    data = replace(READ_HERE, **changes)
+    return make_loader(plan_of(index, window_shards=2), PackRule(512), range(6), data)
 
 
 def test_a_url_reads_as_the_folder_does(remote, tmp_path):

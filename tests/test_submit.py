@@ -56,7 +56,7 @@ def test_a_dry_run_shows_layout_and_script_and_writes_nothing(tmp_path, digits_s
         ),
         (
             (*DEMO, "--tasks-per-node", "3", "model.hidden_size=48", "parallel.tensor_parallel_size=2"),
-            "parallel.tensor_parallel_size: 2 does not divide the 3 tasks of a node, within which it must stay; "
+            "parallel.tensor_parallel_size: 2 does not divide 3 devices, 3 on a node, within which it must stay; "
             "valid: 1, 3",
         ),
         ((*DEMO, "--nodes", "2", "batch.global_batch_size=3"), "--nodes: 2 x 2 tasks are 4 data-parallel ranks for 3"),

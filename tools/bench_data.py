@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from fitscale.config.program import exit_code
-from fitscale.data.batch_plan import BatchPlan, single_plan
+from fitscale.config.schema_data import DataConfig
+from fitscale.data.batch_plan import BatchPlan, open_plan
 from fitscale.data.build_index import build_index
 from fitscale.data.index import IMAGE, VARIANT, Index, IndexMeta, Shard, open_index
 from fitscale.data.packing import PackRule, split
@@ -98,8 +99,8 @@ def large_index(folder: Path, images: int) -> None:
 
 
 def make_plan(index: Index, batch: int) -> BatchPlan:
-    settings = {"patch_size": 2, "window_shards": 16, "holdout_fraction": 0.0}
-    return single_plan(index, seed=0, global_batch_size=batch, **settings)
+    data = DataConfig(index.storage.location)
+    return open_plan(data, seed=0, global_batch_size=batch, patch_size=2, open_index=lambda *_: index)
 
 
 def plan_and_split(plan: BatchPlan, n: int) -> None:

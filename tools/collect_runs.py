@@ -30,9 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
 def collect_runs(options: argparse.Namespace) -> int:
     """Write and/or check the table, and say what it holds."""
     from fitscale.config.errors import writing
+    from fitscale.scaling.rows.files import write_table
     from fitscale.scaling.rows.refusals import listed
     from fitscale.scaling.rows.selection import problems, summary
-    from fitscale.scaling.rows.table import write_table
 
     if not options.output and not options.check:
         raise UserError("nothing to do: give -o FILE, or --check")
@@ -67,7 +67,7 @@ def _derived(table: "pd.DataFrame", options: argparse.Namespace) -> "pd.DataFram
 
 
 def _table(runs: list[Path], columns: Path | None) -> "pd.DataFrame":
-    from fitscale.scaling.rows.column_map import read_mapped
+    from fitscale.scaling.rows.files import read_mapped
     from fitscale.scaling.rows.runs import load_table
 
     if columns is None:
@@ -78,7 +78,7 @@ def _table(runs: list[Path], columns: Path | None) -> "pd.DataFrame":
 
 
 def _parser() -> argparse.ArgumentParser:
-    from fitscale.scaling.rows.options import add_runs_option
+    from fitscale.scaling.fit.question import add_runs_option
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_runs_option(parser)

@@ -30,9 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
 def fit_scaling(options: argparse.Namespace) -> int:
     """Fit, write the report, print it in short; the exit code of this program's description."""
     from fitscale.config.errors import writing
+    from fitscale.scaling.fit.question import require_at_least
     from fitscale.scaling.fit.study import study
     from fitscale.scaling.report.files import write_report
-    from fitscale.scaling.rows.options import require_at_least
     from fitscale.scaling.rows.runs import load_table
 
     require_at_least(options, resamples=LEAST_RESAMPLES, seed=0)

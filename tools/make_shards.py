@@ -21,7 +21,7 @@ from fitscale.data.index import open_index
 from fitscale.prepare.convert import STORES, Conversion, Converter, is_finished
 from fitscale.prepare.digits import SCALES, digits_meta, write_digits
 from fitscale.prepare.published_layout import import_layout
-from fitscale.prepare.shard_report import summary_text, write_summary
+from fitscale.prepare.shard_report import summary
 from fitscale.prepare.workers import WorkerRank, find_worker
 
 
@@ -57,9 +57,7 @@ def make_images(options: argparse.Namespace) -> None:
         if missing:
             print(f"{out}: worker {worker.rank} of {worker.workers} is done, {missing} shards are left to others")
             return
-    if not (out / "summary.json").is_file():
-        write_summary(out)
-    print(f"{out}: finished, {_summary(out)}\n{summary_text(out)}")
+    print(f"{out}: finished, {_summary(out)}\n{summary(out)}")
 
 
 def _worker(options: argparse.Namespace) -> WorkerRank:

@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     from fitscale.config.files import write_atomic
     from fitscale.model import flops
     from fitscale.scaling.fit.planner import plan
-    from fitscale.scaling.rows.options import model_named, require_at_least
+    from fitscale.scaling.fit.question import model_named, require_at_least
 
     require_at_least(options, points=1, first_step=1, tokens=1, batch=1, samples=2, nfe=1, target_steps=1, seed=0)
     economics = _economics(options)
@@ -153,7 +153,7 @@ def _prior(options: argparse.Namespace) -> "Prior":
 
 def _parser() -> argparse.ArgumentParser:
     from fitscale.plan.devices import DEVICES
-    from fitscale.scaling.rows.options import add_filter_options
+    from fitscale.scaling.fit.question import add_filter_options
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

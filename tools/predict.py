@@ -34,8 +34,7 @@ def run(options: argparse.Namespace) -> int:
     from fitscale.config.errors import writing
     from fitscale.config.files import write_atomic
     from fitscale.scaling.fit.prediction import describe, predict
-    from fitscale.scaling.fit.question import question
-    from fitscale.scaling.rows.options import require_at_least
+    from fitscale.scaling.fit.question import question, require_at_least
     from fitscale.scaling.rows.runs import load_table
 
     require_at_least(options, steps=1, batch=1, tokens=1, seed=0)
@@ -67,7 +66,7 @@ def _target(options: argparse.Namespace, rows: "pd.DataFrame") -> "Target":
 
 def _model(size: list[str]) -> "ModelConfig":
     from fitscale.config.load import load_config
-    from fitscale.scaling.rows.options import model_named
+    from fitscale.scaling.fit.question import model_named
 
     if len(size) == 1 and not size[0].endswith((".yaml", ".yml")):
         return model_named(size[0], MODELS)

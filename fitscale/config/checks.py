@@ -6,13 +6,19 @@ A field of a config says where it is declared what is valid, and its section che
         steps: int = number(400000, least=1)
         device: str = one_of("auto", "cpu", "cuda")
 
-None and an empty list pass; of a list every entry is checked.
+None and an empty list pass; of a list every entry is checked. Whatever is declared, a section holds no text with
+control characters (a line break would be a line of its own in a batch script), no text longer than a path can be, and
+no number that is not finite or that 64 bits do not hold.
 """
 
+import unicodedata
 from dataclasses import field, fields, replace
 from typing import Any, ClassVar
 
 from fitscale.config.errors import UserError
+
+MOST_CHARACTERS = 4096  # of a text: Linux's longest path
+_BREAKING = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of pairs, line and paragraph separators
 
 
 def choice(key: str, value: object, valid: tuple[str, ...]) -> None:
@@ -23,6 +29,24 @@ def choice(key: str, value: object, valid: tuple[str, ...]) -> None:
 def at_least(key: str, value: float, least: float) -> None:
     if not value >= least:
         raise UserError(f"{key}: {value} is too small, the least is {least}")
+
+
+def check_plain(key: str, value: Any) -> None:
+    """Raises UserError for a text or number, at any depth of lists and dicts, that no section may hold."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            check_plain(key, item)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            check_plain(key, name)
+            check_plain(f"{key}.{name}", item)
+    elif isinstance(value, str):
+        if any(unicodedata.category(character) in _BREAKING for character in value):
+            raise UserError(f"{key}: {value!r} holds a line break or another control character")
+        if len(value) > MOST_CHARACTERS:
+            raise UserError(f"{key}: {len(value):,} characters; valid: at most {MOST_CHARACTERS:,}")
+    elif isinstance(value, int | float) and not -(2**63) <= value < 2**63:  # not a number is neither
+        raise UserError(f"{key}: must be a number from -2^63 to 2^63")
 
 
 def number(default: Any, *, least: float | None = None, below: float | None = None, above: float | None = None) -> Any:
@@ -47,10 +71,11 @@ class Section:
 
     def __post_init__(self) -> None:
         for one in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, one.name)
+            key, value = f"{self.path}.{one.name}".lstrip("."), getattr(self, one.name)
+            check_plain(key, value)
             for item in value if isinstance(value, list | tuple) else [value]:
                 if one.metadata and item is not None:
-                    _check(f"{self.path}.{one.name}".lstrip("."), item, **one.metadata)
+                    _check(key, item, **one.metadata)
 
 
 def given(section: Any, **chosen: Any) -> Any:

@@ -4,13 +4,23 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+MOST_CHARACTERS = 1000  # of a message
+
 
 class UserError(ValueError):
     """A mistake in a config, a file or a command; its text says what is wrong, where, and what would be valid.
 
     Command-line programs print the text alone and exit with code 2; anything else is a fault of fitscale and
-    keeps its traceback.
+    keeps its traceback. The text is one line that a terminal can show, whatever a file or a name put into it: spaces
+    for white space, escapes for what is not printable, and of a long text its beginning and its end.
     """
+
+    def __str__(self) -> str:
+        words = " ".join(super().__str__().split())
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+        if len(text) <= MOST_CHARACTERS:
+            return text
+        return f"{text[: MOST_CHARACTERS // 2]} ... ({len(text):,} characters) ... {text[-MOST_CHARACTERS // 4 :]}"
 
 
 class PassingError(UserError):

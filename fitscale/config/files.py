@@ -9,13 +9,44 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fitscale.config.errors import UserError
+
+JSON_BYTES = 256 * 2**20  # no file of one JSON object is larger
+
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file; a last line cut short by a crash is left out, a missing file has no rows."""
+    """The rows of a .jsonl file; a last line cut short by a crash is left out, a missing file has no rows.
+
+    Raises:
+        UserError: a line holds no JSON object.
+    """
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    return [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines[:-1], 1) if line]
+
+
+def read_json(path: Path, most_bytes: int = JSON_BYTES) -> dict[str, Any]:
+    """The JSON object that the file holds; raises UserError for what cannot be read, is no object, or is too large."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(most_bytes + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({os.strerror(error.errno or 0)})") from error
+    if len(text) > most_bytes:
+        raise UserError(f"{path}: more than {most_bytes:,} bytes; nothing that fitscale writes here is so large")
+    return parse_json(text, path)
+
+
+def parse_json(text: bytes, what: object) -> dict[str, Any]:
+    """The JSON object in `text`, which came from outside as (or in) `what`; raises UserError for anything else."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{what}: must hold a JSON object, {{...}}, not {str(content)[:100]}")
+    return content
 
 
 @contextmanager

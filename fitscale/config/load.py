@@ -1,7 +1,6 @@
 """YAML files, merged left to right, then `key=value` overrides, into a checked `Config`. The only door to omegaconf."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,7 +60,7 @@ def _merge(merged: Any, sources: list[tuple[str, Any]]) -> Any:
 
 def to_yaml(config: Any) -> str:
     """The resolved config as YAML that `load_schema` reads back to an equal object."""
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(asdict(config))))
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def _is_override(argument: Any) -> bool:
@@ -76,7 +75,7 @@ def _read(argument: Any) -> Any:
     try:
         return OmegaConf.from_dotlist([argument])
     except YAMLError as error:
-        raise UserError(f"{argument}: the value is not valid YAML ({_one_line(error)})") from error
+        raise UserError(f"{argument}: the value is not valid YAML ({error})") from error
 
 
 def _read_file(argument: str) -> Any:
@@ -86,14 +85,10 @@ def _read_file(argument: str) -> Any:
     try:
         content = OmegaConf.load(path)
     except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{argument}: not valid YAML ({_one_line(error)})") from error
+        raise UserError(f"{argument}: not valid YAML ({error})") from error
     if not OmegaConf.is_dict(content):
         raise UserError(f"{argument}: must hold key: value pairs")
     return content
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _explain(error: OmegaConfBaseException) -> str:
@@ -101,11 +96,3 @@ def _explain(error: OmegaConfBaseException) -> str:
     first = str(error).splitlines()[0]
     key = getattr(error, "full_key", None)
     return f"{key}: {first}" if key else first
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -105,26 +104,31 @@ def open_plan(
     Raises:
         UserError: a shard set cannot be opened, or has no image that fits.
     """
+    cache, about = Cache(Path(data.cache_dir), data.cache_gb), {"seed": seed, "patch_size": patch_size, "split": split}
     streams = [
-        ImageStream(
-            open_index(source.shards, Cache(Path(data.cache_dir), data.cache_gb)),
-            seed=seed,
-            patch_size=patch_size,
-            window_shards=data.window_shards,
-            holdout_fraction=data.holdout_fraction,
-            split=split,
-            limits=source,
-            number=number,
-        )
+        ImageStream(open_index(source.shards, cache), data, source, number=number, **about)  # type: ignore[arg-type]
         for number, source in enumerate(data.sources.values())
     ]
     weights = [source.weight for source in data.sources.values()]
     return BatchPlan(streams, seed=seed, global_batch_size=global_batch_size, weights=weights)
 
 
-def single_plan(index: Index, *, seed: int, global_batch_size: int, **settings: Any) -> BatchPlan:
-    """The plan of one shard set; `settings` are those of `ImageStream`."""
-    return BatchPlan([ImageStream(index, seed=seed, **settings)], seed=seed, global_batch_size=global_batch_size)
+def token_shares(data: DataConfig, patch_size: int, open_index: OpenIndex = open_index) -> dict[int, float]:
+    """Share of the images that have each number of tokens, as their variants do; adds up to 1.
+
+    Raises:
+        UserError: a shard set cannot be opened.
+    """
+    shares: dict[int, float] = {}
+    weights = sum(source.weight for source in data.sources.values())
+    for source in data.sources.values():
+        sizes = open_index(source.shards, Cache(Path(data.cache_dir), data.cache_gb)).meta.sizes
+        counts = [((height // patch_size) * (width // patch_size), count) for height, width, count in sizes]
+        used = [(tokens, count) for tokens, count in counts if source.uses(tokens)]
+        total = sum(count for _, count in used)
+        for tokens, count in used:
+            shares[tokens] = shares.get(tokens, 0.0) + source.weight / weights * count / total
+    return dict(sorted(shares.items()))
 
 
 def places(weights: Sequence[Fraction], n: int) -> list[int]:

@@ -10,9 +10,8 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,11 +20,9 @@ import numpy as np
 from fitscale.config.errors import UserError
 from fitscale.config.files import replacing, write_atomic
 from fitscale.data.index import IMAGE, VARIANT, Index, IndexMeta, Shard, key_hash, map_index, open_index
-from fitscale.data.shards import DTYPES, KINDS, Sample, ShardSetMeta, Variant, check_sample, read_meta, shard_files
+from fitscale.data.shards import DTYPES, KINDS, Sample, ShardSetMeta, Variant, check_sample, read_set, sample_files
 from fitscale.data.storage import Storage, checksum_of
-from fitscale.data.tars import split_name, tar_members
 
-Member = tuple[str, int, bytes]  # name, offset of its data, its data
 VariantRow = tuple[Any, ...]  # as VARIANT
 
 
@@ -47,9 +44,7 @@ def build_index(folder: str | Path, scanned: Iterable[Scanned] | None = None) ->
         UserError: no shards; a shard is truncated or corrupt, or a sample does not fit `dataset.json`; a key twice.
     """
     folder = Path(folder)
-    meta, paths = read_meta(folder), shard_files(folder)
-    if not paths:
-        raise UserError(f"{folder}: holds no shards (*.tar)")
+    meta, paths = read_set(folder)
     with (
         replacing(folder / "images.npy") as images_path,
         replacing(folder / "variants.npy") as variants_path,
@@ -111,9 +106,9 @@ def scan_shard(path: Path, meta: ShardSetMeta) -> Scanned:
         UserError: the shard is cut short or corrupt, or a sample does not fit `meta`; names shard, number and key.
     """
     found: list[tuple[int, int, list[VariantRow]]] = []
-    for number, (key, members) in enumerate(groupby(_members(path), key=lambda member: split_name(member[0])[0])):
+    for number, (key, files) in enumerate(sample_files(path)):
         try:
-            found.append((key_hash(key), *_read_sample(key, list(members), meta)))
+            found.append((key_hash(key), *_read_sample(key, files, meta)))
         except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: sample {number} ({key}) is corrupt: {error}") from error
     found.sort(key=lambda image: image[0])
@@ -123,17 +118,7 @@ def scan_shard(path: Path, meta: ShardSetMeta) -> Scanned:
     return Scanned(path.name, path.stat().st_size, checksum_of(path), images, variants)
 
 
-def _members(path: Path) -> Iterator[Member]:
-    with open(path, "rb") as file:
-        for member in tar_members(path):
-            if not member.isfile():
-                raise UserError(f"{path}: {member.name} is no plain file")
-            file.seek(member.offset_data)
-            yield member.name, member.offset_data, file.read(member.size)
-
-
-def _read_sample(key: str, members: list[Member], meta: ShardSetMeta) -> tuple[int, list[VariantRow]]:
-    files = {split_name(name)[1]: (offset, data) for name, offset, data in members}
+def _read_sample(key: str, files: dict[str, tuple[int, bytes]], meta: ShardSetMeta) -> tuple[int, list[VariantRow]]:
     described = json.loads(files.pop("json")[1])
     if len(files) != len(described["variants"]):
         raise UserError(f"{len(described['variants'])} variants described, {len(files)} stored")

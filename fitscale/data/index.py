@@ -26,9 +26,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from fitscale.config.errors import UserError
-from fitscale.data.shards import DTYPES, ShardSetMeta
+from fitscale.data.shards import DTYPES, ShardSetMeta, tar_members
 from fitscale.data.storage import Cache, Storage
-from fitscale.data.tars import tar_members
 
 VERSION = 1
 OPEN_SHARDS = 64  # files a reader keeps open

@@ -7,7 +7,10 @@
 Every step is computed from its number alone, so workers change nothing and resuming is starting at another step.
 """
 
+import contextlib
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,13 +21,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fitscale.config.errors import UserError
+from fitscale.config.schema_data import DataConfig
 from fitscale.data.batch_plan import BatchPlan, GlobalBatch
 from fitscale.data.encode import draw_latent, patchify, to_float
-from fitscale.data.index import CorruptSample, ShardReader
+from fitscale.data.index import CorruptSample, Shard, ShardReader
 from fitscale.data.packing import PackingStats, PackRule, split
-from fitscale.data.prefetch import ShardPrefetcher
+from fitscale.data.storage import Storage
+from fitscale.data.stream import ImageStream
 
 PADDING_SLOT = -1
+READ_HERE = DataConfig(num_workers=0)
 TERMINATED_S = 300  # how long a worker lives on after SIGTERM
 
 
@@ -78,32 +84,23 @@ class StepBatch:
 
 
 def make_loader(
-    plan: BatchPlan,
-    rule: PackRule,
-    steps: range,
-    *,
-    dp_rank: int = 0,
-    dp_size: int = 1,
-    num_workers: int = 0,
-    prefetch_steps: int = 1,
-    on_error: str = "stop",
+    plan: BatchPlan, rule: PackRule, steps: range, data: DataConfig = READ_HERE, dp_rank: int = 0, dp_size: int = 1
 ) -> Iterator[StepBatch]:
     """Iterator over the StepBatch of `steps` for rank `dp_rank`.
 
-    `num_workers` processes each read `prefetch_steps` ahead; 0 reads in this process when asked. With `on_error` "skip"
-    a corrupt image becomes padding (slot -1, zero tokens) where it lies in its pack: it weighs nothing, and the step
-    names it.
+    `data.num_workers` processes each read `data.prefetch_steps` ahead; 0 reads in this process when asked. With
+    `data.on_error` "skip" a corrupt image becomes padding (slot -1, zero tokens) where it lies in its pack: it weighs
+    nothing, and the step names it.
 
     Raises:
         UserError: here, if an image is larger than a pack; while iterating, if a shard is missing or corrupt.
     """
     plan.require_fit(rule)
     loaded_steps: DataLoader[Any] = DataLoader(
-        _Steps(plan, rule, steps, dp_rank, dp_size, on_error),
+        _Steps(plan, rule, steps, dp_rank, dp_size, data.on_error),
         batch_size=None,
-        num_workers=num_workers,
-        prefetch_factor=prefetch_steps if num_workers else None,
-        collate_fn=_unchanged,
+        num_workers=data.num_workers,
+        prefetch_factor=data.prefetch_steps if data.num_workers else None,
         worker_init_fn=_outlive_sigterm,
         generator=torch.Generator(),  # else the loader would draw from torch's global generator
     )
@@ -197,5 +194,30 @@ def _outlive_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, hear)
 
 
-def _unchanged(loaded: Any) -> Any:
-    return loaded
+class ShardPrefetcher:
+    """One process's fetching for one stream."""
+
+    def __init__(self, stream: ImageStream) -> None:
+        self.stream = stream
+        self._asked: list[Shard] = []
+
+    def fetch_after(self, place: int) -> None:
+        """Begin to fetch what comes after the window of image `place`, unless this is so already.
+
+        Nothing is fetched that would push the window before it out of the cache.
+        """
+        storage = self.stream.index.storage
+        if not storage.remote:
+            return
+        shards = self.stream.shards_ahead(place)
+        if shards == self._asked or 2 * sum(shard.bytes for shard in shards) > storage.cache.size_gb * 1e9:
+            return
+        self._asked = shards
+        first = os.getpid() % len(shards)  # the processes of a machine begin at different ones
+        threading.Thread(target=_fetch, args=(storage, shards[first:] + shards[:first]), daemon=True).start()
+
+
+def _fetch(storage: Storage, shards: list[Shard]) -> None:
+    with contextlib.suppress(UserError, OSError):  # who reads it will meet the same error, and report it
+        for shard in shards:
+            storage.local(shard.name, shard.bytes, shard.checksum)

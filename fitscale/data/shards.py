@@ -1,4 +1,4 @@
-"""Writing webdataset shards of tokens-to-be.
+"""Webdataset shards of tokens-to-be: writing them, and finding their members.
 
 1. An image comes as a `Sample`: key, class label, and its variants (latents of a VAE, or plain pixels).
 2. It is checked, and encoded to `<key>.json` and one `<key>.<n>.npy` per variant.
@@ -11,10 +11,11 @@ are.
 
 import json
 import re
+import tarfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from fitscale.config.checks import at_least, choice
 from fitscale.config.errors import UserError
 from fitscale.config.files import replacing, write_atomic
 
-DATASET_FILE = "dataset.json"
 KINDS = ("resize", "crop", "scale")  # the index stores a kind by its position here
 DTYPES = ("uint8", "float16", "float32")  # likewise
 _KEY = re.compile(r"[^.\s]+")  # webdataset ends a key at its first dot
@@ -117,20 +117,23 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def write_meta(folder: Path, meta: ShardSetMeta) -> None:
-    write_atomic(folder / DATASET_FILE, json.dumps(asdict(meta), indent=1) + "\n")
+    write_atomic(folder / "dataset.json", json.dumps(asdict(meta), indent=1) + "\n")
 
 
-def read_meta(folder: Path) -> ShardSetMeta:
-    """The `dataset.json` of a shard set."""
-    path = folder / DATASET_FILE
+def read_set(folder: Path) -> tuple[ShardSetMeta, list[Path]]:
+    """A folder's `dataset.json` and shards; UserError if there are none."""
+    path = folder / "dataset.json"
     try:
-        return ShardSetMeta(**json.loads(path.read_text()))
+        meta = ShardSetMeta(**json.loads(path.read_text()))
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file; it says what the arrays are (kind, factor, scaling, channels, num_classes)"
         ) from None
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: not the description of a shard set: {error}") from error
+    if shards := shard_files(folder):
+        return meta, shards
+    raise UserError(f"{folder}: holds no shards (*.tar)")
 
 
 def check_sample(sample: Sample, meta: ShardSetMeta) -> None:
@@ -178,3 +181,55 @@ def _encoded(sample: Sample) -> dict[str, Any]:
     arrays = [np.ascontiguousarray(v.array_CHW, v.array_CHW.dtype.newbyteorder("<")) for v in sample.variants]
     files = {f"{number}.npy": array for number, array in enumerate(arrays)}
     return {"__key__": sample.key, "json": {"label": int(sample.label), "variants": described}, **files}
+
+
+def sample_files(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
+    """Each sample of a shard: its key, and by extension its files' places in the shard (offset, bytes) and data.
+
+    Raises:
+        UserError: as `tar_members`, or a member is no plain file.
+    """
+    with open(path, "rb") as shard:
+
+        def read(member: tarfile.TarInfo) -> tuple[int, bytes]:
+            if not member.isfile():
+                raise UserError(f"{path}: {member.name} is no plain file")
+            shard.seek(member.offset_data)
+            return member.offset_data, shard.read(member.size)
+
+        for key, members in groupby(tar_members(path), key=lambda member: split_name(member.name)[0]):
+            yield key, {split_name(member.name)[1]: read(member) for member in members}
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and extension of a tar's member by webdataset's rule: the key ends at the first dot of the file's name."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension
+
+
+def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar, in their order.
+
+    tarfile takes a damaged or overwritten header, and a file cut between two members, for the end of the archive; here
+    the end must be there, and nothing behind it.
+
+    Raises:
+        UserError: it is no tar, or is truncated or corrupt; names the member after which.
+    """
+    last = "the start"
+    with open(path, "rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                while member := tar.next():
+                    tar.members = []  # type: ignore[attr-defined]  # or it keeps them all
+                    last = member.name
+                    yield member
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                    raise tarfile.ReadError("the tar's end is missing")
+                while block := file.read(2**20):
+                    if block.strip(tarfile.NUL):
+                        raise tarfile.ReadError("more data follow the tar's end")
+        except tarfile.TarError as error:
+            raise UserError(f"{path}: truncated or corrupt after {last}, or no tar: {error}") from error

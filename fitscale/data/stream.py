@@ -14,40 +14,38 @@ from typing import Any
 import numpy as np
 
 from fitscale.config.errors import UserError
-from fitscale.config.schema_data import SourceConfig
+from fitscale.config.schema_data import DataConfig, SourceConfig
 from fitscale.data.index import Index, Shard
 
 SHARD_ORDER, IMAGE_ORDER, VARIANT_CHOICE, LATENT_NOISE = range(4)  # what a draw is for
-EVERY_IMAGE = SourceConfig()
 PURPOSES = 256  # draws of source k of a mixture are for purpose + k * PURPOSES
 
 
 @dataclass(eq=False)
 class ImageStream:
-    """One split of a shard set; every image that has a variant `limits` uses exactly once per epoch.
+    """One split of a shard set, read as `data` says; an epoch has every image with a variant in `limits` once.
 
     Raises:
         UserError: no image is left; a height or width is no multiple of `patch_size`.
     """
 
     index: Index
+    data: DataConfig
+    limits: SourceConfig
     _: KW_ONLY
     seed: int
     patch_size: int
-    window_shards: int
-    holdout_fraction: float
     split: str = "train"
-    limits: SourceConfig = EVERY_IMAGE
     number: int = 0  # of this stream in a mixture
 
     def __post_init__(self) -> None:
         index, split = self.index, self.split
-        first, held_out = index.first_images, index.held_out(self.holdout_fraction)
+        first, held_out = index.first_images, index.held_out(self.data.holdout_fraction)
         self._starts = first[:-1] + (held_out if split == "train" else 0)
         self._stored = np.diff(first) - held_out if split == "train" else held_out  # per shard, within limits or not
         if not self._stored.any():
             raise UserError(
-                f"data.holdout_fraction: {self.holdout_fraction} leaves no image for split {split} of the "
+                f"data.holdout_fraction: {self.data.holdout_fraction} leaves no image for split {split} of the "
                 f"{index.meta.num_images} images in {index.storage.location}"
             )
         self._counts = self._stored
@@ -135,12 +133,12 @@ class ImageStream:
         """The shards in their order, and the position in the epoch where each window ends."""
         shards = stable_order(self._random(SHARD_ORDER, epoch, 0, len(self._counts)))
         ends = np.cumsum(self._counts[shards])
-        last = np.minimum(np.arange(0, len(shards), self.window_shards) + self.window_shards, len(shards)) - 1
+        last = np.minimum(np.arange(0, len(shards), self.data.window_shards) + self.data.window_shards, len(shards)) - 1
         return shards, ends[last]
 
     def _members(self, epoch: int, window: int) -> np.ndarray:
         """The numbers of a window's shards."""
-        return self._epoch(epoch)[0][window * self.window_shards : (window + 1) * self.window_shards]
+        return self._epoch(epoch)[0][window * self.data.window_shards : (window + 1) * self.data.window_shards]
 
     def _make_window(self, epoch: int, window: int) -> np.ndarray:
         self.index.release()  # the rows of the window before this one

@@ -10,16 +10,7 @@ from fitscale.config.schema import Config, ModelConfig, SamplingConfig
 from fitscale.data.index import open_index
 from fitscale.eval.evaluate import EvaluationOptions, evaluate_run
 from fitscale.eval.folder import check_samples_folder, write_samples
-from fitscale.eval.generate import (
-    Request,
-    find_checkpoint,
-    generate,
-    load_model,
-    open_run,
-    parse_classes,
-    patches,
-    weights_name,
-)
+from fitscale.eval.generate import Request, find_checkpoint, generate, load_model, open_run, patches, weights_name
 from fitscale.run.layout import RunDir
 
 
@@ -52,6 +43,26 @@ def run_sample(arguments: argparse.Namespace) -> None:
     nfe = write_samples(out, drawn, [request.label for request in requests], settings, title)
     drawn_in = f"{len(nfe)} images, {sum(nfe) / len(nfe):g} function evaluations each, in {out}"
     print(f"{drawn_in}; the first on {out / 'contact_sheet.png'}")
+
+
+def parse_classes(text: str, num_classes: int) -> list[int]:
+    """Labels of "0,7,3", "0-9" (inclusive), a mix of both, or "all".
+
+    Raises:
+        UserError: a label is not a number or outside 0 .. num_classes - 1.
+    """
+    if text == "all":
+        return list(range(num_classes))
+    labels: list[int] = []
+    for part in text.split(","):
+        ends = part.split("-")
+        if len(ends) > 2 or not all(end.strip().isdigit() for end in ends):
+            raise UserError(f"--classes: {part!r} is neither a label (7), a range (0-9) nor all")
+        labels += range(int(ends[0]), int(ends[-1]) + 1)
+    outside = [label for label in labels if label >= num_classes]
+    if outside or not labels:
+        raise UserError(f"--classes: {text!r} is out of range; the model's classes are 0 to {num_classes - 1}")
+    return labels
 
 
 def _name(arguments: argparse.Namespace, step: int, weights: str, sampling: SamplingConfig) -> str:

@@ -186,23 +186,3 @@ def patches(config: Config, height: int, width: int) -> tuple[int, int]:
                 f"data.latent.factor {config.data.latent.factor}); the nearest are {low} and {low + multiple}"
             )
     return height // multiple, width // multiple
-
-
-def parse_classes(text: str, num_classes: int) -> list[int]:
-    """Labels of "0,7,3", "0-9" (inclusive), a mix of both, or "all".
-
-    Raises:
-        UserError: a label is not a number or outside 0 .. num_classes - 1.
-    """
-    if text == "all":
-        return list(range(num_classes))
-    labels: list[int] = []
-    for part in text.split(","):
-        ends = part.split("-")
-        if len(ends) > 2 or not all(end.strip().isdigit() for end in ends):
-            raise UserError(f"--classes: {part!r} is neither a label (7), a range (0-9) nor all")
-        labels += range(int(ends[0]), int(ends[-1]) + 1)
-    outside = [label for label in labels if label >= num_classes]
-    if outside or not labels:
-        raise UserError(f"--classes: {text!r} is out of range; the model's classes are 0 to {num_classes - 1}")
-    return labels

@@ -51,8 +51,7 @@ class ImageNoise:
     lengths: Sequence[int]
 
     def normal(self, step: int, x_TC: Tensor) -> Tensor:
-        channels = x_TC.shape[1]
-        noise_TC = image_noise(self.seed, step, self.indices, self.lengths, channels, stream=SAMPLER_NOISE)
+        noise_TC = image_noise(self.seed, step, self.indices, self.lengths, x_TC.shape[1], stream=SAMPLER_NOISE)
         return noise_TC.to(x_TC)
 
     def generators(self, step: int) -> list[torch.Generator]:
@@ -116,15 +115,13 @@ def _grid(end: float, steps: int) -> list[float]:
 
 
 def _euler(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, noise: ImageNoise) -> Tensor:
-    times = _grid(1.0, sampling.steps)
-    for t, following in pairwise(times):
+    for t, following in pairwise(_grid(1.0, sampling.steps)):
         x_TC = x_TC + (following - t) * model_fn(x_TC, t)
     return x_TC
 
 
 def _heun(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, noise: ImageNoise) -> Tensor:
-    times = _grid(1.0, sampling.steps)
-    for t, following in pairwise(times):
+    for t, following in pairwise(_grid(1.0, sampling.steps)):
         here_TC = model_fn(x_TC, t)
         there_TC = model_fn(x_TC + (following - t) * here_TC, following)
         x_TC = x_TC + (following - t) * (here_TC + there_TC) / 2

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
-from fitscale.jobs.allocate import Allocation
 from fitscale.jobs.job import EvaluateJob, TrainJob
 from fitscale.jobs.launch import LiveJob, live_jobs, make_executor, submit
 from fitscale.jobs.profile import ClusterConfig
-from fitscale.jobs.submission import Submission
+from fitscale.jobs.submission import Allocation, Submission
 from fitscale.run.claim import differences
 from fitscale.run.progress import Progress
 

@@ -64,15 +64,14 @@ class StepJob(RunJob):
 
     step: int
     kind: ClassVar[str]
-    most_timeouts: ClassVar[int]  # time limits that it may reach, and is queued again
+    most_timeouts: ClassVar[int] = 5  # time limits that it may reach, and is queued again
 
 
 @dataclass(frozen=True)
 class EvaluateJob(StepJob):
     """Evaluate the run in `run` at `step`."""
 
-    kind: ClassVar[str] = "evaluate"
-    most_timeouts: ClassVar[int] = 5  # it begins anew each time
+    kind: ClassVar[str] = "evaluate"  # begins anew at each start
 
     def __call__(self) -> None:
         require_device(load_config([str(self.run.config)]))

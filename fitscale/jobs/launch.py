@@ -18,9 +18,9 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from fitscale.config.errors import UserError, writing
 from fitscale.config.files import append_jsonl, read_jsonl
-from fitscale.jobs.allocate import Allocation
 from fitscale.jobs.job import StepJob
 from fitscale.jobs.profile import ClusterConfig
+from fitscale.jobs.submission import Allocation
 from fitscale.run.layout import RunDir
 
 REQUEUE = Path(__file__).with_name("requeue.sh")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from fitscale.config.checks import at_least
+from fitscale.config.checks import Section, number
 from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
 from fitscale.plan.devices import find_device
@@ -10,7 +10,15 @@ from fitscale.plan.layout import Machine
 
 
 @dataclass(frozen=True)
-class ClusterConfig:
+class LayoutConfig(Section):
+    """Processes of a run's training job on a cluster."""
+
+    nodes: int = number(1, least=1)
+    tasks_per_node: int | None = number(None, least=1)  # None = the cluster profile's
+
+
+@dataclass(frozen=True)
+class ClusterConfig(Section):
     """How jobs are asked for. What is None is left to the cluster."""
 
     name: str = "cluster"
@@ -18,14 +26,18 @@ class ClusterConfig:
     account: str | None = None
     qos: str | None = None
     device: str = "h100"  # what trains, as `fitscale plan` knows it; cpu = a core for each task
-    utilisation: float = 0.4  # share of the peak reached while computing, for plans; measure it with a first run
-    gpus_per_node: int = 8  # what a node has; 0 = train on its CPUs
-    tasks_per_node: int = 8  # ranks on a node, each with one GPU if there are any
-    max_nodes: int = 1024  # most nodes of one job
-    cpus_per_task: int = 8
+    utilisation: float = number(
+        0.4, above=0
+    )  # share of the peak while computing, for plans; measure it with a first run
+    gpus_per_node: int = number(8, least=0)  # what a node has; 0 = train on its CPUs
+    tasks_per_node: int = number(8, least=1)  # ranks on a node, each with one GPU if there are any
+    max_nodes: int = number(1024, least=1)  # most nodes of one job
+    cpus_per_task: int = number(8, least=1)
     mem_gb: float | None = None  # per node
-    time_min: int = 1440  # a run that needs longer is queued again at its end; Slurm's limits are whole minutes
-    signal_before_end_s: int = 120  # USR2 comes so early: a step and a checkpoint have to fit in
+    time_min: int = number(
+        1440, least=1
+    )  # what needs longer is queued again at its end; Slurm's limits are whole minutes
+    signal_before_end_s: int = number(120, least=1)  # USR2 comes so early: a step and a checkpoint have to fit in
     constraint: str | None = None
     exclude: str | None = None  # nodes
     sbatch: dict[str, str] = field(default_factory=dict)  # further options of sbatch, without their dashes
@@ -46,14 +58,12 @@ class ClusterConfig:
         return replace(config, run=replace(config.run, device="cuda"))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         find_device(self.device)
         if (self.device == "cpu") != (self.gpus_per_node == 0):
             raise UserError(f"device: {self.device} does not go with gpus_per_node = {self.gpus_per_node}")
-        if not 0 < self.utilisation <= 1:
+        if self.utilisation > 1:
             raise UserError(f"utilisation: {self.utilisation} is not a share; valid: above 0, at most 1")
-        at_least("gpus_per_node", self.gpus_per_node, 0)
-        for key in ("tasks_per_node", "max_nodes", "cpus_per_task", "time_min", "signal_before_end_s"):
-            at_least(key, getattr(self, key), 1)
         if self.signal_before_end_s >= 60 * self.time_min:
             raise UserError(
                 f"signal_before_end_s: {self.signal_before_end_s} must be below time_min = {self.time_min} min"

@@ -1,14 +1,22 @@
-"""A run that a command is about to start: its config with what its indices say, looked at once and passed along."""
+"""A run that a command is about to start: looked at once, given its part of a cluster, and passed along.
 
+A run is given the layout that it is told, or the smallest that does. Without one, `fitscale plan` decides: the fewest
+nodes (1, 2, 4 ...) on which some layout fits into memory and trains in the time there is, and of those the fastest.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
 from fitscale.data.batch_plan import OpenIndex
+from fitscale.jobs.profile import ClusterConfig, LayoutConfig
 from fitscale.model import flops
+from fitscale.plan.layout import GIB, Machine, dp_size, in_words, layouts
 from fitscale.plan.preflight import open_data, require_files
-from fitscale.plan.step import Images, typical_images
+from fitscale.plan.step import Images, RunPlan, plan, typical_images
 from fitscale.run.layout import RunDir
 from fitscale.run.progress import Progress, progress
 
@@ -61,6 +69,61 @@ class Submission:
         return {"run_dir": run.dir, "parameters": parameters, "steps": run.steps, "train_flops": self.train_flops}
 
 
+@dataclass(frozen=True)
+class Allocation(Submission):
+    """A run and what it is given. `config` has the layout's keys of `parallel`; `auto` precision stays for training."""
+
+    plan: RunPlan
+
+    def __str__(self) -> str:
+        machine, ranks = self.plan.machine, self.plan.dp_size
+        return (
+            f"{machine.nodes} nodes x {machine.gpus_per_node} tasks = {machine.gpus} ranks: "
+            f"{in_words(self.config.parallel, ranks)}; {self.images.batch_size / ranks:.4g} images a rank and step"
+        )
+
+    @property
+    def evaluate_gpu_hours(self) -> float:
+        """All evaluations on one device each: function evaluations of the samples, and nothing else."""
+        config = self.config
+        points = len(config.evaluation.steps(config.run.steps))
+        if config.evaluation.features is None:
+            return 0.0
+        per_image = self.plan.train_flops / self.images.batch_size / flops.TRAIN_PASSES
+        guided = 1 if config.sampling.guidance.scale == 1.0 else 2
+        stages = 2 if config.sampling.method == "heun" else 1
+        sampled = points * config.evaluation.samples * config.sampling.steps * guided * stages * per_image
+        return sampled / (self.plan.train_flops / (self.plan.compute_s * self.plan.machine.gpus)) / 3600
+
+    @property
+    def costs(self) -> dict[str, str]:
+        machine = self.plan.machine
+        return super().costs | {
+            "nodes x tasks": f"{machine.nodes} x {machine.gpus_per_node}",
+            "layout": in_words(self.config.parallel, self.plan.dp_size),
+            "days": f"{self.plan.days:.3g}",
+            "GPU-hours to train": f"{self.plan.gpu_hours:,.3g}",
+            "to evaluate": f"{self.evaluate_gpu_hours:,.3g}",
+        }
+
+    @property
+    def record(self) -> dict[str, Any]:
+        nodes, tasks = self.plan.machine.nodes, self.plan.machine.gpus_per_node
+        return super().record | {"nodes": nodes, "tasks_per_node": tasks, "gpu_hours": self.plan.gpu_hours}
+
+    @property
+    def memory_lack(self) -> str | None:
+        """By how much it is too large for its GPUs; None if it fits, or on CPUs, whose memory is not known."""
+        machine = self.plan.machine
+        if self.plan.spare_bytes >= 0 or not machine.has_gpus:
+            return None
+        return (
+            f"the given layout needs {self.plan.memory.peak / GIB:.1f} GiB of a {machine.device.name}'s "
+            f"{machine.room_bytes / GIB:.1f}; more tasks, a higher parallel.zero_stage, "
+            "parallel.activation_checkpoint_every=1 or fewer batch.pack_tokens need less"
+        )
+
+
 def look_at(config: Config, open_index: OpenIndex) -> Submission:
     """Look at all that the run of `config` and its evaluations will read.
 
@@ -73,3 +136,77 @@ def look_at(config: Config, open_index: OpenIndex) -> Submission:
     open_data(config, open_index)
     require_files(config)
     return Submission(config, typical_images(config, open_index))
+
+
+def as_told(one: Submission, profile: ClusterConfig, given: LayoutConfig) -> Allocation:
+    """The nodes and tasks that are `given`, with the config's own layout.
+
+    Raises:
+        UserError: more nodes or GPUs than the profile has; ranks that tensor parallelism cannot divide, or not within a
+            node; more ranks than images in a batch.
+    """
+    config, tasks = profile.on_its_devices(one.config), given.tasks_per_node or profile.tasks_per_node
+    if not 1 <= given.nodes <= profile.max_nodes:
+        raise UserError(f"--nodes: {given.nodes}, but profile {profile.name} has 1 to {profile.max_nodes} (max_nodes)")
+    if tasks < 1 or (profile.gpus_per_node and tasks > profile.gpus_per_node):
+        raise UserError(
+            f"--tasks-per-node: {tasks}, but a node of profile {profile.name} has {profile.gpus_per_node} GPUs "
+            "(gpus_per_node), one for each task"
+        )
+    machine = profile.machine(given.nodes, tasks)
+    if (ranks := dp_size(config, machine)) > one.images.batch_size:
+        raise UserError(
+            f"--nodes: {given.nodes} x {tasks} tasks are {ranks} data-parallel ranks for {one.images.batch_size} images"
+        )
+    return _on(machine, config, one, profile)
+
+
+def _on(machine: Machine, config: Config, one: Submission, profile: ClusterConfig) -> Allocation:
+    return Allocation(config, one.images, plan(config, machine, one.images, profile.utilisation))
+
+
+def allocate(one: Submission, profile: ClusterConfig, given: LayoutConfig | None, max_days: float | None) -> Allocation:
+    """The nodes and the layout for a run on the devices of `profile`.
+
+    Raises:
+        UserError: the given layout does not fit the cluster or the config, or its memory; nothing fits at all.
+    """
+    if given is None and not profile.gpus_per_node:
+        given = LayoutConfig()  # nothing to choose between on CPUs: one node, the config's own layout
+    if given is not None:
+        told = as_told(one, profile, given)
+        if told.memory_lack:
+            raise UserError(told.memory_lack)
+        return told
+    largest = None
+    for largest in _smallest_first(one, profile):
+        if largest.plan.spare_bytes >= 0 and (max_days is None or largest.plan.days <= max_days):
+            return largest
+    if largest is None:
+        raise UserError(f"no layout of profile {profile.name} goes with the model's heads and the batch")
+    nodes, machine = largest.plan.machine.nodes, largest.plan.machine
+    if largest.plan.spare_bytes < 0:
+        raise UserError(
+            f"no layout fits on 1 to {nodes} nodes of profile {profile.name}: the nearest needs "
+            f"{largest.plan.memory.peak / GIB:.1f} GiB of {machine.room_bytes / GIB:.1f}; lower batch.pack_tokens"
+        )
+    raise UserError(
+        f"max_days: {max_days:g}, but {nodes} nodes of profile {profile.name} take {largest.plan.days:.3g} days at "
+        f"{profile.utilisation:.0%} of the peak"
+    )
+
+
+def _smallest_first(one: Submission, profile: ClusterConfig) -> Iterator[Allocation]:
+    """Of every number of nodes the fastest layout that fits, or the one that lacks least."""
+    nodes, tasks, batch = 1, profile.tasks_per_node, one.images.batch_size
+    config = profile.on_its_devices(one.config)
+    while nodes <= min(profile.max_nodes, batch):  # beyond, a rank would have no image
+        machine = profile.machine(nodes, tasks)
+        found = [
+            _on(machine, layout, one, profile)
+            for layout in layouts(config, machine, set())
+            if machine.gpus // layout.parallel.tensor_parallel_size <= batch
+        ]
+        if found:
+            yield min(found, key=lambda one: (max(-one.plan.spare_bytes, 0.0), one.plan.step_s))
+        nodes *= 2

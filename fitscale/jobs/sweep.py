@@ -12,24 +12,25 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from fitscale.config.checks import at_least
+from fitscale.config.checks import Section, choice, number
 from fitscale.config.errors import UserError, mistakes_in
 from fitscale.config.load import load_config
 from fitscale.config.program import aligned
 from fitscale.config.schema import Config
+from fitscale.jobs.profile import LayoutConfig
 from fitscale.jobs.submission import Submission
 from fitscale.run.progress import wanted_metrics
 
 
 @dataclass(frozen=True)
-class LocalConfig:
+class LocalConfig(Section, path="local"):
     """Cells on this machine."""
 
-    parallel_cells: int = 1  # cells that run at the same time; the cores are divided among them
+    parallel_cells: int = number(1, least=1)  # cells that run at the same time; the cores are divided among them
     gpus: list[int] = field(default_factory=list)  # CUDA devices, one a cell; [] = the cells run on the CPU
 
     def __post_init__(self) -> None:
-        at_least("local.parallel_cells", self.parallel_cells, 1)
+        super().__post_init__()
         if self.gpus and len(self.gpus) < self.parallel_cells:
             raise UserError(
                 f"local.gpus: {len(self.gpus)} for local.parallel_cells = {self.parallel_cells}; each needs its own"
@@ -37,15 +38,7 @@ class LocalConfig:
 
 
 @dataclass(frozen=True)
-class LayoutConfig:
-    """Processes of a run's training job on a cluster."""
-
-    nodes: int = 1
-    tasks_per_node: int | None = None  # None = the cluster profile's
-
-
-@dataclass(frozen=True)
-class SweepConfig:
+class SweepConfig(Section):
     """A cell's config is `base`, its own arguments, run.name and run.dir: all of them arguments of `fitscale train`.
 
     Cells are named one by one, or as every combination of the values of `axes`: {size: {b: [...], l: [...]},
@@ -58,7 +51,7 @@ class SweepConfig:
     cells: dict[str, list[str]] = field(default_factory=dict)  # name of a cell: what it adds
     axes: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # axis: {value: arguments}, not `cells`
     layouts: dict[str, LayoutConfig] = field(default_factory=dict)  # by cell or an axis's value; else from the plan
-    max_days: float | None = None  # a cell is given nodes enough to train in this time
+    max_days: float | None = number(None, above=0)  # a cell is given nodes enough to train in this time
     local: LocalConfig = field(default_factory=LocalConfig)
 
     @property
@@ -81,20 +74,16 @@ class SweepConfig:
         return [("-".join(value for value, _ in one), one) for one in chosen]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.dir:
             raise UserError("dir: must be given (the sweep directory)")
         if self.cells and self.axes:
             raise UserError("cells and axes: only one of the two may be given")
         if not self.arguments:
             raise UserError("cells: must name at least one cell, e.g. cells: {s: [configs/model/s.yaml]}")
-        if self.max_days is not None and not self.max_days > 0:
-            raise UserError(f"max_days: {self.max_days} must be above 0")
         known = {*self.arguments, *(value for axis in self.axes.values() for value in axis)}
         for name in self.layouts:
-            if name not in known:
-                raise UserError(
-                    f"layouts.{name}: no such cell or value of an axis; there are {', '.join(sorted(known))}"
-                )
+            choice("layouts", name, tuple(sorted(known)))
         for name in self.arguments:
             if not re.fullmatch(r"\w[\w.-]*", name):
                 raise UserError(f"cells: {name!r} cannot be a directory's name; use letters, digits, '-', '_' and '.'")

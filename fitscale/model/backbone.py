@@ -31,7 +31,6 @@ class Parameter:
 
     name: str
     shape: tuple[int, ...]
-    part: str  # of the model, in tables of costs
     init: str = "zero"  # zero | one | xavier (uniform) | normal (0, 0.02)
     split: int | None = None  # ROWS or COLUMNS over the tensor-parallel ranks; None = every rank has all of it
     per_token: int = 0  # how often a weight is applied to each token of an image,
@@ -113,17 +112,11 @@ def parameters_by_name(network: Any) -> dict[str, Parameter]:
 
 
 def linear(
-    name: str,
-    shape: tuple[int, int],
-    part: str,
-    *,
-    init: str = "xavier",
-    split: int | None = None,
-    per_token: int = 0,
-    per_image: int = 0,
-    qkv_heads: int | None = None,
+    name: str, shape: tuple[int, int], *, init: str = "xavier", split: int | None = None, **applied: Any
 ) -> list[Parameter]:
-    """Weight of `shape` (output, input features) and bias (zero; split with the rows) of a linear layer."""
-    fixed: dict[str, Any] = {"part": part, "per_token": per_token, "per_image": per_image, "qkv_heads": qkv_heads}
-    weight = Parameter(f"{name}.weight", shape, init=init, split=split, **fixed)
-    return [weight, Parameter(f"{name}.bias", shape[:1], split=ROWS if split == ROWS else None, **fixed)]
+    """Weight of `shape` (output, input features) and bias (zero; split with the rows) of a linear layer.
+
+    `applied`: `per_token`, `per_image` and `qkv_heads` of both.
+    """
+    weight = Parameter(f"{name}.weight", shape, init, split, **applied)
+    return [weight, Parameter(f"{name}.bias", shape[:1], split=ROWS if split == ROWS else None, **applied)]

@@ -8,7 +8,6 @@ Conventions, always told apart:
 - the papers' "GFLOPs" are linear MACs at 256 tokens: `paper_macs`.
 """
 
-from collections import Counter
 from functools import lru_cache
 
 from fitscale.config.schema import ModelConfig
@@ -22,15 +21,6 @@ TRAIN_PASSES = 3
 def parameters(cfg: ModelConfig) -> int:
     """Trainable numbers of the whole model, the table of classes included."""
     return sum(parameter.numel for parameter in parameter_table(cfg))
-
-
-def linear_macs_by_part(cfg: ModelConfig, tokens: int) -> dict[str, int]:
-    """MACs of the weights for the forward pass of one image of `tokens` tokens, by part."""
-    found: Counter[str] = Counter()
-    for parameter in parameter_table(cfg):
-        if parameter.is_weight:
-            found[parameter.part] += parameter.numel * (parameter.per_token * tokens + parameter.per_image)
-    return dict(found)
 
 
 def linear_macs(cfg: ModelConfig, tokens: int) -> int:

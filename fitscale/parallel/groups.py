@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from megatron.core import parallel_state
 from fitscale.config.errors import UserError
 from fitscale.config.schema import ParallelConfig
 
+Result = TypeVar("Result")
 _cuda_current_device: Callable[[], int] = torch.cuda.current_device
 
 
@@ -56,7 +58,9 @@ def init_parallel(config: ParallelConfig, device: str = "auto", timeout: timedel
         )
     _prepare(own_device)
     if not dist.is_initialized():
-        _join_world(world_size, "nccl" if own_device.type == "cuda" else "gloo", timeout)
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": world_size}
+        backend = "nccl" if own_device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, **alone)  # type: ignore[arg-type]
     _divide_world(config.tensor_parallel_size, timeout)
     return Topology(
         dp_rank=parallel_state.get_data_parallel_rank(),
@@ -83,6 +87,20 @@ def shutdown() -> None:
     torch.cuda.current_device = _cuda_current_device  # type: ignore[assignment]
 
 
+def on_rank_zero(function: Callable[[], Result]) -> Result:
+    """Call `function` on rank 0 and give its result, or its UserError, to every rank; a collective over all ranks."""
+    outcome: list[object] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[1], UserError):
+        raise outcome[1]
+    return outcome[0]  # type: ignore[return-value]
+
+
 def _choose_device(device: str) -> torch.device:
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
@@ -101,12 +119,6 @@ def _prepare(device: torch.device) -> None:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-
-
-def _join_world(world_size: int, backend: str, timeout: timedelta) -> None:
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": world_size}
-    dist.init_process_group(backend, timeout=timeout, **alone)  # type: ignore[arg-type]
 
 
 def _divide_world(tp_size: int, timeout: timedelta) -> None:

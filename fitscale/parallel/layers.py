@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.mappings import (
-    gather_from_sequence_parallel_region,
-    scatter_to_sequence_parallel_region,
-)
 from torch import Tensor, nn
+
+tp_rank = parallel_state.get_tensor_model_parallel_rank  # in the tensor-parallel group
+tp_size = parallel_state.get_tensor_model_parallel_world_size
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -77,22 +77,12 @@ def enter_sharded(x: Tensor) -> Tensor:
 
 def scatter_tokens(x_TD: Tensor) -> Tensor:
     """This rank's run of the tokens, (T/tp, D); T must divide by the TP size. The gradient is gathered."""
-    return scatter_to_sequence_parallel_region(x_TD)
+    return mappings.scatter_to_sequence_parallel_region(x_TD)
 
 
 def gather_tokens(x_TD: Tensor) -> Tensor:
     """All tokens, (T, D), from every rank's run, for replicated work: the gradient is cut, not summed."""
-    return gather_from_sequence_parallel_region(x_TD, tensor_parallel_output_grad=False)
-
-
-def tp_rank() -> int:
-    """Rank in the TP group."""
-    return parallel_state.get_tensor_model_parallel_rank()
-
-
-def tp_size() -> int:
-    """Ranks in the TP group."""
-    return parallel_state.get_tensor_model_parallel_world_size()
+    return mappings.gather_from_sequence_parallel_region(x_TD, tensor_parallel_output_grad=False)
 
 
 def gather_tp(value: Tensor, split: int | None) -> Tensor:
@@ -120,12 +110,16 @@ def split_of(param: Tensor) -> int | None:
 def set_value(param: Tensor, shard: Tensor) -> None:
     """Set a parameter to this rank's shard; under ZeRO-3, to the part of it that this rank keeps. Local."""
     if hasattr(param, "ds_tensor"):
-        kept = param.ds_tensor
-        start = kept.ds_numel * parallel_state.get_data_parallel_rank()
-        part = shard.flatten()[start : start + kept.ds_numel]
-        kept.data[: len(part)].copy_(part)
+        part = kept_part(param, shard)
+        param.ds_tensor.data[: len(part)].copy_(part)
     else:
         param.data.copy_(shard)
+
+
+def kept_part(param: Tensor, shard: Tensor) -> Tensor:
+    """What this rank keeps under ZeRO-3 of a parameter's shard, flat; the last rank's is short by the padding."""
+    kept = param.ds_tensor.ds_numel  # type: ignore[attr-defined]
+    return shard.flatten()[kept * parallel_state.get_data_parallel_rank() :][:kept]
 
 
 def _settings(sequence_parallel: bool) -> dict[str, Any]:

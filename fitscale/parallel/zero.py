@@ -18,43 +18,32 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from fitscale.config.schema import OptimConfig, ParallelConfig
+from fitscale.config.schema import Config
 from fitscale.parallel import uncompiled
 from fitscale.parallel.groups import Topology
+from fitscale.parallel.layers import kept_part
 
 
-def make_engine(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    parallel: ParallelConfig,
-    optim: OptimConfig,
-    topology: Topology,
-) -> Any:
+def make_engine(model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: Config, topology: Topology) -> Any:
     """Wrap `model` and `optimizer` in a DeepSpeed engine. `parallel.precision` must be resolved (not auto).
 
     The engine averages gradients over the data-parallel ranks and does not divide by the number of micro-batches:
     a caller that wants the gradient of L backs up `dp_size * (its share of L)` for every micro-batch.
     """
-    deepspeed = _import_deepspeed(topology.device)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        mpu=_model_parallel_unit(),
-        config=_engine_config(parallel, optim, topology),
-    )
-    return engine
+    deepspeed, settings = _import_deepspeed(topology.device), _engine_config(config, topology)
+    return deepspeed.initialize(model=model, optimizer=optimizer, mpu=_model_parallel_unit(), config=settings)[0]
 
 
-def building(parallel: ParallelConfig, optim: OptimConfig, topology: Topology) -> Any:
+def building(config: Config, topology: Topology) -> Any:
     """A context in which to build the model: under ZeRO-3 every layer is partitioned as soon as it is made."""
-    if parallel.zero_stage < 3:
+    if config.parallel.zero_stage < 3:
         return contextlib.nullcontext()
     deepspeed = _import_deepspeed(topology.device)
     deepspeed.init_distributed(dist_backend="nccl" if topology.device.type == "cuda" else "gloo")
     return deepspeed.zero.Init(
         data_parallel_group=parallel_state.get_data_parallel_group(),
         mpu=_model_parallel_unit(),
-        config_dict_or_path=_engine_config(parallel, optim, topology),  # names the precision, too
+        config_dict_or_path=_engine_config(config, topology),  # names the precision, too
     )
 
 
@@ -117,24 +106,18 @@ def fill_optimizer_state(engine: Any, steps_taken: int) -> None:
 
 def set_tensor(engine: Any, parameter: torch.nn.Parameter, value: torch.Tensor, key: str | None = None) -> None:
     """Put `value` (this tensor-parallel rank's shard) into the fp32 weights or the optimizer state `key`; local."""
-    from deepspeed.utils import (
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-        safe_set_local_fp32_param,
-        safe_set_local_optimizer_state,
-    )
+    from deepspeed import utils
 
     stage = engine.zero_optimization_stage()
     if stage == 0:
         target = parameter.data if key is None else engine.optimizer.state[parameter][key]
         target.copy_(value)
         return
-    set_weights, set_state = safe_set_full_fp32_param, safe_set_full_optimizer_state
+    set_weights, set_state = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
     if stage == 3:
-        set_weights, set_state = safe_set_local_fp32_param, safe_set_local_optimizer_state
+        set_weights, set_state = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
+        part = kept_part(parameter, value)
         kept = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-        start = kept * parallel_state.get_data_parallel_rank()
-        part = value.flatten()[start : start + kept]
         value = torch.nn.functional.pad(part, (0, kept - part.numel()))  # zeros where the last partition is
     if key is None:
         set_weights(parameter, value)
@@ -151,15 +134,11 @@ def _partitions(engine: Any) -> list[torch.Tensor]:
 
 
 def _model_parallel_unit() -> SimpleNamespace:
-    """megatron-core's groups under the names that DeepSpeed asks for (no pipeline parallelism)."""
-    groups = {"data_parallel": "data_parallel"}
-    groups |= dict.fromkeys(("model_parallel", "tensor_model_parallel", "slice_parallel"), "tensor_model_parallel")
+    """megatron-core's groups, with the older names that DeepSpeed still asks for (no pipeline parallelism)."""
     return SimpleNamespace(
-        **{
-            f"get_{theirs}_{what}": getattr(parallel_state, f"get_{ours}_{what}")
-            for theirs, ours in groups.items()
-            for what in ("group", "rank", "world_size")
-        }
+        **vars(parallel_state),
+        get_model_parallel_rank=parallel_state.get_tensor_model_parallel_rank,
+        get_model_parallel_world_size=parallel_state.get_tensor_model_parallel_world_size,
     )
 
 
@@ -177,8 +156,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _engine_config(parallel: ParallelConfig, optim: OptimConfig, topology: Topology) -> dict[str, Any]:
-    cuda = topology.device.type == "cuda"
+def _engine_config(config: Config, topology: Topology) -> dict[str, Any]:
+    cuda, parallel = topology.device.type == "cuda", config.parallel
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
         "overlap_comm": cuda,
@@ -190,7 +169,7 @@ def _engine_config(parallel: ParallelConfig, optim: OptimConfig, topology: Topol
         "train_batch_size": topology.dp_size,  # counts micro-batches only; the global batch is the batch plan's
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optim.grad_clip,
+        "gradient_clipping": config.optim.grad_clip,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # offloaded, too, the optimizer is ours: it carries the EMA
         "zero_optimization": zero,

@@ -5,13 +5,15 @@ No torch: training, `fitscale plan` and the programs that submit jobs ask here.
 
 from dataclasses import dataclass, replace
 from itertools import product
+from math import gcd
 from typing import Any
 
 from fitscale.config.errors import UserError
 from fitscale.config.schema import Config, ParallelConfig
 from fitscale.plan.devices import Device
 
-RESERVED = 2 * 2**30  # CUDA's context, cuBLAS, NCCL's channels and what the allocator loses in fragments
+GIB = 2**30
+RESERVED = 2 * GIB  # CUDA's context, cuBLAS, NCCL's channels and what the allocator loses in fragments
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,12 @@ class Machine:
     @property
     def nodes(self) -> int:
         return -(-self.gpus // self.gpus_per_node)
+
+    @property
+    def tp_sizes(self) -> list[int]:
+        """Sizes of tensor parallelism that divide the devices and stay within a node."""
+        both = gcd(self.gpus, min(self.gpus, self.gpus_per_node))
+        return [n for n in range(1, both + 1) if both % n == 0]
 
     @property
     def has_gpus(self) -> bool:
@@ -59,15 +67,10 @@ def dp_size(config: Config, machine: Machine) -> int:
         UserError: tensor parallelism does not divide the devices, or leaves a node.
     """
     tp_size = config.parallel.tensor_parallel_size
-    if machine.gpus % tp_size:
+    if tp_size not in machine.tp_sizes:
         raise UserError(
-            f"--gpus: {machine.gpus} does not divide by parallel.tensor_parallel_size = {tp_size}; "
-            f"valid: multiples of {tp_size}"
-        )
-    if tp_size > machine.gpus_per_node:
-        raise UserError(
-            f"parallel.tensor_parallel_size: {tp_size} leaves a node of {machine.gpus_per_node} devices; "
-            f"valid: at most {machine.gpus_per_node}"
+            f"parallel.tensor_parallel_size: {tp_size} does not divide {machine.gpus} devices, {machine.gpus_per_node} "
+            f"on a node, within which it must stay; valid: {', '.join(map(str, machine.tp_sizes))}"
         )
     return machine.gpus // tp_size
 
@@ -77,10 +80,10 @@ def layouts(config: Config, machine: Machine, fixed: set[str]) -> list[Config]:
 
     Tensor parallelism that does not divide the model, or leaves a node, is left out.
     """
-    most, divided = min(machine.gpus, machine.gpus_per_node), [machine.gpus, *config.model.tp_divides.values()]
+    divided = config.model.tp_divides.values()
     bf16 = resolve_precision(config, machine.has_gpus).parallel.precision == "bf16"
     choices: dict[str, list[Any]] = {
-        "tensor_parallel_size": [n for n in range(1, most + 1) if not any(number % n for number in divided)],
+        "tensor_parallel_size": [n for n in machine.tp_sizes if not any(number % n for number in divided)],
         "sequence_parallel": [False, True],
         "zero_stage": [1, 2, 3] if bf16 else [0, 1, 2, 3],
         "activation_checkpoint_every": [0, 1],

@@ -113,7 +113,9 @@ def rank_memory(config: Config, dp_size: int, pack_tokens: int, pack_images: int
     sizes = rank_parameters(config)
     backward_weights, step_weights = _weights(config, sizes, dp_size)
     in_backward, in_step = _gradients(config, sizes, dp_size)
-    optimizer, ema = _optimizer(config, sizes, dp_size)
+    stage, copies = config.parallel.zero_stage, len(config.optim.ema_decays)
+    own = sizes.trained / (dp_size if stage else 1)
+    optimizer, ema = FP32 * (3 if stage else 2) * own, FP32 * copies * own  # weights in fp32 with the two moments
     backward_buffers, step_buffers = _buffers(config, sizes, dp_size, on_cuda)
     activations = activation_bytes(config, pack_tokens, pack_images, on_cuda)
     host = 0.0
@@ -169,12 +171,6 @@ def _weights(config: Config, sizes: RankParameters, dp_size: int) -> tuple[float
         return each * sizes.all, each * sizes.all
     shard = each * sizes.all / dp_size
     return shard + each * sizes.persistent, shard
-
-
-def _optimizer(config: Config, sizes: RankParameters, dp_size: int) -> tuple[float, float]:
-    """fp32 weights with the two moments, and the EMA; wherever they are kept."""
-    own = sizes.trained / (dp_size if config.parallel.zero_stage else 1)
-    return FP32 * (3 if config.parallel.zero_stage else 2) * own, FP32 * len(config.optim.ema_decays) * own
 
 
 def _gradients(config: Config, sizes: RankParameters, dp_size: int) -> tuple[float, float]:

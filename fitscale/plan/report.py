@@ -8,7 +8,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 
 from fitscale.config.checks import at_least
@@ -20,21 +20,12 @@ from fitscale.data.batch_plan import OpenIndex
 from fitscale.data.index import open_index
 from fitscale.model import flops
 from fitscale.plan.devices import device_reported_as, find_device
-from fitscale.plan.layout import Machine, in_words, layouts
-from fitscale.plan.memory import rank_parameters
+from fitscale.plan.layout import GIB, Machine, in_words, layouts
+from fitscale.plan.memory import Moment, rank_parameters
 from fitscale.plan.step import RunPlan, measured_utilisation, plan, typical_images
 from fitscale.run.layout import RunDir
 
-GIB = 2**30
-_PARTS = {
-    "weights": "weights",
-    "gradients": "gradients",
-    "optimizer": "fp32 weights, moments",
-    "ema": "EMA",
-    "activations": "activations",
-    "buffers": "buffers, temporaries",
-    "total": "total",
-}
+_PARTS = {"optimizer": "fp32 weights, moments", "ema": "EMA", "buffers": "buffers, temporaries"}
 
 
 def run_plan(arguments: argparse.Namespace) -> None:
@@ -130,8 +121,8 @@ def _layout(one: RunPlan) -> dict[str, str]:
 def _memory(one: RunPlan) -> Iterator[tuple[str, str]]:
     moments, spare = (one.memory.backward, one.memory.step), one.spare_bytes / GIB
     yield "memory", f"{'GiB per GPU':<24}{'backward':>10}{'step':>10}"
-    for key, text in _PARTS.items():
-        yield "", f"{text:<24}" + "".join(f"{getattr(moment, key) / GIB:>10.2f}" for moment in moments)
+    for key in (*(part.name for part in fields(Moment)), "total"):
+        yield "", f"{_PARTS.get(key, key):<24}" + "".join(f"{getattr(moment, key) / GIB:>10.2f}" for moment in moments)
     fits = f"fits, {spare:.1f} GiB to spare" if spare >= 0 else f"does not fit, over by {-spare:.1f} GiB"
     yield "", f"of {one.machine.room_bytes / GIB:.1f}: {fits}"
     if one.memory.host:

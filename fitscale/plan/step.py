@@ -17,10 +17,9 @@ import numpy as np
 
 from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
-from fitscale.data.batch_plan import OpenIndex
+from fitscale.data.batch_plan import OpenIndex, token_shares
 from fitscale.data.index import open_index
 from fitscale.data.packing import Packing, split
-from fitscale.data.sizes import token_shares
 from fitscale.model import flops
 from fitscale.plan.layout import Machine, dp_size, resolve_precision
 from fitscale.plan.memory import RankMemory, rank_memory, recomputed_share
@@ -134,7 +133,7 @@ def plan(config: Config, machine: Machine, images: Images, utilisation: float) -
         traffic=traffic,
         train_flops=train_flops,
         compute_s=compute_s,
-        exposed_s=exposed_seconds(config, traffic, ranks, machine.device, machine.gpus_per_node, compute_s),
+        exposed_s=exposed_seconds(config, traffic, ranks, machine, compute_s),
     )
 
 

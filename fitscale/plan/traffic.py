@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from fitscale.config.schema import Config
 from fitscale.model.backbone import COLUMNS, ROWS, parameter_table
 from fitscale.plan import memory
-from fitscale.plan.devices import Device
+from fitscale.plan.layout import Machine
 
 LINK_SHARE = 0.8  # of a link's rate that large collectives reach; NCCL's own tests show about so much
 BACKWARD_SHARE = 2 / 3  # of a pass forward and backward
@@ -64,15 +64,13 @@ def _tensor_parallel(config: Config, tokens: float) -> float:
     return factor * (tp - 1) / tp * tokens * width * memory.number_bytes(config)
 
 
-def exposed_seconds(
-    config: Config, traffic: Traffic, dp_size: int, device: Device, gpus_per_node: int, compute_s: float
-) -> float:
+def exposed_seconds(config: Config, traffic: Traffic, dp_size: int, machine: Machine, compute_s: float) -> float:
     """Time of a step's communication that no computation hides: an estimate from bandwidths, without latencies.
 
     Tensor parallelism stays within a node. A data-parallel group that leaves it has the network ports of all its
     ranks of a node together. What stages 2 and 3 send while they compute counts only where it takes longer.
     """
-    parallel = config.parallel
+    parallel, device, gpus_per_node = config.parallel, machine.device, machine.gpus_per_node
     inside = LINK_SHARE * device.intra_node_bytes_per_s
     members = max(gpus_per_node // parallel.tensor_parallel_size, 1)
     leaves_node = dp_size * parallel.tensor_parallel_size > gpus_per_node

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fitscale.config.errors import UserError
-from fitscale.data.tars import split_name, tar_members
+from fitscale.data.shards import split_name, tar_members
 from fitscale.prepare.listing import Label, read_listed
 from fitscale.prepare.preprocess import Rejected, first_line
 

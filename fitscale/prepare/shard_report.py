@@ -8,7 +8,6 @@ import argparse
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -86,8 +85,8 @@ def _counts(index: Index, drawn: DrawnSizes) -> str:
     )
 
 
-def write_summary(folder: Path) -> None:
-    """Write `sizes.png` and then `summary.json` beside the index of `folder`."""
+def summary(folder: Path) -> str:
+    """Write `sizes.png` and then `summary.json` beside the index of `folder`; what they say, for a person."""
     meta = open_index(folder).meta
     rejected = Counter(row["reason"].split(":")[0] for row in read_jsonl(folder / "rejected.jsonl"))
     plot_histogram(folder / "sizes.png", *_areas(meta), "image pixels per variant", "variants")
@@ -99,15 +98,9 @@ def write_summary(folder: Path) -> None:
         "sizes": [[height * meta.factor, width * meta.factor, count] for height, width, count in meta.sizes],
     }
     write_atomic(folder / "summary.json", json.dumps(content, indent=1) + "\n")
-
-
-def summary_text(folder: Path) -> str:
-    """The summary for a person: a histogram of sizes, and what was rejected."""
-    content: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    sizes = text_histogram(*_areas(open_index(folder).meta))
-    lines = ["image pixels per variant", sizes, f"rejected: {content['rejected']} images"]
-    lines += [f"  {count:6d}  {reason}" for reason, count in content["reasons"].items()]
-    if content["rejected"]:
+    lines = ["image pixels per variant", text_histogram(*_areas(meta)), f"rejected: {rejected.total()} images"]
+    lines += [f"  {count:6d}  {reason}" for reason, count in rejected.most_common()]
+    if rejected:
         lines.append(f"  each with its reason: {folder / 'rejected.jsonl'}")
     return "\n".join(lines)
 

@@ -12,7 +12,8 @@ from dataclasses import astuple, dataclass
 import numpy as np
 
 from fitscale.config.errors import UserError
-from fitscale.data.batch_plan import single_plan
+from fitscale.config.schema_data import DataConfig
+from fitscale.data.batch_plan import open_plan
 from fitscale.data.index import Index
 from fitscale.data.packing import PackRule, macs_of, split
 from fitscale.data.storage import checksum_of
@@ -94,8 +95,8 @@ def wasted(index: Index, patch_size: int, batch: int, dp_size: int, pack_tokens:
 
     The cost of n tokens is n + n^2 / 20,000: about FiTv2-XL/2's ratio of linear to attention FLOPs.
     """
-    settings = {"patch_size": patch_size, "window_shards": 16, "holdout_fraction": 0.0}
-    plan, cost = single_plan(index, seed=0, global_batch_size=batch, **settings), (1.0, 1 / 20000)
+    data, cost = DataConfig(index.storage.location), (1.0, 1 / 20000)
+    plan = open_plan(data, seed=0, global_batch_size=batch, patch_size=patch_size, open_index=lambda *_: index)
     wastes = []
     for step in map(plan.step, range(STEPS)):
         tokens, shapes = step.tokens_B, step.rows_B << 16 | step.cols_B

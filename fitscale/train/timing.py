@@ -23,17 +23,13 @@ PHASES = (*COMPUTE, "optimizer", "save")
 
 
 class PhaseTimer:
-    """Seconds of this process in each phase since the last reading."""
+    """Seconds of this process in each phase since the last reading; `waits` are those of its waits for the loader."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
         self.device = device
         self.spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
         self.waits = [0.0]
-
-    def waited(self, seconds: float) -> None:
-        """Count a wait for the loader."""
-        self.waits.append(seconds)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

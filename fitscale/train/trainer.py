@@ -23,11 +23,9 @@ from fitscale.config.files import append_jsonl, write_atomic
 from fitscale.config.schema import Config
 from fitscale.data.batch_plan import BatchPlan
 from fitscale.data.loader import StepBatch, make_loader
-from fitscale.model.build import build_network
-from fitscale.model.init import initial_items
+from fitscale.model.build import build_network, initial_items
 from fitscale.model.weights import read_items
-from fitscale.parallel.collective import on_rank_zero
-from fitscale.parallel.groups import Topology, init_parallel
+from fitscale.parallel.groups import Topology, init_parallel, on_rank_zero
 from fitscale.parallel.layers import set_value
 from fitscale.parallel.zero import building, make_engine
 from fitscale.plan.layout import resolve_precision
@@ -67,9 +65,7 @@ def train(config: Config, until: int | None = None) -> None:
 class Trainer:
     """One process's part of a run."""
 
-    def __init__(
-        self, config: Config, run: RunDir, plan: BatchPlan, topology: Topology, until: int | None = None
-    ) -> None:
+    def __init__(self, config: Config, run: RunDir, plan: BatchPlan, topology: Topology, until: int | None) -> None:
         self.config, self.run, self.plan, self.topology = config, run, plan, topology
         self.last_step = min(config.run.steps, until or config.run.steps)
         self.evaluation_steps = set(config.evaluation.steps(config.run.steps))
@@ -96,7 +92,7 @@ class Trainer:
     def _build_engine(self, found: Checkpoint | None) -> Any:
         """The network (weights of `found`, `run.init_weights` or fresh), its optimizer, and DeepSpeed around both."""
         config = self.config
-        with building(config.parallel, config.optim, self.topology):
+        with building(config, self.topology):
             model = build_network(config.model, config.parallel)
         start = found.weights("raw") if found else config.run.init_weights
         for parameter, piece in read_items(model, Path(start)) if start else initial_items(model, config.run.seed):
@@ -109,7 +105,7 @@ class Trainer:
         freeze_untrained(model.named_parameters(), config.optim.trainable)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = AdamWEMA(trained, config.optim)
-        engine = make_engine(model, optimizer, config.parallel, config.optim, self.topology)
+        engine = make_engine(model, optimizer, config, self.topology)
         if found is not None:
             checkpoints.load_optimizer(found, engine, config.optim.ema_decays)
         return engine
@@ -163,16 +159,8 @@ class Trainer:
 
     def _loader(self) -> Iterator[StepBatch]:
         config, topology = self.config, self.topology
-        return make_loader(
-            self.plan,
-            pack_rule(config),
-            range(self.totals["step"], self.last_step),
-            dp_rank=topology.dp_rank,
-            dp_size=topology.dp_size,
-            num_workers=config.data.num_workers,
-            prefetch_steps=config.data.prefetch_steps,
-            on_error=config.data.on_error,
-        )
+        steps = range(self.totals["step"], self.last_step)
+        return make_loader(self.plan, pack_rule(config), steps, config.data, topology.dp_rank, topology.dp_size)
 
     def _timed(self, loader: Iterator[StepBatch], monitor: Monitor | None) -> Iterator[StepBatch]:
         """The loader's batches. Waits are timed from the second on; until the first there is the readers' start."""
@@ -184,7 +172,7 @@ class Trainer:
             if batch is None:
                 return
             if batch.step > first_step:
-                self.stepper.timer.waited(time.perf_counter() - asked)
+                self.stepper.timer.waits.append(time.perf_counter() - asked)
             elif monitor:
                 monitor.start_counting(self.totals)
             for problem in batch.skipped if self.topology.tp_rank == 0 else ():

@@ -22,15 +22,14 @@ LAYOUTS = [
 
 def save_again(config: Config, to: Path) -> None:
     """Load the newest checkpoint of `config.run.dir`, in this layout, and save it to the run directory `to`."""
-    from fitscale.parallel.collective import on_rank_zero
-    from fitscale.parallel.groups import init_parallel
+    from fitscale.parallel.groups import init_parallel, on_rank_zero
     from fitscale.plan.preflight import open_data
     from fitscale.run.attempt import begin_attempt
     from fitscale.train.checkpoint import newest_checkpoint
     from fitscale.train.trainer import Trainer
 
     run, topology = RunDir(Path(config.run.dir)), init_parallel(config.parallel, config.run.device)
-    trainer = Trainer(config, run, open_data(config), topology)
+    trainer = Trainer(config, run, open_data(config), topology, None)
     trainer.saver.attempt = on_rank_zero(lambda: begin_attempt(RunDir(to), 0))
     trainer.saver.save(trainer.engine, newest_checkpoint(run).meta)
     assert trainer.saver.wait()

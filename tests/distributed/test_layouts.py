@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 
 from fitscale.config.files import read_jsonl
 from fitscale.config.schema import Config, ParallelConfig
-from fitscale.model.build import build_network
-from fitscale.model.init import initial_items
+from fitscale.model.build import build_network, initial_items
 from fitscale.model.weights import published_items, stored, write_tensors
 from fitscale.parallel.groups import init_parallel
 from fitscale.run.layout import RunDir

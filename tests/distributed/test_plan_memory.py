@@ -32,21 +32,20 @@ def config_of(tp: int, stage: int, precision: str, *overrides: str) -> Config:
 
 
 def build(config: Config, device: str) -> tuple[Any, Any]:
-    from fitscale.model.build import build_network
-    from fitscale.model.init import initial_items
+    from fitscale.model.build import build_network, initial_items
     from fitscale.parallel.groups import init_parallel
     from fitscale.parallel.layers import set_value
     from fitscale.parallel.zero import building, make_engine
     from fitscale.train.optim import AdamWEMA, freeze_untrained
 
     topology = init_parallel(config.parallel, device)
-    with building(config.parallel, config.optim, topology):
+    with building(config, topology):
         model = build_network(config.model, config.parallel)
     for parameter, piece in initial_items(model, seed=0):
         set_value(parameter, piece)
     freeze_untrained(model.named_parameters(), config.optim.trainable)
     optimizer = AdamWEMA([one for one in model.parameters() if one.requires_grad], config.optim)
-    return make_engine(model, optimizer, config.parallel, config.optim, topology), optimizer
+    return make_engine(model, optimizer, config, topology), optimizer
 
 
 def micro_batch(engine: Any, side: int, images: int, device: str, last: bool = True) -> None:

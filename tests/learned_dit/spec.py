@@ -11,22 +11,22 @@ TIME_CHANNELS = 32
 def parameters(cfg: LearnedDitConfig) -> list[Parameter]:
     d = cfg.hidden_size
     found = [
-        Parameter("row_table", (cfg.max_side, d), "positions", init="normal"),
-        Parameter("column_table", (cfg.max_side, d), "positions", init="normal"),
-        *linear("x_embedder.proj", (d, cfg.token_channels), "x_embedder", per_token=1),
-        *linear("t_embedder.mlp.0", (d, TIME_CHANNELS), "t_embedder", per_image=1, init="normal"),
-        *linear("t_embedder.mlp.2", (d, d), "t_embedder", per_image=1, init="normal"),
-        Parameter("y_embedder.embedding_table.weight", (cfg.num_classes + 1, d), "y_embedder", init="normal"),
+        Parameter("row_table", (cfg.max_side, d), init="normal"),
+        Parameter("column_table", (cfg.max_side, d), init="normal"),
+        *linear("x_embedder.proj", (d, cfg.token_channels), per_token=1),
+        *linear("t_embedder.mlp.0", (d, TIME_CHANNELS), per_image=1, init="normal"),
+        *linear("t_embedder.mlp.2", (d, d), per_image=1, init="normal"),
+        Parameter("y_embedder.embedding_table.weight", (cfg.num_classes + 1, d), init="normal"),
     ]
     for number in range(cfg.depth):
         name, width = f"blocks.{number}", cfg.mlp_hidden_size
-        found += linear(f"{name}.modulation", (6 * d, d), "adaln", per_image=1, init="zero")
-        found += linear(f"{name}.qkv", (3 * d, d), "attention", split=ROWS, per_token=1, qkv_heads=cfg.num_heads)
-        found += linear(f"{name}.proj", (d, d), "attention", split=COLUMNS, per_token=1)
-        found += linear(f"{name}.up", (width, d), "mlp", split=ROWS, per_token=1)
-        found += linear(f"{name}.down", (d, width), "mlp", split=COLUMNS, per_token=1)
-    found += linear("coarse", (cfg.in_channels, d), "heads", per_token=1)
-    return found + linear("fine", (cfg.token_channels, d), "heads", per_token=1)
+        found += linear(f"{name}.modulation", (6 * d, d), per_image=1, init="zero")
+        found += linear(f"{name}.qkv", (3 * d, d), split=ROWS, per_token=1, qkv_heads=cfg.num_heads)
+        found += linear(f"{name}.proj", (d, d), split=COLUMNS, per_token=1)
+        found += linear(f"{name}.up", (width, d), split=ROWS, per_token=1)
+        found += linear(f"{name}.down", (d, width), split=COLUMNS, per_token=1)
+    found += linear("coarse", (cfg.in_channels, d), per_token=1)
+    return found + linear("fine", (cfg.token_channels, d), per_token=1)
 
 
 def mixing_macs(cfg: LearnedDitConfig) -> tuple[int, int, int]:

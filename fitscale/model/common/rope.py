@@ -36,8 +36,7 @@ def rope_tables(config: RopeConfig, head_dim: int, rows: int, cols: int) -> Rope
     row_cos, row_sin = _axis_table(config, head_dim // 2, rows, row_length)
     col_cos, col_sin = _axis_table(config, head_dim // 2, cols, col_length)
     stretch = _attention_stretch(config, rows, cols)
-    cos, sin = _grid(row_cos, col_cos) * stretch, _grid(row_sin, col_sin) * stretch
-    return cos, sin
+    return _grid(row_cos, col_cos) * stretch, _grid(row_sin, col_sin) * stretch
 
 
 @lru_cache(maxsize=512)

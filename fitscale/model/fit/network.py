@@ -22,7 +22,6 @@ from fitscale.model.common.attention import packed_attention
 from fitscale.model.common.embedders import ClassEmbedder, TimeEmbedder, TokenEmbedder
 from fitscale.model.common.layout import PackLayout
 from fitscale.model.common.rope import Rope, pack_rope, rotate
-from fitscale.model.common.swiglu import SwiGLU
 from fitscale.model.fit.config import TIME_CHANNELS, FitConfig
 from fitscale.parallel.layers import ColumnLinear, RowLinear, enter_sharded, gather_tokens, scatter_tokens
 
@@ -135,6 +134,19 @@ class HeadNorm(nn.Module):
     def forward(self, x_THK: Tensor) -> Tensor:
         weight = None if self.weight is None else enter_sharded(self.weight)  # each rank has the shares of its heads
         return F.layer_norm(x_THK, x_THK.shape[-1:], weight, eps=NORM_EPS)
+
+
+class SwiGLU(nn.Module):
+    """fc2(SiLU(fc1_g x) * fc1_x x); its width is split over the tensor-parallel ranks."""
+
+    def __init__(self, hidden_size: int, mlp_hidden_size: int, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.fc1_g = ColumnLinear(hidden_size, mlp_hidden_size, sequence_parallel)
+        self.fc1_x = ColumnLinear(hidden_size, mlp_hidden_size, sequence_parallel)
+        self.fc2 = RowLinear(mlp_hidden_size, hidden_size, sequence_parallel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1_g(x)) * self.fc1_x(x))
 
 
 class FinalLayer(nn.Module):

@@ -11,18 +11,18 @@ def parameters(cfg: FitConfig) -> list[Parameter]:
     """The table. Init follows the papers: Xavier-uniform linears, normal embeddings, zero modulations and output."""
     d = cfg.hidden_size
     found = [
-        *linear("x_embedder.proj", (d, cfg.token_channels), "x_embedder", per_token=1),
-        *linear("t_embedder.mlp.0", (d, TIME_CHANNELS), "t_embedder", per_image=1, init="normal"),
-        *linear("t_embedder.mlp.2", (d, d), "t_embedder", per_image=1, init="normal"),
-        Parameter("y_embedder.embedding_table.weight", (cfg.num_classes + 1, d), "y_embedder", init="normal"),
+        *linear("x_embedder.proj", (d, cfg.token_channels), per_token=1),
+        *linear("t_embedder.mlp.0", (d, TIME_CHANNELS), per_image=1, init="normal"),
+        *linear("t_embedder.mlp.2", (d, d), per_image=1, init="normal"),
+        Parameter("y_embedder.embedding_table.weight", (cfg.num_classes + 1, d), init="normal"),
     ]
     if cfg.adaln_rank is not None:
-        found += linear("global_adaLN_modulation.1", (6 * d, d), "adaln", per_image=1, init="zero")
+        found += linear("global_adaLN_modulation.1", (6 * d, d), per_image=1, init="zero")
     for number in range(cfg.depth):
         found += _block(cfg, f"blocks.{number}")
     out = cfg.patch_size**2 * cfg.out_channels
-    found += linear("final_layer.adaLN_modulation.1", (2 * d, d), "final_adaln", per_image=1, init="zero")
-    found += linear("final_layer.linear", (out, d), "final_layer", per_token=1, init="zero")
+    found += linear("final_layer.adaLN_modulation.1", (2 * d, d), per_image=1, init="zero")
+    found += linear("final_layer.linear", (out, d), per_token=1, init="zero")
     return found
 
 
@@ -30,18 +30,18 @@ def _block(cfg: FitConfig, name: str) -> list[Parameter]:
     d, width, rank = cfg.hidden_size, cfg.mlp_hidden_size, cfg.adaln_rank
     rows: dict[str, Any] = {"split": ROWS, "per_token": 1}
     columns: dict[str, Any] = {"split": COLUMNS, "per_token": 1}
-    found = linear(f"{name}.attn.qkv", (3 * d, d), "attention", qkv_heads=cfg.num_heads, **rows)
+    found = linear(f"{name}.attn.qkv", (3 * d, d), qkv_heads=cfg.num_heads, **rows)
     if cfg.qk_norm_weight:
         norms = (f"{name}.attn.{norm}.weight" for norm in ("q_norm", "k_norm"))
-        found += [Parameter(norm, (cfg.head_dim,), "attention", init="one") for norm in norms]
-    found += linear(f"{name}.attn.proj", (d, d), "attention", **columns)
-    found += linear(f"{name}.mlp.fc1_g", (width, d), "mlp", **rows)
-    found += linear(f"{name}.mlp.fc1_x", (width, d), "mlp", **rows)
-    found += linear(f"{name}.mlp.fc2", (d, width), "mlp", **columns)
+        found += [Parameter(norm, (cfg.head_dim,), init="one") for norm in norms]
+    found += linear(f"{name}.attn.proj", (d, d), **columns)
+    found += linear(f"{name}.mlp.fc1_g", (width, d), **rows)
+    found += linear(f"{name}.mlp.fc1_x", (width, d), **rows)
+    found += linear(f"{name}.mlp.fc2", (d, width), **columns)
     if rank is None:
-        return found + linear(f"{name}.adaLN_modulation.1", (6 * d, d), "adaln", per_image=1, init="zero")
-    found += linear(f"{name}.adaLN_modulation.1", (rank, d), "adaln", per_image=1)
-    return found + linear(f"{name}.adaLN_modulation.2", (6 * d, rank), "adaln", per_image=1, init="zero")
+        return found + linear(f"{name}.adaLN_modulation.1", (6 * d, d), per_image=1, init="zero")
+    found += linear(f"{name}.adaLN_modulation.1", (rank, d), per_image=1)
+    return found + linear(f"{name}.adaLN_modulation.2", (6 * d, rank), per_image=1, init="zero")
 
 
 def mixing_macs(cfg: FitConfig) -> tuple[int, int, int]:

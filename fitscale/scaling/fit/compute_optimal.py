@@ -137,16 +137,12 @@ def slices_of_runs(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows.sort_values("train_flops")
     group = (np.log(rows["train_flops"]).diff() > np.log(SAME_BUDGET)).cumsum()
     whole = rows.groupby(group).filter(lambda part: part["parameters"].nunique() >= LEAST_SIZES)
-    if len(whole) and whole.groupby(group)[["train_flops", "run"]].apply(_is_budget).all():
-        budget = whole.groupby(group)["train_flops"].transform(lambda flops: np.exp(np.log(flops).mean()))
+    flops, runs = whole.groupby(group)["train_flops"], whole.groupby(group)["run"]
+    # One point of each run at one compute, not dense curves whose points are near each other in a chain.
+    if len(whole) and (flops.max() <= flops.min() * SAME_BUDGET).all() and (runs.nunique() == runs.size()).all():
+        budget = flops.transform(lambda flops: np.exp(np.log(flops).mean()))
         return whole.assign(budget=budget)[["budget", "run", "parameters", "value"]]
     return _cut(rows)
-
-
-def _is_budget(rows: pd.DataFrame) -> bool:
-    """One point of each run at one compute, rather than dense curves whose points are near each other in a chain."""
-    together = rows["train_flops"].max() <= rows["train_flops"].min() * SAME_BUDGET
-    return bool(together and rows["run"].is_unique)
 
 
 def _cut(rows: pd.DataFrame) -> pd.DataFrame:

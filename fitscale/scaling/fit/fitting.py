@@ -20,7 +20,7 @@ from scipy.optimize import least_squares
 
 from fitscale.scaling.fit.laws import Law
 from fitscale.scaling.fit.noise import Noise, estimate
-from fitscale.scaling.fit.solver import Array, solve
+from fitscale.scaling.fit.solver import Array, Model, solve
 from fitscale.scaling.rows.refusals import OfAFit, Refusal
 
 LEAST_REACHED = 0.05
@@ -38,12 +38,17 @@ class ResidualLoss:
         """What is to be met, from ln(metric)."""
         return log if self.space == "log" else np.exp(log)
 
-    def prediction(self, log_KN: Array, jacobian_KNP: Array) -> tuple[Array, Array]:
-        """What meets it, with its derivatives, from ln(metric) and its derivatives."""
-        if self.space == "log":
-            return log_KN, jacobian_KNP
-        metric_KN = np.exp(log_KN)
-        return metric_KN, metric_KN[:, :, None] * jacobian_KNP
+    def model(self, law: Law, x_NF: Array) -> Model:
+        """What meets it, with its derivatives, as a function of the law's parameters."""
+
+        def prediction(theta_KP: Array) -> tuple[Array, Array]:
+            log_KN, jacobian_KNP = law.evaluate(theta_KP, x_NF)
+            if self.space == "log":
+                return log_KN, jacobian_KNP
+            metric_KN = np.exp(log_KN)
+            return metric_KN, metric_KN[:, :, None] * jacobian_KNP
+
+        return prediction
 
 
 @dataclass(frozen=True)
@@ -163,11 +168,7 @@ def refit(
 
     `y` is ln(metric), (N,) or (K, N); bounds are by default the law's own.
     """
-
-    def model(theta_KP: Array) -> tuple[Array, Array]:
-        return loss.prediction(*law.evaluate(theta_KP, x_NF))
-
-    return solve(model, start_KP, loss.target(y), *(bounds or law.bounds), loss.huber)
+    return solve(loss.model(law, x_NF), start_KP, loss.target(y), *(bounds or law.bounds), loss.huber)
 
 
 def at_bound(law: Law, theta_P: Array) -> list[str]:
@@ -183,16 +184,11 @@ def _polish(
     """scipy's answer from there, if it is better; on a bound its interior method cannot start."""
     if at_bound(law, theta_P):
         return theta_P, objective
-    target = loss.target(points.y_N)
-
-    def model(theta: Array) -> tuple[Array, Array]:
-        value, jacobian = loss.prediction(*law.evaluate(theta[None], points.x_NF))
-        return value[0] - target, jacobian[0]
-
+    target, model = loss.target(points.y_N), loss.model(law, points.x_NF)
     result = least_squares(
-        lambda theta: model(theta)[0],
+        lambda theta: model(theta[None])[0][0] - target,
         theta_P,
-        jac=lambda theta: model(theta)[1],
+        jac=lambda theta: model(theta[None])[1][0],
         bounds=law.bounds,
         x_scale="jac",
         loss="linear" if loss.huber is None else "huber",

@@ -35,11 +35,6 @@ class Noise:
         """Standard deviation of one new measurement of a new run."""
         return float(np.sqrt(self.run + self.point))
 
-    @property
-    def correlation(self) -> float:
-        """Between two checkpoints of one run."""
-        return self.run / (self.run + self.point)
-
     def draw(self, rng: np.random.Generator, count: int) -> tuple[Array, Array]:
         """`count` plausible pairs of variances (run_K, point_K), given how little the data say of them."""
         scale_2K = np.stack([freedom / rng.chisquare(freedom, count) for freedom in self.freedom])

@@ -3,14 +3,18 @@
 import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from fitscale.config.checks import at_least
+from fitscale.config.errors import UserError
+from fitscale.config.load import load_config
+from fitscale.config.schema import ModelConfig
 from fitscale.scaling.fit.fitting import ResidualLoss
 from fitscale.scaling.fit.laws import LAWS
 from fitscale.scaling.rows.fitted_points import POINTS
-from fitscale.scaling.rows.options import add_filter_options, add_runs_option, conditions
 from fitscale.scaling.rows.selection import Selection, select
 
 
@@ -33,6 +37,21 @@ class Question:
     def select(self, table: pd.DataFrame) -> Selection:
         """The rows of a validated table that are asked about."""
         return select(table, self.metric, self.where, self.from_step, self.drop_missing)
+
+
+def add_runs_option(parser: argparse.ArgumentParser) -> None:
+    """RUNS, for `load_table`."""
+    runs = "run directories, folders of them, or one .csv or .parquet table"
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help=runs)
+
+
+def add_filter_options(parser: argparse.ArgumentParser) -> None:
+    """--metric, --where, --from-step and --drop-missing, for `select`."""
+    add = parser.add_argument
+    add("--metric", default="fd", help="metric (default: fd)")
+    add("--where", action="append", default=[], metavar="COLUMN=VALUE", help="keep only such rows; may be repeated")
+    add("--from-step", type=int, default=0, help="leave out evaluations before this step (warm-up)")
+    add("--drop-missing", action="store_true", help="leave out rows without a value instead of refusing")
 
 
 def add_law_options(parser: argparse.ArgumentParser, laws: Iterable[str] = LAWS) -> None:
@@ -60,4 +79,32 @@ def question(options: argparse.Namespace, **more: Any) -> Question:
         UserError: a text of --where has no `=`.
     """
     asked = {each.name: getattr(options, each.name) for each in fields(Question) if each.name in options} | more
-    return Question(**asked | {"laws": tuple(dict.fromkeys(asked["laws"])), "where": conditions(options.where)})
+    for text in options.where:
+        if "=" not in text:
+            raise UserError(f"--where {text}: give COLUMN=VALUE")
+    where = dict(text.split("=", 1) for text in options.where)
+    return Question(**asked | {"laws": tuple(dict.fromkeys(asked["laws"])), "where": where})
+
+
+def require_at_least(options: argparse.Namespace, **least: float) -> None:
+    """Check options by name, those that are None aside.
+
+    Raises:
+        UserError: one is less than its least value.
+    """
+    for name, value in least.items():
+        if getattr(options, name) is not None:
+            at_least(f"--{name.replace('_', '-')}", getattr(options, name), value)
+
+
+def model_named(name: str, folder: Path) -> ModelConfig:
+    """The model of `folder`/NAME.yaml.
+
+    Raises:
+        UserError: there is none; the text names those that there are.
+    """
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        valid = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        raise UserError(f"size {name}: not one of {valid}")
+    return load_config([str(path)]).model

@@ -40,10 +40,6 @@ class Problems:
         inner = np.minimum(size, self.corner)
         return np.mean(inner * (2 * size - inner), axis=1)
 
-    def slope_weights(self, residual_KN: Array) -> Array:
-        """Weights with which r has the gradient of rho(r)."""
-        return np.minimum(1.0, self.corner / np.maximum(np.abs(residual_KN), 1e-300))
-
 
 def solve(
     model: Model, theta_KP: Array, y: Array, lower: Array, upper: Array, huber: float | None = None
@@ -88,7 +84,8 @@ def _iterate(
 
 def _step(problems: Problems, theta_KP: Array, residual_KN: Array, jacobian_KNP: Array, damping_K: Array) -> Array:
     """Solve the damped normal equations, scaled to a unit diagonal; parameters pushed against a bound stay."""
-    weighted_KPN = np.swapaxes(jacobian_KNP, 1, 2) * problems.slope_weights(residual_KN)[:, None, :]
+    slope_KN = np.minimum(1.0, problems.corner / np.maximum(np.abs(residual_KN), 1e-300))  # r's: the gradient of rho(r)
+    weighted_KPN = np.swapaxes(jacobian_KNP, 1, 2) * slope_KN[:, None, :]
     gradient_KP = np.einsum("kpn,kn->kp", weighted_KPN, residual_KN)
     hessian_KPP = weighted_KPN @ jacobian_KNP
     below_KP = (theta_KP <= problems.lower_KP) & (gradient_KP < 0)

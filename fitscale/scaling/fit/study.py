@@ -14,19 +14,11 @@ import numpy as np
 import pandas as pd
 
 from fitscale.config.errors import UserError
+from fitscale.scaling.fit import uncertainty
 from fitscale.scaling.fit.compute_optimal import METHODS, IsoFlop, isoflop, slices_of_runs
 from fitscale.scaling.fit.fitting import Fit, fit_law
 from fitscale.scaling.fit.laws import COMPUTE, LAWS, Law
 from fitscale.scaling.fit.question import Question
-from fitscale.scaling.fit.uncertainty import (
-    FEW_RUNS,
-    FloorProfile,
-    Resamples,
-    central,
-    floor_profile,
-    new_run_KN,
-    resample,
-)
 from fitscale.scaling.rows.fitted_points import chosen
 from fitscale.scaling.rows.refusals import Caution, Refusal
 from fitscale.scaling.rows.selection import size_order
@@ -46,8 +38,8 @@ class LawResult:
 
     fit: Fit
     used: pd.DataFrame
-    resamples: Resamples
-    floor: FloorProfile | None
+    resamples: uncertainty.Resamples
+    floor: uncertainty.FloorProfile | None
     predictions: pd.DataFrame
 
     @property
@@ -165,12 +157,12 @@ def _result(law: Law, rows: pd.DataFrame, question: Question) -> LawResult:
         advice = "try --points last or all, or train the other sizes longer"
         raise Refusal("one_size", f"{what}, so they do not tell how much runs differ; {advice}")
     fit = fit_law(law, used, question.loss)
-    draws = resample(fit, question.resamples, question.seed)
+    draws = uncertainty.resample(fit, question.resamples, question.seed)
     unseen = predicted(fit, rows).sort_values(["run", "train_flops"])
-    low, high = central(new_run_KN(fit, draws, unseen, question.seed))
+    low, high = uncertainty.central(uncertainty.new_run_KN(fit, draws, unseen, question.seed))
     inside = (low <= unseen["value"]) & (unseen["value"] <= high)
     unseen = unseen.assign(low=low, high=high, inside=inside)
-    return LawResult(fit, used, draws, floor_profile(fit) if law.floor else None, unseen)
+    return LawResult(fit, used, draws, uncertainty.floor_profile(fit) if law.floor else None, unseen)
 
 
 def _ranked(results: list[LawResult]) -> list[LawResult]:
@@ -189,7 +181,7 @@ def _cautions(
 ) -> Iterator[Caution]:
     fitted = [result.used for result in results] or [rows[~rows["held_out"]]]
     runs = min(used["run"].nunique() for used in fitted)
-    if runs < FEW_RUNS:
+    if runs < uncertainty.FEW_RUNS:
         text = f"only {runs} runs are fitted: the variance between runs is hardly known, so intervals are wide"
         yield Caution("few_runs", text)
     for result in results:

@@ -86,7 +86,8 @@ def floor_profile(fit: Fit, level: float = 0.9) -> FloorProfile:
         held_KP[:, -1] = floors_K
     _, objective_K = fit.again(y_N, start_KP, bounds=(bounds[0], bounds[1]))
     freedom = max(len(y_N) - len(fit.theta_P), 1)
-    effect = 1 + (len(y_N) / fit.points.runs - 1) * fit.noise.correlation
+    correlation = fit.noise.run / (fit.noise.run + fit.noise.point)
+    effect = 1 + (len(y_N) / fit.points.runs - 1) * correlation
     allowed = stats.f.ppf(level, 1, freedom) / freedom * effect
     fine_K = objective_K <= fit.objective * (1 + allowed)
     inside = floors_K[fine_K] if fine_K.any() else fit.theta_P[-1:]

@@ -58,8 +58,8 @@ def size_table(study: Study) -> tuple[list[str], list[list[str]]]:
     rank = list(dict.fromkeys((*SHOWN, asked)))
     metrics = sorted(wanted["label"].unique(), key=lambda label: (rank.index(label.split(",")[0]), label))
     header = ["size", "parameters", "steps", "training FLOPs", "papers' FLOPs", "device-hours", *metrics, "status"]
-    of_sizes = [wanted[wanted["size"] == size] for size in ascending_sizes(table)]
-    return header, [_size_row(rows, metrics) for rows in of_sizes if len(rows)]
+    order = [size for size in ascending_sizes(table) if size in set(wanted["size"])]
+    return header, [_size_row(wanted[wanted["size"] == size], metrics) for size in order]
 
 
 def _size_row(rows: pd.DataFrame, metrics: list[str]) -> list[str]:

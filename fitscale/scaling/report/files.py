@@ -37,7 +37,7 @@ def write_report(study: Study, out: Path, folders: list[SampleFolder]) -> list[P
     if places:
         drawn["samples"] = samples_along_the_curve(study, places)
     captions = [f"{row['size']} after {folder.step:,} steps, {folder.how}" for folder, row in places]
-    sheets = list(zip(captions, [_data_uri(folder.contact_sheet) for folder, _ in places], strict=True))
+    sheets = list(zip(captions, [_data_uri(folder.path / "contact_sheet.png") for folder, _ in places], strict=True))
     content = report_content(study)
     files: dict[str, str | bytes] = {"fit.json": json.dumps(fit_record(study), indent=2, allow_nan=False) + "\n"}
     files |= {f"{name}.{kind}": data for name, figure in drawn.items() for kind, data in figure.items()}

@@ -40,10 +40,6 @@ class SampleFolder:
     def how(self) -> str:
         return f"{self.height} x {self.width} pixels, guidance {self.guidance:g}"
 
-    @property
-    def contact_sheet(self) -> Path:
-        return self.path / "contact_sheet.png"
-
 
 def read_folder(path: Path) -> SampleFolder:
     """The sample folder at `path`.

@@ -18,7 +18,8 @@ from fitscale.config.load import load_config
 from fitscale.config.schema import Config, ModelConfig
 from fitscale.model import flops
 from fitscale.run.layout import RunDir, find_runs
-from fitscale.scaling.rows.table import COLUMNS, FORMATS, KEY, read_table, validate
+from fitscale.scaling.rows.files import FORMATS, read_table
+from fitscale.scaling.rows.table import COLUMNS, KEY, validate
 
 
 def collect(paths: list[Path]) -> pd.DataFrame:

@@ -1,19 +1,16 @@
-"""The runs table: one row per evaluated metric of one checkpoint, as a checked pandas DataFrame, CSV or parquet.
+"""The runs table: one row per evaluated metric of one checkpoint, as a checked pandas DataFrame.
 
 Missing stays missing (NaN, NA, an empty CSV cell), never 0. Columns whose name starts with `key_` are the comparability
 key: how the number was measured. Rows whose keys differ must not be fitted together.
 """
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import pandas as pd
 
 from fitscale.config.errors import UserError
-from fitscale.config.files import replacing
 
 KEY = "key_"
 
@@ -55,7 +52,6 @@ COLUMNS = {
     "nfe": Column("float64", "network evaluations per generated image"),
     "status": Column("string", "finished, or unfinished if the run has steps left"),
 }
-FORMATS: dict[str, Callable[..., None]] = {".csv": pd.DataFrame.to_csv, ".parquet": pd.DataFrame.to_parquet}
 REQUIRED = ("run", "size", "train_flops", "metric", "value")
 
 
@@ -79,29 +75,6 @@ def validate(table: pd.DataFrame, source: str = "runs table") -> pd.DataFrame:
 def key_columns(table: pd.DataFrame) -> list[str]:
     """Names of the comparability key's columns."""
     return [name for name in table.columns if str(name).startswith(KEY)]
-
-
-def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a validated table to `path`, whole or not at all; .csv or .parquet."""
-    if path.suffix not in FORMATS:
-        raise UserError(f"{path}: a runs table is written as {' or '.join(FORMATS)}")
-    with replacing(path) as temporary:
-        FORMATS[path.suffix](table, temporary, index=False)
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """Read and validate a table that `write_table` (or anybody else, with the same columns) wrote."""
-    try:
-        if path.suffix == ".parquet":
-            table = pd.read_parquet(path)
-        else:
-            texts = {name for name, column in COLUMNS.items() if column.dtype == "string"}
-            header = pd.read_csv(path, nrows=0).columns
-            dtypes = {name: "string" for name in header if name in texts or name.startswith(KEY)}
-            table = pd.read_csv(path, dtype=dtypes, float_precision="round_trip")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable runs table: {error}") from error
-    return validate(table, str(path))
 
 
 def data_hash(table: pd.DataFrame) -> str:

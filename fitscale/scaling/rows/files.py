@@ -1,6 +1,6 @@
-"""Anybody's CSV (a paper's table, a wandb export) -> runs table, by a column map.
+"""Runs tables as files: CSV or parquet with our columns, or anybody's CSV (a paper's table, a wandb export) by a map.
 
-The map is YAML; left a column of the runs table, right where it comes from:
+A column map is YAML; left a column of the runs table, right where it comes from:
 
     run: Name                          # a column
     size: "=XL"                        # the same text in every row
@@ -12,6 +12,7 @@ With `metrics`, the columns metric and value come from it; without, they are map
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,33 @@ import pandas as pd
 import yaml
 
 from fitscale.config.errors import UserError
-from fitscale.scaling.rows.table import validate
+from fitscale.config.files import replacing
+from fitscale.scaling.rows.table import COLUMNS, KEY, validate
+
+FORMATS: dict[str, Callable[..., None]] = {".csv": pd.DataFrame.to_csv, ".parquet": pd.DataFrame.to_parquet}
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a validated table to `path`, whole or not at all; .csv or .parquet."""
+    if path.suffix not in FORMATS:
+        raise UserError(f"{path}: a runs table is written as {' or '.join(FORMATS)}")
+    with replacing(path) as temporary:
+        FORMATS[path.suffix](table, temporary, index=False)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read and validate a table that `write_table` (or anybody else, with the same columns) wrote."""
+    try:
+        if path.suffix == ".parquet":
+            table = pd.read_parquet(path)
+        else:
+            texts = {name for name, column in COLUMNS.items() if column.dtype == "string"}
+            header = pd.read_csv(path, nrows=0).columns
+            dtypes = {name: "string" for name in header if name in texts or name.startswith(KEY)}
+            table = pd.read_csv(path, dtype=dtypes, float_precision="round_trip")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable runs table: {error}") from error
+    return validate(table, str(path))
 
 
 def read_mapped(path: Path, column_map: Path) -> pd.DataFrame:
