@@ -180,8 +180,10 @@ class Bench:
 
 
 def last(started: Started) -> str:
+    """The last line that it said, of an error if there is one."""
     lines = [line.strip() for line in started.lines if line.strip()]
-    return lines[-1][:300] if lines else "without a word"
+    errors = [line for line in lines if "rror" in line]
+    return (errors or lines or ["without a word"])[-1][:300]
 
 
 def results(run: Path) -> tuple[str, str]:
