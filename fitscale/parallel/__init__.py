@@ -54,8 +54,10 @@ def _enter_packages() -> None:
         spec = importlib.util.find_spec(name)
         if spec is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        sys.modules[name].__class__ = _Package
+        package = sys.modules[name] = importlib.util.module_from_spec(spec)
+        package.__class__ = _Package
+        parent, _, child = name.rpartition(".")
+        setattr(sys.modules[parent], child, package)  # as an import would
 
 
 # Before megatron-core's first import, which remarks on CUDA libraries that are optional.
