@@ -22,8 +22,10 @@ def test_one_real_try_of_a_damaged_shard_set(tmp_path):
     """The undisturbed run, and one on a set of which a file has changed: noticed, or harmless."""
     done = run_tool("torture", "--minutes", 0, "--kinds", "shards", "--dir", tmp_path / "t", "--seed", 5)
     assert done.returncode == 0, done.stdout
-    assert re.search(r"1  shards   1 rank     (noticed|survived): \S+ \(\w+\): (noticed|harmless)", done.stdout)
-    assert re.search(r"shards, 1 rank +1 +[01] +[01] +0\neverything held", done.stdout)
+    assert re.search(
+        r"1  shards   1 rank     (noticed|survived, bit-identical): \S+ \(\w+\): (noticed|harmless)", done.stdout
+    )
+    assert re.search(r"shards, 1 rank +1 +([01]) +\1 +[01] +0\neverything held", done.stdout)
     assert not list((tmp_path / "t").glob("0001-*"))
 
 
@@ -56,10 +58,10 @@ def test_what_does_not_hold_is_told_kept_and_makes_the_exit_code_1(torture, monk
 
     def bad(bench, layout, run: Path) -> str:
         run.mkdir()
-        raise torture.DidNotHoldError("ended with other weights")
+        raise torture.OtherEndError("ended with other weights")
 
     code, text = tried(torture, monkeypatch, capsys, tmp_path, {"good": good, "bad": bad}, "--minutes", "0")
-    assert code == 1 and "DID NOT HOLD: ended with other weights" in text and "1 did not hold" in text
+    assert code == 1 and "survived, DID NOT HOLD: ended with other weights" in text and "1 did not hold" in text
     assert [path.name for path in (tmp_path / "t").iterdir()] == ["0002-bad"]
     assert tried(torture, monkeypatch, capsys, tmp_path / "2", {"good": good}, "--minutes", "0")[0] == 0
 

@@ -17,7 +17,8 @@ Every try is a real command (torchrun and gloo where it has two ranks) on handwr
 
 What has to hold: a run that is started again until it ends has the weights and metrics of the undisturbed one, byte for
 byte; a conversion its shards; damage is told in one line, with exit code 2, or did no harm. The table says how often it
-was tried, survived (went on to its end) and noticed. What did not hold keeps its folder, and makes the exit code 1.
+was tried, survived (went on to its end), ended bit-identical, and was noticed. What did not hold keeps its folder, and
+makes the exit code 1.
 """
 
 import argparse
@@ -57,6 +58,7 @@ LAYOUTS = {
     "2, ZeRO-3": (2, ["parallel.zero_stage=3"]),
     "2, TP": (2, ["parallel.tensor_parallel_size=2"]),
 }
+SURVIVED, NOTICED, FAILED = ("survived", "bit-identical"), ("noticed",), ("DID NOT HOLD",)  # columns of the table
 GARBAGE = (b"", b"[]\n", b"{}\n", b"null\n", b'{"step": "x"}\n', b"\xff\xfe\x00", b"[" * 100_000)
 
 
@@ -66,6 +68,10 @@ class OutOfTimeError(Exception):
 
 class DidNotHoldError(Exception):
     """What happened that must not."""
+
+
+class OtherEndError(DidNotHoldError):
+    """It went on to its end, which is not the undisturbed one."""
 
 
 class Started:
@@ -176,7 +182,7 @@ class Bench:
             raise DidNotHoldError(f"does not go on (exit code {started.process.returncode}): {last(started)}")
         for what, ours, calm in zip(("weights", "metrics"), results(run), self.calm[layout], strict=True):
             if ours != calm:
-                raise DidNotHoldError(f"ended with other {what}")
+                raise OtherEndError(f"ended with other {what}")
 
 
 def last(started: Started) -> str:
@@ -286,7 +292,7 @@ def after_damage(bench: Bench, layout: str, run: Path, told: str, shards: Path |
     if code not in (0, 2):
         raise DidNotHoldError(f"{told}: exit code {code}: {last(started)}")
     if code == 0 and results(run)[0] != bench.calm[layout][0]:
-        raise DidNotHoldError(f"{told}: went unnoticed, and ended with other weights")
+        raise OtherEndError(f"{told}: went unnoticed, and ended with other weights")
     return f"{told}: {'harmless' if code == 0 else 'noticed'}"
 
 
@@ -364,7 +370,7 @@ def convert(bench: Bench, layout: str, run: Path) -> str:
     bench.run(command)  # by one worker: whatever is missing
     contents = [digest(sorted(one.glob("*.tar")) + sorted(one.glob("*.np*")), one) for one in (calm, run)]
     if contents[0] != contents[1] or not (run / "index.json").is_file():
-        raise DidNotHoldError("the shards are not those of an undisturbed conversion")
+        raise OtherEndError("the shards are not those of an undisturbed conversion")
     return f"{killed} kills of {'two starts each of ' * doubled}2 workers"
 
 
@@ -409,12 +415,14 @@ def torture(options: argparse.Namespace) -> int:
                 break
             place = folder / f"{number:04d}-{kind}"
             verdict, told = attempt(bench, kind, layout, place)
-            tried[kind, layout, "tries"] += 1
-            tried[kind, layout, verdict] += 1
+            tried.update((kind, layout, one) for one in ("tries", *verdict))
             minutes, seconds = divmod(int(time.monotonic() - began), 60)
-            print(f"{minutes:3d}:{seconds:02d}  {number:4d}  {kind:<9}{layout:<10} {verdict}: {told}", flush=True)
+            print(
+                f"{minutes:3d}:{seconds:02d}  {number:4d}  {kind:<9}{layout:<10} {', '.join(verdict)}: {told}",
+                flush=True,
+            )
     rows = sorted({key[:2] for key in tried}, key=lambda row: [*KINDS].index(row[0]))
-    columns = ("tries", "survived", "noticed", "DID NOT HOLD")
+    columns = ("tries", *SURVIVED, *NOTICED, *FAILED)
     cells = [[f"{kind}, {layout}", *(str(tried[kind, layout, one]) for one in columns)] for kind, layout in rows]
     print(f"\n{aligned([['disturbance', *columns], *cells])}")
     failed = sum(count for key, count in tried.items() if key[2] == columns[-1])
@@ -427,17 +435,17 @@ def torture(options: argparse.Namespace) -> int:
     return 0 if tried else 1
 
 
-def attempt(bench: Bench, kind: str, layout: str, place: Path) -> tuple[str, str]:
-    """One try: its verdict, and what was done; its folder stays if it did not hold."""
+def attempt(bench: Bench, kind: str, layout: str, place: Path) -> tuple[tuple[str, ...], str]:
+    """One try: the columns of the table that it counts in, and what was done; its folder stays if it did not hold."""
     try:
         if layout in LAYOUTS and layout not in bench.calm:
             undisturbed(bench, layout)
         told = KINDS[kind][0](bench, layout, place)
     except DidNotHoldError as error:
-        return "DID NOT HOLD", f"{error} [{place}]"
+        return (*SURVIVED[: isinstance(error, OtherEndError)], *FAILED), f"{error} [{place}]"
     for path in place.parent.glob(f"{place.name}*"):
         shutil.rmtree(path)
-    return ("noticed" if told.endswith("noticed") else "survived"), told
+    return (NOTICED if told.endswith(NOTICED) else SURVIVED), told
 
 
 def prepare(bench: Bench) -> None:
