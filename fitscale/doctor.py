@@ -37,7 +37,7 @@ TO_DO = {
     "disk": "make room, set run.dir elsewhere, or save less: evaluation.points, checkpoint.keep_last",
     "cache": "make room, set data.cache_dir elsewhere, or less data.cache_gb",
     "shards": "`fitscale data DIR --verify` reads the whole set; tools/make_shards.py makes one",
-    "evaluation": "README, where evaluation's files come from; without them set evaluation.points=0",
+    "evaluation": "README, 'What comes from elsewhere'; to go without, evaluation.features=null",
     "device": "compare `nvidia-smi` with the CUDA version that `python -m torch.utils.collect_env` names",
     "ranks": "name the network interface: GLOO_SOCKET_IFNAME=lo, NCCL_SOCKET_IFNAME=...; see NCCL_DEBUG=INFO",
 }
