@@ -182,6 +182,29 @@ def test_a_command_line_that_is_none_ends_with_2(arguments, capsys):
     assert "usage: fitscale" in capsys.readouterr().err
 
 
+def test_a_reader_that_leaves_is_no_error_of_ours():
+    """As `fitscale config ... | head -1`: what is printed is longer than a pipe holds, or not."""
+    for length in (10, 10**6):
+        program = (
+            f"from fitscale.config.program import exit_code\nraise SystemExit(exit_code(lambda: print('x' * {length})))"
+        )
+        out, into = os.pipe()
+        os.close(out)
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, stdout=into, stderr=subprocess.PIPE, check=False
+        )
+        os.close(into)
+        assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_broken_pipe_elsewhere_keeps_its_traceback():
+    def fail() -> int:
+        raise BrokenPipeError("of a worker")
+
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        exit_code(fail)
+
+
 def test_exit_codes(capsys):
     def fail(error: BaseException) -> int:
         raise error

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,23 +12,41 @@ from fitscale.config.errors import UserError
 
 USER_ERROR = 2  # as argparse's own
 INTERRUPTED = 130  # as a shell reports SIGINT
+UNREAD = 141  # as a shell reports SIGPIPE
 GRACE_S = 2.0  # in which a launcher ends the other processes after the first has failed
 
 
 def exit_code(function: Callable[[], int | None]) -> int:
-    """Run `function` and return the process's exit code: its own (None is 0), 2 for a UserError, 130 for Ctrl-C.
+    """Run `function` and return the process's exit code: its own (None is 0), 2 for a UserError, 130 for Ctrl-C, 141
+    where nobody reads on what it prints (`| head`).
 
     The UserError's text goes to stderr as `error: <text>`, of a rank other than 0 as `rank 5: error: <text>`. Any other
     exception passes: it is a fault of fitscale and keeps its traceback.
     """
     try:
         try:
-            return function() or 0
+            code = function() or 0
+            sys.stdout.flush()
+            return code
         except UserError as error:
             _report(error)
             return USER_ERROR
+        except BrokenPipeError:
+            if not _unread():
+                raise
+            return UNREAD
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _unread() -> bool:
+    """Whether standard output is a pipe that nobody reads any more; if so it leads nowhere from here on."""
+    output = select.poll()
+    output.register(1, 0)
+    unread = any(event & select.POLLERR for _, event in output.poll(0))
+    if unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return unread
 
 
 def _report(error: UserError) -> None:
