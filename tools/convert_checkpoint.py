@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from fitscale.api import SECTIONS
 from fitscale.config.errors import UserError
-from fitscale.config.program import exit_code
+from fitscale.config.program import exit_code, loading
 
 if TYPE_CHECKING:
     from fitscale.config.schema import Config
@@ -47,8 +47,9 @@ def convert(options: argparse.Namespace) -> None:
 
 def run_source(options: argparse.Namespace) -> "Source":
     """One set of weights of a run's checkpoint."""
-    from fitscale.eval.generate import find_checkpoint, open_run, weights_name
-    from fitscale.model.weights import list_tensors
+    with loading("torch and megatron-core"):
+        from fitscale.eval.generate import find_checkpoint, open_run, weights_name
+        from fitscale.model.weights import list_tensors
 
     if options.source.is_file():
         raise UserError(f"{options.source}: a file, no run directory; for published weights give --config MODEL.yaml")
@@ -62,7 +63,9 @@ def run_source(options: argparse.Namespace) -> "Source":
 def published_source(options: argparse.Namespace) -> "Source":
     """Published weights, if they are those of the model that --config says."""
     from fitscale.config.load import load_config
-    from fitscale.model.weights import check_keys, list_state_dict, list_tensors
+
+    with loading("torch and megatron-core"):
+        from fitscale.model.weights import check_keys, list_state_dict, list_tensors
 
     source: Path = options.source
     config = load_config(options.config)
