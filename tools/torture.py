@@ -17,8 +17,8 @@ Every try is a real command (torchrun and gloo where it has two ranks) on handwr
 
 What has to hold: a run that is started again until it ends has the weights and metrics of the undisturbed one, byte for
 byte; a conversion its shards; damage is told in one line, with exit code 2, or did no harm. The table says how often it
-was tried, survived (went on to its end), ended bit-identical, and was noticed. What did not hold keeps its folder, and
-makes the exit code 1.
+was tried, survived (went on to its end), ended bit-identical, and was noticed. What did not hold keeps its folder,
+and beside it what its commands said, and makes the exit code 1.
 """
 
 import argparse
@@ -40,6 +40,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from fitscale.config.program import aligned, exit_code
 
@@ -77,7 +78,11 @@ class OtherEndError(DidNotHoldError):
 class Started:
     """A command; what it prints is kept, and every process of it ends with `end`, whoever's child it has become."""
 
+    of_try: ClassVar[list["Started"]] = []  # all that the present try has started
+
     def __init__(self, command: list[str], most_bytes: int | None = None) -> None:
+        self.of_try.append(self)
+        self.command = command
         self.mark = f"TORTURED={uuid.uuid4().hex}"  # in the environment of all its processes
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         added = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **dict([self.mark.split("=")])}
@@ -437,13 +442,16 @@ def torture(options: argparse.Namespace) -> int:
 
 def attempt(bench: Bench, kind: str, layout: str, place: Path) -> tuple[tuple[str, ...], str]:
     """One try: the columns of the table that it counts in, and what was done; its folder stays if it did not hold."""
+    Started.of_try.clear()
     try:
         if layout in LAYOUTS and layout not in bench.calm:
             undisturbed(bench, layout)
         told = KINDS[kind][0](bench, layout, place)
     except DidNotHoldError as error:
+        said = (f"$ {' '.join(one.command)}\n{one.text}[exit code {one.process.poll()}]\n" for one in Started.of_try)
+        place.with_name(f"{place.name}.txt").write_text("\n".join(said))
         return (*SURVIVED[: isinstance(error, OtherEndError)], *FAILED), f"{error} [{place}]"
-    for path in place.parent.glob(f"{place.name}*"):
+    for path in place.parent.glob(f"{place.name}*"):  # with its copy of the shards
         shutil.rmtree(path)
     return (NOTICED if told.endswith(NOTICED) else SURVIVED), told
 
