@@ -1,7 +1,7 @@
-"""The `fitscale` program: config, data, train, plan, sample, evaluate, check.
+"""The `fitscale` program: config, data, train, plan, sample, evaluate, check, doctor.
 
 Only argparse and the arguments are imported before a command is known, so that `--help` answers at once; torch and
-everything above it are imported by the command that needs them.
+everything above it are imported by the command that needs them, which says so first.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fitscale.config.errors import UserError
-from fitscale.config.program import exit_code
+from fitscale.config.program import USER_ERROR, exit_code, loading
 from fitscale.eval.arguments import add_data_arguments, add_evaluate_arguments, add_sample_arguments
 
 Command = Callable[[argparse.Namespace], int | None]
@@ -36,6 +36,19 @@ class _Parser(argparse.ArgumentParser):
         super().error(str(UserError(message)))
 
 
+class _Version(argparse.Action):
+    """As argparse's own, but the package's metadata is read only where it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"fitscale {version('fitscale')}")
+        except PackageNotFoundError:
+            parser.exit(USER_ERROR, "error: fitscale is not installed, so it has no version: pip install -e .\n")
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The program's commands with their arguments; `command` of the parsed arguments runs the one that was named."""
     parser = _Parser(
@@ -43,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train FiTv2 at any size, sample it at any resolution, measure it.",
         epilog="example: fitscale train configs/model/b.yaml configs/recipe/fitv2_256.yaml run.dir=runs/b",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print fitscale's version")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(command: Command, arguments: Arguments, summary: str, example: str) -> None:
@@ -61,6 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(_sample, add_sample_arguments, "draw images from a run", "runs/b --height 256 --width 256 --count 16")
     add(_evaluate, add_evaluate_arguments, "measure a run's checkpoints", "runs/b")
     add(_check, _add_run, "verify that everything in a run directory is as it was written", "runs/b")
+    example = "--cluster configs/cluster/h100.yaml configs/model/b.yaml data.shards=data/in1k_256 run.dir=runs/b"
+    add(_doctor, _add_doctor_arguments, "check that everything is here that a run needs", example)
     return parser
 
 
@@ -85,6 +101,12 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target-steps", type=int, help="steps to plan for (default: run.steps)")
 
 
+def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cluster", metavar="PROFILE", help="cluster profile (configs/cluster/) whose jobs it checks")
+    help = "YAML files and overrides, as `fitscale train` takes them; none = the machine alone"
+    parser.add_argument("config", nargs="*", metavar="CONFIG|KEY=VALUE", help=help)
+
+
 def _config(arguments: argparse.Namespace) -> None:
     from fitscale.config.load import to_yaml
     from fitscale.data.encoding import load_run
@@ -102,7 +124,8 @@ def _train(arguments: argparse.Namespace) -> None:
     from fitscale.data.encoding import load_run
 
     config = load_run(arguments.config)
-    from fitscale.train.trainer import train
+    with loading("torch, megatron-core and DeepSpeed"):
+        from fitscale.train.trainer import train
 
     train(config)
 
@@ -114,13 +137,15 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    from fitscale.eval.commands import run_sample
+    with loading("torch and megatron-core"):
+        from fitscale.eval.commands import run_sample
 
     run_sample(arguments)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from fitscale.eval.commands import run_evaluate
+    with loading("torch and megatron-core"):
+        from fitscale.eval.commands import run_evaluate
 
     run_evaluate(arguments)
 
@@ -129,3 +154,9 @@ def _check(arguments: argparse.Namespace) -> int:
     from fitscale.run.check import run_check
 
     return run_check(arguments.run)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from fitscale.doctor import run_doctor
+
+    return run_doctor(arguments)

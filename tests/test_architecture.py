@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-ORDER = ["config", "run", ("data", "parallel", "flow"), "model", "plan", "train", "eval", "jobs", "cli"]
+ORDER = ["config", "run", ("data", "parallel", "flow"), "model", "plan", "train", "eval", "jobs", "doctor", "cli"]
 BELOW = {
     "prepare": ["config", "run", "data"],
     "scaling": ["config", "run", "model.flops"],

@@ -1,8 +1,11 @@
 """The `fitscale` program as a user meets it: quick help, one message and exit code 2 for a mistake."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from fitscale.config.load import load_config
 from fitscale.config.program import exit_code
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["config", "data", "train", "plan", "sample", "evaluate"]
+COMMANDS = ["config", "data", "train", "plan", "sample", "evaluate", "doctor"]
 PROGRAMS = sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "slurm").glob("*.py")])
 
 
@@ -47,6 +50,64 @@ def test_help_imports_nothing_heavy(program, unused):
     assert told.returncode == 0 and "usage: " in told.stdout
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in told.stderr.splitlines()}
     assert "argparse" in loaded and not loaded & unused
+
+
+WATCHED = """
+import atexit, json, runpy, sys
+
+class Watched:
+    def __init__(self, stream):
+        self.stream = stream
+    def write(self, text):
+        if text.strip() and not told:
+            told.append(sorted(sys.modules))
+        return self.stream.write(text)
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+told, report = [], sys.argv.pop(1)
+sys.stdout, sys.stderr = Watched(sys.stdout), Watched(sys.stderr)
+atexit.register(lambda: json.dump([*told, sorted(sys.modules)], open(report, "w")))
+runpy.run_module("fitscale", run_name="__main__")
+"""
+THEN = ROOT / "tests" / "data" / "version_0_1"
+NOT_FOR_TRAINING = HEAVY - {"torch", "deepspeed", "megatron"}
+NOT_FOR_TRAINING |= {"torch._inductor.compile_fx", "networkx", "sklearn", "megatron.core.distributed"}
+NOT_FOR_EVALUATION = NOT_FOR_TRAINING - {"scipy"} | {"deepspeed"}  # Frechet distances need it
+
+
+@pytest.mark.parametrize(
+    ("command", "without"),
+    [
+        ("config runs/fitv2/config.yaml", HEAVY | {"numpy"}),
+        ("data shards --patch-size 1", HEAVY - {"torch", "matplotlib"}),  # which its pictures need
+        ("plan runs/fitv2/config.yaml", HEAVY),
+        ("train runs/fitv2/config.yaml run.dir=runs/fitv2 run.steps=5", NOT_FOR_TRAINING),
+        ("sample runs/fitv2 --height 8 --width 8 --count 1", NOT_FOR_EVALUATION),
+        ("evaluate runs/fitv2", NOT_FOR_EVALUATION),
+        ("doctor runs/fitv2/config.yaml run.dir=runs/fitv2", HEAVY - {"torch"}),
+    ],
+    ids=lambda given: given.split()[0] if isinstance(given, str) else "",
+)
+def test_a_command_speaks_before_it_loads_and_loads_what_it_needs(command, without, tmp_path):
+    """How soon a user hears of it, and how long until the first step, is decided by what is imported."""
+    folder = shutil.copytree(THEN, tmp_path / "then")
+    result = subprocess.run(
+        [sys.executable, "-c", WATCHED, "modules.json", *command.split()],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    at_first, at_last = map(set, json.loads((folder / "modules.json").read_text()))
+    assert "fitscale.cli" in at_first and not at_first & HEAVY
+    assert not at_last & without
+
+
+def test_the_version_is_the_package_s():
+    assert run("-m", "fitscale", "--version").stdout == f"fitscale {version('fitscale')}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -119,6 +180,29 @@ def test_a_command_line_that_is_none_ends_with_2(arguments, capsys):
         main(arguments)
     assert ended.value.code == 2
     assert "usage: fitscale" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error_of_ours():
+    """As `fitscale config ... | head -1`: what is printed is longer than a pipe holds, or not."""
+    for length in (10, 10**6):
+        program = (
+            f"from fitscale.config.program import exit_code\nraise SystemExit(exit_code(lambda: print('x' * {length})))"
+        )
+        out, into = os.pipe()
+        os.close(out)
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, stdout=into, stderr=subprocess.PIPE, check=False
+        )
+        os.close(into)
+        assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_broken_pipe_elsewhere_keeps_its_traceback():
+    def fail() -> int:
+        raise BrokenPipeError("of a worker")
+
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        exit_code(fail)
 
 
 def test_exit_codes(capsys):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,3 +205,19 @@ def test_absent_cuda_is_refused():
 def test_importing_the_model_is_quiet():
     command = [sys.executable, "-c", "import fitscale.model.build"]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stderr == ""
+
+
+def test_who_asks_megatron_core_for_more_than_is_used_here_gets_it():
+    """Its packages are entered without what their `__init__` imports; that runs when a name of it is asked for."""
+    program = (
+        "import sys, os\n"
+        "import fitscale.parallel.layers\n"
+        "import megatron.core\n"
+        "assert 'megatron.core.distributed' not in sys.modules and 'wandb' not in sys.modules\n"
+        "assert 'TORCHDYNAMO_DISABLE' not in os.environ\n"
+        "assert megatron.core.mpu is fitscale.parallel.layers.parallel_state\n"
+        "from megatron.core.tensor_parallel import ColumnParallelLinear, broadcast_data\n"
+        "assert issubclass(fitscale.parallel.layers.ColumnLinear, ColumnParallelLinear)\n"
+        "assert not hasattr(megatron.core, 'no_such_name')\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], check=True)

@@ -111,10 +111,12 @@ def test_imagenet_to_the_first_step_as_written(tmp_path, monkeypatch):
             assert run_tool("make_shards", *words[1:]).returncode == 0, line
         elif words[0] == "train":
             assert run_ranks(run_here, 1, [*words, *small]) == [0], line
+        elif words[0] == "doctor":
+            assert run_here([*words, *small]) == 0, line
         else:
             assert run_here(words) == 0, line
         done.append(words[0])
-    assert done == ["tools/make_shards.py"] * 2 + ["data", "train", "tools/make_shards.py", "train"]
+    assert done == ["tools/make_shards.py"] * 2 + ["data", "doctor", "train", "tools/make_shards.py", "train"]
     assert (tmp_path / "data" / "in1k_256" / "report" / "contact_sheet.png").is_file()
     for name in ("xl", "xl_mixed"):
         assert [row["step"] for row in read_jsonl(RunDir(tmp_path / "runs" / name).metrics)] == [1, 2]

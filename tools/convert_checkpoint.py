@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from fitscale.api import SECTIONS
 from fitscale.config.errors import UserError
-from fitscale.config.program import exit_code
+from fitscale.config.program import exit_code, loading
 
 if TYPE_CHECKING:
     from fitscale.config.schema import Config
@@ -47,11 +47,11 @@ def convert(options: argparse.Namespace) -> None:
 
 def run_source(options: argparse.Namespace) -> "Source":
     """One set of weights of a run's checkpoint."""
-    from fitscale.eval.generate import find_checkpoint, open_run, weights_name
-    from fitscale.model.weights import list_tensors
-
     if options.source.is_file():
         raise UserError(f"{options.source}: a file, no run directory; for published weights give --config MODEL.yaml")
+    with loading("torch and megatron-core"):
+        from fitscale.eval.generate import find_checkpoint, open_run, weights_name
+        from fitscale.model.weights import list_tensors
     config, run = open_run(options.source)
     checkpoint = find_checkpoint(run, options.step)
     weights = weights_name(config, checkpoint, options.weights or config.evaluation.weights)
@@ -62,7 +62,6 @@ def run_source(options: argparse.Namespace) -> "Source":
 def published_source(options: argparse.Namespace) -> "Source":
     """Published weights, if they are those of the model that --config says."""
     from fitscale.config.load import load_config
-    from fitscale.model.weights import check_keys, list_state_dict, list_tensors
 
     source: Path = options.source
     config = load_config(options.config)
@@ -70,6 +69,8 @@ def published_source(options: argparse.Namespace) -> "Source":
     for name, value, valid in (("--step", options.step, False), ("--weights", options.weights, pickled)):
         if value is not None and not valid:
             raise UserError(f"{name}: {source} has nothing to choose from; it goes with a run directory")
+    with loading("torch and megatron-core"):
+        from fitscale.model.weights import check_keys, list_state_dict, list_tensors
     tensors = list_state_dict(source, options.weights) if pickled else list_tensors(source)
     check_keys(config.model, tensors, source)
     weights = {"weights": options.weights} if options.weights else {}

@@ -1,21 +1,26 @@
 """What every program of the project does around its work: a user's mistake becomes one line and an exit code."""
 
 import errno
+import gc
 import os
+import select
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from fitscale.config.errors import UserError
 
 USER_ERROR = 2  # as argparse's own
 INTERRUPTED = 130  # as a shell reports SIGINT
 _OF_NAMES = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS)
+UNREAD = 141  # as a shell reports SIGPIPE
 GRACE_S = 2.0  # in which a launcher ends the other processes after the first has failed
 
 
 def exit_code(function: Callable[[], int | None]) -> int:
-    """Run `function` and return the process's exit code: its own (None is 0), 2 for a UserError, 130 for Ctrl-C.
+    """Run `function` and return the process's exit code: its own (None is 0), 2 for a UserError, 130 for Ctrl-C, 141
+    where nobody reads on what it prints (`| head`).
 
     So does a path that the file system refuses for what it is: too long, not a folder, not permitted.
 
@@ -24,10 +29,16 @@ def exit_code(function: Callable[[], int | None]) -> int:
     """
     try:
         try:
-            return function() or 0
+            code = function() or 0
+            sys.stdout.flush()
+            return code
         except UserError as error:
             _report(error)
             return USER_ERROR
+        except BrokenPipeError:
+            if not _unread():
+                raise
+            return UNREAD
         except OSError as error:
             if error.errno not in _OF_NAMES or error.filename is None:
                 raise
@@ -35,6 +46,16 @@ def exit_code(function: Callable[[], int | None]) -> int:
             return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _unread() -> bool:
+    """Whether standard output is a pipe that nobody reads any more; if so it leads nowhere from here on."""
+    output = select.poll()
+    output.register(1, 0)
+    unread = any(event & select.POLLERR for _, event in output.poll(0))
+    if unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return unread
 
 
 def _report(error: UserError) -> None:
@@ -50,6 +71,21 @@ def _report(error: UserError) -> None:
     finally:
         prefix = "" if rank == "0" else f"rank {rank}: "
         print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Around imports that take seconds: says so at once, on rank 0, and keeps the garbage collector out of it.
+
+    The collector would walk hundreds of thousands of new objects again and again, of which none is garbage.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(f"loading {what}", file=sys.stderr, flush=True)
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import ModelParallelConfig, parallel_state
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, mappings
+from megatron.core import parallel_state
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
 tp_rank = parallel_state.get_tensor_model_parallel_rank  # in the tensor-parallel group

@@ -19,6 +19,7 @@ import torch
 from megatron.core import parallel_state
 
 from fitscale.config.schema import Config
+from fitscale.parallel import uncompiled
 from fitscale.parallel.groups import Topology
 from fitscale.parallel.layers import kept_part
 
@@ -145,7 +146,9 @@ def _import_deepspeed(device: torch.device) -> Any:
     """Import DeepSpeed quietly, without compiling its shared-memory op for CPU (half a minute, and a compiler)."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it in a world of one, too
-    import deepspeed
+    with uncompiled():
+        import deepspeed
+        import deepspeed.runtime.zero.muon.muon_optimizer  # as `initialize` does, to know its own optimizers
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
