@@ -20,9 +20,8 @@ GRACE_S = 2.0  # in which a launcher ends the other processes after the first ha
 
 def exit_code(function: Callable[[], int | None]) -> int:
     """Run `function` and return the process's exit code: its own (None is 0), 2 for a UserError, 130 for Ctrl-C, 141
-    where nobody reads on what it prints (`| head`).
-
-    So does a path that the file system refuses for what it is: too long, not a folder, not permitted.
+    where nobody reads on what it prints (`| head`). A path that the file system refuses for what it is (too long, not a
+    folder, not permitted) is told as a UserError is.
 
     The UserError's text goes to stderr as `error: <text>`, of a rank other than 0 as `rank 5: error: <text>`. Any other
     exception passes: it is a fault of fitscale and keeps its traceback.
