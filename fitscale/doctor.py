@@ -115,22 +115,21 @@ def compiler() -> str:
 
 
 def slurm(profile: str | None) -> str:
-    from fitscale.config.load import load_schema
     from fitscale.jobs.launch import require_slurm
-    from fitscale.jobs.profile import ClusterConfig
+    from fitscale.jobs.profile import read_profile
 
     if profile is None:
         found = "is here" if shutil.which("sbatch") else "is not here, and runs without it need none"
         return f"{found}; --cluster PROFILE checks a profile"
-    cluster = load_schema(ClusterConfig, [profile])
+    cluster = read_profile(profile)
     require_slurm(cluster.partition)
     return f"sbatch is here, and partition {cluster.partition or '(the default)'} of {profile}"
 
 
 def read_config(arguments: list[str]) -> "Config":
-    from fitscale.config.load import load_config
+    from fitscale.data.encoding import load_run
 
-    return load_config(arguments)
+    return load_run(arguments)
 
 
 def run_folder(config: "Config") -> str:
@@ -210,8 +209,10 @@ def compared(config: "Config") -> str:
         return "no Fréchet distance is asked for (evaluation.features)"
     if latent.kind == "vae" and latent.vae is None:
         raise UserError("data.latent.vae: needed to decode latents: a local folder or hub name of an AutoencoderKL")
-    reference = Path(evaluation.reference or "")
-    return f"features {sha256(Path(evaluation.features))}, reference {_reference(reference)}"
+    features, reference = Path(evaluation.features), Path(evaluation.reference or "")
+    if evaluation.trusted and sha256(features) not in evaluation.trusted:
+        raise UserError(f"{_hashed(features)} is a program that evaluation.trusted does not name")
+    return f"features {_hashed(features)}, reference {_reference(reference)}"
 
 
 def _reference(path: Path) -> str:
@@ -223,15 +224,19 @@ def _reference(path: Path) -> str:
         with np.load(path, allow_pickle=False) as arrays:
             if missing := {"mu", "sigma"} - {*arrays}:
                 raise UserError(f"evaluation.reference: {path}: has no array {' and no '.join(sorted(missing))}")
-        return sha256(path)
+        return _hashed(path)
     if (path / "index.json").is_file():
         return f"{open_index(path).meta.num_images:,} images in shards"
     return f"{sum(one.is_file() for one in path.rglob('*')):,} files"
 
 
+def _hashed(path: Path) -> str:
+    return f"{path} (sha256 {sha256(path)})"
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        return f"{path} (sha256 {hashlib.file_digest(file, 'sha256').hexdigest()})"
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def device(wanted: str) -> str:
