@@ -127,9 +127,14 @@ def slurm(profile: str | None) -> str:
 
 
 def read_config(arguments: list[str]) -> "Config":
+    from fitscale.config.load import load_config
     from fitscale.data.encoding import load_run
 
-    return load_run(arguments)
+    config = load_config(arguments)
+    try:
+        return load_run(arguments)
+    except UserError:  # of shards or a run directory, which have questions of their own
+        return config
 
 
 def run_folder(config: "Config") -> str:

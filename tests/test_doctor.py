@@ -170,7 +170,7 @@ def test_what_evaluation_compares_with_is_hashed(shards, tmp_path, answer):
     np.savez(tmp_path / "reference.npz", mu=np.zeros(3), sigma=np.eye(3))
     ok, text = answer("evaluation", partial(doctor.compared, config))
     assert ok and hashlib.sha256(b"network").hexdigest() in text and text.count("sha256") == 2
-    only = config_of(shards, *files, "evaluation.points=2", f"evaluation.trusted=[{'0' * 64}]")
+    only = config_of(shards, *files, "evaluation.points=2", f"evaluation.trusted=[{'f' * 64}]")
     ok, text = answer("evaluation", partial(doctor.compared, only))
     assert not ok and "evaluation.trusted does not name" in text
     (tmp_path / "reference.npz").write_bytes((tmp_path / "reference.npz").read_bytes()[:100])
