@@ -1,9 +1,11 @@
 """Sampling and evaluation of a real small run, through the program that a user calls."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
@@ -26,6 +28,13 @@ def call(*arguments: object) -> None:
 
     code = main([str(argument) for argument in arguments])
     assert code == 0, f"exit code {code}"
+
+
+def told_by(*arguments: object) -> str:
+    """In a spawned process: what `call` prints."""
+    with redirect_stdout(io.StringIO()) as out:
+        call(*arguments)
+    return out.getvalue()
 
 
 def exit_code_of(*arguments: object) -> int:
@@ -75,7 +84,7 @@ def test_the_same_classifier_has_the_same_bytes(tmp_path):
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
 
 
-def test_evaluate_measures_once_and_says_under_what_circumstances(run, capfd):
+def test_evaluate_measures_once_and_says_under_what_circumstances(run):
     run_ranks(call, 1, "evaluate", run.path)
     rows = read_jsonl(run.evaluations)
     assert [(row["step"], row["metric"]) for row in rows] == [
@@ -87,9 +96,9 @@ def test_evaluate_measures_once_and_says_under_what_circumstances(run, capfd):
     assert rows[1]["key"]["reference"] and rows[1]["nfe"] == 4 and rows[1]["standard_error"] is None
     assert rows[-1]["train_flops"] == run.checkpoints()[-1].meta["train_flops"] > 0
     before = run.evaluations.read_bytes()
-    run_ranks(call, 1, "evaluate", run.path)
+    (told,) = run_ranks(told_by, 1, "evaluate", run.path)
     assert run.evaluations.read_bytes() == before
-    assert "--force measures it again" in capfd.readouterr().out
+    assert "--force measures it again" in told
     run_ranks(call, 1, "evaluate", run.path, "--step", 30, "--guidance", 2)
     added = read_jsonl(run.evaluations)[len(rows) :]
     assert [row["metric"] for row in added] == ["fd", "recognised"]
