@@ -79,7 +79,7 @@ NOT_FOR_EVALUATION = NOT_FOR_TRAINING - {"scipy"} | {"deepspeed"}  # Frechet dis
 @pytest.mark.parametrize(
     ("command", "without"),
     [
-        ("config runs/fitv2/config.yaml", HEAVY | {"numpy"}),
+        ("config runs/fitv2/config.yaml", HEAVY),
         ("data shards --patch-size 1", HEAVY - {"torch", "matplotlib"}),  # which its pictures need
         ("plan runs/fitv2/config.yaml", HEAVY),
         ("train runs/fitv2/config.yaml run.dir=runs/fitv2 run.steps=5", NOT_FOR_TRAINING),
