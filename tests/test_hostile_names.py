@@ -149,7 +149,7 @@ def test_names_of_a_sweep_are_refused_or_its_cells_have_them(tmp_path_factory, n
     ("text", "message"),
     [
         ("environment: [x]", "environment: must hold key: value pairs"),
-        ("setup: {a: b}", "setup: must hold a list"),
+        ("setup: {a: b}", "setup: must hold a list, "),
         ("environment: {A: [x]}", "must be a text"),
         ('environment: {"A B": x}', "'A B' is no name of a variable"),
         ("sbatch: {mail_type: x}", "'mail_type' is no option of sbatch"),

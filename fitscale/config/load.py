@@ -76,21 +76,18 @@ def _merge(schema: Any, sources: list[tuple[str, Any]]) -> Any:
             try:
                 merged = OmegaConf.unsafe_merge(merged, content)  # without a copy of either
             except TypeError as error:  # a list where a section is due, or the other way round: no key is named
-                key = next(_misplaced(merged, content), "")
-                raise UserError(
-                    f"{argument}: {key}: a list is given whole, as key=[a, b], a section as key.name=value"
-                ) from error
+                raise UserError(f"{argument}: {next(_misplaced(merged, content), error)}") from error
     with _told():
         return OmegaConf.to_object(merged)
 
 
 def _misplaced(schema: Any, content: Any, prefix: str = "") -> Iterator[str]:
-    """Keys of lists in `content` that are sections in `schema`, and the other way round."""
+    """What is wrong with lists in `content` that are sections in `schema`, and the other way round."""
     if OmegaConf.is_dict(schema) and OmegaConf.is_dict(content):
         for key in content:
             yield from _misplaced(schema.get(key), content.get(key), f"{prefix}.{key}".lstrip("."))
     elif OmegaConf.is_config(schema) and OmegaConf.is_config(content) and type(schema) is not type(content):
-        yield prefix
+        yield f"{prefix}: must hold " + ("a list, [a, b]" if OmegaConf.is_list(schema) else "key: value pairs")
 
 
 def to_yaml(config: Any) -> str:

@@ -88,10 +88,9 @@ def _counts(index: Index, drawn: DrawnSizes) -> str:
 
 
 def summary(folder: Path) -> str:
-    """Write `sizes.png` and then `summary.json` beside the index of `folder`; what they say, for a person."""
+    """Write `sizes.png` and then `summary.json` beside the index of `folder`, once; what they say, for a person."""
     meta = open_index(folder).meta
     rejected = Counter(row["reason"].split(":")[0] for row in read_jsonl(folder / "rejected.jsonl"))
-    plot_histogram(folder / "sizes.png", *_areas(meta), "image pixels per variant", "variants")
     content = {
         "images": meta.num_images,
         "variants": meta.num_variants,
@@ -99,7 +98,9 @@ def summary(folder: Path) -> str:
         "reasons": dict(rejected.most_common()),
         "sizes": [[height * meta.factor, width * meta.factor, count] for height, width, count in meta.sizes],
     }
-    write_atomic(folder / "summary.json", json.dumps(content, indent=1) + "\n")
+    if not (folder / "summary.json").is_file():
+        plot_histogram(folder / "sizes.png", *_areas(meta), "image pixels per variant", "variants")
+        write_atomic(folder / "summary.json", json.dumps(content, indent=1) + "\n")
     lines = ["image pixels per variant", text_histogram(*_areas(meta)), f"rejected: {rejected.total()} images"]
     lines += [f"  {count:6d}  {reason}" for reason, count in rejected.most_common()]
     if rejected:
