@@ -48,7 +48,7 @@ ROOT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY = 40, 5
 HANG_S = 900.0  # after which a process counts as hanging, however busy the machine
 GRACE_S = 90.0  # after the stated time, in which a try may still end
-TINY = f"""model.name=tiny model.depth=2 model.hidden_size=32 model.num_heads=2 model.num_classes=10 model.patch_size=1
+TINY = f"""model.name=tiny model.depth=2 model.hidden_size=48 model.num_heads=2 model.num_classes=10 model.patch_size=1
  model.in_channels=1 data.latent.kind=pixels data.latent.factor=1 data.latent.scaling=1.0 data.num_workers=0
  batch.global_batch_size=16 batch.pack_tokens=2048 optim.lr=1e-3 optim.ema_decays=[0.9] parallel.precision=fp32
  run.device=cpu run.steps={STEPS} checkpoint.every_steps={SAVE_EVERY} evaluation.points=2 evaluation.first_step=20
