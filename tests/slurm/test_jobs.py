@@ -256,7 +256,9 @@ def test_a_full_disk_ends_the_run_and_is_said(slurm_cluster, tmp_path, digits_sh
     finally:
         if checkpoints.is_mount():  # a cluster without namespaces
             subprocess.run(["umount", "--lazy", checkpoints], check=True)
-    assert row["error"] == [f"{run.path}: the last checkpoint could not be saved; make room and start again"]
+    error = f"{run.checkpoint_path(3)}: the checkpoint could not be saved (rank 0: "
+    assert len(row["error"]) == 1 and row["error"][0].startswith(error)
+    assert "(No space left on device)); newest: none yet; mend that and start again" in row["error"][0]
     assert row["step"] == 3 and read_jsonl(run.attempts)[-1]["reason"] == "not saved"
     log = (run.path / "log.txt").read_text()
-    assert "checkpoint of step 3 was not saved" in log and "No space left on device" in log
+    assert "could not be saved" in log and "No space left on device" in log
