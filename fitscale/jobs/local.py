@@ -1,7 +1,7 @@
 """Jobs as processes of this machine, through submitit's local executor: started, and stopped so that they can save.
 
-submitit's own way to cancel a job sends SIGINT and, a second later, SIGKILL. Its controller
-passes SIGTERM on, and waits.
+submitit's own way to cancel a job sends SIGINT and, a second later, SIGKILL. Its controller passes SIGTERM on, and
+waits.
 """
 
 import os
