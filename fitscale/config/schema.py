@@ -7,6 +7,7 @@ raises `UserError` with the key's full path and the values that would be valid.
 from dataclasses import dataclass, field, replace
 from math import gcd
 from re import fullmatch
+from typing import Any
 
 from fitscale.config.checks import Section, number, one_of
 from fitscale.config.errors import UserError
@@ -228,17 +229,33 @@ class EvaluationConfig(Section, path="evaluation"):
     first_step: int = number(1000, least=1)
     weights: str = "ema"  # raw, ema (the first of optim.ema_decays) or ema_<decay>
     samples: int = number(50000, least=1, most=10**7)  # generated images per Frechet distance
-    features: str | None = None  # TorchScript feature network, whose code runs; None = no Frechet distance
+    # TorchScript feature network, whose code runs, or several by name; None = no images are generated
+    features: Any = None
     trusted: list[str] = field(default_factory=list)  # SHA-256 of the feature networks that may be loaded; [] = any
-    reference: str | None = None  # image folder, shards or .npz with mu and sigma
+    reference: Any = None  # image folder, shards or .npz with mu and sigma; or one for each network, by its name
     validation_images: int = number(1024, least=0, most=10**7)  # held-out images of the validation loss
     validation_times: int = number(8, least=1, most=10_000)  # fixed times per image of the validation loss
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_paths("evaluation.features", self.features)
+        _check_paths("evaluation.reference", self.reference)
         for entry in self.trusted:
             if not fullmatch("[0-9a-f]{64}", entry):
                 raise UserError(f"evaluation.trusted: {entry!r} is no SHA-256, which is 64 digits of 0 to 9 and a to f")
+
+    @property
+    def networks(self) -> dict[str, str]:
+        """Paths of the feature networks by name; of the only one that a plain path gives, the name is empty."""
+        return self.features if isinstance(self.features, dict) else {"": self.features} if self.features else {}
+
+    def reference_of(self, network: str) -> str:
+        """The path of what images seen through `network` are compared with; UserError if there is none."""
+        path = self.reference.get(network) if isinstance(self.reference, dict) else self.reference
+        if path is None:
+            key = f"evaluation.reference.{network}" if isinstance(self.reference, dict) else "evaluation.reference"
+            raise UserError(f"{key}: needed with evaluation.features: an image folder, shards or .npz")
+        return str(path)
 
     def steps(self, last_step: int) -> list[int]:
         """Evaluation steps of a run of `last_step` steps, ascending; the last is `last_step` itself."""
@@ -248,6 +265,16 @@ class EvaluationConfig(Section, path="evaluation"):
         count = max(self.points - 1, 1)
         spaced = {round(last_step * (first / last_step) ** (1 - i / count)) for i in range(self.points)}
         return sorted(spaced | {last_step})
+
+
+def _check_paths(key: str, value: Any) -> None:
+    """Raises UserError unless `value` is None, a path, or paths by name."""
+    if isinstance(value, dict):
+        for name, path in value.items():
+            if not fullmatch("[A-Za-z0-9_-]{1,50}", str(name)) or not isinstance(path, str):
+                raise UserError(f"{key}.{name}: {path!r}; valid: name: path, the name of letters, digits, - and _")
+    elif not isinstance(value, str | None):
+        raise UserError(f"{key}: {value!r} is neither a path nor paths by name, {{inception: PATH, dinov2: PATH}}")
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class Allocation(Submission):
     def evaluation_s(self) -> float:
         """One evaluation on one device: function evaluations of the samples, and nothing else."""
         config = self.config
-        if config.evaluation.features is None:
+        if not config.evaluation.networks:
             return 0.0
         guided = 1 if config.sampling.guidance.scale == 1.0 else 2
         stages = 2 if config.sampling.method == "heun" else 1

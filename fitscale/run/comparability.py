@@ -25,6 +25,11 @@ def full_weights_name(config: Config, name: str) -> str:
     return ema_name(decays[0]) if name == "ema" and decays else name
 
 
+def metric_name(figure: str, network: str) -> str:
+    """Of a figure by the eyes of a feature network, as in evaluations.jsonl: fd/dinov2; the unnamed one's is fd."""
+    return f"{figure}/{network}" if network else figure
+
+
 def validation_key(config: Config, weights: str) -> dict[str, Any]:
     """Of the validation loss of `weights` (full name)."""
     return {

@@ -43,6 +43,7 @@ class RunDir:
     failed = _Inside("failed.txt")  # why a run cannot go on by itself: while it is there, no job is queued again
     evaluations = _Inside("evaluations.jsonl")  # a line an evaluated metric
     checkpoint_folder = _Inside("checkpoints")  # step-00001000/{COMPLETE, weights/, optimizer/}
+    evaluation_folder = _Inside("evaluation")  # a folder of chunks for each evaluation that is not over (run/chunks.py)
     samples = _Inside("samples")
     submitit = _Inside("submitit")  # a folder a job
 
