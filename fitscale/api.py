@@ -58,7 +58,8 @@ class Model:
         """
         from PIL import Image
 
-        from fitscale.eval.generate import Request, generate, patches
+        from fitscale.eval.generate import generate, patches
+        from fitscale.eval.requests import Request
 
         most = self.config.model.num_classes
         if wrong := [label for label in labels if not 0 <= label <= most]:

@@ -12,7 +12,8 @@ from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, ModelConfig, Sampl
 from fitscale.data.index import open_index
 from fitscale.eval.evaluate import EvaluationOptions, evaluate_run, has_validation
 from fitscale.eval.folder import check_samples_folder, write_samples
-from fitscale.eval.generate import Request, find_checkpoint, generate, load_model, open_run, patches, weights_name
+from fitscale.eval.generate import find_checkpoint, generate, load_model, open_run, patches, weights_name
+from fitscale.eval.requests import Request
 from fitscale.run.layout import RunDir
 
 MOST_IMAGES = 10_000_000

@@ -30,8 +30,9 @@ from fitscale.data.packing import PackRule
 from fitscale.data.pictures import batched
 from fitscale.eval.features import AT_ONCE, FeatureNet
 from fitscale.eval.frechet import Moments, frechet_distance
-from fitscale.eval.generate import Request, find_checkpoint, generate, load_model, patches, weights_name
+from fitscale.eval.generate import find_checkpoint, generate, load_model, patches, weights_name
 from fitscale.eval.reference import data_identity, load_reference
+from fitscale.eval.requests import Request
 from fitscale.flow.loss import make_objective
 from fitscale.flow.path import VALIDATION, image_noise, lengths_of
 from fitscale.model import flops

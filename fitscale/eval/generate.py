@@ -1,15 +1,14 @@
 """Images from a checkpoint: any size, any class, image i from (seed, i) alone.
 
 1. `open_run` reads the run's config and finds the checkpoint; `load_model` builds the network with one of its weights.
-2. `generate` deals the requests into packs of at most `pack_tokens`, draws each image's noise, and integrates a pack.
+2. `generate` draws the requests pack by pack (`eval.draw`).
 3. Tokens become arrays, arrays become images (pixels, or through the VAE).
 
-Shape suffixes: T tokens of a pack, S images of a pack, C numbers in a token.
+Shape suffixes: T tokens of an image, C numbers in a token.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +16,11 @@ import torch
 
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
-from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, ParallelConfig
+from fitscale.config.schema import Config, ParallelConfig
 from fitscale.data.encode import Decoder, unpatchify
-from fitscale.flow.guidance import Network, PackShape, guided, network_evaluations
-from fitscale.flow.loss import make_objective
-from fitscale.flow.path import INITIAL_NOISE, image_noise
-from fitscale.flow.sampler import ImageNoise, sample
+from fitscale.eval.draw import Networks, draw_pack, packs
+from fitscale.eval.requests import Request
 from fitscale.model.build import build_network
-from fitscale.model.common.layout import PackLayout, pack_layout
 from fitscale.model.weights import load_weights
 from fitscale.parallel.groups import init_parallel, launched_ranks
 from fitscale.run.checkpoint import Checkpoint, read_checkpoint
@@ -32,20 +28,6 @@ from fitscale.run.comparability import full_weights_name
 from fitscale.run.layout import RunDir
 
 MOST_TOKENS = 1 << 24  # of an image, to draw
-
-
-@dataclass(frozen=True)
-class Request:
-    """One image to draw: `index` decides its noise, `rows` and `cols` its size in patches."""
-
-    index: int
-    label: int
-    rows: int
-    cols: int
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.cols
 
 
 @dataclass(frozen=True)
@@ -124,56 +106,12 @@ def generate(model: torch.nn.Module, config: Config, requests: Sequence[Request]
     """
     device = next(model.parameters()).device
     decoder = Decoder(config.data.latent, device)
-    limit = 0 if config.sampling.method in ADAPTIVE_SAMPLERS else config.batch.pack_tokens  # 0: one image a pack
-    for pack in _packs(requests, limit):
-        tokens_TC, nfe = _sample_pack(model, config, pack, seed)
-        parts = tokens_TC.split([request.tokens for request in pack])
-        for request, part_TC in zip(pack, parts, strict=True):
-            latent = unpatchify(part_TC, request.rows, request.cols, config.model.patch_size)
-            yield Generated(request.index, decoder(latent), nfe, nfe * network_evaluations(config.sampling.guidance))
-
-
-def _packs(requests: Sequence[Request], limit: int) -> Iterator[list[Request]]:
-    """Runs of requests of at most `limit` tokens, at least one each."""
-    pack: list[Request] = []
-    for request in requests:
-        if pack and sum(member.tokens for member in pack) + request.tokens > limit:
-            yield pack
-            pack = []
-        pack.append(request)
-    if pack:
-        yield pack
-
-
-def _sample_pack(model: torch.nn.Module, config: Config, pack: list[Request], seed: int) -> tuple[torch.Tensor, int]:
-    device = next(model.parameters()).device
-    indices, lengths = [request.index for request in pack], [request.tokens for request in pack]
-    noise_TC = image_noise(seed, 0, indices, lengths, config.model.token_channels, stream=INITIAL_NOISE).to(device)
-    shape = PackShape(
-        labels_S=torch.tensor([request.label for request in pack], device=device),
-        sizes_S2=torch.tensor([[request.rows, request.cols] for request in pack], dtype=torch.int32),
-        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
-    )
-    model_fn = guided(
-        _network(model, device),
-        shape,
-        config.sampling.guidance,
-        no_class=config.model.num_classes,
-        patch_size=config.model.patch_size,
-        model_time=make_objective(config.flow, config.model).model_time,
-    )
-    drawn = sample(model_fn, noise_TC, config.sampling, ImageNoise(seed, indices, lengths))
-    return drawn.x_TC, drawn.nfe
-
-
-def _network(model: torch.nn.Module, device: torch.device) -> Network:
-    """The model as samplers call it; a pack's layout is worked out once for all their calls."""
-
-    @cache
-    def layout(pack: PackShape) -> PackLayout:
-        return pack_layout(pack.sizes_S2, pack.cu_seqlens, device)
-
-    return lambda x_TC, t_S, pack: model(x_TC, t_S, pack.labels_S, layout(pack))[-1]
+    for pack in packs(requests, config):
+        drawn = draw_pack(Networks(model), config, pack, seed)
+        made = zip(pack, drawn.tokens, drawn.nfe, drawn.network_evaluations, strict=True)
+        for request, tokens_TC, nfe, passes in made:
+            latent = unpatchify(tokens_TC, request.rows, request.cols, config.model.patch_size)
+            yield Generated(request.index, decoder(latent), nfe, passes)
 
 
 def patches(config: Config, height: int, width: int) -> tuple[int, int]:
