@@ -14,8 +14,7 @@ from fitscale.config.schema import ParallelConfig, SamplingConfig
 from fitscale.data.pictures import write_contact_sheet
 from fitscale.eval.commands import parse_classes
 from fitscale.eval.folder import SHEET_IMAGES, write_samples
-from fitscale.eval.generate import Generated, generate, patches
-from fitscale.eval.requests import Request
+from fitscale.eval.generate import Generated, Request, generate, patches
 from fitscale.model.build import build_network
 from fitscale.parallel.groups import init_parallel
 from tests.tiny import OVERRIDES
