@@ -15,7 +15,7 @@ from fitscale.config.schema_data import DataConfig
 
 ODE_SAMPLERS = ("euler", "heun", "dopri5", "sde")
 DDPM_SAMPLERS = ("ddpm", "ddim")
-ADAPTIVE_SAMPLERS = ("dopri5",)  # choose their steps from the error over all that they integrate
+ADAPTIVE_SAMPLERS = ("dopri5",)  # choose the steps of each image by its error
 SPACINGS = ("linspace", "leading", "trailing")
 _PUBLISHED_SPACING = {"ddpm": "linspace", "ddim": "leading"}  # respacing "N" and "ddimN" of FiT v1's and DiT's code
 _OWN_TIMES = {"rectified": "logit_normal", "ddpm": "uniform"}
@@ -204,7 +204,7 @@ class SamplingConfig(Section, path="sampling"):
     """How images are drawn from a trained model."""
 
     method: str = one_of(*ODE_SAMPLERS, *DDPM_SAMPLERS)
-    steps: int = number(50, least=1, most=10**6)  # of integration (dopri5: output points, its step size is its own)
+    steps: int = number(50, least=1, most=10**6)  # of integration; dopri5 chooses its own
     spacing: str | None = one_of(None, *SPACINGS)  # of ddpm's and ddim's steps; None = published: linspace, leading
     rtol: float = 1e-3  # dopri5
     atol: float = 1e-6  # dopri5
