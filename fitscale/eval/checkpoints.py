@@ -7,6 +7,7 @@ import torch
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
 from fitscale.config.schema import Config, ParallelConfig
+from fitscale.eval.draw import Networks
 from fitscale.model.build import build_network
 from fitscale.model.weights import load_weights
 from fitscale.parallel.groups import init_parallel
@@ -54,6 +55,11 @@ def weights_name(config: Config, checkpoint: Checkpoint, name: str) -> str:
     if full not in checkpoint.weight_names():
         raise UserError(f"--weights: {checkpoint.path} has no {name}; it has {', '.join(checkpoint.weight_names())}")
     return full
+
+
+def load_networks(config: Config, weights: Path, device: str) -> Networks:
+    """What draws: the network of `weights`, ready to sample. Raises UserError as `load_model`."""
+    return Networks(load_model(config, weights, device))
 
 
 def load_model(config: Config, weights: Path, device: str) -> torch.nn.Module:

@@ -28,8 +28,8 @@ from fitscale.config.files import append_jsonl, read_jsonl, require_kinds
 from fitscale.config.schema import Config, ModelConfig, ParallelConfig
 from fitscale.data.batch_plan import BatchPlan
 from fitscale.data.index import OpenIndex, open_index
-from fitscale.eval.checkpoints import find_checkpoint, weights_name
-from fitscale.eval.draw import Networks, load_networks
+from fitscale.eval.checkpoints import find_checkpoint, load_networks, weights_name
+from fitscale.eval.draw import Networks
 from fitscale.eval.features import FeatureNet
 from fitscale.eval.figures import Figure
 from fitscale.eval.mirror import mirror_evaluation
