@@ -15,7 +15,7 @@ from fitscale.config.schema_data import DataConfig
 
 ODE_SAMPLERS = ("euler", "heun", "dopri5", "sde")
 DDPM_SAMPLERS = ("ddpm", "ddim")
-ADAPTIVE_SAMPLERS = ("dopri5",)  # choose their steps from the error over all that they integrate
+ADAPTIVE_SAMPLERS = ("dopri5",)  # choose the steps of each image by its error
 SPACINGS = ("linspace", "leading", "trailing")
 _PUBLISHED_SPACING = {"ddpm": "linspace", "ddim": "leading"}  # respacing "N" and "ddimN" of FiT v1's and DiT's code
 _OWN_TIMES = {"rectified": "logit_normal", "ddpm": "uniform"}
@@ -204,7 +204,7 @@ class SamplingConfig(Section, path="sampling"):
     """How images are drawn from a trained model."""
 
     method: str = one_of(*ODE_SAMPLERS, *DDPM_SAMPLERS)
-    steps: int = number(50, least=1, most=10**6)  # of integration (dopri5: output points, its step size is its own)
+    steps: int = number(50, least=1, most=10**6)  # of integration; dopri5 chooses its own
     spacing: str | None = one_of(None, *SPACINGS)  # of ddpm's and ddim's steps; None = published: linspace, leading
     rtol: float = 1e-3  # dopri5
     atol: float = 1e-6  # dopri5
@@ -233,6 +233,7 @@ class EvaluationConfig(Section, path="evaluation"):
     features: Any = None
     trusted: list[str] = field(default_factory=list)  # SHA-256 of the feature networks that may be loaded; [] = any
     reference: Any = None  # image folder, shards or .npz with mu and sigma; or one for each network, by its name
+    tensor_parallel_size: int = number(1, least=1, most=10_000)  # ranks that hold one model between them, to sample
     validation_images: int = number(1024, least=0, most=10**7)  # held-out images of the validation loss
     validation_times: int = number(8, least=1, most=10_000)  # fixed times per image of the validation loss
 
@@ -346,11 +347,13 @@ class Config:
             raise UserError(f"sampling.guidance.channels: {guided} is more than model.in_channels = {in_channels}")
 
     def _check_tensor_parallel(self) -> None:
-        tp, divides = self.parallel.tensor_parallel_size, self.model.tp_divides
-        for key, value in divides.items():
-            if value % tp:
-                common = gcd(*divides.values())
-                valid = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-                raise UserError(
-                    f"parallel.tensor_parallel_size: model.{key} = {value} does not divide by {tp}; valid: {valid}"
-                )
+        divides = self.model.tp_divides
+        for section in ("parallel", "evaluation"):
+            tp = getattr(self, section).tensor_parallel_size
+            for key, value in divides.items():
+                if value % tp:
+                    common = gcd(*divides.values())
+                    valid = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+                    raise UserError(
+                        f"{section}.tensor_parallel_size: model.{key} = {value} does not divide by {tp}; valid: {valid}"
+                    )

@@ -26,8 +26,18 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """What to measure, of which checkpoints; what is not given comes from the run's config."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--samples", type=int, help="generated images per Frechet distance")
-    parser.add_argument("--features", help="TorchScript feature network: a program, which runs (evaluation.trusted)")
-    parser.add_argument("--reference", help="image folder, shards, or .npz with mu and sigma")
+    parser.add_argument(
+        "--features",
+        action="append",
+        metavar="[NAME=]PATH",
+        help="TorchScript feature network: a program, which runs (evaluation.trusted); several with a name each",
+    )
+    parser.add_argument(
+        "--reference",
+        action="append",
+        metavar="[NAME=]PATH",
+        help="image folder, shards, or .npz with mu and sigma; NAME=: for that network alone",
+    )
     parser.add_argument("--height", type=int, help="of generated images, in pixels (default: sizes of the dataset)")
     parser.add_argument("--width", type=int, help="of generated images, in pixels")
     parser.add_argument("--seed", type=int, default=0, help="of the generated images (default: 0)")
@@ -39,6 +49,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_checkpoint(parser: argparse.ArgumentParser, default: str = "(default: the newest)") -> None:
     parser.add_argument("--step", type=int, help=f"checkpoint to use {default}")
     parser.add_argument("--weights", help="raw, ema (the first average) or ema_<decay> (default: the run's)")
+    parser.add_argument("--tensor-parallel-size", type=int, help="ranks that hold one model between them (default: 1)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
 
 

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,8 +113,8 @@ class ChunkFolder:
             with writing(self.file(number)), replacing(self.file(number)) as temporary:
                 np.savez(temporary, **arrays)  # type: ignore[arg-type]
 
-    def read(self, number: int) -> dict[str, np.ndarray]:
-        """The result of a chunk; every byte is compared with the archive's checksums.
+    def read(self, number: int, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+        """The arrays of a chunk that are called so, or all; what is read is compared with the archive's checksums.
 
         Raises:
             DamagedChunkError: it cannot be read; it is kept under another name, and counts as unfinished.
@@ -122,7 +122,7 @@ class ChunkFolder:
         file = self.file(number)
         try:
             with np.load(file, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
+                return {name: archive[name] for name in archive.files if names is None or name in names}
         except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile) as error:
             raise self.set_aside(number, str(error)) from error
 

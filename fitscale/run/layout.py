@@ -52,6 +52,10 @@ class RunDir:
         """The same for a process that runs in another folder."""
         return RunDir(self.path.resolve())
 
+    def sheet(self, step: int, key: str) -> Path:
+        """The contact sheet of an evaluation; those of one key, over the steps, show the same noise."""
+        return self.samples / f"evaluated_{key}" / f"step-{step:08d}.png"
+
     def checkpoint_path(self, step: int) -> Path:
         return self.checkpoint_folder / f"step-{step:08d}"
 

@@ -1,0 +1,79 @@
+"""From a run directory to a network that can sample."""
+
+from pathlib import Path
+
+import torch
+
+from fitscale.config.errors import UserError
+from fitscale.config.load import load_config
+from fitscale.config.schema import Config, ParallelConfig
+from fitscale.eval.draw import Networks
+from fitscale.model.build import build_network
+from fitscale.model.weights import load_weights
+from fitscale.parallel.groups import init_parallel
+from fitscale.run.checkpoint import Checkpoint, read_checkpoint
+from fitscale.run.comparability import full_weights_name
+from fitscale.run.layout import RunDir
+
+
+def open_run(path: Path) -> tuple[Config, RunDir]:
+    """The config and the layout of the run directory `path`.
+
+    Raises:
+        UserError: it is no run directory.
+    """
+    run = RunDir(path)
+    if not run.config.is_file():
+        raise UserError(f"{path}: not a run directory (no config.yaml there)")
+    return load_config([str(run.config)]), run
+
+
+def find_checkpoint(run: RunDir, step: int | None) -> Checkpoint:
+    """The complete checkpoint of `step`, or the newest.
+
+    Raises:
+        UserError: there is none; lists those that are there.
+    """
+    found = {checkpoint.step: checkpoint for checkpoint in run.checkpoints()}
+    if not found:
+        for path in reversed(run.checkpoint_folders()):
+            read_checkpoint(path)  # says what is wrong with it
+        raise UserError(f"{run.path}: no complete checkpoint there yet")
+    if step is not None and step not in found:
+        there = ", ".join(map(str, found))
+        raise UserError(f"--step: {run.path} has no complete checkpoint of step {step}; it has {there}")
+    return found[max(found) if step is None else step]
+
+
+def weights_name(config: Config, checkpoint: Checkpoint, name: str) -> str:
+    """The full name of weights called raw, ema or ema_<decay>.
+
+    Raises:
+        UserError: the checkpoint has no such weights; lists those it has.
+    """
+    full = full_weights_name(config, name)
+    if full not in checkpoint.weight_names():
+        raise UserError(f"--weights: {checkpoint.path} has no {name}; it has {', '.join(checkpoint.weight_names())}")
+    return full
+
+
+def load_networks(config: Config, weights: Path, device: str) -> Networks:
+    """What draws: the network of `weights`, ready to sample. Raises UserError as `load_model`."""
+    return Networks(load_model(config, weights, device))
+
+
+def load_model(config: Config, weights: Path, device: str) -> torch.nn.Module:
+    """The network, or this tensor-parallel rank's part of it (`evaluation.tensor_parallel_size`), ready to sample.
+
+    In bf16 if the run was trained so and there is a GPU, else in fp32.
+
+    Raises:
+        UserError: the weights are another model's, or the launched ranks do not divide by the tensor-parallel size.
+    """
+    layout = ParallelConfig(tensor_parallel_size=config.evaluation.tensor_parallel_size)
+    topology = init_parallel(layout, device)
+    model = build_network(config.model, layout)
+    load_weights(model, weights)
+    bf16 = config.parallel.precision == "bf16" and topology.device.type == "cuda"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return model.to(topology.device, dtype).eval().requires_grad_(False)
