@@ -1,6 +1,9 @@
 """From a run directory to a network that can sample."""
 
+import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -8,7 +11,7 @@ from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
 from fitscale.config.schema import Config, ParallelConfig
 from fitscale.model.build import build_network
-from fitscale.model.weights import load_weights
+from fitscale.model.weights import load_weights, read_metadata
 from fitscale.parallel.groups import init_parallel
 from fitscale.run.checkpoint import Checkpoint, read_checkpoint
 from fitscale.run.comparability import full_weights_name
@@ -54,6 +57,15 @@ def weights_name(config: Config, checkpoint: Checkpoint, name: str) -> str:
     if full not in checkpoint.weight_names():
         raise UserError(f"--weights: {checkpoint.path} has no {name}; it has {', '.join(checkpoint.weight_names())}")
     return full
+
+
+def stored_sections(path: Path) -> dict[str, Any]:
+    """What the metadata of a .safetensors file that fitscale exported says of its config; nothing of any other."""
+    names = {section.name for section in fields(Config)}
+    try:
+        return {name: json.loads(text) for name, text in read_metadata(path).items() if name in names}
+    except ValueError as error:
+        raise UserError(f"{path}: its metadata is not JSON: {error}") from error
 
 
 def load_model(config: Config, weights: Path, device: str) -> torch.nn.Module:

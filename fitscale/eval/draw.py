@@ -12,11 +12,15 @@ Shape suffixes: T tokens of a pack, S images of a pack, C numbers in a token.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
+from fitscale.eval.checkpoints import load_model
+from fitscale.eval.guide import find_guide
 from fitscale.eval.requests import Request
 from fitscale.flow.guidance import Guided, Network
 from fitscale.flow.loss import make_objective
@@ -28,9 +32,10 @@ from fitscale.model.common.layout import PackLayout, pack_layout
 
 @dataclass(frozen=True)
 class Networks:
-    """What draws: the model, ready to sample (`eval.generate.load_model`)."""
+    """What draws: a model, and the weaker one that guides it, if any; both ready to sample."""
 
     model: nn.Module
+    guide: nn.Module | None = None
 
     @property
     def device(self) -> torch.device:
@@ -44,6 +49,16 @@ class Drawn:
     tokens: list[Tensor]
     nfe: list[int]  # function evaluations
     network_evaluations: list[int]  # passes of a network: up to two for a function evaluation that is guided
+
+
+def load_networks(config: Config, weights: Path, device: str) -> Networks:
+    """The model of `config` with `weights`, and the guide that `config.sampling.guidance` names.
+
+    Raises:
+        UserError: the weights are of another model; there is no such guide, or it has other tokens or classes.
+    """
+    guide, model = find_guide(config), load_model(config, weights, device)
+    return Networks(model, None if guide is None else load_model(*guide, device))
 
 
 def packs(requests: Iterable[Request], config: Config) -> Iterator[list[Request]]:
@@ -65,9 +80,15 @@ def draw_pack(networks: Networks, config: Config, pack: Sequence[Request], seed:
     """Draw the images of `pack`.
 
     Raises:
-        UserError: `config.sampling` is impossible, or its adaptive method finds no step (`flow.sampler.sample`).
+        UserError: `config.sampling` is impossible, or its adaptive method finds no step (`flow.sampler.sample`); the
+            guide has other positions.
     """
-    device = networks.device
+    device, guide = networks.device, networks.guide
+    if guide is not None and guide.config.positions != config.model.positions:
+        raise UserError(
+            f"sampling.guidance.guide: its positions are {guide.config.positions}, those that are drawn with "
+            f"{config.model.positions}"
+        )
     shape = _shape(config, pack, device)
     noise_TC = image_noise(seed, 0, shape.indices, shape.lengths, config.model.token_channels, stream=INITIAL_NOISE).to(
         device
@@ -78,6 +99,7 @@ def draw_pack(networks: Networks, config: Config, pack: Sequence[Request], seed:
         no_class=config.model.num_classes,
         patch_size=config.model.patch_size,
         model_time=make_objective(config.flow, config.model).model_time,
+        guide=None if guide is None else _network(guide, device),
     )
     sampled = sample(guided, noise_TC, config.sampling, shape, seed)
     passes = [guided.passes[request.index] for request in pack]
