@@ -95,8 +95,7 @@ def load(
     Raises:
         UserError: no such run, checkpoint, weights or file; the file is of another model than the config says.
     """
-    from fitscale.eval.checkpoints import find_checkpoint, open_run, stored_sections, weights_name
-    from fitscale.eval.draw import load_networks
+    from fitscale.eval.checkpoints import find_checkpoint, load_networks, open_run, stored_sections, weights_name
 
     path = Path(source)
     if path.is_file():

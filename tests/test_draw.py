@@ -9,7 +9,8 @@ import torch
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config, to_yaml
 from fitscale.config.schema import GuidanceConfig, ParallelConfig, SamplingConfig
-from fitscale.eval.draw import Networks, draw_pack, load_networks, packs
+from fitscale.eval.checkpoints import load_networks
+from fitscale.eval.draw import Networks, draw_pack, packs
 from fitscale.eval.requests import Request
 from fitscale.model.build import build_network
 from fitscale.model.weights import published_items, stored, write_tensors

@@ -14,8 +14,7 @@ from fitscale.config.checks import given
 from fitscale.config.errors import UserError
 from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, ModelConfig, SamplingConfig
 from fitscale.data.index import open_index
-from fitscale.eval.checkpoints import find_checkpoint, open_run, weights_name
-from fitscale.eval.draw import load_networks
+from fitscale.eval.checkpoints import find_checkpoint, load_networks, open_run, weights_name
 from fitscale.eval.evaluate import EvaluationOptions, Evaluator
 from fitscale.eval.folder import Generated, check_samples_folder, write_samples
 from fitscale.eval.generate import Images, generate

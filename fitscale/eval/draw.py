@@ -12,15 +12,12 @@ Shape suffixes: T tokens of a pack, S images of a pack, C numbers in a token.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
-from fitscale.eval.checkpoints import load_model
-from fitscale.eval.guide import find_guide
 from fitscale.eval.requests import Request
 from fitscale.flow.guidance import Guided, Network
 from fitscale.flow.loss import make_objective
@@ -49,16 +46,6 @@ class Drawn:
     tokens: list[Tensor]
     nfe: list[int]  # function evaluations
     network_evaluations: list[int]  # passes of a network: up to two for a function evaluation that is guided
-
-
-def load_networks(config: Config, weights: Path, device: str) -> Networks:
-    """The model of `config` with `weights`, and the guide that `config.sampling.guidance` names.
-
-    Raises:
-        UserError: the weights are of another model; there is no such guide, or it has other tokens or classes.
-    """
-    guide, model = find_guide(config), load_model(config, weights, device)
-    return Networks(model, None if guide is None else load_model(*guide, device))
 
 
 def packs(requests: Iterable[Request], config: Config) -> Iterator[list[Request]]:

@@ -28,7 +28,7 @@ from fitscale.config.files import append_jsonl, read_jsonl, require_kinds
 from fitscale.config.schema import Config, ModelConfig, ParallelConfig
 from fitscale.data.batch_plan import BatchPlan
 from fitscale.data.index import OpenIndex, open_index
-from fitscale.eval.checkpoints import find_checkpoint, load_model, weights_name
+from fitscale.eval.checkpoints import find_checkpoint, load_networks, weights_name
 from fitscale.eval.draw import Networks
 from fitscale.eval.features import FeatureNet
 from fitscale.eval.figures import Figure
@@ -76,6 +76,8 @@ class Evaluator:
         )
         if self.topology.device.type == "cpu":
             torch.set_num_threads(1)
+        evaluation, device = config.evaluation, self.topology.device
+        self.nets = [FeatureNet(path, device, evaluation.trusted, name) for name, path in evaluation.networks.items()]
 
     def evaluate(self, step: int) -> Iterator[Row]:
         """The rows of the checkpoint of `step` that were missing, in the order of evaluations.jsonl, to which they are
@@ -106,13 +108,13 @@ class Evaluator:
     @cached_property
     def eyes(self) -> list[Eye]:
         """Every feature network with its reference."""
-        evaluation, data, found = self.config.evaluation, self.config.data, []
-        for name, path in evaluation.networks.items():
-            reference = Path(evaluation.reference_of(name))
-            net = FeatureNet(path, self.topology.device, evaluation.trusted, name)
-            seen = load_reference(reference, net, data, reference_cache(self.run), self.options.open_index)
-            found.append(Eye(net, seen))
-        return found
+        config, cache = self.config, reference_cache(self.run)
+        paths = [Path(config.evaluation.reference_of(net.name)) for net in self.nets]
+        seen = [
+            load_reference(path, net, config.data, cache, self.options.open_index)
+            for path, net in zip(paths, self.nets, strict=True)
+        ]
+        return [Eye(net, reference) for net, reference in zip(self.nets, seen, strict=True)]
 
     @cached_property
     def requests(self) -> list[Request]:

@@ -79,7 +79,9 @@ def _write_images(
         if place < SHEET_IMAGES:
             shown.append(made.image)
     del array_NHWC  # flushes
-    with zipfile.ZipFile(folder / "samples.npz", "w") as archive:
-        archive.write(folder / "arr_0.npy", "arr_0.npy")
-    (folder / "arr_0.npy").unlink()
+    array, member = folder / "arr_0.npy", zipfile.ZipInfo("arr_0.npy")  # of no date: equal images, equal bytes
+    with zipfile.ZipFile(folder / "samples.npz", "w") as archive, open(array, "rb") as source:
+        with archive.open(member, "w", force_zip64=True) as file:
+            shutil.copyfileobj(source, file)
+    array.unlink()
     return nfe, passes, shown

@@ -21,7 +21,7 @@ from fitscale.run.comparability import metric_name
 
 SHEET_IMAGES = 64
 OF_EACH_SIZE = ("fd", "recognised")  # figures that are also given for the images of one size
-LEAST_SHARE = 0.05  # of the images that a size must have for that
+LEAST_SHARE, LEAST_IMAGES = 0.05, 100  # of the images that a size must have for that
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Samples:
                 if request.index < SHEET_IMAGES:
                     sheet[f"image{request.index}"] = pixels.movedim(0, -1).cpu().numpy()
             said = {}
-            colour_N3HW = in_colour(images.pixels_NCHW)
+            pixels_N3HW = images.pixels_NCHW.expand(-1, 3, -1, -1)  # networks always get three channels
             for k, eye in enumerate(self.eyes):
-                for name, answer in eye.net.look(colour_N3HW).items():
+                for name, answer in eye.net.look(pixels_N3HW).items():
                     said[f"{name}{k}"] = answer.cpu().numpy()
             return said
 
@@ -88,7 +88,7 @@ class Samples:
         sizes = [(request.rows * side, request.cols * side) for request in self.requests]
         whole = SeenReference(eye.reference.seen.statistics, None, None)
         for (height, width), number in sorted(Counter(sizes).items()):
-            if len(sizes) > number >= max(LEAST_SHARE * len(sizes), 2):
+            if len(sizes) > number >= max(LEAST_SHARE * len(sizes), LEAST_IMAGES):
                 chosen = [place for place, size in enumerate(sizes) if size == (height, width)]
                 scores = None if seen.scores_NK is None else seen.scores_NK[chosen]
                 some = Seen(seen.features_NF[chosen], None, scores)
@@ -106,7 +106,7 @@ class Samples:
 
     def write_sheet(self, folder: ChunkFolder, path: Path, title: str) -> None:
         """The first images, each under its label."""
-        shown = self.requests[:SHEET_IMAGES]
+        shown = self.requests[: min(SHEET_IMAGES, len(self.ranges[0]))]
         images = folder.read(0, [f"image{request.index}" for request in shown])
         with writing(path):
             in_order = [images[f"image{request.index}"] for request in shown]
