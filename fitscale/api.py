@@ -71,7 +71,7 @@ class Model:
         rows, cols = patches(config, height, width)
         requests = [Request(i, label, rows, cols) for i, label in enumerate(labels)]
 
-        def look(images: Images) -> dict[str, np.ndarray]:
+        def look(images: Images) -> "dict[str, np.ndarray]":
             return {"image": images.pixels_NCHW.movedim(1, -1).cpu().numpy()}
 
         seen = generate(self.networks, config, requests, seed, look)
