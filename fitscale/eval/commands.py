@@ -181,9 +181,11 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 def _by_name(paths: list[str] | None) -> str | dict[str, str] | None:
     """A path, or paths by the names in NAME=PATH."""
-    if paths is None or (len(paths) == 1 and not fullmatch(r"[A-Za-z0-9_-]+=.*", paths[0])):
-        return paths and paths[0]
-    return dict(path.split("=", 1) if "=" in path else ("", path) for path in paths)
+    if not paths:
+        return None
+    if len(paths) == 1 and not fullmatch(r"[A-Za-z0-9_-]+=.*", paths[0]):
+        return paths[0]
+    return {name: path for name, _, path in (given_path.rpartition("=") for given_path in paths)}
 
 
 def _why_nothing(config: Config) -> str:

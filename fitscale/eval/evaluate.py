@@ -32,9 +32,9 @@ from fitscale.eval.checkpoints import find_checkpoint, load_networks, weights_na
 from fitscale.eval.draw import Networks
 from fitscale.eval.features import FeatureNet
 from fitscale.eval.figures import Figure
+from fitscale.eval.images import data_identity
 from fitscale.eval.mirror import mirror_evaluation
 from fitscale.eval.ranks import Compute, carry_out
-from fitscale.eval.images import data_identity
 from fitscale.eval.reference import load_reference, reference_cache
 from fitscale.eval.requests import Request, patches
 from fitscale.eval.samples import Eye, Samples
@@ -187,7 +187,12 @@ class _At:
 
     def _carry_out(self, work: "_Work") -> Iterator[Row]:
         """Do the work together with whoever else does; its rows, as they stand in evaluations.jsonl afterwards."""
-        about = [work.wanted, self.evaluator.since, self.evaluator.topology.device.type, self.evaluator.topology.tp_size]
+        about = [
+            work.wanted,
+            self.evaluator.since,
+            self.evaluator.topology.device.type,
+            self.evaluator.topology.tp_size,
+        ]
         name = f"step-{self.checkpoint.step:08d}_{work.what}_{_digest(about)}"
         folder = ChunkFolder(self.run.evaluation_folder / name, work.count)
         if not tp_broadcast(self._begin(work, folder)):

@@ -5,7 +5,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -49,7 +48,13 @@ def eye(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, digits_shards, eye) -> RunDir:
     folder = tmp_path_factory.mktemp("trained") / "run"
-    overrides = ("run.steps=4", "model.hidden_size=48", "evaluation.points=1", "evaluation.first_step=4", "sampling.steps=2")
+    overrides = (
+        "run.steps=4",
+        "model.hidden_size=48",
+        "evaluation.points=1",
+        "evaluation.first_step=4",
+        "sampling.steps=2",
+    )
     overrides += (f"evaluation.features={eye}", f"evaluation.reference={digits_shards}")
     run_ranks(train_here, 1, tiny_config(folder, digits_shards, *overrides, "evaluation.validation_images=150"))
     return RunDir(folder)
