@@ -22,8 +22,8 @@ from tests.distributed.spawn import run_ranks
 from tests.test_train import train_here
 from tests.tiny import tiny_config
 
-# Of a network that recognises digits; too few images for the figures that need ten thousand.
-METRICS = ["validation_loss", "fd", "fd_infinity", "sfid", "kid", "precision", "recall", "density", "coverage"]
+# Of a network that recognises digits; 40 images are too few for fd_infinity.
+METRICS = ["validation_loss", "fd", "sfid", "kid", "precision", "recall", "density", "coverage"]
 METRICS += ["inception_score", "recognised"]
 
 

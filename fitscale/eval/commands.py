@@ -184,7 +184,7 @@ def _by_name(paths: list[str] | None) -> str | dict[str, str] | None:
     named = [fullmatch(r"([A-Za-z0-9_-]+)=(.*)", path) for path in paths or ()]
     if not paths or named == [None]:
         return paths[0] if paths else None
-    return dict(match.groups() if match else ("", path) for match, path in zip(named, paths, strict=True))
+    return dict((match[1], match[2]) if match else ("", path) for match, path in zip(named, paths, strict=True))
 
 
 def _why_nothing(config: Config) -> str:
