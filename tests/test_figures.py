@@ -207,8 +207,8 @@ def test_one_hot_scores():
 
 
 def test_threads_and_memory_maps_change_no_bit(tmp_path, monkeypatch):
-    samples, reference = drawn(9, 2500), drawn(10, 2100)
-    scores, _ = probabilities(11, 2500)
+    samples, reference = drawn(9, 1300), drawn(10, 1100)
+    scores, _ = probabilities(11, 1300)
     known = SeenReference(statistics(reference), None, reference)
     monkeypatch.setattr(blocks, "MOST_THREADS", 1)
     expected = figures(Seen(samples, None, scores), known)
