@@ -9,11 +9,10 @@
 What goes wrong is a `fitscale.config.errors.UserError`.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fitscale.config.checks import given
 from fitscale.config.errors import UserError
@@ -72,7 +71,7 @@ class Model:
         rows, cols = patches(config, height, width)
         requests = [Request(i, label, rows, cols) for i, label in enumerate(labels)]
 
-        def look(images: Images) -> dict[str, np.ndarray]:
+        def look(images: Images) -> "dict[str, np.ndarray]":
             return {"image": images.pixels_NCHW.movedim(1, -1).cpu().numpy()}
 
         seen = generate(self.networks, config, requests, seed, look)
@@ -96,27 +95,16 @@ def load(
     Raises:
         UserError: no such run, checkpoint, weights or file; the file is of another model than the config says.
     """
-    from fitscale.eval.checkpoints import find_checkpoint, load_networks, open_run, weights_name
+    from fitscale.eval.checkpoints import find_checkpoint, load_networks, open_run, stored_sections, weights_name
 
     path = Path(source)
     if path.is_file():
         if weights is not None or step is not None:
             raise UserError(f"{path}: weights and step go with a run directory, not with a file")
-        settings = load_config([_sections(path), *config])
+        settings = load_config([stored_sections(path), *config])
         return Model(settings, load_networks(settings, path, device))
     _, run = open_run(path)
     settings = load_config([str(run.config), *config])
     checkpoint = find_checkpoint(run, step)
     name = weights_name(settings, checkpoint, weights or settings.evaluation.weights)
     return Model(settings, load_networks(settings, checkpoint.weights(name), device))
-
-
-def _sections(path: Path) -> dict[str, Any]:
-    """What the metadata of a .safetensors file says of its config."""
-    from fitscale.model.weights import read_metadata
-
-    found = read_metadata(path)
-    try:
-        return {name: json.loads(found[name]) for name in SECTIONS if name in found}
-    except ValueError as error:
-        raise UserError(f"{path}: its metadata is not JSON: {error}") from error

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from re import fullmatch
 
 import numpy as np
 import pytest
@@ -20,7 +21,6 @@ from tests.conftest import ROOT
 from tests.distributed.spawn import run_ranks
 from tests.test_train import train_here
 from tests.tiny import tiny_config
-
 
 # Of a network that recognises digits; too few images for the figures that need ten thousand.
 METRICS = ["validation_loss", "fd", "fd_infinity", "sfid", "kid", "precision", "recall", "density", "coverage"]
@@ -171,6 +171,13 @@ def test_a_folder_of_samples_has_a_name_that_reads(run):
     run_ranks(call, 1, *sample, "--method", "dopri5", "--guidance", 1.5, "--power", 2, "--classes", "3")
     (folder,) = run.samples.iterdir()
     assert folder.name == "step-00000030_ema_0.9_7x5_dopri5-4-points_guidance-1.5_power-2_seed-0_classes-3"
+    more = ("--interval", 0.2, 0.8, "--guide", run.path, "--guide-step", 10, "--guide-weights", "raw")
+    more += ("--shift-base-tokens", 16, "--method", "sde", "--last-step", "euler")
+    run_ranks(call, 1, *sample, "--guidance", 1.5, *more)
+    (other,) = set(run.samples.iterdir()) - {folder}
+    name = "step-00000030_ema_0.9_7x5_sde-4-steps-euler-shift-16_guidance-1.5_interval-0.2-0.8_guide-[0-9a-f]{8}_seed-0"
+    assert fullmatch(name, other.name)
+    assert json.loads((other / "samples.json").read_text())["network_evaluations"] == [6]  # twice at two of four times
 
 
 def test_nothing_to_measure_is_said_with_what_would_change_it(run, tmp_path, capfd):

@@ -1,6 +1,7 @@
 """Guidance by its formula on a small network, and the published guided outputs and samples."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,47 @@ def test_power_cosine_scale():
     torch.testing.assert_close(guidance_scale(GuidanceConfig(scale=4.0, power=0.0), t), torch.full((3,), 4.0))
     torch.testing.assert_close(guidance_scale(GuidanceConfig(scale=4.0, power=1.0), t), torch.tensor([4.0, 2.5, 1.0]))
     assert guidance_scale(GuidanceConfig(scale=4.0, power=2.0), t)[1] < 2.5
+
+
+@pytest.mark.parametrize(("t", "guided"), [(0.2, False), (0.25, True), (0.5, True), (0.75, True), (0.8, False)])
+def test_outside_its_interval_guidance_costs_and_does_nothing(t, guided):
+    network, x, t_S = Network(), torch.randn(5, 16), torch.full((2,), t, dtype=torch.float64)
+    model_fn = function(network, scale=3.0, interval=(0.25, 0.75))
+    out = model_fn(x, t_S, PACK)
+    assert network.tokens == [10 if guided else 5] and model_fn.passes == dict.fromkeys((7, 8), 1 + guided)
+    expected = function(Network(), scale=3.0 if guided else 1.0)(x, t_S, PACK)
+    assert torch.equal(out, expected)
+
+
+def test_only_images_inside_the_interval_are_evaluated_twice():
+    network, x, t_S = Network(), torch.randn(5, 16), torch.tensor([0.1, 0.5], dtype=torch.float64)
+    model_fn = function(network, scale=3.0, interval=(0.25, 1.0))
+    out = model_fn(x, t_S, PACK)
+    assert network.tokens == [7] and model_fn.passes == {7: 1, 8: 2}
+    alone = [function(Network(), scale=scale)(x, t_S, PACK) for scale in (1.0, 3.0)]
+    assert torch.equal(out[:3], alone[0][:3]) and torch.equal(out[3:], alone[1][3:])
+
+
+def test_every_image_can_have_a_scale_of_its_own():
+    x, pack = torch.randn(5, 16), replace(PACK, scale_S=torch.tensor([1.0, 2.5], dtype=torch.float64))
+    model_fn = function(Network(), scale=4.0)
+    out = model_fn(x, QUARTER, pack)
+    assert model_fn.passes == {7: 1, 8: 2}
+    plain, strong = (function(Network(), scale=scale)(x, QUARTER, PACK) for scale in (1.0, 2.5))
+    assert torch.equal(out[:3], plain[:3]) and torch.equal(out[3:], strong[3:])
+
+
+def test_a_guide_answers_for_the_same_labels_and_moves_all_channels():
+    main, weaker, x = Network(), Network(), torch.randn(5, 16)
+    settings = GuidanceConfig(scale=3.0, guide="weaker.safetensors")
+    pack = replace(PACK, scale_S=torch.tensor([1.0, 3.0], dtype=torch.float64))
+    halved = lambda x, t, pack: weaker(x, t, pack) / 2  # noqa: E731
+    model_fn = Guided(main, settings, no_class=5, patch_size=2, model_time=lambda t: 2 * t, guide=halved)
+    out = model_fn(x, QUARTER, pack)
+    assert main.tokens == [5] and weaker.tokens == [2] and model_fn.passes == {7: 1, 8: 2}
+    answer = 0.5 + 20 + 200
+    torch.testing.assert_close(out[3:], x[3:] * (answer / 2 + 3 * (answer - answer / 2)))
+    torch.testing.assert_close(out[:3], x[:3] * (0.5 + 10 + 100))
 
 
 class Published:

@@ -12,7 +12,7 @@ from torchdiffeq import odeint
 from fitscale.config.errors import UserError
 from fitscale.config.schema import SamplingConfig
 from fitscale.flow.path import INITIAL_NOISE, image_noise
-from fitscale.flow.sampler import ImageNoise, ddpm_timesteps, sample
+from fitscale.flow.sampler import ImageNoise, ddpm_timesteps, sample, shifted
 from tests.dormand_prince import integrate
 from tests.packs import of_tokens, pack_of
 
@@ -35,12 +35,13 @@ def exact(noise):
     return MEAN + SPREAD * noise
 
 
-@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
-def test_order_of_accuracy(method, order):
+@pytest.mark.parametrize("base", [None, 16])
+@pytest.mark.parametrize(("method", "order", "evaluations"), [("euler", 1, 1), ("heun", 2, 2), ("ab2", 2, 1)])
+def test_order_of_accuracy(method, order, evaluations, base):
     errors = []
     for steps in (40, 80):
-        noise, sampled = run(method, steps)
-        assert sampled.nfe == [order * steps]
+        noise, sampled = run(method, steps, shift_base_tokens=base)
+        assert sampled.nfe == [evaluations * steps]
         errors.append((sampled.x_TC - exact(noise)).abs().max().item())
     assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.35)
 
@@ -127,9 +128,91 @@ def test_dopri5_says_for_which_image_it_finds_no_step(bad):
         sample(velocity, torch.ones(5, 4), SamplingConfig("dopri5"), pack_of((4, 9), (2, 3)), 0)
 
 
-def test_sde_reaches_the_data_distribution():
-    _, sampled = run("sde", 100, lengths=(4096,))
-    assert sampled.nfe == [100]
+ONE = pack_of((0,), (64,))
+
+
+def test_ab2_extends_a_line_through_two_velocities():
+    """Of velocities that are a line in time every step but the first is exact, whatever the steps' lengths."""
+    for base in (None, 16):
+        noise, sampled = run("ab2", 4, model_fn=lambda x, t: 3 * t - 1 + 0 * x, shift_base_tokens=base)
+        first = shifted(1 / 4, SamplingConfig(shift_base_tokens=base), ONE).item()
+        torch.testing.assert_close(sampled.x_TC - noise, torch.full_like(noise, 0.5 - 1.5 * first**2))
+
+
+def test_more_tokens_stay_longer_at_noise():
+    """Stable Diffusion 3's equation 23, where its time is 1 at noise: sqrt(m / n) s / (1 + (sqrt(m / n) - 1) s)."""
+    pack, base = pack_of((0, 1, 2), (64, 256, 1024)), 256
+    for u in (0.0, 0.3, 0.5, 1.0):
+        a, s = np.sqrt(np.array([64, 256, 1024]) / base), 1 - u
+        times = shifted(u, SamplingConfig(shift_base_tokens=base), pack)
+        np.testing.assert_allclose(times, 1 - a * s / (1 + (a - 1) * s), atol=1e-15)
+    assert shifted(0.5, SamplingConfig(shift_base_tokens=base), pack).tolist() == pytest.approx([2 / 3, 0.5, 1 / 3])
+    assert shifted(0.3, SamplingConfig(), pack).tolist() == [0.3] * 3
+
+
+@pytest.mark.parametrize("method", ["euler", "heun", "ab2", "sde", "sde_heun"])
+def test_a_shift_is_each_images_own(method):
+    _, together = run(method, 7, indices=(4, 9), lengths=(50, 3), shift_base_tokens=10)
+    _, alone = run(method, 7, indices=(9,), lengths=(3,), shift_base_tokens=10)
+    assert torch.equal(together.x_TC[50:], alone.x_TC)
+    assert not torch.equal(run(method, 7, indices=(9,), lengths=(3,))[1].x_TC, alone.x_TC)
+
+
+def published_sde(method, last_step, steps, x, noise):
+    """SiT's sampler as its code has it (transport/integrators.py and transport.py), for its linear path.
+
+    `sigma` diffusion, score from velocity. Its Heun step looks at t = 1 without a last step, where its score is 0 / 0;
+    here diffusion times score is multiplied out there.
+    """
+    last_size = 0.0 if last_step == "none" else 0.04
+    times = torch.linspace(0, 1 - last_size, steps, dtype=torch.float64)
+    dt = times[1] - times[0]
+
+    def score(x, t):
+        reverse_alpha_ratio, d_sigma, sigma = t, -1, 1 - t
+        variance = sigma**2 - reverse_alpha_ratio * d_sigma * sigma
+        return (reverse_alpha_ratio * gaussian_velocity(x, t) - x) / variance
+
+    def drift(x, t):
+        if t > 1 - 1e-9:
+            return 2 * gaussian_velocity(x, torch.ones_like(t)) - x
+        return gaussian_velocity(x, t) + (1 - t) * score(x, t)
+
+    for step, t in enumerate(times[:-1]):
+        dw = noise(step) * torch.sqrt(dt)
+        if method == "sde":
+            x = x + drift(x, t) * dt + torch.sqrt(2 * (1 - t)) * dw
+        else:
+            xhat = x + torch.sqrt(2 * (1 - t)) * dw
+            k1 = drift(xhat, t)
+            x = xhat + 0.5 * dt * (k1 + drift(xhat + dt * k1, t + dt))
+    t = times[-1]
+    lasts = {
+        "mean": lambda: x + drift(x, t) * last_size,
+        "euler": lambda: x + gaussian_velocity(x, t) * last_size,
+        "tweedie": lambda: x / t + (1 - t) ** 2 / t * score(x, t),
+        "none": lambda: x,
+    }
+    return lasts[last_step]()
+
+
+@pytest.mark.parametrize(
+    ("last_step", "published"), [("mean", "mean"), ("euler", "euler"), ("euler", "tweedie"), ("none", "none")]
+)
+@pytest.mark.parametrize("method", ["sde", "sde_heun"])
+def test_sde_steps_and_ends_as_published(method, last_step, published):
+    x = image_noise(3, 0, (5,), (6,), 4, stream=INITIAL_NOISE).double()
+    drawn = lambda step: ImageNoise(3, (5,), (6,)).normal(step, x)  # noqa: E731
+    sampling = SamplingConfig(method, 9, last_step=last_step)
+    ours = sample(of_tokens(gaussian_velocity), x, sampling, pack_of((5,), (6,)), 3)
+    torch.testing.assert_close(ours.x_TC, published_sde(method, published, 9, x, drawn), atol=1e-12, rtol=0)
+    assert ours.nfe == [8 * (2 if method == "sde_heun" else 1) + (last_step != "none")]
+
+
+@pytest.mark.parametrize(("method", "nfe"), [("sde", 100), ("sde_heun", 199)])
+def test_sde_reaches_the_data_distribution(method, nfe):
+    _, sampled = run(method, 100, lengths=(4096,))
+    assert sampled.nfe == [nfe]
     values = (sampled.x_TC.flatten().numpy() - MEAN) / SPREAD
     assert values.mean() == pytest.approx(0, abs=0.03)
     assert values.std() == pytest.approx(1, abs=0.03)
@@ -142,7 +225,7 @@ def test_sde_forgets_its_start_but_the_ode_does_not():
     assert np.corrcoef(noise.flatten(), sde.x_TC.flatten())[0, 1] < 0.9
 
 
-@pytest.mark.parametrize("method", ["euler", "heun", "dopri5", "sde", "ddpm", "ddim"])
+@pytest.mark.parametrize("method", ["euler", "heun", "ab2", "dopri5", "sde", "sde_heun", "ddpm", "ddim"])
 def test_an_image_does_not_depend_on_its_pack(method):
     model_fn = ddpm_model if method.startswith("dd") else gaussian_velocity
     _, together = run(method, 10, indices=(4, 9), lengths=(5, 3), model_fn=model_fn)

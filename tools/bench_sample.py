@@ -54,9 +54,8 @@ def run(options: argparse.Namespace) -> None:
     print("| way | images/s | evaluations an image | of the last way's speed | largest difference from it |")
     print("|---|---:|---:|---:|---:|")
     for row in rows:
-        print(
-            f"| {row['way']} | {row['images_per_s']:.3g} | {row['nfe']:.1f} | {row['ratio']:.2f} | {row['moved']:.1e} |"
-        )
+        nfe = f"{row['nfe']:.1f} ({row['least_nfe']} to {row['most_nfe']})"
+        print(f"| {row['way']} | {row['images_per_s']:.3g} | {nfe} | {row['ratio']:.2f} | {row['moved']:.1e} |")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
@@ -89,6 +88,8 @@ def compared(ways: dict[str, Config], options: argparse.Namespace) -> list[dict[
             "way": way,
             "images_per_s": options.images / min(times[way]),
             "nfe": float(np.mean(made[way][1])),
+            "least_nfe": min(made[way][1]),
+            "most_nfe": max(made[way][1]),
             "ratio": min(times[last]) / min(times[way]),
             "moved": float((made[way][0] - made[last][0]).abs().max()),
         }

@@ -9,7 +9,8 @@ solvers from diffusers take its flow schedules, which start at t = 0.001.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -67,17 +68,13 @@ def ours(method: str, evaluations_a_step: int = 1, **settings: float) -> Callabl
     return integrate
 
 
-def adams_bashforth(velocity: Velocity, x_ND: Tensor, evaluations: int, weights: Sequence[Sequence[float]]) -> Tensor:
-    """Equal steps; the first take fewer velocities."""
-    past: list[Tensor] = []
+def adams_bashforth_3(velocity: Velocity, x_ND: Tensor, evaluations: int) -> Tensor:
+    """Equal steps; the first two are of lower order."""
+    weights, past = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12)), []
     for i in range(evaluations):
-        past = [velocity(x_ND, i / evaluations), *past][: len(weights)]
+        past = [velocity(x_ND, i / evaluations), *past][:3]
         x_ND = x_ND + sum(w * v for w, v in zip(weights[len(past) - 1], past, strict=True)) / evaluations
     return x_ND
-
-
-AB2 = ((1.0,), (3 / 2, -1 / 2))
-AB3 = (*AB2, (23 / 12, -16 / 12, 5 / 12))
 
 
 def dpm_solver(velocity: Velocity, x_ND: Tensor, evaluations: int) -> Tensor:
@@ -85,7 +82,7 @@ def dpm_solver(velocity: Velocity, x_ND: Tensor, evaluations: int) -> Tensor:
     grid = [i / evaluations for i in range(evaluations + 1)]
     lambdas = torch.logit(torch.tensor(grid, dtype=torch.float64)).tolist()
     before = x_ND
-    for i, (t, following) in enumerate(zip(grid, grid[1:], strict=False)):
+    for i, (t, following) in enumerate(pairwise(grid)):
         data = x_ND + (1 - t) * velocity(x_ND, t)
         step = lambdas[i + 1] - lambdas[i]
         inner = 1 < i < evaluations - 1
@@ -116,8 +113,8 @@ def scheduler(name: str) -> Callable[[Velocity, Tensor, int], Tensor]:
 METHODS: dict[str, Callable[[Velocity, Tensor, int], Tensor]] = {
     "euler": ours("euler"),
     "heun": ours("heun", 2),
-    "Adams-Bashforth 2": lambda *given: adams_bashforth(*given, AB2),
-    "Adams-Bashforth 3": lambda *given: adams_bashforth(*given, AB3),
+    "ab2 (Adams-Bashforth)": ours("ab2"),
+    "Adams-Bashforth 3": adams_bashforth_3,
     "DPM-Solver++(2M) from t = 0": dpm_solver,
     "DPM-Solver++(2M), diffusers": scheduler("DPMSolverMultistepScheduler"),
     "UniPC, diffusers": scheduler("UniPCMultistepScheduler"),

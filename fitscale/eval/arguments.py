@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fitscale.config.schema import DDPM_SAMPLERS, ODE_SAMPLERS, SPACINGS
+from fitscale.config.schema import DDPM_SAMPLERS, LAST_STEPS, ODE_SAMPLERS, SPACINGS
 from fitscale.model.common.rope_config import ROPE_METHODS
 
 
@@ -57,8 +57,16 @@ def _add_sampler(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=ODE_SAMPLERS + DDPM_SAMPLERS, help="sampler")
     parser.add_argument("--steps", type=int, help="integration steps")
     parser.add_argument("--spacing", choices=SPACINGS, help="which of the 1000 steps ddpm and ddim take")
+    parser.add_argument("--last-step", choices=LAST_STEPS, help="how sde and sde_heun end")
+    parser.add_argument("--shift-base-tokens", type=int, help="images of more tokens than this stay longer at noise")
     parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance; 1 = none")
     parser.add_argument("--power", type=float, help="exponent of the power-cosine guidance scale; 0 = constant")
+    parser.add_argument(
+        "--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="times where guidance acts; 0 noise, 1 data"
+    )
+    parser.add_argument("--guide", metavar="PATH", help="weaker model instead of no class: run directory, .safetensors")
+    parser.add_argument("--guide-step", type=int, help="checkpoint of the run directory in --guide")
+    parser.add_argument("--guide-weights", help="of the run directory in --guide: raw, ema or ema_<decay>")
     parser.add_argument("--rope", choices=ROPE_METHODS, help="how RoPE is stretched beyond the trained sizes")
     parser.add_argument("--decouple", action="store_true", help="with --rope: rows and columns by their own lengths")
 

@@ -118,9 +118,13 @@ def _name(arguments: argparse.Namespace, step: int, weights: str, sampling: Samp
     """Of the folder in RUN/samples: what decides the images, but for their number."""
     guidance = sampling.guidance
     sampler = f"{sampling.method}-{sampling.steps}-{'points' if sampling.method in ADAPTIVE_SAMPLERS else 'steps'}"
-    sampler += f"-{sampling.spacing}" if sampling.spacing else ""
+    sampler += "".join(f"-{word}" for word in (sampling.spacing, sampling.last_step) if word)
+    sampler += f"-shift-{sampling.shift_base_tokens}" if sampling.shift_base_tokens else ""
     parts = [f"step-{step:08d}", weights, f"{arguments.height}x{arguments.width}", sampler]
     parts += [f"guidance-{guidance.scale:g}", *([f"power-{guidance.power:g}"] if guidance.power else [])]
+    parts += [] if guidance.interval == (0.0, 1.0) else ["interval-{:g}-{:g}".format(*guidance.interval)]
+    guide = (guidance.guide, guidance.guide_step, guidance.guide_weights)
+    parts += [] if guidance.guide is None else [f"guide-{crc32(repr(guide).encode()):08x}"]
     parts += [f"seed-{arguments.seed}"]
     classes = arguments.classes if len(arguments.classes) < 40 else f"{crc32(arguments.classes.encode()):08x}"
     parts += [] if classes == "all" else [f"classes-{classes}"]
@@ -130,8 +134,14 @@ def _name(arguments: argparse.Namespace, step: int, weights: str, sampling: Samp
 
 def _sampling(sampling: SamplingConfig, arguments: argparse.Namespace) -> SamplingConfig:
     """`sampling` with what `arguments` name in its place."""
-    chosen = given(sampling, method=arguments.method, steps=arguments.steps, spacing=arguments.spacing)
-    return replace(chosen, guidance=given(sampling.guidance, scale=arguments.guidance, power=arguments.power))
+    guidance = {name: getattr(arguments, name) for name in ("power", "guide", "guide_step", "guide_weights")}
+    interval = None if arguments.interval is None else tuple(arguments.interval)
+    names = ("method", "steps", "spacing", "last_step", "shift_base_tokens")
+    return given(
+        sampling,
+        guidance=given(sampling.guidance, scale=arguments.guidance, interval=interval, **guidance),
+        **{name: getattr(arguments, name) for name in names},
+    )
 
 
 def _model(config: Config, arguments: argparse.Namespace) -> ModelConfig:
@@ -171,9 +181,11 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 def _by_name(paths: list[str] | None) -> str | dict[str, str] | None:
     """A path, or paths by the names in NAME=PATH."""
-    if paths is None or (len(paths) == 1 and not fullmatch(r"[A-Za-z0-9_-]+=.*", paths[0])):
-        return paths and paths[0]
-    return dict(path.split("=", 1) if "=" in path else ("", path) for path in paths)
+    if not paths:
+        return None
+    if len(paths) == 1 and not fullmatch(r"[A-Za-z0-9_-]+=.*", paths[0]):
+        return paths[0]
+    return {name: path for name, _, path in (given_path.rpartition("=") for given_path in paths)}
 
 
 def _why_nothing(config: Config) -> str:

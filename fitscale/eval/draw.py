@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
 from fitscale.eval.requests import Request
 from fitscale.flow.guidance import Guided, Network
@@ -28,9 +29,10 @@ from fitscale.model.common.layout import PackLayout, pack_layout
 
 @dataclass(frozen=True)
 class Networks:
-    """What draws: the model, ready to sample (`eval.generate.load_model`)."""
+    """What draws: a model, and the weaker one that guides it, if any; both ready to sample."""
 
     model: nn.Module
+    guide: nn.Module | None = None
 
     @property
     def device(self) -> torch.device:
@@ -65,9 +67,15 @@ def draw_pack(networks: Networks, config: Config, pack: Sequence[Request], seed:
     """Draw the images of `pack`.
 
     Raises:
-        UserError: `config.sampling` is impossible, or its adaptive method finds no step (`flow.sampler.sample`).
+        UserError: `config.sampling` is impossible, or its adaptive method finds no step (`flow.sampler.sample`); the
+            guide has other positions.
     """
-    device = networks.device
+    device, guide = networks.device, networks.guide
+    own = config.model.positions if guide is None else guide.config.positions  # type: ignore[union-attr]
+    if own != config.model.positions:
+        raise UserError(
+            f"sampling.guidance.guide: its positions are {own}, those that are drawn with {config.model.positions}"
+        )
     shape = _shape(config, pack, device)
     noise_TC = image_noise(seed, 0, shape.indices, shape.lengths, config.model.token_channels, stream=INITIAL_NOISE).to(
         device
@@ -78,6 +86,7 @@ def draw_pack(networks: Networks, config: Config, pack: Sequence[Request], seed:
         no_class=config.model.num_classes,
         patch_size=config.model.patch_size,
         model_time=make_objective(config.flow, config.model).model_time,
+        guide=None if guide is None else _network(guide, device),
     )
     sampled = sample(guided, noise_TC, config.sampling, shape, seed)
     passes = [guided.passes[request.index] for request in pack]

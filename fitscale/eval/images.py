@@ -2,7 +2,6 @@
 
 import hashlib
 import zipfile
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol

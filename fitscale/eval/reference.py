@@ -148,9 +148,7 @@ def _computed(source: ImageSource, net: FeatureNet, cache: Path) -> SeenReferenc
     raise UserError(f"evaluation.reference: {kept} is damaged; move it away, and it is made again")
 
 
-def _look_at(
-    source: ImageSource, net: FeatureNet, number: int, show: Callable[[int], Any]
-) -> dict[str, np.ndarray]:
+def _look_at(source: ImageSource, net: FeatureNet, number: int, show: Callable[[int], Any]) -> dict[str, np.ndarray]:
     """What the network says of the images of a chunk; those that cannot be read are left out, and named."""
     images, broken = [], []
     places = chunk_ranges(source.count)[number]

@@ -17,8 +17,8 @@ from fitscale.eval.generate import Images, generate
 from fitscale.eval.reference import Reference
 from fitscale.eval.requests import Request, chunk_ranges
 from fitscale.run.chunks import ChunkFolder
-from fitscale.run.comparability import metric_name
 
+SAID = ("features", "spatial", "scores")  # what a network may say of an image
 SHEET_IMAGES = 64
 OF_EACH_SIZE = ("fd", "recognised")  # figures that are also given for the images of one size
 LEAST_SHARE, LEAST_IMAGES = 0.05, 100  # of the images that a size must have for that
@@ -77,7 +77,9 @@ class Samples:
         number of images.
         """
         for k, eye in enumerate(self.eyes):
-            seen = Seen(*(self._gathered(folder, f"{name}{k}") for name in ("features", "spatial", "scores")))
+            features_NF, spatial_NS, scores_NK = (self._gathered(folder, f"{name}{k}") for name in SAID)
+            assert features_NF is not None
+            seen = Seen(features_NF, spatial_NS, scores_NK)
             labels = self._labels if eye.net.num_scores == self.config.model.num_classes else None
             for figure in figures(seen, eye.reference.seen, labels):
                 yield eye.net.name, figure, len(self.requests)

@@ -5,7 +5,12 @@ longer pack, every image with its label, then every image that is guided with "n
 only the first channels of the latent are guided (3 of 4 unless `channels` says so); the others keep the conditional
 answer. In a token the channel is the slowest index, (c p1 p2), so the guided numbers are its first columns.
 
-An image is guided where its scale is not 1; what its passes of the network cost is counted under its index.
+Autoguidance (Karras et al. 2024, arXiv 2406.02507) takes the answer of a weaker network, the guide, for the same label;
+all channels are guided then.
+
+An image is guided where its scale is not 1: never outside the interval of times (Kynkaanniemi et al. 2024, arXiv
+2404.07724), nor where the power-cosine scale has come down to 1. Elsewhere it has no second pass. What its passes of
+the networks cost is counted under its index.
 
 Shape suffixes: T tokens of a pack, S images of a pack, G of them that are guided, C numbers in a token.
 """
@@ -27,11 +32,13 @@ Network = Callable[[Tensor, Tensor, PackShape], Tensor]
 def guidance_scale(guidance: GuidanceConfig, t_S: Tensor, scale_S: Tensor | None = None) -> Tensor:
     """Power-cosine scale (FiTv2): (scale - 1) (1 - cos(pi (1 - t)^power)) / 2 + 1; `scale` itself for power 0.
 
-    For power > 0 it falls from `scale` at t = 0 (noise) to 1 at t = 1 (data). `scale_S` are the images' own; None is
-    the config's for all.
+    For power > 0 it falls from `scale` at t = 0 (noise) to 1 at t = 1 (data). Outside `interval`, ends included, it is
+    1. `scale_S` are the images' own scales; None is the config's for all.
     """
     most = guidance.scale if scale_S is None else scale_S
-    return (most - 1) * (1 - torch.cos(torch.pi * (1 - t_S) ** guidance.power)) / 2 + 1
+    falling_S = (most - 1) * (1 - torch.cos(torch.pi * (1 - t_S) ** guidance.power)) / 2 + 1
+    low, high = guidance.interval
+    return torch.where((low <= t_S) & (t_S <= high), falling_S, torch.ones_like(falling_S))
 
 
 class Guided:
@@ -39,7 +46,8 @@ class Guided:
 
     Args:
         no_class: the label of the unconditional half.
-        model_time: flow time to the network's own unit (`Objective.model_time`).
+        model_time: flow time to the networks' own unit (`Objective.model_time`).
+        guide: the weaker network of autoguidance; None = classifier-free guidance.
     """
 
     def __init__(
@@ -50,11 +58,13 @@ class Guided:
         no_class: int,
         patch_size: int,
         model_time: Callable[[Tensor], Tensor],
+        guide: Network | None = None,
     ) -> None:
-        self.network, self.guidance = network, guidance
+        self.network, self.guidance, self.guide = network, guidance, guide
         self.no_class, self.patch_size, self.model_time = no_class, patch_size, model_time
-        self.passes: Counter[int] = Counter()  # of the network, by the images' indices
+        self.passes: Counter[int] = Counter()  # of the networks, by the images' indices
         self._doubled = lru_cache(maxsize=4)(self._double)
+        self._selected = lru_cache(maxsize=4)(PackShape.select)
 
     def __call__(self, x_TC: Tensor, t_S: Tensor, pack: PackShape) -> Tensor:
         t_S = t_S.clamp(max=1.0)  # dopri5 looks past the end, where, as in the published code, time stands still
@@ -64,14 +74,23 @@ class Guided:
         self.passes.update(pack.indices[place] for place in guided)
         if not guided:
             return self.network(x_TC, self.model_time(t_S).to(x_TC), pack)
-        twice_TC = torch.cat([x_TC, pack.part(x_TC, guided)])
-        time_S = self.model_time(torch.cat([t_S, t_S[guided]])).to(x_TC)
-        answers_TC = self.network(twice_TC, time_S, self._doubled(pack, tuple(guided)))
-        with_TC, without_TC = answers_TC.split([len(x_TC), len(answers_TC) - len(x_TC)])
+        with_TC, without_TC = self._answers(x_TC, t_S, pack, tuple(guided))
         columns = self.guidance.guided_channels(x_TC.shape[1] // self.patch_size**2) * self.patch_size**2
         start_TC = _replaced(with_TC[:, :columns], without_TC[:, :columns], pack, guided)
         moved_TC = start_TC + pack.spread(scale_S, with_TC) * (with_TC[:, :columns] - start_TC)
         return torch.cat([moved_TC, with_TC[:, columns:]], dim=1)
+
+    def _answers(self, x_TC: Tensor, t_S: Tensor, pack: PackShape, guided: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The conditional answers of the pack, and the worse ones of its images at `guided`."""
+        second_TC, second_S = pack.part(x_TC, guided), t_S[list(guided)]
+        if self.guide is not None:
+            with_TC = self.network(x_TC, self.model_time(t_S).to(x_TC), pack)
+            second = self._selected(pack, guided)
+            return with_TC, self.guide(second_TC, self.model_time(second_S).to(x_TC), second).to(with_TC)
+        time_S = self.model_time(torch.cat([t_S, second_S])).to(x_TC)
+        answers_TC = self.network(torch.cat([x_TC, second_TC]), time_S, self._doubled(pack, guided))
+        with_TC, without_TC = answers_TC.split([len(x_TC), len(second_TC)])
+        return with_TC, without_TC
 
     def _double(self, pack: PackShape, guided: Sequence[int]) -> PackShape:
         """`pack`, and after it its images at `guided` without a class."""

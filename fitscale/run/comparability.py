@@ -6,7 +6,7 @@ words: the evaluation writes them into evaluations.jsonl, and who asks what is s
 
 from typing import Any
 
-from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config
+from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, SamplingConfig
 
 # How ddpm and ddim spaced their steps before `sampling.spacing`: their keys name none. So keys stay comparable.
 _UNNAMED_SPACING = {"ddpm": "linspace", "ddim": "trailing"}
@@ -60,7 +60,21 @@ def sample_key(config: Config, weights: str, size: tuple[int, int] | None = None
         "samples": config.evaluation.samples,
         "seed": seed,
         **({} if spacing == _UNNAMED_SPACING.get(sampling.method) else {"spacing": spacing}),
+        **_beyond_defaults(sampling),
     }
+
+
+def _beyond_defaults(sampling: SamplingConfig) -> dict[str, Any]:
+    """What keys of earlier versions do not name, because there was one way; so it is named where it is another."""
+    guidance = sampling.guidance
+    guide = [guidance.guide, guidance.guide_step, guidance.guide_weights]
+    named = {
+        "last_step": (sampling.last_step, (None, "mean")),
+        "shift_base_tokens": (sampling.shift_base_tokens, (None,)),
+        "guidance_interval": (list(guidance.interval), ([0.0, 1.0],)),
+        "guide": (guide, ([None] * 3,)),
+    }
+    return {name: value for name, (value, defaults) in named.items() if value not in defaults}
 
 
 def is_as_configured(config: Config, metric: str, key: dict[str, Any]) -> bool:

@@ -32,8 +32,8 @@ from fitscale.model.weights import read_items
 from fitscale.parallel.groups import on_rank_zero
 from fitscale.parallel.zero import fill_optimizer_state, set_tensor
 from fitscale.run.checkpoint import MARKER, TOTALS, Checkpoint, read_checkpoint, write_marker
-from fitscale.run.comparability import ema_name
 from fitscale.run.chunks import chunk_progress
+from fitscale.run.comparability import ema_name
 from fitscale.run.layout import RunDir
 
 log = logging.getLogger(__name__)
