@@ -119,8 +119,9 @@ def export(network: str, weights: Path, out: Path) -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # that what depends on one size alone is fixed
         net = {"inception": inception, "dinov2": dinov2}[network](weights)
-        buffer = BytesIO()  # saved to a path, the file would hold the path's name
-        torch.jit.save(torch.jit.script(net.eval()), buffer)
+        frozen = torch.jit.freeze(torch.jit.script(net.eval()), optimize_numerics=False)
+        buffer = BytesIO()  # neither a path's name nor an order of Python's hashes: the same bytes for the same weights
+        torch.jit.save(frozen, buffer)
     write_atomic(out, buffer.getvalue())
     print(f"{out}: {network} from {weights}, {len(buffer.getvalue()):,} bytes")
 

@@ -29,10 +29,8 @@ import torch
 from torch import Tensor
 
 from fitscale.config.errors import UserError
-from fitscale.data.pictures import in_batches, rgb
 
 BATCH = 64  # images per call
-AT_ONCE = 4 * BATCH  # images that are collected before they are looked at: some have one size
 MOST_BYTES = 4 << 30  # of a network's file; Inception has 95 MB
 PROBE = (2, 3, 16, 16)  # black, and noise
 _OFF = 1e-3  # by which probabilities may miss 1 in sum
@@ -140,21 +138,6 @@ class FeatureNet:
             f"{self.key}: {self.path} answered {len(images_N3HW)} images with {tuple(answer.shape)}, or with numbers "
             "that are not finite; it must give one row of finite numbers an image"
         )
-
-    def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Features (N, F), float64, of uint8 (H, W, 1 or 3) images of any sizes."""
-        return self._of(images, "features")
-
-    def scores(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Class probabilities (N, K), float64."""
-        return self._of(images, "scores")
-
-    def _of(self, images: Sequence[np.ndarray], what: str) -> np.ndarray:
-        def call(images_NHWC: np.ndarray) -> np.ndarray:
-            batch = torch.from_numpy(rgb(images_NHWC)).permute(0, 3, 1, 2).contiguous().to(self.device)
-            return self.look(batch)[what].double().cpu().numpy()
-
-        return np.stack(in_batches(call, images, BATCH))
 
 
 def _are_probabilities(scores_NK: Tensor) -> Tensor:

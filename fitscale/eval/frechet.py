@@ -54,6 +54,8 @@ class Moments:
 
     def _update(self, count: int, mean_F: np.ndarray, scatter_FF: np.ndarray) -> None:
         """Add images, or take them away again where `count` and `scatter_FF` are negative."""
+        if not count:
+            return
         total, gap_F = self.count + count, mean_F - self.mean_F
         self.scatter_FF = self.scatter_FF + scatter_FF + np.outer(gap_F, gap_F) * (self.count * count / total)
         self.mean_F = self.mean_F + gap_F * (count / total)

@@ -7,43 +7,45 @@ import numpy as np
 
 from fitscale.eval.blocks import in_threads
 
-SUBSET = 1000  # images at most, as is usual
+SUBSET = 1000  # images of either set at most, as is usual
 SUBSETS = 10  # at least, for a standard error
 SEED = 0  # of what is in which subset
 
 
 def kernel_distance(samples_NF: np.ndarray, reference_MF: np.ndarray) -> tuple[float, float] | None:
-    """KID and its standard error; None below 2 images a subset.
+    """KID and its standard error; None below 20 images on either side.
 
-    The mean over subsets of equal size that share no image: at most 1,000 images each, at least 10 subsets. Being
-    independent, their spread gives the standard error. Usual tools draw 100 subsets, which overlap, and report the
-    spread itself.
+    The mean over subsets that share no image: at least 10, of at most 1,000 images of either set, which use all samples
+    but for a remainder. Being independent, their spread gives the standard error. Usual tools draw 100 subsets, which
+    overlap, and report the spread itself.
     """
-    fewer = min(len(samples_NF), len(reference_MF))
-    size = min(SUBSET, fewer // SUBSETS)
-    if size < 2:
+    count = max(SUBSETS, -(-len(samples_NF) // SUBSET))
+    sizes = [min(SUBSET, len(features) // count) for features in (samples_NF, reference_MF)]
+    if min(sizes) < 2:
         return None
-    count = fewer // size
     rng = np.random.default_rng(SEED)
-    samples_BS, reference_BS = (
-        rng.permutation(len(features))[: count * size].reshape(count, size) for features in (samples_NF, reference_MF)
-    )
+    chosen = [
+        (features, rng.permutation(len(features))[: count * size].reshape(count, size))
+        for features, size in zip((samples_NF, reference_MF), sizes, strict=True)
+    ]
 
     def of_subset(number: int) -> float:
-        chosen = samples_NF[np.sort(samples_BS[number])], reference_MF[np.sort(reference_BS[number])]
-        return squared_discrepancy(*(features.astype(np.float64) for features in chosen))
+        return squared_discrepancy(*(features[np.sort(rows[number])].astype(np.float64) for features, rows in chosen))
 
     values = np.array(list(in_threads(of_subset, range(count))))
     return float(values.mean()), float(values.std(ddof=1) / count**0.5)
 
 
-def squared_discrepancy(first_SF: np.ndarray, second_SF: np.ndarray) -> float:
-    """Unbiased estimate from S >= 2 images of either set: no image is paired with itself."""
-    size = len(first_SF)
-    within = sum(kernel_SS.sum() - np.trace(kernel_SS) for kernel_SS in (_kernel(x, x) for x in (first_SF, second_SF)))
-    return float(within / (size * (size - 1)) - 2 * _kernel(first_SF, second_SF).sum() / size**2)
+def squared_discrepancy(first_NF: np.ndarray, second_MF: np.ndarray) -> float:
+    """Unbiased estimate from 2 or more images of either set: no image is paired with itself."""
+    return float(_within(first_NF) + _within(second_MF) - 2 * _kernel(first_NF, second_MF).mean())
 
 
-def _kernel(first_SF: np.ndarray, second_SF: np.ndarray) -> np.ndarray:
-    product_SS = first_SF @ second_SF.T / first_SF.shape[1] + 1
-    return product_SS * product_SS * product_SS
+def _within(features_NF: np.ndarray) -> float:
+    kernel_NN, number = _kernel(features_NF, features_NF), len(features_NF)
+    return (kernel_NN.sum() - np.trace(kernel_NN)) / (number * (number - 1))
+
+
+def _kernel(first_NF: np.ndarray, second_MF: np.ndarray) -> np.ndarray:
+    root_NM = first_NF @ second_MF.T / first_NF.shape[1] + 1
+    return root_NM * root_NM * root_NM

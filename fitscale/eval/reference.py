@@ -30,9 +30,10 @@ from fitscale.data.encoding import require_latent
 from fitscale.data.index import OpenIndex
 from fitscale.data.pictures import in_batches, rgb
 from fitscale.data.storage import Cache
+from fitscale.eval.blocks import in_threads
 from fitscale.eval.features import BATCH, FeatureNet
 from fitscale.eval.figures import SeenReference
-from fitscale.eval.frechet import Moments, Statistics
+from fitscale.eval.frechet import Moments, Statistics, moments_of
 from fitscale.eval.images import IMAGES, FolderImages, ImageSource, NpzImages, ShardImages
 from fitscale.eval.ranks import carry_out
 from fitscale.eval.requests import chunk_ranges
@@ -171,15 +172,17 @@ def _look_at(source: ImageSource, net: FeatureNet, number: int, show: Callable[[
 
 
 def _fold(folder: ChunkFolder, source: ImageSource, net: FeatureNet, kept: Path) -> None:
-    moments, spatial, counts, broken = Moments(), Moments(), [], []
-    for number in range(folder.count):
+    def of_chunk(number: int) -> tuple[int, list[str], Moments, Moments]:
         chunk = folder.read(number)
-        counts.append(len(chunk["features"]))
-        broken += chunk["broken"].tolist()
-        if counts[-1]:
-            moments.add(chunk["features"])
-            if net.num_spatial:
-                spatial.add(chunk["spatial"])
+        features_NF, spatial_NS = chunk["features"], chunk.get("spatial", np.zeros((0, 1)))
+        return len(features_NF), chunk["broken"].tolist(), moments_of(features_NF), moments_of(spatial_NS)
+
+    moments, spatial, counts, broken = Moments(), Moments(), [], []
+    for count, unreadable, features_part, spatial_part in in_threads(of_chunk, range(folder.count)):
+        counts.append(count)
+        broken += unreadable
+        moments.merge(features_part)
+        spatial.merge(spatial_part)
     if broken:
         print(f"{len(broken)} images of the reference cannot be read and are left out:", *broken, sep="\n", flush=True)
     statistics, ends = moments.statistics(), np.cumsum(counts)
