@@ -71,9 +71,10 @@ def draw_pack(networks: Networks, config: Config, pack: Sequence[Request], seed:
             guide has other positions.
     """
     device, guide = networks.device, networks.guide
-    if guide is not None and guide.config.positions != config.model.positions:
+    positions = config.model.positions if guide is None else guide.config.positions  # type: ignore[union-attr]
+    if positions != config.model.positions:
         raise UserError(
-            f"sampling.guidance.guide: its positions are {guide.config.positions}, those that are drawn with "
+            f"sampling.guidance.guide: its positions are {positions}, those that are drawn with "
             f"{config.model.positions}"
         )
     shape = _shape(config, pack, device)
