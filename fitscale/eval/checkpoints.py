@@ -18,7 +18,6 @@ from fitscale.run.checkpoint import Checkpoint, read_checkpoint
 from fitscale.run.comparability import full_weights_name
 from fitscale.run.layout import RunDir
 
-
 ALIKE = ("patch_size", "in_channels", "num_classes", "objective")  # in a model and the weaker one that guides it
 
 
