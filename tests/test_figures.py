@@ -12,7 +12,7 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
 from fitscale.config.errors import UserError
-from fitscale.eval import blocks, kernel
+from fitscale.eval import blocks, kernel, neighbours
 from fitscale.eval.figures import Seen, SeenReference, figures
 from fitscale.eval.frechet import Statistics, estimate
 from fitscale.eval.inception_score import inception_score
@@ -188,13 +188,13 @@ def test_equal_features():
 
 def test_constant_features():
     """A collapsed model, and a blind network: balls of radius 0 hold the images that are equal, to the last bit."""
-    same = np.full((60, 700), 0.3, dtype=np.float32)
+    same = np.full((60, 150), 0.3, dtype=np.float32)
     found = values(figures(Seen(same), SeenReference(statistics(same), None, same)))
     assert found["fd"] == pytest.approx(0, abs=1e-9)
     assert found["kid"] == pytest.approx(0, abs=1e-12)
     assert (found["precision"], found["recall"], found["coverage"]) == (1, 1, 1)
     other = values(figures(Seen(same + 1), SeenReference(statistics(same), None, same)))
-    assert other["fd"] == pytest.approx(700, rel=1e-5)
+    assert other["fd"] == pytest.approx(150, rel=1e-5)
     assert (other["precision"], other["recall"], other["density"], other["coverage"]) == (0, 0, 0, 0)
 
 
@@ -221,8 +221,9 @@ def test_threads_and_memory_maps_change_no_bit(tmp_path, monkeypatch):
 
 def test_memory_does_not_grow_with_the_product_of_the_sets(monkeypatch):
     monkeypatch.setattr(blocks, "MOST_THREADS", 1)
+    monkeypatch.setattr(neighbours, "_COLUMNS", 256)
     peaks = []
-    for count in (4096, 6144):
+    for count in (1100, 2200):
         samples, reference = drawn(12, count, width=4), drawn(13, count, width=4)
         tracemalloc.start()
         inside(samples, reference)

@@ -4,8 +4,8 @@
     python tools/export_features.py dinov2 FOLDER dinov2.pt
 
 inception: the FID Inception of pytorch-fid, images scaled to 299 x 299 as its `InceptionV3` does. Features are the
-2,048 of the last pooling; scores the 1,008 class probabilities without the last layer's bias; spatial features the first
-7 channels of `mixed_6/conv` (17 x 17 x 7 = 2,023), as in ADM's evaluator.
+2,048 of the last pooling; scores the 1,008 class probabilities without the last layer's bias; spatial features the
+first 7 channels of `mixed_6/conv` (17 x 17 x 7 = 2,023), as in ADM's evaluator.
 
 dinov2: a DINOv2 of `transformers` as Stein et al. (2023, arXiv 2306.04675) see through it: bicubic to 224 x 224,
 ImageNet's mean and standard deviation, the normalised class token.
@@ -17,6 +17,7 @@ Needs the extra `features`: pip install -c constraints.txt -e .[features]
 
 import argparse
 import sys
+import warnings
 from io import BytesIO
 from pathlib import Path
 from unittest.mock import patch
@@ -115,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def export(network: str, weights: Path, out: Path) -> None:
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # that what depends on one size alone is fixed
         net = {"inception": inception, "dinov2": dinov2}[network](weights)
         buffer = BytesIO()  # saved to a path, the file would hold the path's name
         torch.jit.save(torch.jit.script(net.eval()), buffer)

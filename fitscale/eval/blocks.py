@@ -5,8 +5,9 @@ inside each, and the results are folded in the order of the blocks.
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
@@ -30,7 +31,16 @@ def block(array: np.ndarray, start: int, rows: int = ROWS) -> np.ndarray:
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`function` of each item, in their order; it must not write what another call reads."""
+    """`function` of each item, in their order; it must not write what another call reads.
+
+    No thread works further ahead than one item each, so that results do not pile up.
+    """
     threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    waiting: deque[Future[Result]] = deque()
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(function, items)
+        for item in items:
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(function, item))
+        while waiting:
+            yield waiting.popleft().result()

@@ -39,7 +39,7 @@ from fitscale.eval.reference import load_reference, reference_cache
 from fitscale.eval.requests import Request, patches
 from fitscale.eval.samples import Eye, Samples
 from fitscale.eval.validation import ValidationLoss, has_validation, plan_of
-from fitscale.parallel.groups import init_parallel, launched_ranks, on_rank_zero
+from fitscale.parallel.groups import init_parallel, on_rank_zero, tp_broadcast
 from fitscale.run.checkpoint import MARKER, TOTALS, Checkpoint
 from fitscale.run.chunks import ChunkFolder
 from fitscale.run.comparability import metric_name, sample_key, validation_key
@@ -76,6 +76,9 @@ class Evaluator:
         )
         if self.topology.device.type == "cpu":
             torch.set_num_threads(1)
+        self.since = 0
+        if options.force:  # the same for all ranks, and for a start that goes on with it
+            self.since = on_rank_zero(lambda: len(read_jsonl(run.evaluations)))
         evaluation, device = config.evaluation, self.topology.device
         self.nets = [FeatureNet(path, device, evaluation.trusted, name) for name, path in evaluation.networks.items()]
 
@@ -184,46 +187,39 @@ class _At:
 
     def _carry_out(self, work: "_Work") -> Iterator[Row]:
         """Do the work together with whoever else does; its rows, as they stand in evaluations.jsonl afterwards."""
-        name = on_rank_zero(lambda: self._begun(work)) if launched_ranks() > 1 else self._begun(work)
-        if name is None:
-            return
-        folder = ChunkFolder(self.run.evaluation_folder / name, work.count)
-        title = f"step {self.checkpoint.step} {work.what}"
-        carry_out(folder, work.compute, lambda: self._add(work, work.fold(folder)), work.images, title)
-        metrics = {row["metric"]: row for row in self._measured(work)}  # of those measured twice, the last
-        yield from metrics.values()
-
-    def _begun(self, work: "_Work") -> str | None:
-        """The name of the folder of chunks, which is there now; None if there is nothing to measure.
-
-        A checkpoint with such a folder is not deleted by the training (`prune_checkpoints`).
-        """
-        metric, key = work.wanted[-1]
-        times = [row["metric"] for row in self._measured(work)].count(metric) if self.options.force else 0
-        about = [work.wanted, times, self.evaluator.topology.device.type, self.evaluator.topology.tp_size]
+        about = [work.wanted, self.evaluator.since, self.evaluator.topology.device.type, self.evaluator.topology.tp_size]
         name = f"step-{self.checkpoint.step:08d}_{work.what}_{_digest(about)}"
         folder = ChunkFolder(self.run.evaluation_folder / name, work.count)
+        if not tp_broadcast(self._begin(work, folder)):
+            return
+        title = f"step {self.checkpoint.step} {work.what}"
+        carry_out(folder, work.compute, lambda: self._add(work, work.fold(folder)), work.images, title)
+        yield from self._measured(work)
+
+    def _begin(self, work: "_Work", folder: ChunkFolder) -> bool:
+        """Whether there is something to measure; then its folder is there, for which training keeps the checkpoint
+        (`prune_checkpoints`)."""
         there = [(row["metric"], row["key"]) for row in self._measured(work)]
-        if not self.options.force and not folder.exists and all(wanted in there for wanted in work.wanted):
-            return None
+        if all(wanted in there for wanted in work.wanted) and not folder.exists:
+            return False
         folder.open({"step": self.checkpoint.step, "what": work.what, "images": work.images})
         try:
             find_checkpoint(self.run, self.checkpoint.step)
         except UserError:  # deleted while we looked at it
             folder.clear()
             raise
-        return name
+        return True
 
     def _measured(self, work: "_Work") -> list[Row]:
-        """The rows of this checkpoint with the keys of the work."""
+        """The rows of this checkpoint with the keys of the work; with `--force`, those added since this launch began."""
         keys = [key for _, key in work.wanted]
-        rows = read_jsonl(self.run.evaluations, **EVALUATIONS, weights=str)
+        rows = read_jsonl(self.run.evaluations, **EVALUATIONS, weights=str)[self.evaluator.since :]
         mine = [row for row in rows if (row["step"], row["weights"]) == (self.checkpoint.step, self.weights)]
         return [row for row in mine if row["key"] in keys]
 
     def _add(self, work: "_Work", rows: list[Row]) -> None:
         """Add the rows; those that a start before this one has added, before it was killed, are not added again."""
-        there = [] if self.options.force else [(row["metric"], row["key"]) for row in self._measured(work)]
+        there = [(row["metric"], row["key"]) for row in self._measured(work)]
         missing = [row for row in rows if (row["metric"], row["key"]) not in there]
         with writing(self.run.evaluations):
             append_jsonl(self.run.evaluations, *missing)

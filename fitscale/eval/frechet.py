@@ -72,10 +72,11 @@ class Moments:
 
 def group_moments(features_NF: np.ndarray, groups: int) -> list[Moments]:
     """Moments of `groups` runs of consecutive images, as equal in number as can be."""
-    return list(in_threads(_moments, np.array_split(features_NF, groups)))
+    return list(in_threads(moments_of, np.array_split(features_NF, groups)))
 
 
-def _moments(features_NF: np.ndarray) -> Moments:
+def moments_of(features_NF: np.ndarray) -> Moments:
+    """Those of any number of features, which may be a memory map."""
     moments = Moments()
     for start in starts(features_NF):
         moments.add(block(features_NF, start))

@@ -76,8 +76,9 @@ def _radii(features_NF: np.ndarray, *neighbours: int) -> list[np.ndarray]:
         nearest_BK = np.full((len(rows_BF), kept), np.inf)
         for first in starts(features_NF, _COLUMNS):
             distance_BC = _squared_distances(rows_BF, block(features_NF, first, _COLUMNS))
-            nearest_BK = np.partition(np.hstack([nearest_BK, distance_BC]), kept - 1, axis=1)[:, :kept]
-        return np.sort(nearest_BK, axis=1)
+            distance_BC.partition(min(kept, distance_BC.shape[1]) - 1, axis=1)
+            nearest_BK = np.sort(np.hstack([nearest_BK, distance_BC[:, :kept]]), axis=1)[:, :kept]
+        return nearest_BK
 
     nearest_NK = np.concatenate(list(in_threads(nearest, starts(features_NF))))
     return [nearest_NK[:, k] for k in neighbours]

@@ -117,7 +117,7 @@ def test_rows_are_the_same_bytes_after_kills_of_random_ranks(trained, expected, 
 def test_a_rank_that_dies_leaves_its_chunks_to_the_others(trained, expected, tmp_path):
     copy = RunDir(tmp_path / "run")
     shutil.copytree(trained.path, copy.path)
-    first, second = start_ranks(evaluate_and_die, 2, copy.path, [4_000, sys.maxsize])
+    first, second = start_ranks(evaluate_and_die, 2, copy.path, [9_000, sys.maxsize])
     for process in (first, second):
         process.join()
     assert first.exitcode == -9 and second.exitcode == 0
