@@ -46,6 +46,23 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_sampler(parser)
 
 
+def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which samplings to compare, on which checkpoint."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory; its evaluation.features decide")
+    parser.add_argument(
+        "--over",
+        nargs="+",
+        required=True,
+        metavar="KEY=VALUES",
+        help="keys below sampling, each with first:last[:points] or a,b,c: guidance.scale=1:4 steps=10,20",
+    )
+    parser.add_argument("--metric", default="fd", help="the least of which is the best (default: fd)")
+    parser.add_argument("--samples", type=int, default=2048, help="images at every point (default: 2048)")
+    parser.add_argument("--seed", type=int, default=0, help="of the images of all points (default: 0)")
+    parser.add_argument("--out", type=Path, help="folder for table and plot (default: one in RUN/tune)")
+    _add_checkpoint(parser)
+
+
 def _add_checkpoint(parser: argparse.ArgumentParser, default: str = "(default: the newest)") -> None:
     parser.add_argument("--step", type=int, help=f"checkpoint to use {default}")
     parser.add_argument("--weights", help="raw, ema (the first average) or ema_<decay> (default: the run's)")

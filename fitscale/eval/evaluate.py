@@ -25,7 +25,7 @@ import torch
 
 from fitscale.config.errors import UserError, writing
 from fitscale.config.files import append_jsonl, read_jsonl, require_kinds
-from fitscale.config.schema import Config, ModelConfig, ParallelConfig
+from fitscale.config.schema import Config, ModelConfig, ParallelConfig, SamplingConfig
 from fitscale.data.batch_plan import BatchPlan
 from fitscale.data.index import OpenIndex, open_index
 from fitscale.eval.checkpoints import find_checkpoint, load_networks, weights_name
@@ -70,12 +70,12 @@ class Evaluator:
 
     def __init__(self, config: Config, run: RunDir, options: EvaluationOptions) -> None:
         self.config, self.run, self.options = config, run, options
-        self.drawn = replace(config, model=options.model)
         self.topology = init_parallel(
             ParallelConfig(tensor_parallel_size=config.evaluation.tensor_parallel_size), options.device
         )
         if self.topology.device.type == "cpu":
             torch.set_num_threads(1)
+        self._loaded: tuple[object, Networks] | None = None
         self.since = 0
         if options.force:  # the same for all ranks, and for a start that goes on with it
             self.since = on_rank_zero(lambda: len(read_jsonl(run.evaluations)))
@@ -89,13 +89,36 @@ class Evaluator:
         Raises:
             UserError: no such checkpoint, weights, network or reference.
         """
+        if has_validation(self.config):
+            at = self._at(step, self.config.sampling)
+            yield from at.carry_out(at.validation_work())
+        if self.config.evaluation.networks:
+            yield from self.samples(step, self.config.sampling)
+
+    def samples(self, step: int, sampling: SamplingConfig) -> Iterator[Row]:
+        """Of these, the rows of generated images, drawn by `sampling`."""
+        at = self._at(step, sampling)
+        yield from at.carry_out(at.samples_work())
+
+    def known(self, step: int, sampling: SamplingConfig) -> list[Row]:
+        """Of the rows of generated images, drawn by `sampling`, those that evaluations.jsonl has."""
+        at = self._at(step, sampling)
+        return at.measured(at.samples_work())
+
+    def _at(self, step: int, sampling: SamplingConfig) -> "_At":
         checkpoint = find_checkpoint(self.run, step)
         weights = weights_name(self.config, checkpoint, self.config.evaluation.weights)
-        at = _At(self, checkpoint, weights)
-        if has_validation(self.config):
-            yield from at.validation()
-        if self.config.evaluation.networks:
-            yield from at.samples()
+        return _At(self, checkpoint, weights, replace(self.config, model=self.options.model, sampling=sampling))
+
+    def networks(self, weights: Path, config: Config) -> Networks:
+        """What draws by `config`; the same as for the call before where that needed the same."""
+        needed = (weights, replace(config.sampling.guidance, scale=1.0, power=0.0, interval=(0.0, 1.0)))
+        if self._loaded is None or self._loaded[0] != needed:
+            self._loaded = (
+                needed,
+                load_networks(replace(config, model=self.config.model), weights, self.options.device),
+            )
+        return self._loaded[1]
 
     @cached_property
     def plan(self) -> BatchPlan:
@@ -137,19 +160,21 @@ class _At:
     evaluator: Evaluator
     checkpoint: Checkpoint
     weights: str
+    drawn: Config  # with the positions and the sampling of the generated images
 
     def __post_init__(self) -> None:
         self.config, self.run, self.options = self.evaluator.config, self.evaluator.run, self.evaluator.options
 
-    @cached_property
+    @property
     def networks(self) -> Networks:
-        return load_networks(self.config, self.checkpoint.weights(self.weights), self.options.device)
+        return self.evaluator.networks(self.checkpoint.weights(self.weights), self.drawn)
 
-    def validation(self) -> Iterator[Row]:
+    def validation_work(self) -> "_Work":
         key = validation_key(self.config, self.weights) | self.evaluator.data
         loss = ValidationLoss(self.config, self.options.open_index)
 
         def compute(number: int, show: Callable[[int], Any]) -> Mapping[str, np.ndarray]:
+            self.networks.model.config = self.config.model  # type: ignore[assignment] # as trained
             arrays = loss.compute(self.networks.model, number)
             show(len(arrays["slots"]))
             return arrays
@@ -160,17 +185,17 @@ class _At:
             return [self._row(Figure("validation_loss", float(loss_S.mean()), error), key, len(loss_S), None)]
 
         images, wanted = loss.plan.global_batch_size, [("validation_loss", key)]
-        yield from self._carry_out(_Work("validation", wanted, loss.count, images, compute, fold))
+        return _Work("validation", wanted, loss.count, images, compute, fold)
 
-    def samples(self) -> Iterator[Row]:
+    def samples_work(self) -> "_Work":
         evaluator, options = self.evaluator, self.options
-        shared = sample_key(evaluator.drawn, self.weights, options.size, options.seed) | evaluator.data
+        shared = sample_key(self.drawn, self.weights, options.size, options.seed) | evaluator.data
         keys = {eye.net.name: shared | eye.identity for eye in evaluator.eyes}
         sheet = self.run.sheet(self.checkpoint.step, _digest(shared))
-        samples = Samples(evaluator.drawn, evaluator.requests, options.seed, evaluator.eyes)
+        samples = Samples(self.drawn, evaluator.requests, options.seed, evaluator.eyes)
 
         def compute(number: int, show: Callable[[int], Any]) -> Mapping[str, np.ndarray]:
-            self.networks.model.config = evaluator.drawn.model  # type: ignore[assignment] # before: as trained
+            self.networks.model.config = self.drawn.model  # type: ignore[assignment] # with other positions
             return samples.compute(self.networks, number, show)
 
         def fold(folder: ChunkFolder) -> list[Row]:
@@ -182,29 +207,26 @@ class _At:
             ]
 
         wanted = [(metric_name("fd", name), key) for name, key in keys.items()]
-        work = _Work("samples", wanted, samples.count, len(samples.requests), compute, fold, sheet)
-        yield from self._carry_out(work)
+        return _Work("samples", wanted, samples.count, len(samples.requests), compute, fold, sheet)
 
-    def _carry_out(self, work: "_Work") -> Iterator[Row]:
+    def carry_out(self, work: "_Work") -> Iterator[Row]:
         """Do the work together with whoever else does; its rows, as they stand in evaluations.jsonl afterwards."""
-        about = [
-            work.wanted,
-            self.evaluator.since,
-            self.evaluator.topology.device.type,
-            self.evaluator.topology.tp_size,
-        ]
+        topology, config = self.evaluator.topology, self.config
+        # What is no part of a result's key, but moves its last digits, or a forced launch apart from the one before it.
+        about = [self.evaluator.since, topology.device.type, topology.tp_size]
+        about += [config.parallel.precision, config.batch.pack_tokens, work.wanted]
         name = f"step-{self.checkpoint.step:08d}_{work.what}_{_digest(about)}"
         folder = ChunkFolder(self.run.evaluation_folder / name, work.count)
         if not tp_broadcast(self._begin(work, folder)):
             return
         title = f"step {self.checkpoint.step} {work.what}"
         carry_out(folder, work.compute, lambda: self._add(work, work.fold(folder)), work.images, title)
-        yield from self._measured(work)
+        yield from self.measured(work)
 
     def _begin(self, work: "_Work", folder: ChunkFolder) -> bool:
         """Whether there is something to measure; then its folder is there, for which training keeps the checkpoint
         (`prune_checkpoints`)."""
-        there = [(row["metric"], row["key"]) for row in self._measured(work)]
+        there = [(row["metric"], row["key"]) for row in self.measured(work)]
         if all(wanted in there for wanted in work.wanted) and not folder.exists:
             return False
         folder.open({"step": self.checkpoint.step, "what": work.what, "images": work.images})
@@ -215,7 +237,7 @@ class _At:
             raise
         return True
 
-    def _measured(self, work: "_Work") -> list[Row]:
+    def measured(self, work: "_Work") -> list[Row]:
         """The rows of this checkpoint with the keys of the work; with `--force`, those added since the launch."""
         keys = [key for _, key in work.wanted]
         rows = read_jsonl(self.run.evaluations, **EVALUATIONS, weights=str)[self.evaluator.since :]
@@ -224,7 +246,7 @@ class _At:
 
     def _add(self, work: "_Work", rows: list[Row]) -> None:
         """Add the rows; those that a start before this one has added, before it was killed, are not added again."""
-        there = [(row["metric"], row["key"]) for row in self._measured(work)]
+        there = [(row["metric"], row["key"]) for row in self.measured(work)]
         missing = [row for row in rows if (row["metric"], row["key"]) not in there]
         with writing(self.run.evaluations):
             append_jsonl(self.run.evaluations, *missing)
