@@ -22,9 +22,9 @@ from tests.distributed.spawn import run_ranks
 from tests.test_train import train_here
 from tests.tiny import tiny_config
 
-# Of a network that recognises digits; for fd_infinity there are too few images.
-METRICS = ["validation_loss", "fd", "sfid", "kid", "precision", "recall", "density", "coverage", "inception_score"]
-METRICS += ["recognised"]
+# Of a network that recognises digits; 40 images are too few for fd_infinity.
+METRICS = ["validation_loss", "fd", "sfid", "kid", "precision", "recall", "density", "coverage"]
+METRICS += ["inception_score", "recognised"]
 
 
 def call(*arguments: object) -> None:
@@ -169,7 +169,7 @@ def test_a_second_sample_replaces_the_first_whole(run, tmp_path):
 def test_a_folder_of_samples_has_a_name_that_reads(run):
     sample = ("sample", run.path, "--height", 7, "--width", 5, "--count", 1)
     run_ranks(call, 1, *sample, "--method", "dopri5", "--guidance", 1.5, "--power", 2, "--classes", "3")
-    (folder,) = run.samples.iterdir()
+    (folder,) = run.samples.glob("step-*")
     assert folder.name == "step-00000030_ema_0.9_7x5_dopri5-4-points_guidance-1.5_power-2_seed-0_classes-3"
     more = ("--interval", 0.2, 0.8, "--guide", run.path, "--guide-step", 10, "--guide-weights", "raw")
     more += ("--shift-base-tokens", 16, "--method", "sde", "--last-step", "euler")

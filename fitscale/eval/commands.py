@@ -181,11 +181,10 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 def _by_name(paths: list[str] | None) -> str | dict[str, str] | None:
     """A path, or paths by the names in NAME=PATH."""
-    if not paths:
-        return None
-    if len(paths) == 1 and not fullmatch(r"[A-Za-z0-9_-]+=.*", paths[0]):
-        return paths[0]
-    return {name: path for name, _, path in (given_path.rpartition("=") for given_path in paths)}
+    named = [fullmatch(r"([A-Za-z0-9_-]+)=(.*)", path) for path in paths or ()]
+    if not paths or named == [None]:
+        return paths[0] if paths else None
+    return dict((match[1], match[2]) if match else ("", path) for match, path in zip(named, paths, strict=True))
 
 
 def _why_nothing(config: Config) -> str:

@@ -71,10 +71,11 @@ def draw_pack(networks: Networks, config: Config, pack: Sequence[Request], seed:
             guide has other positions.
     """
     device, guide = networks.device, networks.guide
-    own = config.model.positions if guide is None else guide.config.positions  # type: ignore[union-attr]
-    if own != config.model.positions:
+    positions = config.model.positions if guide is None else guide.config.positions  # type: ignore[union-attr]
+    if positions != config.model.positions:
         raise UserError(
-            f"sampling.guidance.guide: its positions are {own}, those that are drawn with {config.model.positions}"
+            f"sampling.guidance.guide: its positions are {positions}, those that are drawn with "
+            f"{config.model.positions}"
         )
     shape = _shape(config, pack, device)
     noise_TC = image_noise(seed, 0, shape.indices, shape.lengths, config.model.token_channels, stream=INITIAL_NOISE).to(

@@ -216,7 +216,7 @@ class _At:
         return True
 
     def _measured(self, work: "_Work") -> list[Row]:
-        """The rows of this checkpoint with the keys of the work; with `--force`, those added since this launch began."""
+        """The rows of this checkpoint with the keys of the work; with `--force`, those added since the launch."""
         keys = [key for _, key in work.wanted]
         rows = read_jsonl(self.run.evaluations, **EVALUATIONS, weights=str)[self.evaluator.since :]
         mine = [row for row in rows if (row["step"], row["weights"]) == (self.checkpoint.step, self.weights)]

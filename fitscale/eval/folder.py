@@ -80,8 +80,11 @@ def _write_images(
             shown.append(made.image)
     del array_NHWC  # flushes
     array, member = folder / "arr_0.npy", zipfile.ZipInfo("arr_0.npy")  # of no date: equal images, equal bytes
-    with zipfile.ZipFile(folder / "samples.npz", "w") as archive, open(array, "rb") as source:
-        with archive.open(member, "w", force_zip64=True) as file:
-            shutil.copyfileobj(source, file)
+    with (
+        open(array, "rb") as source,
+        zipfile.ZipFile(folder / "samples.npz", "w") as archive,
+        archive.open(member, "w", force_zip64=True) as file,
+    ):
+        shutil.copyfileobj(source, file)
     array.unlink()
     return nfe, passes, shown

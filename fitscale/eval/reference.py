@@ -1,13 +1,13 @@
 """The other side of a comparison: real images, as a feature network sees them.
 
-    .npz with mu and sigma (ADM's reference files)  ->  as they are; mu_s and sigma_s, if they are there, for sFID; of its
-                                                        images (arr_0), if they are there, the features
+    .npz with mu and sigma (ADM's reference files)  ->  as they are; mu_s and sigma_s (for sFID) and images
+                                                        (arr_0, for features) if they are there
     .npz with arr_0 alone, uint8 (N, H, W, 3)       ->  features of every image
     shards                                          ->  features of every variant of every image, decoded
     image folder                                    ->  features of every image in it, sub-folders too
 
-What has to be computed is cut into chunks that all ranks, and all runs of a folder, work out together (run/chunks.py). It
-is kept beside the run directories, in `references/`, under a name made of the feature network and the reference.
+What has to be computed is cut into chunks that all ranks, and all runs of a folder, work out together (run/chunks.py).
+It is kept beside the run directories, in `references/`, under a name made of the feature network and the reference.
 """
 
 import hashlib

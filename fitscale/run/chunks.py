@@ -4,7 +4,7 @@
     chunk-000012.claim      somebody works on it; its time of change says that he is alive
     chunk-000012.npz        the result, whole or not there
 
-A process claims a chunk that is neither claimed nor finished, works, writes the result, and gives the claim back. A claim
+A process claims a chunk that is neither claimed nor finished, works, writes the result, and gives the claim back. One
 that has not been renewed for `LEASE_S`, or whose process is gone, counts for nothing: what a killed process began,
 another does. A chunk's content depends on its number alone, so that two who do the same one, which a process that was
 stopped for long may bring about, write the same.
