@@ -146,6 +146,16 @@ def test_a_network_without_classes_has_no_scores(tmp_path):
     assert net.num_scores == 0 and [*net.look(noise())] == ["features"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_network_says_the_same_on_a_gpu(tmp_path):
+    torch.jit.save(torch.jit.freeze(torch.jit.script(Places().eval())), tmp_path / "net.pt")
+    said = FeatureNet(tmp_path / "net.pt", "cuda").look(noise().cuda())
+    expected = FeatureNet(tmp_path / "net.pt").look(noise())
+    assert {answer.device.type for answer in said.values()} == {"cuda"}
+    torch.testing.assert_close({what: answer.cpu() for what, answer in said.items()}, expected)
+
+
 def test_an_answer_of_another_kind_is_told_with_the_name_of_the_network(tmp_path):
     torch.jit.script(OnlySpatial()).save(tmp_path / "net.pt")
     with pytest.raises(UserError, match=r"evaluation\.features\.eye: .*return_spatial=True\) -> \(features, spatial"):

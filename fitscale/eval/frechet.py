@@ -85,18 +85,22 @@ def moments_of(features_NF: np.ndarray) -> Moments:
     return moments
 
 
-def frechet_distance(first: Statistics, second: Statistics) -> float:
+def frechet_distance(first: Statistics, second: Statistics, root_FF: np.ndarray | None = None) -> float:
     """Squared Frechet distance, as FID is reported; exact for singular covariances too.
 
     The trace of (C1 C2)^(1/2) is the sum of the singular values of C1^(1/2) C2^(1/2): no complex roots, and no offset
-    added to the diagonal where there are fewer images than features.
+    added to the diagonal where there are fewer images than features. `root_FF`: of the second covariance, if known.
 
     Raises:
         UserError: the two have different numbers of features.
     """
-    _require_one_network(first, second)
-    overlap = linalg.svdvals(_root(first.cov_FF) @ _root(second.cov_FF)).sum()
-    return _distance(first, second, overlap)
+    if first.mean_F.shape != second.mean_F.shape:
+        raise UserError(
+            f"features of {len(first.mean_F)} and of {len(second.mean_F)} numbers cannot be compared: samples and "
+            "reference need the same feature network"
+        )
+    root_FF = _root(second.cov_FF) if root_FF is None else root_FF
+    return _distance(first, second, linalg.svdvals(_root(first.cov_FF) @ root_FF).sum())
 
 
 @dataclass(frozen=True)
@@ -128,16 +132,13 @@ def estimate(features_NF: np.ndarray, reference: Statistics) -> Estimate:
     for group in groups:
         whole.merge(group)
     samples = whole.statistics()
-    _require_one_network(samples, reference)
-    root_FF, own_root_FF = in_threads(_root, [reference.cov_FF, samples.cov_FF])
-
-    def exact() -> float:
-        return _distance(samples, reference, linalg.svdvals(root_FF @ own_root_FF).sum())
+    (root_FF,) = in_threads(_root, [reference.cov_FF])
 
     def without(part: Moments) -> float:
         rest = whole.without(part).statistics()
         return _distance(rest, reference, _overlap(root_FF, rest.cov_FF))
 
+    exact = partial(frechet_distance, samples, reference, root_FF)
     jobs: list[Callable[[], float]] = [exact, *(partial(without, part) for part in [Moments(), *groups] if leave_out)]
     value, *left_out = in_threads(lambda job: job(), jobs)
     if not leave_out:
@@ -152,14 +153,6 @@ def estimate(features_NF: np.ndarray, reference: Statistics) -> Estimate:
 def _distance(first: Statistics, second: Statistics, overlap: float) -> float:
     gap_F = first.mean_F - second.mean_F
     return float(gap_F @ gap_F + np.trace(first.cov_FF) + np.trace(second.cov_FF) - 2 * overlap)
-
-
-def _require_one_network(first: Statistics, second: Statistics) -> None:
-    if first.mean_F.shape != second.mean_F.shape:
-        raise UserError(
-            f"features of {len(first.mean_F)} and of {len(second.mean_F)} numbers cannot be compared: samples and "
-            "reference need the same feature network"
-        )
 
 
 def _root(cov_FF: np.ndarray) -> np.ndarray:
