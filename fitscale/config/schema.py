@@ -313,7 +313,7 @@ def _check_paths(key: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class WandbConfig(Section, path="wandb"):
-    """Mirror of metrics.jsonl at Weights & Biases."""
+    """Mirror of metrics, evaluations and contact sheets at Weights & Biases."""
 
     mode: str = one_of("off", "offline", "online")
     project: str = "fitscale"

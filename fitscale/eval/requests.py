@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from fitscale.config.errors import UserError
 from fitscale.config.schema import Config
+from fitscale.plan.evaluation import CHUNK_IMAGES
 
 MOST_TOKENS = 1 << 24  # of an image, to draw
-CHUNK_IMAGES = 512
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from fitscale.flow.loss import make_objective
 from fitscale.flow.path import VALIDATION, image_noise, lengths_of
 from fitscale.model import flops
 from fitscale.model.common.layout import pack_layout
+from fitscale.plan.evaluation import HELD_OUT_CHUNK_IMAGES
 from fitscale.plan.preflight import require_encoding
 
 SEED = 0  # of the held-out images' choice and noise: the same for every run
-CHUNK_IMAGES = 128  # each is seen at several times
 
 
 @dataclass
@@ -37,7 +37,7 @@ class ValidationLoss:
         evaluation = self.config.evaluation
         self.plan = plan_of(self.config, "holdout", SEED, evaluation.validation_images, self.open_index)
         self.plan.global_batch_size = min(self.plan.global_batch_size, self.plan.num_images)
-        self.count = -(-self.plan.global_batch_size // CHUNK_IMAGES)
+        self.count = -(-self.plan.global_batch_size // HELD_OUT_CHUNK_IMAGES)
 
     @torch.no_grad()
     def compute(self, model: torch.nn.Module, number: int) -> dict[str, np.ndarray]:

@@ -4,6 +4,8 @@ No torch. The rest of the key are hashes of files: `DATA`, and `FILES` for gener
 words: the evaluation writes them into evaluations.jsonl, and who asks what is still to be measured compares with them.
 """
 
+import json
+from hashlib import sha256
 from typing import Any
 
 from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, SamplingConfig
@@ -84,3 +86,13 @@ def is_as_configured(config: Config, metric: str, key: dict[str, Any]) -> bool:
     asked = validation_key(config, weights) if of_validation else sample_key(config, weights)
     hashes: tuple[str, ...] = DATA if of_validation else FILES
     return key == asked | {name: key.get(name) for name in hashes} and all(key.get(name) for name in hashes)
+
+
+def shown_name(config: Config, metric: str, key: dict[str, Any]) -> str:
+    """Under what name a result stands beside training's metrics, in wandb and TensorBoard: evaluation/fd.
+
+    One with another key than the config itself asks for is told apart by a hash of it: evaluation-1f0c33a7/fd.
+    """
+    if is_as_configured(config, metric, key):
+        return f"evaluation/{metric}"
+    return f"evaluation-{sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]}/{metric}"

@@ -44,7 +44,10 @@ class RunDir:
     evaluations = _Inside("evaluations.jsonl")  # a line an evaluated metric
     checkpoint_folder = _Inside("checkpoints")  # step-00001000/{COMPLETE, weights/, optimizer/}
     evaluation_folder = _Inside("evaluation")  # a folder of chunks for each evaluation that is not over (run/chunks.py)
+    evaluation_starts = _Inside("evaluation/starts.jsonl")  # a line a start of a job that evaluates
     samples = _Inside("samples")
+    wandb_id = _Inside("wandb_id")  # of the wandb run that mirrors this one
+    wandb_outbox = _Inside("wandb_outbox")  # a file each of what evaluations have found and nobody has mirrored yet
     submitit = _Inside("submitit")  # a folder a job
 
     @property
