@@ -19,6 +19,7 @@ from fitscale.run.layout import RunDir
 from fitscale.train import mirror as train_mirror
 from fitscale.train.mirror import Mirror
 from tests.tiny import OVERRIDES
+from tests.waiting import wait_until
 
 BLOCK = 32768  # wandb writes records as LevelDB does: in blocks, each part with its checksum, length and kind
 HOLD = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
@@ -60,6 +61,8 @@ def records(data: bytes):
             place += left
             continue
         length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        if place + 7 + length > len(data):  # still being written
+            return
         parts += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or the last part
@@ -83,6 +86,7 @@ def test_training_and_evaluations_are_in_one_wandb_run_one_process_at_a_time(off
     assert not list(run.wandb_outbox.iterdir())
     mirror.close()
     mirror_evaluation(config, run, evaluated(config, 10, guidance=2.0), None)
+    wait_until(lambda: len(sent(run)) == 3, "wandb's service to have written the three rows")
     first, second, third = sent(run)
     assert (first["step"], first["loss"]) == (12, 0.5)
     assert (second["step"], second["evaluation/fd"], second["evaluation/validation_loss"]) == (10, 12.5, 0.25)
