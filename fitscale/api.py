@@ -9,11 +9,10 @@
 What goes wrong is a `fitscale.config.errors.UserError`.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fitscale.config.checks import given
 from fitscale.config.errors import UserError
@@ -21,8 +20,10 @@ from fitscale.config.load import load_config
 from fitscale.config.schema import Config
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
     from PIL.Image import Image
+
+    from fitscale.eval.draw import Networks
 
 SECTIONS = ("model", "flow", "sampling", "data")  # of a config, in the metadata of a file that fitscale exported
 
@@ -32,7 +33,7 @@ class Model:
     """A network ready to sample, with the config that says how."""
 
     config: Config
-    network: "torch.nn.Module"
+    networks: "Networks"
 
     def draw(
         self,
@@ -58,7 +59,8 @@ class Model:
         """
         from PIL import Image
 
-        from fitscale.eval.generate import Request, generate, patches
+        from fitscale.eval.generate import Images, generate
+        from fitscale.eval.requests import Request, patches
 
         most = self.config.model.num_classes
         if wrong := [label for label in labels if not 0 <= label <= most]:
@@ -68,10 +70,13 @@ class Model:
         config = replace(self.config, sampling=sampling)
         rows, cols = patches(config, height, width)
         requests = [Request(i, label, rows, cols) for i, label in enumerate(labels)]
-        drawn = {one.index: one.image for one in generate(self.network, config, requests, seed)}
-        return [
-            Image.fromarray(drawn[i].squeeze(2) if drawn[i].shape[2] == 1 else drawn[i]) for i in range(len(labels))
-        ]
+
+        def look(images: Images) -> "dict[str, np.ndarray]":
+            return {"image": images.pixels_NCHW.movedim(1, -1).cpu().numpy()}
+
+        seen = generate(self.networks, config, requests, seed, look)
+        images = [one.kept["image"] for one in seen]
+        return [Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image) for image in images]
 
 
 def load(
@@ -90,27 +95,16 @@ def load(
     Raises:
         UserError: no such run, checkpoint, weights or file; the file is of another model than the config says.
     """
-    from fitscale.eval.generate import find_checkpoint, load_model, open_run, weights_name
+    from fitscale.eval.checkpoints import find_checkpoint, load_networks, open_run, stored_sections, weights_name
 
     path = Path(source)
     if path.is_file():
         if weights is not None or step is not None:
             raise UserError(f"{path}: weights and step go with a run directory, not with a file")
-        settings = load_config([_sections(path), *config])
-        return Model(settings, load_model(settings, path, device))
+        settings = load_config([stored_sections(path), *config])
+        return Model(settings, load_networks(settings, path, device))
     _, run = open_run(path)
     settings = load_config([str(run.config), *config])
     checkpoint = find_checkpoint(run, step)
     name = weights_name(settings, checkpoint, weights or settings.evaluation.weights)
-    return Model(settings, load_model(settings, checkpoint.weights(name), device))
-
-
-def _sections(path: Path) -> dict[str, Any]:
-    """What the metadata of a .safetensors file says of its config."""
-    from fitscale.model.weights import read_metadata
-
-    found = read_metadata(path)
-    try:
-        return {name: json.loads(found[name]) for name in SECTIONS if name in found}
-    except ValueError as error:
-        raise UserError(f"{path}: its metadata is not JSON: {error}") from error
+    return Model(settings, load_networks(settings, checkpoint.weights(name), device))

@@ -1,4 +1,4 @@
-"""The `fitscale` program: config, data, train, plan, sample, evaluate, check, doctor.
+"""The `fitscale` program: config, data, train, plan, sample, evaluate, tune, check, doctor.
 
 Only argparse and the arguments are imported before a command is known, so that `--help` answers at once; torch and
 everything above it are imported by the command that needs them, which says so first.
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from fitscale.config.errors import UserError
 from fitscale.config.program import USER_ERROR, exit_code, loading
-from fitscale.eval.arguments import add_data_arguments, add_evaluate_arguments, add_sample_arguments
+from fitscale.eval.arguments import add_data_arguments, add_evaluate_arguments, add_sample_arguments, add_tune_arguments
 
 Command = Callable[[argparse.Namespace], int | None]
 Arguments = Callable[[argparse.ArgumentParser], None]
@@ -74,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(_plan, _add_plan_arguments, "memory, communication and time of a run before it is started", example)
     add(_sample, add_sample_arguments, "draw images from a run", "runs/b --height 256 --width 256 --count 16")
     add(_evaluate, add_evaluate_arguments, "measure a run's checkpoints", "runs/b")
+    add(_tune, add_tune_arguments, "find the best sampling for a checkpoint", "runs/b --over guidance.scale=1:4")
     add(_check, _add_run, "verify that everything in a run directory is as it was written", "runs/b")
     example = "--cluster configs/cluster/h100.yaml configs/model/b.yaml data.shards=data/in1k_256 run.dir=runs/b"
     add(_doctor, _add_doctor_arguments, "check that everything is here that a run needs", example)
@@ -148,6 +149,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         from fitscale.eval.commands import run_evaluate
 
     run_evaluate(arguments)
+
+
+def _tune(arguments: argparse.Namespace) -> None:
+    with loading("torch and megatron-core"):
+        from fitscale.eval.tune import run_tune
+
+    run_tune(arguments)
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ from fitscale.config.errors import UserError, writing
 from fitscale.config.program import USER_ERROR, loading
 
 if TYPE_CHECKING:  # each question imports what it needs: a package that is missing or broken is the answer to it
-    from fitscale.config.schema import Config
+    from fitscale.config.schema import Config, EvaluationConfig
 
 SHOWN = ("torch", "deepspeed", "megatron-core", "numpy")  # of the packages, where all are within their bounds
 TO_DO = {
@@ -210,14 +210,18 @@ def compared(config: "Config") -> str:
 
     require_files(config)
     evaluation, latent = config.evaluation, config.data.latent
-    if not evaluation.points or evaluation.features is None:
+    if not evaluation.points or not evaluation.networks:
         return "no Fréchet distance is asked for (evaluation.features)"
     if latent.kind == "vae" and latent.vae is None:
         raise UserError("data.latent.vae: needed to decode latents: a local folder or hub name of an AutoencoderKL")
-    features, reference = Path(evaluation.features), Path(evaluation.reference or "")
+    return "; ".join(_compared(evaluation, name) for name in evaluation.networks)
+
+
+def _compared(evaluation: "EvaluationConfig", name: str) -> str:
+    features = Path(evaluation.networks[name])
     if evaluation.trusted and sha256(features) not in evaluation.trusted:
         raise UserError(f"{_hashed(features)} is a program that evaluation.trusted does not name")
-    return f"features {_hashed(features)}, reference {_reference(reference)}"
+    return f"features {_hashed(features)}, reference {_reference(Path(evaluation.reference_of(name)))}"
 
 
 def _reference(path: Path) -> str:

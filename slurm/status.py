@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from fitscale.config.files import read_jsonl
 from fitscale.config.load import load_config
 from fitscale.config.program import aligned, exit_code
 from fitscale.jobs import launch
+from fitscale.run.chunks import chunk_progress
 from fitscale.run.layout import RunDir, find_runs
 from fitscale.run.progress import progress
 
-COLUMNS = ("run", "state", "job", "attempts", "step", "loss", "fd", "images_per_s", "mfu", "left_h", "nodes")
+COLUMNS = ("run", "state", "job", "attempts", "step", "loss", "fd", "images_per_s", "mfu", "left_h", "nodes", "chunks")
 EVERY_S = 5.0
 ERROR_LINES = 5
 
@@ -86,6 +88,7 @@ def status(run: RunDir, live: list[launch.LiveJob] | None) -> dict[str, Any]:
         "mfu": speed.get("mfu"),
         "left_h": None if step_s is None else (state.steps - state.step) * step_s / 3600,
         "nodes": starts[-1]["nodes"] if starts else None,
+        "evaluations": [asdict(work) for work in chunk_progress(run.evaluation_folder)],
         "error": last_lines(run.failed if run.failed.exists() else run.log) if word in ("FAILED", "STOPPED") else None,
     }
 
@@ -124,10 +127,21 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def text(row: dict[str, Any], column: str) -> str:
-    value = row[column]
     if column == "step":
-        return f"{value}/{row['steps']}"
+        return f"{row['step']}/{row['steps']}"
+    if column == "chunks":
+        return chunks_done(row["evaluations"])
+    value = row[column]
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def chunks_done(evaluations: list[dict[str, Any]]) -> str:
+    """Finished chunks of the evaluations that are under way, or were left, by step: 1000: 34/98."""
+    by_step: dict[int, list[int]] = {}
+    for work in evaluations:
+        done, count = by_step.get(work["step"], (0, 0))
+        by_step[work["step"]] = [done + work["done"], count + work["count"]]
+    return ", ".join(f"{step}: {done}/{count}" for step, (done, count) in sorted(by_step.items())) or "-"
 
 
 def cancel(runs: list[RunDir]) -> int:

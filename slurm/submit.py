@@ -100,7 +100,7 @@ def script_and_plan(profile: ClusterConfig, one: Allocation, arguments: argparse
     """The batch script of the first job, what `fitscale plan` says of the training, and all that would be submitted."""
     links = missing_links(one.progress, live_or_none(one), arguments.evaluation, not arguments.no_evaluate)
     script = launch.batch_script(executor_of(profile, one, links[0])) if links else "nothing is missing"
-    planned = detail(one.plan, f"of profile {profile.name}")
+    planned = detail(one.plan, f"of profile {profile.name}", one.evaluation.machine)
     return "\n".join(["", script, *planned, "", chain_table(profile, one, links)])
 
 

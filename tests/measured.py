@@ -9,7 +9,7 @@ from fitscale.run import comparability
 from fitscale.run.layout import RunDir
 
 
-def record(config: Config, step: int, *metrics: str, **changed: Any) -> None:
+def record(config: Config, step: int, *metrics: str, nfe: float | None = None, **changed: Any) -> None:
     """Add a line for each of `metrics` at `step`; `changed`: entries of the key that the config does not ask for."""
     weights = comparability.full_weights_name(config, config.evaluation.weights)
     for metric in metrics:
@@ -19,5 +19,5 @@ def record(config: Config, step: int, *metrics: str, **changed: Any) -> None:
         else:
             key = comparability.sample_key(config, weights)
             key |= dict.fromkeys(comparability.FILES, "beef")
-        row = {"step": step, "metric": metric, "value": 1.0, "key": key | changed}
+        row = {"step": step, "metric": metric, "value": 1.0, "nfe": nfe, "key": key | changed}
         append_jsonl(RunDir(Path(config.run.dir)).evaluations, row)

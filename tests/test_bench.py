@@ -2,6 +2,8 @@
 
 import json
 
+import torch
+
 from tests.programs import run_tool
 
 
@@ -31,3 +33,25 @@ def test_the_data_benchmark_runs_and_cleans_up(tmp_path):
     memory = next(value for what, value in figures.items() if what.startswith("resident memory, most"))
     assert float(memory.rstrip("%")) < 5
     assert not list(tmp_path.iterdir())
+
+
+def test_the_sampling_benchmark_compares_the_same_images(tmp_path):
+    model = ("model.depth=1", "model.hidden_size=16", "model.num_heads=2", "model.patch_size=1")
+    small = ("--images", 3, "--passes", 1, "--sides", 3, 4, "--json", tmp_path / "rows.json")
+    done = run_tool("bench_sample", *model, *small)
+    assert done.returncode == 0, done.stderr
+    packs, alone = json.loads((tmp_path / "rows.json").read_text())
+    assert done.stdout.count("\n") == 6 and packs["images_per_s"] > 0 and alone["ratio"] == 1 and alone["moved"] == 0
+    assert min(packs["least_nfe"], alone["least_nfe"]) >= 8
+
+
+def test_at_equal_evaluations_ab2_beats_heun():
+    """A row of the table of docs/decisions.md."""
+    from tools.bench_solvers import DIMENSIONS, METHODS, SAMPLES, Mixture, ours
+
+    noise_ND = torch.randn(SAMPLES, DIMENSIONS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    velocity = Mixture(0.5).guided(1.5)
+    exact_ND = ours("dopri5", rtol=1e-7, atol=1e-7)(velocity, noise_ND, 2)
+    error = {name: float((METHODS[name](velocity, noise_ND, 20) - exact_ND).square().mean().sqrt()) for name in METHODS}
+    assert error["heun"] > 1.5 * error["ab2 (Adams-Bashforth)"] > 1.1 * error["UniPC, diffusers"]
+    assert min(error.values()) > 1e-3 and error["euler"] == max(error.values())

@@ -11,7 +11,7 @@ from fitscale.config.load import load_config
 from fitscale.jobs import chain, launch
 from fitscale.jobs.chain import Link, jobs_of_same_config, missing_links, submit_missing
 from fitscale.jobs.launch import LiveJob, batch_script
-from fitscale.jobs.profile import ClusterConfig, LayoutConfig
+from fitscale.jobs.profile import ClusterConfig, EvaluationLayoutConfig, LayoutConfig, read_profile
 from fitscale.jobs.submission import Allocation, Submission, as_told
 from fitscale.plan.step import typical_images
 from fitscale.run.claim import claim, claimed
@@ -150,7 +150,8 @@ def test_a_job_is_given_the_time_that_the_plan_says_with_a_margin_and_within_the
     short, long = Link("train", 40, steps=int(3600 / one.plan.step_s)), Link("train", 40, steps=20_000_000)
     assert day_s > 86400 and chain.limit_min(profile, one, long) == 1440
     assert chain.limit_min(profile, one, short) == pytest.approx(60 * 1.5 + 2 + 15, abs=1)
-    assert chain.limit_min(profile, one, Link("evaluate", 40)) == 60 * 1.5 + 2 + 15  # nothing of it is planned
+    of_evaluation = chain.limit_min(profile, one, Link("evaluate", 40))  # an hour besides what is planned
+    assert of_evaluation == pytest.approx((3600 + one.evaluation.seconds) / 60 * 1.5 + 2 + 15, abs=1)
     script = batch_script(chain.executor_of(profile, one, short))
     assert f"#SBATCH --time={chain.limit_min(profile, one, short)}" in script
     assert "#SBATCH --hold" in batch_script(chain.executor_of(profile, one, Link("evaluate", 40, held=True)))
@@ -162,8 +163,10 @@ def test_the_table_of_a_chain_has_every_job_with_its_cost(tmp_path):
     links = missing(config)
     header, *rows, total = chain.chain_table(profile, one, links).splitlines()
     assert len(rows) == 6 and "GPU-hours" in header and "2 x 8" in rows[0] and "1 x 1" in rows[1]
+    evaluated = 3 * one.evaluation.gpu_hours
+    assert evaluated > 0
     assert rows[0].split()[:2] == ["train", "20"] and "train 20" in rows[1].split("1 x 1")[0]
-    assert f"6 jobs, {16 * 80 * one.plan.step_s / 3600:,.3g} GPU-hours" in total
+    assert f"6 jobs, {16 * 80 * one.plan.step_s / 3600 + evaluated:,.3g} GPU-hours" in total
 
 
 def test_the_config_stays_while_jobs_are_live(tmp_path, monkeypatch):
@@ -216,7 +219,55 @@ def test_an_evaluation_asks_for_its_part_of_a_node_and_tasks_for_their_cores(tmp
     assert "#SBATCH --nodes=2" in train and "#SBATCH --nodes=1" in evaluation
     assert "#SBATCH --mem=819200M" in train and "#SBATCH --gpus-per-node=8" in train
     assert "#SBATCH --mem=102400M" in evaluation and "#SBATCH --gpus-per-node=1" in evaluation
-    srun = "--kill-on-bad-exit=1 --export=ALL --distribution=block:block --cpus-per-task=12"
+    srun = "--export=ALL --distribution=block:block --cpus-per-task=12"
+    assert f"--kill-on-bad-exit=1 {srun}" in train and f"--kill-on-bad-exit=0 --wait=0 {srun}" in evaluation
     assert all(srun in script for script in scripts)
     assert not any(word in script for word in ("wckey", "--gpu-bind", "--gpus-per-task") for script in scripts)
     assert not run.failed.exists()
+
+
+def test_an_evaluation_takes_the_nodes_and_tasks_that_the_profile_gives_it(tmp_path, monkeypatch):
+    layout = EvaluationLayoutConfig(nodes=2, tasks_per_node=4)
+    config, profile = configured(tmp_path), ClusterConfig(mem_gb=800, evaluation=layout)
+    one, scripts = allocated(config, profile, 4, 2), []
+    monkeypatch.setattr(chain, "submit", lambda executor, job, held: scripts.append(batch_script(executor)) or "1")
+    claim(config)
+    submit_missing(profile, one, [], "after")
+    train, evaluation, *_ = scripts
+    assert "#SBATCH --nodes=4" in train and "#SBATCH --ntasks-per-node=2" in train
+    assert "#SBATCH --nodes=2" in evaluation and "#SBATCH --ntasks-per-node=4" in evaluation
+    assert "#SBATCH --mem=409600M" in evaluation and "#SBATCH --gpus-per-node=4" in evaluation
+    assert one.evaluate_gpu_hours == pytest.approx(3 * 8 * one.evaluation.seconds / 3600)
+    table = chain.chain_table(profile, one, missing(config))
+    assert "4 x 2" in table.splitlines()[1] and "2 x 4" in table.splitlines()[2]
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ("{tasks_per_node: 9}", "evaluation.tasks_per_node: 9 is more than gpus_per_node = 8"),
+        ("{nodes: 2000}", "evaluation.nodes: 2000 is more than max_nodes = 1024"),
+        ("{nodes: 0}", "evaluation.nodes: 0 is too small"),
+        ("{gpus: 2}", "evaluation.gpus: Key 'gpus' not in 'EvaluationLayoutConfig'"),
+    ],
+)
+def test_a_layout_of_evaluations_that_cannot_be_is_refused(tmp_path, evaluation, message):
+    path = tmp_path / "profile.yaml"
+    path.write_text(f"evaluation: {evaluation}")
+    with pytest.raises(UserError, match=message):
+        read_profile(str(path))
+
+
+def test_what_a_profile_leaves_out_of_its_evaluations_is_one_task(tmp_path):
+    path = tmp_path / "profile.yaml"
+    path.write_text("evaluation: {nodes: 2}")
+    assert read_profile(str(path)).evaluation_machine.gpus == 2
+    path.write_text("evaluation: {nodes: 2, tasks_per_node: null}")
+    assert read_profile(str(path)).evaluation_machine.gpus == 16  # as many as a training's
+
+
+def test_a_model_that_several_ranks_draw_with_needs_them_on_a_node(tmp_path):
+    config = configured(tmp_path, "evaluation.tensor_parallel_size=2", "model.hidden_size=48")
+    with pytest.raises(UserError, match=r"evaluation\.tensor_parallel_size: 2 does not divide the 1 tasks"):
+        allocated(config, ClusterConfig(), 1, 8)
+    assert allocated(config, ClusterConfig(evaluation=EvaluationLayoutConfig(1, 2)), 1, 8).evaluation.groups == 1

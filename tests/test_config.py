@@ -202,6 +202,51 @@ def test_a_key_is_what_it_was_before_spacing_had_a_name():
     assert key(*FIT_V1, "sampling.spacing=leading")["spacing"] == "leading"
 
 
+def test_choices_of_the_sampler_are_in_the_key_where_they_are_not_as_ever():
+    def key(*arguments):
+        return sample_key(load(*arguments), "raw")
+
+    usual, guide = key(), ("sampling.guidance.guide=runs/weak", "sampling.guidance.guide_step=1000")
+    assert not {"last_step", "shift_base_tokens", "guidance_interval", "guide"} & set(usual)
+    assert key("sampling.guidance.interval=[0.0,1.0]") == usual
+    added = {
+        ("sampling.guidance.interval=[0.2,0.8]",): {"guidance_interval": [0.2, 0.8]},
+        ("sampling.shift_base_tokens=256",): {"shift_base_tokens": 256},
+        guide: {"guide": ["runs/weak", 1000, None], "guidance_channels": 4},
+    }
+    for arguments, named in added.items():
+        assert key(*arguments) == usual | named
+    sde = key("sampling.method=sde")
+    assert key("sampling.method=sde", "sampling.last_step=mean") == sde
+    assert key("sampling.method=sde", "sampling.last_step=none") == sde | {"last_step": "none"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sampling.guidance.interval=[0.8,0.2]",), "sampling.guidance.interval: 0.8 is not below 0.2"),
+        (("sampling.guidance.interval=[0.2,1.5]",), "sampling.guidance.interval: 1.5 is too large"),
+        (("sampling.guidance.guide=runs/weak",), "sampling.guidance.guide_step: needed with the run directory"),
+        (("sampling.guidance.guide_step=3",), "sampling.guidance.guide_step: goes with a run directory"),
+        (
+            ("sampling.guidance.guide=weak.safetensors", "sampling.guidance.guide_weights=raw"),
+            "sampling.guidance.guide_weights: goes with a run directory",
+        ),
+        (("sampling.last_step=none",), "sampling.last_step: goes with sde and sde_heun, not with euler"),
+        (("sampling.method=sde", "sampling.last_step=tweedie"), "is not one of mean, euler, none"),
+        (
+            ("sampling.method=dopri5", "sampling.shift_base_tokens=64"),
+            "sampling.shift_base_tokens: goes with euler, heun, ab2, sde, sde_heun, not with dopri5",
+        ),
+        (("sampling.shift_base_tokens=0",), "sampling.shift_base_tokens: 0 is too small"),
+    ],
+)
+def test_choices_of_the_sampler_that_cannot_be(arguments, message):
+    with pytest.raises(UserError) as caught:
+        load(*arguments)
+    assert message in str(caught.value)
+
+
 def test_derived_sizes_follow_the_family():
     fitv2 = FitConfig(family="fitv2", hidden_size=1152, num_heads=16)
     assert (fitv2.head_dim, fitv2.mlp_hidden_size, fitv2.adaln_rank, fitv2.out_channels) == (72, 3072, 288, 4)

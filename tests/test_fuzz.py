@@ -4,7 +4,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from fitscale.jobs.profile import ClusterConfig, LayoutConfig
 from fitscale.jobs.submission import as_told, look_at
 from fitscale.run.claim import check_claim
 from tests.conftest import ROOT
+from tests.shard_sets import PIXELS, indexed_set
 from tests.tiny import OVERRIDES
 
 MUTATIONS, COMMAND_LINES = 2000, 500
@@ -167,11 +168,13 @@ def told_well(error: object) -> bool:
     return text.isprintable() and 0 < len(text) <= LONGEST
 
 
-def test_every_value_of_every_key_is_accepted_or_told_in_one_line(digits_shards, tmp_path, monkeypatch):
+def test_every_value_of_every_key_is_accepted_or_told_in_one_line(tmp_path_factory, tmp_path, monkeypatch):
     """As a submission does: the config, the run directory, shards and files, the plan. And what it records."""
     monkeypatch.chdir(tmp_path)
     rng, opened = random.Random(0), cache(open_index)
-    base = sections([*OVERRIDES, f"data.shards={digits_shards}", "run.dir=run"])
+    shards = tmp_path_factory.mktemp("shards")
+    indexed_set(shards, 100, meta=replace(PIXELS, channels=1, num_classes=10))
+    base = sections([*OVERRIDES, f"data.shards={shards}", "run.dir=run"])
     accepted, badly = 0, []
     for _ in range(MUTATIONS):
         mutation = a_mutation(rng)
@@ -225,10 +228,11 @@ def a_command_line(rng: random.Random, run: Path) -> list[str]:
 
 
 def test_every_command_line_ends_well_or_is_told_in_one_line(tmp_path, monkeypatch, capfd):
-    """In this process. As one of two ranks, so that a sample or an evaluation that could start is refused as well."""
+    """In this process. The weights are damaged: a sample or an evaluation that could start is refused as well."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2")
     run = shutil.copytree(ROOT / "tests" / "data" / "version_0_1" / "runs" / "fitv2", tmp_path / "run")
+    for weights in run.glob("checkpoints/*/weights/*/*.safetensors"):
+        weights.write_bytes(b"damaged")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     rng, codes, badly = random.Random(0), Counter(), []
     for _ in range(COMMAND_LINES):

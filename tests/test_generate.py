@@ -12,9 +12,12 @@ from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
 from fitscale.config.schema import ParallelConfig, SamplingConfig
 from fitscale.data.pictures import write_contact_sheet
+from fitscale.eval import generate as generation
 from fitscale.eval.commands import parse_classes
-from fitscale.eval.folder import SHEET_IMAGES, write_samples
-from fitscale.eval.generate import Generated, Request, generate, patches
+from fitscale.eval.draw import Networks
+from fitscale.eval.folder import SHEET_IMAGES, Generated, write_samples
+from fitscale.eval.generate import Images, Seen, generate
+from fitscale.eval.requests import Request, chunk_ranges, patches
 from fitscale.model.build import build_network
 from fitscale.parallel.groups import init_parallel
 from tests.tiny import OVERRIDES
@@ -44,41 +47,80 @@ def random_model(config):
     return model.requires_grad_(False)
 
 
+def keep(images: Images) -> dict[str, np.ndarray]:
+    """Everything, and in what company the image was decoded."""
+    pixels = images.pixels_NCHW.movedim(1, -1).numpy()
+    return {"image": pixels, "index": np.array([request.index for request in images.requests])}
+
+
+def draw(model, config, requests: list[Request], seed: int) -> list[Seen]:
+    return generate(Networks(model), config, requests, seed, keep)
+
+
 REQUESTS = [Request(i, i % 10, 3 + i % 4, 4 + i % 3) for i in range(9)]
 
 
 @pytest.mark.parametrize("method", ["euler", "dopri5", "sde"])
 def test_an_image_depends_on_its_index_alone(model, config, method):
     config = replace(config, sampling=SamplingConfig(method=method, steps=4))
-    together = {made.index: made.image for made in generate(model, config, REQUESTS, seed=3)}
-    assert sorted(together) == list(range(9))
-    assert all(len(np.unique(image)) > 5 for image in together.values())
+    seen = draw(model, config, REQUESTS, 3)
+    assert [int(one.kept["index"]) for one in seen] == list(range(9)), "in the order of the requests"
+    together = [one.kept["image"] for one in seen]
+    assert all(len(np.unique(image)) > 5 for image in together)
     for request in (REQUESTS[7], REQUESTS[2]):
-        (alone,) = generate(model, config, [request], seed=3)
-        assert alone.image.shape == (request.rows, request.cols, 1)
-        difference = np.abs(alone.image.astype(int) - together[request.index].astype(int))
+        (alone,) = draw(model, config, [request], 3)
+        assert alone.kept["image"].shape == (request.rows, request.cols, 1)
+        difference = np.abs(alone.kept["image"].astype(int) - together[request.index].astype(int))
         assert difference.max() <= 1  # rounding at the edge of a grey level
-    (other,) = generate(model, config, [REQUESTS[7]], seed=4)
-    assert np.abs(other.image.astype(int) - together[7].astype(int)).max() > 1
+    (other,) = draw(model, config, [REQUESTS[7]], 4)
+    assert np.abs(other.kept["image"].astype(int) - together[7].astype(int)).max() > 1
 
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim"])
 def test_fit_v1_is_sampled_by_its_own_methods(method):
     settings = ("model.family=fit", "flow.kind=ddpm", f"sampling.method={method}", "sampling.steps=10")
     config = load_config([*OVERRIDES, *settings, "sampling.guidance.scale=2"])
-    made = list(generate(random_model(config), config, REQUESTS[:3], seed=0))
-    assert [(image.nfe, image.network_evaluations) for image in made] == [(10, 20)] * 3
-    assert [image.image.shape for image in made] == [(r.rows, r.cols, 1) for r in REQUESTS[:3]]
-    assert all(len(np.unique(image.image)) > 1 for image in made)  # untrained: most pixels end at black or white
+    made = draw(random_model(config), config, REQUESTS[:3], 0)
+    assert [(one.nfe, one.network_evaluations) for one in made] == [(10, 20)] * 3
+    assert [one.kept["image"].shape for one in made] == [(r.rows, r.cols, 1) for r in REQUESTS[:3]]
+    assert all(len(np.unique(one.kept["image"])) > 1 for one in made)  # untrained: most pixels end at black or white
 
 
 def test_evaluations_of_the_function_and_of_the_network_are_told_apart(model, config):
     plain = replace(config, sampling=SamplingConfig(method="heun", steps=3))
-    (made,) = generate(model, plain, REQUESTS[:1], seed=0)
+    (made,) = draw(model, plain, REQUESTS[:1], 0)
     assert (made.nfe, made.network_evaluations) == (6, 6)
     guided = load_config([*OVERRIDES, "sampling.guidance.scale=2", "sampling.method=heun", "sampling.steps=3"])
-    (made,) = generate(model, guided, REQUESTS[:1], seed=0)
+    (made,) = draw(model, guided, REQUESTS[:1], 0)
     assert (made.nfe, made.network_evaluations) == (6, 12)
+
+
+def test_images_of_one_size_are_decoded_together_and_the_rest_at_the_end(model, config, monkeypatch):
+    """The batches follow from the requests alone: full ones as they come about."""
+    monkeypatch.setattr(generation, "BATCH_IMAGES", 3)
+    batches: list[list[int]] = []
+
+    def look(images: Images) -> dict[str, np.ndarray]:
+        batches.append([request.index for request in images.requests])
+        return keep(images)
+
+    requests = [Request(i, 0, 3, 4 if i % 3 else 5) for i in range(11)]
+    seen = generate(Networks(model), replace(config, sampling=SamplingConfig(steps=1)), requests, 0, look)
+    assert batches == [[1, 2, 4], [0, 3, 6], [5, 7, 8], [9], [10]]
+    assert [int(one.kept["index"]) for one in seen] == list(range(11))
+
+
+def test_what_goes_wrong_with_an_image_is_raised(model, config):
+    def look(images: Images) -> dict[str, np.ndarray]:
+        raise UserError("evaluation.features: no")
+
+    with pytest.raises(UserError, match=r"evaluation\.features: no"):
+        generate(Networks(model), replace(config, sampling=SamplingConfig(steps=1)), REQUESTS, 0, look)
+
+
+def test_requests_are_cut_into_chunks_of_one_content():
+    assert chunk_ranges(1100) == [range(512), range(512, 1024), range(1024, 1100)]
+    assert chunk_ranges(512) == [range(512)] and chunk_ranges(0) == []
 
 
 def test_classes_and_sizes_are_checked(config):

@@ -61,11 +61,3 @@ def test_path_ends_and_velocity():
         data, noise, torch.full((3, 1), 0.25)
     )
     torch.testing.assert_close(slope * 2, path.velocity(data, noise))
-
-
-def test_score_of_a_gaussian():
-    """Data N(0, s^2): x_t is Gaussian with variance t^2 s^2 + (1 - t)^2, whose score is -x / variance."""
-    s2, t, x = 2.5, 0.3, torch.tensor([[0.7, -1.2]])
-    variance = t**2 * s2 + (1 - t) ** 2
-    velocity = (t * s2 - (1 - t)) / variance * x
-    torch.testing.assert_close(path.score(velocity, x, t), -x / variance)

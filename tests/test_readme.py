@@ -15,6 +15,7 @@ from fitscale.run.layout import RunDir
 from tests.distributed.spawn import run_ranks
 from tests.photographs import tiny_vae, write_photographs
 from tests.programs import run_tool
+from tests.test_evaluate import call
 
 ROOT = Path(__file__).parents[1]
 IMAGENET = "ImageNet to first training step"
@@ -58,9 +59,11 @@ def test_the_commands_of_the_readme_run_in_their_order(workplace):
     assert len(todo) >= 9
     for command in todo:
         program, *arguments = shlex.split(command.replace("run.steps=200", "run.steps=12"))
-        start = [sys.executable] if program == "python" else [sys.executable, "-m", "fitscale"]
+        if program == "fitscale":  # in a process that has torch imported
+            run_ranks(call_in, 1, workplace, *arguments)
+            continue
         result = subprocess.run(
-            [*start, *arguments],
+            [sys.executable, *arguments],
             cwd=workplace,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             capture_output=True,
@@ -72,6 +75,12 @@ def test_the_commands_of_the_readme_run_in_their_order(workplace):
         refused = "fit_scaling" in command and result.returncode == 2 and "refused" in result.stderr
         assert result.returncode == 0 or refused, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
     assert (workplace / "demo" / "report" / "report.html").is_file()
+
+
+def call_in(folder: Path, *arguments: str) -> None:
+    """In a spawned process: the program, as it is called in `folder`."""
+    os.chdir(folder)
+    call(*arguments)
 
 
 def test_the_lines_of_python_draw_an_image(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 from markupsafe import Markup
 
@@ -64,6 +65,19 @@ def test_table_of_sizes(table):
     assert [row[0] for row in rows] == ["xs", "s", "m", "l"]
     assert header[-4:] == ["validation_loss", "fd", "recognised", "status"]
     assert all("-" not in row for row in rows)
+
+
+def test_precision_and_recall_stand_beside_the_distance_if_they_have_its_key(table):
+    distances = table[table["metric"] == "fd"]
+    precision, recall = (distances.assign(metric=name, value=of) for name, of in (("precision", 0.6), ("recall", 0.4)))
+    guided = precision.assign(key_guidance="4.0", value=0.9)
+    both = pd.concat([table, precision, guided, recall], ignore_index=True)
+    header, rows = size_table(study(both, Question(resamples=10)))
+    assert header[-6:] == ["validation_loss", "fd", "precision", "recall", "recognised", "status"]
+    assert {(row[-4], row[-3]) for row in rows} == {("0.6", "0.4")}
+    named = both.assign(metric=both["metric"].replace({"fd": "fd/dinov2", "recall": "recall/dinov2"}))
+    header, _ = size_table(study(named, Question("fd/dinov2", resamples=10)))
+    assert header[-5:] == ["validation_loss", "fd/dinov2", "recall/dinov2", "recognised", "status"]
 
 
 @pytest.mark.parametrize(

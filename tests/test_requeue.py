@@ -12,20 +12,27 @@ import pytest
 import torch
 
 from fitscale.config.errors import PassingError, UserError
-from fitscale.config.files import append_jsonl, write_atomic
+from fitscale.config.files import append_jsonl, read_jsonl, write_atomic
 from fitscale.config.program import USER_ERROR
-from fitscale.jobs.job import EvaluateJob, TrainJob, rendezvous
+from fitscale.jobs.job import EvaluateJob, Stop, TrainJob, rendezvous
 from fitscale.jobs.launch import make_executor
 from fitscale.jobs.profile import ClusterConfig, LayoutConfig
 from fitscale.jobs.submission import Submission, as_told
 from fitscale.plan.step import Images
 from fitscale.run.attempt import Attempt, begin_attempt
+from fitscale.run.chunks import ChunkFolder
 from fitscale.run.claim import claim
+from fitscale.run.evaluation_start import note_start
 from fitscale.run.layout import RunDir
+from tests.measured import record
 from tests.tiny import tiny_config
 from tests.waiting import LIMIT_S, has_ended, wait_until
 
 JOB = "70"
+EVALUATED = ("run.steps=10", "evaluation.points=1")
+ALONE = SimpleNamespace(
+    raw_job_id=JOB, global_rank=0, local_rank=0, num_tasks=1, num_nodes=1, hostnames=["node1"]
+)  # a job of one task
 KILLED, REFUSED, BAD_NODE = 137, USER_ERROR, 1  # exit codes: of a signal, of a mistake, of anything else
 SIGNALLED_STARTS, FAILED_STARTS = 20, 5  # that a job may have before training begins
 CPUS = ClusterConfig(device="cpu", gpus_per_node=0, tasks_per_node=1)
@@ -157,8 +164,29 @@ def test_starts_that_began_do_not_count_against_one_that_did_not(tmp_path):
     assert not requeued(tmp_path, BAD_NODE, restart=30 + FAILED_STARTS)
 
 
-def test_an_evaluation_that_was_cut_off_too_often_does_not(tmp_path):
-    assert not requeued(tmp_path, 255, restart=FAILED_STARTS)  # how submitit ends then
+def test_an_end_of_submitit_is_no_signal(tmp_path):
+    assert not requeued(tmp_path, 255, restart=FAILED_STARTS)  # how submitit ends
+
+
+def evaluates(folder: Path, restart: int, job: str = JOB) -> None:
+    """What a start of an evaluation leaves in the run directory."""
+    with patch.dict(os.environ, {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restart)}):
+        note_start(RunDir(folder), 10)
+
+
+def test_an_evaluation_that_has_begun_goes_on_after_anything_but_a_mistake(tmp_path):
+    """Its next start refuses itself, if nothing comes of it."""
+    begin(tmp_path, "69", 0)  # its training
+    RunDir(tmp_path).failed.write_text("why training ended")
+    for restart in range(31):
+        evaluates(tmp_path, restart)
+    for code in (KILLED, BAD_NODE, 255):
+        assert requeued(tmp_path, code, restart=30)
+        (tmp_path / "requeued").unlink()
+    assert not requeued(tmp_path, REFUSED, restart=30)
+    assert requeued(tmp_path, KILLED, restart=30 + SIGNALLED_STARTS)  # before it begins, as training
+    (tmp_path / "requeued").unlink()
+    assert not requeued(tmp_path, KILLED, restart=31 + SIGNALLED_STARTS)
 
 
 def test_an_earlier_start_of_the_job_is_not_taken_for_this_one(tmp_path):
@@ -226,16 +254,42 @@ def test_a_start_that_a_newer_one_has_taken_over_notes_nothing(tmp_path):
 
 def test_a_node_without_its_gpu_is_no_mistake_of_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    claim(tiny_config(tmp_path, tmp_path, "run.device=cuda"))
+    claim(tiny_config(tmp_path, tmp_path, "run.device=cuda", *EVALUATED))
     with pytest.raises(RuntimeError, match="torch finds no CUDA device on"):
-        EvaluateJob(RunDir(tmp_path), 10)()
+        EvaluateJob(RunDir(tmp_path), 10)._evaluate(ALONE)
     with pytest.raises(RuntimeError, match="torch finds no CUDA device on"):
         TrainJob(RunDir(tmp_path), 10)._train(0)
     assert not RunDir(tmp_path).failed.exists()
 
 
 def test_an_evaluation_that_is_a_mistake_ends_with_the_exit_code_of_one(tmp_path):
-    claim(tiny_config(tmp_path, tmp_path))
+    claim(tiny_config(tmp_path, tmp_path, *EVALUATED))
     with pytest.raises(SystemExit) as end:
-        EvaluateJob(RunDir(tmp_path), 10)()
+        EvaluateJob(RunDir(tmp_path), 10)._evaluate(ALONE)
     assert end.value.code == REFUSED and "error: " in RunDir(tmp_path).log.read_text()
+
+
+def test_an_evaluation_whose_rows_are_there_is_over_at_once(tmp_path):
+    """As on ranks that start again after one of them was killed, and the others had done its part: here without a GPU,
+    and without a checkpoint."""
+    config = tiny_config(tmp_path, tmp_path, "run.device=cuda", *EVALUATED)
+    run = claim(config)
+    record(config, 10, "validation_loss")
+    EvaluateJob(run, 10)._evaluate(ALONE)
+    assert not run.log.exists() and not run.evaluation_starts.exists()
+    ChunkFolder(run.evaluation_folder / "step-00000010_samples_beef", 3).open({"step": 10, "what": "samples"})
+    with pytest.raises(RuntimeError, match="no CUDA device"):  # chunks wait there to become rows
+        EvaluateJob(run, 10)._evaluate(ALONE)
+
+
+def test_every_rank_of_an_evaluation_runs_the_command_in_its_place(tmp_path, monkeypatch, capfd):
+    run, seen = claim(tiny_config(tmp_path, tmp_path, *EVALUATED)), []
+    monkeypatch.setattr(Stop, "run", lambda self, command, **how: seen.append((command[3:], how)) or 0)
+    for rank in (0, 3):
+        EvaluateJob(run, 10)._evaluate(SimpleNamespace(**{**vars(ALONE), "num_tasks": 4, "global_rank": rank}))
+    (first, of_first), (fourth, of_fourth) = seen
+    assert first == fourth == ["evaluate", str(run.path), "--step", "10"]
+    places = [(how["env"]["RANK"], how["env"]["WORLD_SIZE"], how["env"]["MASTER_PORT"]) for _, how in seen]
+    assert places[0][:2] == ("0", "4") and places[1][:2] == ("3", "4") and places[0][2] == places[1][2]
+    assert of_first["stdout"].name == str(run.log) and of_fourth["stdout"] is None
+    assert [row["step"] for row in read_jsonl(run.evaluation_starts)] == [10]  # rank 0's

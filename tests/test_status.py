@@ -10,6 +10,7 @@ from fitscale.config.files import append_jsonl
 from fitscale.config.load import load_config
 from fitscale.jobs import launch
 from fitscale.run.attempt import begin_attempt
+from fitscale.run.chunks import ChunkFolder
 from fitscale.run.claim import claim
 from fitscale.run.layout import RunDir
 from tests.tiny import OVERRIDES
@@ -51,6 +52,18 @@ def test_a_sweep_is_one_row_a_run_and_missing_numbers_stay_missing(tmp_path):
     table = show(tmp_path).stdout.splitlines()
     assert [line.split()[1] for line in table[:4]] == ["state", "NEW", "STOPPED", "FAILED"]
     assert table[4].endswith("c: data.shards: gone")
+
+
+def test_chunks_of_evaluations_under_way_are_counted_by_step(tmp_path):
+    run = new_run(tmp_path)
+    for step, what, count, done in ((4, "samples", 98, 2), (4, "validation", 8, 8), (10, "samples", 98, 0)):
+        work = ChunkFolder(run.evaluation_folder / f"step-{step:08d}_{what}_beef", count)
+        work.open({"step": step, "what": what})
+        for number in range(done):
+            work.write(number, {})
+    (row,) = (json.loads(line) for line in show(tmp_path, "--json").stdout.splitlines())
+    assert row["evaluations"][0] == {"step": 4, "what": "samples", "done": 2, "count": 98}
+    assert show(tmp_path).stdout.splitlines()[1].endswith("4: 10/106, 10: 0/98")
 
 
 def test_without_slurm_a_submitted_run_is_not_guessed_at(tmp_path):

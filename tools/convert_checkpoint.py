@@ -50,7 +50,7 @@ def run_source(options: argparse.Namespace) -> "Source":
     if options.source.is_file():
         raise UserError(f"{options.source}: a file, no run directory; for published weights give --config MODEL.yaml")
     with loading("torch and megatron-core"):
-        from fitscale.eval.generate import find_checkpoint, open_run, weights_name
+        from fitscale.eval.checkpoints import find_checkpoint, open_run, weights_name
         from fitscale.model.weights import list_tensors
     config, run = open_run(options.source)
     checkpoint = find_checkpoint(run, options.step)

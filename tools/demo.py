@@ -39,7 +39,15 @@ GUIDANCE = 2.0
 # Height and width in pixels; the unseen ones are those of no training image.
 SHEETS = {"trained": (10, 8), "unseen-between": (9, 7), "unseen-larger": (12, 9)}
 STRETCH = {"unseen-larger": " --rope ntk-aware --decouple"}  # beyond the longest side trained on
-COLUMNS = ("size", "parameters", "training FLOPs", "validation loss", "FD", "recognised (guided)")
+# Of the closing table: metric of evaluations.jsonl, how it is written, and its column.
+METRICS = {
+    "validation_loss": (".4f", "validation loss"),
+    "fd": (".2f", "FD"),
+    "precision": (".1%", "precision"),
+    "recall": (".1%", "recall"),
+    "kid": (".4f", "KID"),
+}
+COLUMNS = ("size", "parameters", "training FLOPs", *(column for _, column in METRICS.values()), "recognised (guided)")
 PROGRAMS = {"python": [sys.executable], "fitscale": [sys.executable, "-m", "fitscale"]}
 
 
@@ -156,7 +164,7 @@ def sheet(run: RunDir, kind: str) -> Path:
 
 
 def result(name: str, run: RunDir, step: int) -> tuple[str, ...]:
-    """A size's line of the closing table."""
+    """A size's line of the closing table; a figure that was not measured is a dash."""
     rows = [row for row in read_jsonl(run.evaluations) if row["step"] == step]
     plain = {row["metric"]: row for row in rows if row["key"].get("guidance", 1.0) == 1.0}
     guided = [row for row in rows if row["metric"] == "recognised" and row["key"]["guidance"] == GUIDANCE]
@@ -164,8 +172,7 @@ def result(name: str, run: RunDir, step: int) -> tuple[str, ...]:
         name,
         f"{flops.parameters(load_config([str(run.config)]).model):,}",
         f"{plain['fd']['train_flops']:.3g}",
-        f"{plain['validation_loss']['value']:.4f}",
-        f"{plain['fd']['value']:.2f}",
+        *(f"{plain[name]['value']:{how}}" if name in plain else "-" for name, (how, _) in METRICS.items()),
         f"{guided[-1]['value']:.1%}",
     )
 

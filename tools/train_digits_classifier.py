@@ -2,7 +2,7 @@
 
 1. The digits of the demo's shards, at all their scales, with the same ones held out.
 2. A small convolutional network on 16 x 16 letterboxed images, trained with slight shifts, turns, blur and noise.
-3. TorchScript with the calling convention of FID's Inception file: `net(uint8 images NCHW, return_features=True)`.
+3. TorchScript with the calling convention of fitscale/eval/features.py, spatial features included.
 
     python tools/train_digits_classifier.py demo/classifier.pt
 """
@@ -37,14 +37,26 @@ class DigitsNet(nn.Module):
         self.body = nn.Sequential(
             *(nn.Conv2d(1, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Conv2d(24, 48, 3, padding=1), nn.BatchNorm2d(48), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Flatten(), nn.Dropout(0.3), nn.Linear(48 * (SIDE // 4) ** 2, FEATURES), nn.ReLU()),
         )
+        self.neck = nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(48 * (SIDE // 4) ** 2, FEATURES), nn.ReLU())
         self.head = nn.Linear(FEATURES, 10)
 
-    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
-        """uint8 (N, 1 or 3, H, W), H and W any -> scores (N, 10) or features (N, 48)."""
-        features = self.body(letterbox(images))
+    def forward(
+        self, images: Tensor, return_features: bool = False, return_spatial: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """uint8 (N, 1 or 3, H, W), H and W any -> scores (N, 10), features (N, 48), or both with spatial ones between.
+
+        Spatial features (N, 48) are the first 3 channels of the last 4 x 4 map, as ADM takes 7 of Inception's 17 x 17.
+        """
+        places = self.body(letterbox(images))
+        features = self.neck(places)
+        if return_spatial:
+            return features, places[:, :3].flatten(1), self.head(features)
         return features if return_features else self.head(features)
+
+    def scores(self, letterboxed: Tensor) -> Tensor:
+        """Float (N, 1, 16, 16) -> (N, 10)."""
+        return self.head(self.neck(self.body(letterboxed)))
 
 
 def letterbox(images: Tensor) -> Tensor:
@@ -74,7 +86,7 @@ def train_classifier(out: Path, seed: int) -> None:
     model = fit(images[~held_out], labels[~held_out])
     model.eval()
     with torch.no_grad():
-        right = model.head(model.body(images[held_out])).argmax(1) == labels[held_out]
+        right = model.scores(images[held_out]).argmax(1) == labels[held_out]
     accuracy = right.double().mean().item()
     save(model, out)
     record = {"accuracy": accuracy, "held_out_images": int(held_out.sum()), "holdout_fraction": HOLDOUT_FRACTION}
@@ -100,7 +112,7 @@ def fit(images: Tensor, labels: Tensor) -> DigitsNet:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=6e-3, total_steps=steps)
     for step in range(steps):
         chosen = torch.randint(len(images), (BATCH,))
-        scores = model.head(model.body(distort(images[chosen])))
+        scores = model.scores(distort(images[chosen]))
         loss = functional.cross_entropy(scores, labels[chosen], label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()

@@ -34,7 +34,7 @@ def read_jsonl(path: Path, **kinds: Any) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def require_kinds(content: dict[str, Any], what: object, **kinds: Any) -> None:
+def require_kinds(content: dict[str, Any], what: object, /, **kinds: Any) -> None:
     """Raises UserError if `content` of `what` lacks a key of `kinds`, or holds there what is of another type."""
     for key, kind in kinds.items():
         if key not in content or not isinstance(content[key], kind):
@@ -89,8 +89,8 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Add one line to a .jsonl file, alone among all who do; what an earlier crash left of a line is dropped first."""
+def append_jsonl(path: Path, *rows: dict[str, Any]) -> None:
+    """Add lines to a .jsonl file, alone among all who do; what an earlier crash left of a line is dropped first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)  # until it is closed
@@ -99,7 +99,7 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
             if file.read(1) != b"\n":
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json.dumps(row).encode() + b"\n")
+        file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
 
 
 def _remove(path: Path) -> None:

@@ -7,14 +7,17 @@ raises `UserError` with the key's full path and the values that would be valid.
 from dataclasses import dataclass, field, replace
 from math import gcd
 from re import fullmatch
+from typing import Any
 
 from fitscale.config.checks import Section, number, one_of
 from fitscale.config.errors import UserError
 from fitscale.config.schema_data import DataConfig
 
-ODE_SAMPLERS = ("euler", "heun", "dopri5", "sde")
+ODE_SAMPLERS = ("euler", "heun", "ab2", "dopri5", "sde", "sde_heun")
+SDE_SAMPLERS = ("sde", "sde_heun")
 DDPM_SAMPLERS = ("ddpm", "ddim")
-ADAPTIVE_SAMPLERS = ("dopri5",)  # choose their steps from the error over all that they integrate
+ADAPTIVE_SAMPLERS = ("dopri5",)  # choose the steps of each image by its error
+LAST_STEPS = ("mean", "euler", "none")
 SPACINGS = ("linspace", "leading", "trailing")
 _PUBLISHED_SPACING = {"ddpm": "linspace", "ddim": "leading"}  # respacing "N" and "ddimN" of FiT v1's and DiT's code
 _OWN_TIMES = {"rectified": "logit_normal", "ddpm": "uniform"}
@@ -187,15 +190,39 @@ class ProfileConfig(Section, path="profile"):
 
 @dataclass(frozen=True)
 class GuidanceConfig(Section, path="sampling.guidance"):
-    """Classifier-free guidance."""
+    """Away from "no class" (classifier-free guidance), or from a weaker model's answer (autoguidance)."""
 
     scale: float = 1.0  # 1 = no guidance
-    channels: int | None = number(None, least=1)  # acts on the latent's first so many; None = all, but at most 3 (of 4)
+    channels: int | None = number(None, least=1)  # acts on the latent's first so many; None = see `guided_channels`
     power: float = number(0.0, least=0.0)  # exponent p of the power-cosine scale; 0 = constant scale
+    interval: tuple[float, float] = number((0.0, 1.0), least=0.0, most=1.0)  # of flow times (1 = data) where it acts
+    guide: str | None = None  # weaker model instead of "no class": run directory, or .safetensors in published names
+    guide_step: int | None = number(None, least=0)  # its checkpoint, needed with a run directory
+    guide_weights: str | None = None  # of a run directory: raw, ema or ema_<decay>; None = what it evaluates
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self.interval
+        if low >= high:
+            raise UserError(f"sampling.guidance.interval: {low:g} is not below {high:g}; valid: [low, high], 1 is data")
+        self._check_guide()
+
+    def _check_guide(self) -> None:
+        is_file = self.guide is not None and self.guide.endswith(".safetensors")
+        for name in ("guide_step", "guide_weights"):
+            if getattr(self, name) is not None and (self.guide is None or is_file):
+                raise UserError(f"sampling.guidance.{name}: goes with a run directory in sampling.guidance.guide")
+        if self.guide is not None and not is_file and self.guide_step is None:
+            raise UserError(
+                f"sampling.guidance.guide_step: needed with the run directory {self.guide}, whose newest checkpoint "
+                "does not stay the same"
+            )
 
     def guided_channels(self, in_channels: int) -> int:
-        """How many of `in_channels` are guided: as the published code has it (3 of 4) unless `channels` says so."""
-        return min(3, in_channels) if self.channels is None else self.channels
+        """How many of `in_channels` are guided: `channels`, or all by a guide, or as in the published code (3 of 4)."""
+        if self.channels is None:
+            return min(3, in_channels) if self.guide is None else in_channels
+        return self.channels
 
 
 @dataclass(frozen=True)
@@ -203,7 +230,9 @@ class SamplingConfig(Section, path="sampling"):
     """How images are drawn from a trained model."""
 
     method: str = one_of(*ODE_SAMPLERS, *DDPM_SAMPLERS)
-    steps: int = number(50, least=1, most=10**6)  # of integration (dopri5: output points, its step size is its own)
+    steps: int = number(50, least=1, most=10**6)  # of integration; dopri5 chooses its own
+    last_step: str | None = one_of(None, *LAST_STEPS)  # of sde and sde_heun (`flow.sampler`); None = mean
+    shift_base_tokens: int | None = number(None, least=1)  # images of more tokens stay longer at noise; None = none do
     spacing: str | None = one_of(None, *SPACINGS)  # of ddpm's and ddim's steps; None = published: linspace, leading
     rtol: float = 1e-3  # dopri5
     atol: float = 1e-6  # dopri5
@@ -213,6 +242,11 @@ class SamplingConfig(Section, path="sampling"):
         super().__post_init__()
         if self.spacing is not None and self.method not in DDPM_SAMPLERS:
             raise UserError(f"sampling.spacing: goes with {' and '.join(DDPM_SAMPLERS)}, not with {self.method}")
+        if self.last_step is not None and self.method not in SDE_SAMPLERS:
+            raise UserError(f"sampling.last_step: goes with {' and '.join(SDE_SAMPLERS)}, not with {self.method}")
+        if self.shift_base_tokens is not None and self.method in (*ADAPTIVE_SAMPLERS, *DDPM_SAMPLERS):
+            valid = ", ".join(method for method in ODE_SAMPLERS if method not in ADAPTIVE_SAMPLERS)
+            raise UserError(f"sampling.shift_base_tokens: goes with {valid}, not with {self.method}")
 
     @property
     def timestep_spacing(self) -> str | None:
@@ -228,17 +262,34 @@ class EvaluationConfig(Section, path="evaluation"):
     first_step: int = number(1000, least=1)
     weights: str = "ema"  # raw, ema (the first of optim.ema_decays) or ema_<decay>
     samples: int = number(50000, least=1, most=10**7)  # generated images per Frechet distance
-    features: str | None = None  # TorchScript feature network, whose code runs; None = no Frechet distance
+    # TorchScript feature network, whose code runs, or several by name; None = no images are generated
+    features: Any = None
     trusted: list[str] = field(default_factory=list)  # SHA-256 of the feature networks that may be loaded; [] = any
-    reference: str | None = None  # image folder, shards or .npz with mu and sigma
+    reference: Any = None  # image folder, shards or .npz with mu and sigma; or one for each network, by its name
+    tensor_parallel_size: int = number(1, least=1, most=10_000)  # ranks that hold one model between them, to sample
     validation_images: int = number(1024, least=0, most=10**7)  # held-out images of the validation loss
     validation_times: int = number(8, least=1, most=10_000)  # fixed times per image of the validation loss
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_paths("evaluation.features", self.features)
+        _check_paths("evaluation.reference", self.reference)
         for entry in self.trusted:
             if not fullmatch("[0-9a-f]{64}", entry):
                 raise UserError(f"evaluation.trusted: {entry!r} is no SHA-256, which is 64 digits of 0 to 9 and a to f")
+
+    @property
+    def networks(self) -> dict[str, str]:
+        """Paths of the feature networks by name; of the only one that a plain path gives, the name is empty."""
+        return self.features if isinstance(self.features, dict) else {"": self.features} if self.features else {}
+
+    def reference_of(self, network: str) -> str:
+        """The path of what images seen through `network` are compared with; UserError if there is none."""
+        path = self.reference.get(network) if isinstance(self.reference, dict) else self.reference
+        if path is None:
+            key = f"evaluation.reference.{network}" if isinstance(self.reference, dict) else "evaluation.reference"
+            raise UserError(f"{key}: needed with evaluation.features: an image folder, shards or .npz")
+        return str(path)
 
     def steps(self, last_step: int) -> list[int]:
         """Evaluation steps of a run of `last_step` steps, ascending; the last is `last_step` itself."""
@@ -250,9 +301,19 @@ class EvaluationConfig(Section, path="evaluation"):
         return sorted(spaced | {last_step})
 
 
+def _check_paths(key: str, value: Any) -> None:
+    """Raises UserError unless `value` is None, a path, or paths by name."""
+    if isinstance(value, dict):
+        for name, path in value.items():
+            if not fullmatch("[A-Za-z0-9_-]{1,50}", str(name)) or not isinstance(path, str):
+                raise UserError(f"{key}.{name}: {path!r}; valid: name: path, the name of letters, digits, - and _")
+    elif not isinstance(value, str | None):
+        raise UserError(f"{key}: {value!r} is neither a path nor paths by name, {{inception: PATH, dinov2: PATH}}")
+
+
 @dataclass(frozen=True)
 class WandbConfig(Section, path="wandb"):
-    """Mirror of metrics.jsonl at Weights & Biases."""
+    """Mirror of metrics, evaluations and contact sheets at Weights & Biases."""
 
     mode: str = one_of("off", "offline", "online")
     project: str = "fitscale"
@@ -319,11 +380,13 @@ class Config:
             raise UserError(f"sampling.guidance.channels: {guided} is more than model.in_channels = {in_channels}")
 
     def _check_tensor_parallel(self) -> None:
-        tp, divides = self.parallel.tensor_parallel_size, self.model.tp_divides
-        for key, value in divides.items():
-            if value % tp:
-                common = gcd(*divides.values())
-                valid = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-                raise UserError(
-                    f"parallel.tensor_parallel_size: model.{key} = {value} does not divide by {tp}; valid: {valid}"
-                )
+        divides = self.model.tp_divides
+        for section in ("parallel", "evaluation"):
+            tp = getattr(self, section).tensor_parallel_size
+            for key, value in divides.items():
+                if value % tp:
+                    common = gcd(*divides.values())
+                    valid = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+                    raise UserError(
+                        f"{section}.tensor_parallel_size: model.{key} = {value} does not divide by {tp}; valid: {valid}"
+                    )

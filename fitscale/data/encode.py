@@ -79,9 +79,13 @@ class Decoder:
         self.latent = latent
         self._vae = _load_vae(latent.vae).to(device) if latent.kind == "vae" else None
 
-    @torch.no_grad()
     def __call__(self, latents: torch.Tensor) -> np.ndarray:
         """uint8 images (..., H, W, channels) of latents, or of pixels in [-1, 1], (..., C, height, width)."""
+        return self.pixels(latents).movedim(-3, -1).cpu().numpy()
+
+    @torch.no_grad()
+    def pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """The same as (..., channels, H, W), on the decoder's device."""
         if self._vae is None:
             return _to_uint8(latents)
         batch = latents.reshape(-1, *latents.shape[-3:]).to(self._vae.device, self._vae.dtype)
@@ -89,9 +93,8 @@ class Decoder:
         return _to_uint8(images.reshape(*latents.shape[:-3], *images.shape[-3:]))
 
 
-def _to_uint8(images: torch.Tensor) -> np.ndarray:
-    levels = ((images.float() + 1) * 127.5).round().clip(0, 255).to(torch.uint8)
-    return levels.movedim(-3, -1).cpu().numpy()
+def _to_uint8(images: torch.Tensor) -> torch.Tensor:
+    return ((images.float() + 1) * 127.5).round().clip(0, 255).to(torch.uint8)
 
 
 def _load_vae(name: str | None, dtype: torch.dtype = torch.float32) -> Any:

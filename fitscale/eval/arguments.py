@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fitscale.config.schema import DDPM_SAMPLERS, ODE_SAMPLERS, SPACINGS
+from fitscale.config.schema import DDPM_SAMPLERS, LAST_STEPS, ODE_SAMPLERS, SPACINGS
 from fitscale.model.common.rope_config import ROPE_METHODS
 
 
@@ -26,8 +26,18 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """What to measure, of which checkpoints; what is not given comes from the run's config."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--samples", type=int, help="generated images per Frechet distance")
-    parser.add_argument("--features", help="TorchScript feature network: a program, which runs (evaluation.trusted)")
-    parser.add_argument("--reference", help="image folder, shards, or .npz with mu and sigma")
+    parser.add_argument(
+        "--features",
+        action="append",
+        metavar="[NAME=]PATH",
+        help="TorchScript feature network: a program, which runs (evaluation.trusted); several with a name each",
+    )
+    parser.add_argument(
+        "--reference",
+        action="append",
+        metavar="[NAME=]PATH",
+        help="image folder, shards, or .npz with mu and sigma; NAME=: for that network alone",
+    )
     parser.add_argument("--height", type=int, help="of generated images, in pixels (default: sizes of the dataset)")
     parser.add_argument("--width", type=int, help="of generated images, in pixels")
     parser.add_argument("--seed", type=int, default=0, help="of the generated images (default: 0)")
@@ -36,9 +46,27 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_sampler(parser)
 
 
+def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which samplings to compare, on which checkpoint."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory; its evaluation.features decide")
+    parser.add_argument(
+        "--over",
+        nargs="+",
+        required=True,
+        metavar="KEY=VALUES",
+        help="keys below sampling, each with first:last[:points] or a,b,c: guidance.scale=1:4 steps=10,20",
+    )
+    parser.add_argument("--metric", default="fd", help="the least of which is the best (default: fd)")
+    parser.add_argument("--samples", type=int, default=2048, help="images at every point (default: 2048)")
+    parser.add_argument("--seed", type=int, default=0, help="of the images of all points (default: 0)")
+    parser.add_argument("--out", type=Path, help="folder for table and plot (default: one in RUN/tune)")
+    _add_checkpoint(parser)
+
+
 def _add_checkpoint(parser: argparse.ArgumentParser, default: str = "(default: the newest)") -> None:
     parser.add_argument("--step", type=int, help=f"checkpoint to use {default}")
     parser.add_argument("--weights", help="raw, ema (the first average) or ema_<decay> (default: the run's)")
+    parser.add_argument("--tensor-parallel-size", type=int, help="ranks that hold one model between them (default: 1)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
 
 
@@ -46,8 +74,16 @@ def _add_sampler(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=ODE_SAMPLERS + DDPM_SAMPLERS, help="sampler")
     parser.add_argument("--steps", type=int, help="integration steps")
     parser.add_argument("--spacing", choices=SPACINGS, help="which of the 1000 steps ddpm and ddim take")
+    parser.add_argument("--last-step", choices=LAST_STEPS, help="how sde and sde_heun end")
+    parser.add_argument("--shift-base-tokens", type=int, help="images of more tokens than this stay longer at noise")
     parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance; 1 = none")
     parser.add_argument("--power", type=float, help="exponent of the power-cosine guidance scale; 0 = constant")
+    parser.add_argument(
+        "--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="times where guidance acts; 0 noise, 1 data"
+    )
+    parser.add_argument("--guide", metavar="PATH", help="weaker model instead of no class: run directory, .safetensors")
+    parser.add_argument("--guide-step", type=int, help="checkpoint of the run directory in --guide")
+    parser.add_argument("--guide-weights", help="of the run directory in --guide: raw, ema or ema_<decay>")
     parser.add_argument("--rope", choices=ROPE_METHODS, help="how RoPE is stretched beyond the trained sizes")
     parser.add_argument("--decouple", action="store_true", help="with --rope: rows and columns by their own lengths")
 

@@ -1,18 +1,28 @@
 """`fitscale sample` and `fitscale evaluate`."""
 
 import argparse
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from re import fullmatch
+from typing import Any
 from zlib import crc32
+
+import numpy as np
 
 from fitscale.config.checks import given
 from fitscale.config.errors import UserError
 from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, ModelConfig, SamplingConfig
 from fitscale.data.index import open_index
-from fitscale.eval.evaluate import EvaluationOptions, evaluate_run, has_validation
-from fitscale.eval.folder import check_samples_folder, write_samples
-from fitscale.eval.generate import Request, find_checkpoint, generate, load_model, open_run, patches, weights_name
+from fitscale.eval.checkpoints import find_checkpoint, load_networks, open_run, weights_name
+from fitscale.eval.evaluate import EvaluationOptions, Evaluator
+from fitscale.eval.folder import Generated, check_samples_folder, write_samples
+from fitscale.eval.generate import Images, generate
+from fitscale.eval.ranks import carry_out, is_first
+from fitscale.eval.requests import Request, chunk_ranges, patches
+from fitscale.eval.validation import has_validation
+from fitscale.parallel.groups import launched_ranks, on_rank_zero
+from fitscale.run.chunks import ChunkFolder
 from fitscale.run.layout import RunDir
 
 MOST_IMAGES = 10_000_000
@@ -42,12 +52,41 @@ def run_sample(arguments: argparse.Namespace) -> None:
         "model": asdict(config.model),
         "sampling": asdict(config.sampling),
     }
-    model = load_model(config, checkpoint.weights(weights), arguments.device)
-    drawn = generate(model, config, requests, arguments.seed)
-    title = f"{config.run.name} step {checkpoint.step} {weights} {arguments.height}x{arguments.width}"
-    nfe = write_samples(out, drawn, [request.label for request in requests], settings, title)
-    drawn_in = f"{len(nfe)} images, {sum(nfe) / len(nfe):g} function evaluations each, in {out}"
-    print(f"{drawn_in}; the first on {out / 'contact_sheet.png'}")
+    networks = load_networks(config, checkpoint.weights(weights), arguments.device)
+    ranges = chunk_ranges(len(requests))
+    folder = ChunkFolder(out.with_name(f".{out.name}.chunks-{crc32(repr(settings).encode()):08x}"), len(ranges))
+
+    def compute(number: int, show: Callable[[int], Any]) -> Mapping[str, np.ndarray]:
+        chosen = [requests[i] for i in ranges[number]]
+        seen = generate(networks, config, chosen, arguments.seed, _pixels, show)
+        return {
+            "images": np.stack([one.kept["images"] for one in seen]),
+            "nfe": np.array([one.nfe for one in seen]),
+            "network_evaluations": np.array([one.network_evaluations for one in seen]),
+        }
+
+    def fold() -> None:
+        title = f"{config.run.name} step {checkpoint.step} {weights} {arguments.height}x{arguments.width}"
+        nfe = write_samples(out, _generated(folder), [request.label for request in requests], settings, title)
+        drawn_in = f"{len(nfe)} images, {sum(nfe) / len(nfe):g} function evaluations each, in {out}"
+        print(f"{drawn_in}; the first on {out / 'contact_sheet.png'}", flush=True)
+
+    begin = partial(folder.open, {"step": checkpoint.step, "what": "sample"})
+    on_rank_zero(begin) if launched_ranks() > 1 else begin()
+    carry_out(folder, compute, fold, len(requests), "samples")
+
+
+def _pixels(images: Images) -> dict[str, np.ndarray]:
+    return {"images": images.pixels_NCHW.movedim(1, -1).cpu().numpy()}
+
+
+def _generated(folder: ChunkFolder) -> Iterator[Generated]:
+    index = 0
+    for number in range(folder.count):
+        chunk = folder.read(number)
+        for image, nfe, passes in zip(*(chunk[name] for name in ("images", "nfe", "network_evaluations")), strict=True):
+            yield Generated(index, image, int(nfe), int(passes))
+            index += 1
 
 
 def _within(name: str, value: int, least: int, most: int) -> None:
@@ -79,9 +118,13 @@ def _name(arguments: argparse.Namespace, step: int, weights: str, sampling: Samp
     """Of the folder in RUN/samples: what decides the images, but for their number."""
     guidance = sampling.guidance
     sampler = f"{sampling.method}-{sampling.steps}-{'points' if sampling.method in ADAPTIVE_SAMPLERS else 'steps'}"
-    sampler += f"-{sampling.spacing}" if sampling.spacing else ""
+    sampler += "".join(f"-{word}" for word in (sampling.spacing, sampling.last_step) if word)
+    sampler += f"-shift-{sampling.shift_base_tokens}" if sampling.shift_base_tokens else ""
     parts = [f"step-{step:08d}", weights, f"{arguments.height}x{arguments.width}", sampler]
     parts += [f"guidance-{guidance.scale:g}", *([f"power-{guidance.power:g}"] if guidance.power else [])]
+    parts += [] if guidance.interval == (0.0, 1.0) else ["interval-{:g}-{:g}".format(*guidance.interval)]
+    guide = (guidance.guide, guidance.guide_step, guidance.guide_weights)
+    parts += [] if guidance.guide is None else [f"guide-{crc32(repr(guide).encode()):08x}"]
     parts += [f"seed-{arguments.seed}"]
     classes = arguments.classes if len(arguments.classes) < 40 else f"{crc32(arguments.classes.encode()):08x}"
     parts += [] if classes == "all" else [f"classes-{classes}"]
@@ -91,8 +134,14 @@ def _name(arguments: argparse.Namespace, step: int, weights: str, sampling: Samp
 
 def _sampling(sampling: SamplingConfig, arguments: argparse.Namespace) -> SamplingConfig:
     """`sampling` with what `arguments` name in its place."""
-    chosen = given(sampling, method=arguments.method, steps=arguments.steps, spacing=arguments.spacing)
-    return replace(chosen, guidance=given(sampling.guidance, scale=arguments.guidance, power=arguments.power))
+    guidance = {name: getattr(arguments, name) for name in ("power", "guide", "guide_step", "guide_weights")}
+    interval = None if arguments.interval is None else tuple(arguments.interval)
+    names = ("method", "steps", "spacing", "last_step", "shift_base_tokens")
+    return given(
+        sampling,
+        guidance=given(sampling.guidance, scale=arguments.guidance, interval=interval, **guidance),
+        **{name: getattr(arguments, name) for name in names},
+    )
 
 
 def _model(config: Config, arguments: argparse.Namespace) -> ModelConfig:
@@ -110,26 +159,36 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     if arguments.samples is not None:
         _within("--samples", arguments.samples, 2, MOST_IMAGES)
     _within("--seed", arguments.seed, 0, MOST_SEED)
-    names = ("weights", "samples", "features", "reference")
-    evaluation = given(config.evaluation, **{name: getattr(arguments, name) for name in names})
+    chosen = {name: getattr(arguments, name) for name in ("weights", "samples", "tensor_parallel_size")}
+    chosen |= {name: _by_name(getattr(arguments, name)) for name in ("features", "reference")}
+    evaluation = given(config.evaluation, **chosen)
     config = replace(config, sampling=_sampling(config.sampling, arguments), evaluation=evaluation)
     model, size = _model(config, arguments), _size(arguments)
     options = EvaluationOptions(model, size, arguments.seed, arguments.device, arguments.force, cache(open_index))
-    measured = 0
+    evaluator, measured = Evaluator(config, run, options), 0
     for step in _evaluation_steps(config, run) if arguments.step is None else [arguments.step]:
-        for row in evaluate_run(config, run, step, options):
+        for row in evaluator.evaluate(step):
             measured += 1
-            text = f"step {step:>8}  {row['weights']}  {row['metric']:<16}{row['value']:.5g}"
+            text = f"step {step:>8}  {row['weights']}  {row['metric']:<18}{row['value']:.5g}"
             text += "" if row["standard_error"] is None else f" +- {row['standard_error']:.2g}"
             nfe = row["nfe"]
             text += "" if nfe is None else f"  ({row['samples']} samples, {nfe:g} function evaluations each)"
-            print(text, flush=True)
-    if not measured:
+            if is_first():
+                print(text, flush=True)
+    if not measured and is_first():
         print(_why_nothing(config), flush=True)
 
 
+def _by_name(paths: list[str] | None) -> str | dict[str, str] | None:
+    """A path, or paths by the names in NAME=PATH."""
+    named = [fullmatch(r"([A-Za-z0-9_-]+)=(.*)", path) for path in paths or ()]
+    if not paths or named == [None]:
+        return paths[0] if paths else None
+    return dict((match[1], match[2]) if match else ("", path) for match, path in zip(named, paths, strict=True))
+
+
 def _why_nothing(config: Config) -> str:
-    if config.evaluation.features is not None or has_validation(config):
+    if config.evaluation.networks or has_validation(config):
         return "nothing to measure: everything is in evaluations.jsonl already; --force measures it again"
     return (
         "nothing to measure: a Frechet distance needs --features and --reference (evaluation.features and .reference), "

@@ -1,16 +1,20 @@
-"""What a checkpoint is worth: validation loss, Frechet distance, share of recognised samples.
+"""What a checkpoint is worth: validation loss, and figures of generated images.
 
-1. The validation loss: held-out images at fixed times and with fixed noise, so that two checkpoints differ by their
-   weights alone.
-2. Generated images with the labels and sizes of the data set (or of one size), seen through the feature network and
-   compared with the reference: the Frechet distance.
-3. If the network also classifies into the model's classes: the share of samples that it takes for what they should be.
+1. The validation loss (validation.py).
+2. Generated images with the labels and sizes of the data set (or of one size), seen through every feature network and
+   compared with its reference (samples.py, figures.py).
+
+Each of the two is a fold over chunks that any number of processes work out, each chunk from its number alone, in a
+folder of the run directory (run/chunks.py). Who finds all of them finished folds them in their order, adds the rows to
+evaluations.jsonl, and clears the folder away. So the rows are the same bytes for any number of ranks and starts.
 
 Every result is one line of evaluations.jsonl, with the comparability key of the circumstances that shift it: only
 results with equal keys may be fitted or ranked together.
 """
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,30 +22,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from fitscale.config.errors import UserError
+from fitscale.config.errors import UserError, writing
 from fitscale.config.files import append_jsonl, read_jsonl, require_kinds
-from fitscale.config.schema import Config, ModelConfig
-from fitscale.data.batch_plan import BatchPlan, open_plan
+from fitscale.config.schema import Config, ModelConfig, ParallelConfig, SamplingConfig
+from fitscale.data.batch_plan import BatchPlan
 from fitscale.data.index import OpenIndex, open_index
-from fitscale.data.loader import Pack, make_loader
-from fitscale.data.packing import PackRule
-from fitscale.data.pictures import batched
-from fitscale.eval.features import AT_ONCE, FeatureNet
-from fitscale.eval.frechet import Moments, frechet_distance
-from fitscale.eval.generate import Request, find_checkpoint, generate, load_model, patches, weights_name
-from fitscale.eval.reference import data_identity, load_reference
-from fitscale.flow.loss import make_objective
-from fitscale.flow.path import VALIDATION, image_noise, lengths_of
-from fitscale.model import flops
-from fitscale.model.common.layout import pack_layout
-from fitscale.plan.preflight import require_encoding
+from fitscale.eval.checkpoints import find_checkpoint, load_networks, weights_name
+from fitscale.eval.draw import Networks
+from fitscale.eval.features import FeatureNet
+from fitscale.eval.figures import Figure
+from fitscale.eval.images import data_identity
+from fitscale.eval.mirror import mirror_evaluation
+from fitscale.eval.ranks import Compute, carry_out
+from fitscale.eval.reference import load_reference, reference_cache
+from fitscale.eval.requests import Request, patches
+from fitscale.eval.samples import Eye, Samples
+from fitscale.eval.validation import ValidationLoss, has_validation, plan_of
+from fitscale.parallel.groups import init_parallel, on_rank_zero, tp_broadcast
 from fitscale.run.checkpoint import MARKER, TOTALS, Checkpoint
-from fitscale.run.comparability import sample_key, validation_key
+from fitscale.run.chunks import ChunkFolder
+from fitscale.run.comparability import metric_name, sample_key, validation_key
 from fitscale.run.layout import EVALUATIONS, RunDir
 
-VALIDATION_SEED = 0  # of the held-out images' choice and noise: the same for every run
+Row = dict[str, Any]
+COPIED = ("train_flops", "paper_flops", "images", "tokens", "device_hours")  # from the checkpoint into every row
 
 
 @dataclass(frozen=True)
@@ -56,94 +61,89 @@ class EvaluationOptions:
     open_index: OpenIndex = open_index
 
 
-def evaluate_run(config: Config, run: RunDir, step: int, options: EvaluationOptions) -> Iterator[dict[str, Any]]:
-    """Measure the checkpoint of `step` as `config` asks; yields the rows as they are added to evaluations.jsonl.
+class Evaluator:
+    """Measures checkpoints of one run as `config` asks. On the CPU a rank computes on one core, as one core rounds.
 
     What is there already, under the same key, is not measured again unless `options.force`. `options.model` is for the
     generated images; the validation loss is that of the model as it was trained.
-
-    Raises:
-        UserError: no such checkpoint, weights, network or reference.
     """
-    checkpoint = find_checkpoint(run, step)
-    weights = weights_name(config, checkpoint, config.evaluation.weights)
-    return _Evaluation(config, run, checkpoint, weights, options).measure()
 
+    def __init__(self, config: Config, run: RunDir, options: EvaluationOptions) -> None:
+        self.config, self.run, self.options = config, run, options
+        self.topology = init_parallel(
+            ParallelConfig(tensor_parallel_size=config.evaluation.tensor_parallel_size), options.device
+        )
+        if self.topology.device.type == "cpu":
+            torch.set_num_threads(1)
+        self._loaded: tuple[object, Networks] | None = None
+        self.since = 0
+        if options.force:  # the same for all ranks, and for a start that goes on with it
+            self.since = on_rank_zero(lambda: len(read_jsonl(run.evaluations)))
+        evaluation, device = config.evaluation, self.topology.device
+        self.nets = [FeatureNet(path, device, evaluation.trusted, name) for name, path in evaluation.networks.items()]
 
-@dataclass
-class _Evaluation:
-    config: Config
-    run: RunDir
-    checkpoint: Checkpoint
-    weights: str
-    options: EvaluationOptions
+    def evaluate(self, step: int) -> Iterator[Row]:
+        """The rows of the checkpoint of `step` that were missing, in the order of evaluations.jsonl, to which they are
+        added by this process or another.
 
-    def __post_init__(self) -> None:
-        done = [] if self.options.force else read_jsonl(self.run.evaluations, **EVALUATIONS, weights=str)
-        self.done = [(row["step"], row["metric"], row["weights"], row["key"]) for row in done]
-        self.generated = replace(self.config, model=self.options.model)
+        Raises:
+            UserError: no such checkpoint, weights, network or reference.
+        """
+        if has_validation(self.config):
+            at = self._at(step, self.config.sampling)
+            yield from at.carry_out(at.validation_work())
+        if self.config.evaluation.networks:
+            yield from self.samples(step, self.config.sampling)
 
-    @cached_property
-    def model(self) -> torch.nn.Module:
-        return load_model(self.config, self.checkpoint.weights(self.weights), self.options.device)
+    def samples(self, step: int, sampling: SamplingConfig) -> Iterator[Row]:
+        """Of these, the rows of generated images, drawn by `sampling`."""
+        at = self._at(step, sampling)
+        yield from at.carry_out(at.samples_work())
+
+    def known(self, step: int, sampling: SamplingConfig) -> list[Row]:
+        """Of the rows of generated images, drawn by `sampling`, those that evaluations.jsonl has."""
+        at = self._at(step, sampling)
+        return at.measured(at.samples_work())
+
+    def _at(self, step: int, sampling: SamplingConfig) -> "_At":
+        checkpoint = find_checkpoint(self.run, step)
+        weights = weights_name(self.config, checkpoint, self.config.evaluation.weights)
+        return _At(self, checkpoint, weights, replace(self.config, model=self.options.model, sampling=sampling))
+
+    def networks(self, weights: Path, config: Config) -> Networks:
+        """What draws by `config`; the same as for the call before where that needed the same."""
+        needed = (weights, replace(config.sampling.guidance, scale=1.0, power=0.0, interval=(0.0, 1.0)))
+        if self._loaded is None or self._loaded[0] != needed:
+            self._loaded = (
+                needed,
+                load_networks(replace(config, model=self.config.model), weights, self.options.device),
+            )
+        return self._loaded[1]
 
     @cached_property
     def plan(self) -> BatchPlan:
         """One batch of as many training images as are generated: their labels, and their sizes unless one is given."""
-        return _plan(self.config, "train", self.options.seed, self.config.evaluation.samples, self.options.open_index)
+        options, samples = self.options, self.config.evaluation.samples
+        return plan_of(self.config, "train", options.seed, samples, options.open_index)
 
     @cached_property
     def data(self) -> dict[str, str]:
         """Hash of the shards, from which the held-out images come, and the labels and sizes of the generated ones."""
         return {"data": data_identity(*(stream.index for stream in self.plan.streams))[:16]}
 
-    def measure(self) -> Iterator[dict[str, Any]]:
-        evaluation = self.config.evaluation
-        if has_validation(self.config):
-            key = validation_key(self.config, self.weights) | self.data
-            if self._pending("validation_loss", key):
-                loss_S = validation_losses(self.model, self.config, self.options.open_index)
-                yield self._add("validation_loss", key, loss_S.mean(), _mean_error(loss_S), len(loss_S), None)
-        if evaluation.features is not None:
-            yield from self._measure_samples(evaluation.features)
+    @cached_property
+    def eyes(self) -> list[Eye]:
+        """Every feature network with its reference."""
+        config, cache = self.config, reference_cache(self.run)
+        paths = [Path(config.evaluation.reference_of(net.name)) for net in self.nets]
+        seen = [
+            load_reference(path, net, config.data, cache, self.options.open_index)
+            for path, net in zip(paths, self.nets, strict=True)
+        ]
+        return [Eye(net, reference) for net, reference in zip(self.nets, seen, strict=True)]
 
-    def _measure_samples(self, features: str) -> Iterator[dict[str, Any]]:
-        config, options, evaluation = self.config, self.options, self.config.evaluation
-        if evaluation.reference is None:
-            raise UserError("evaluation.reference: needed with evaluation.features: an image folder, shards or .npz")
-        device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
-        net = FeatureNet(features, device, evaluation.trusted)
-        reference = load_reference(Path(evaluation.reference), net, config.data, self.run.path, options.open_index)
-        key = sample_key(self.generated, self.weights, options.size, options.seed)
-        key |= self.data | {"features": net.identity[:16], "reference": reference.identity[:16]}
-        classifies = net.num_scores == config.model.num_classes
-        wanted = [name for name in ("fd", *["recognised"] * classifies) if self._pending(name, key)]
-        if not wanted:
-            return
-        moments, right, nfe = self._generate(net, classifies)
-        if "fd" in wanted:
-            distance = frechet_distance(moments.statistics(), reference.statistics)
-            yield self._add("fd", key, distance, None, moments.count, nfe)
-        if "recognised" in wanted:
-            yield self._add("recognised", key, right.mean(), _mean_error(right), len(right), nfe)
-
-    def _generate(self, net: FeatureNet, classifies: bool) -> tuple[Moments, np.ndarray, float]:
-        """Features' moments of all samples, which were recognised, and the mean number of function evaluations."""
-        requests = self._requests()
-        self.model.config = self.generated.model  # type: ignore[assignment] # after the validation loss: as trained
-        moments, right, nfe = Moments(), [], []
-        drawn = generate(self.model, self.generated, requests, self.options.seed)
-        bar = tqdm(drawn, total=len(requests), desc=f"step {self.checkpoint.step} samples", unit="image", mininterval=5)
-        for batch in batched(bar, AT_ONCE):
-            images = [image.image for image in batch]
-            moments.add(net.features(images))
-            nfe += [image.nfe for image in batch]
-            if classifies:
-                labels = [requests[image.index].label for image in batch]
-                right += list(net.scores(images).argmax(1) == labels)
-        return moments, np.array(right, dtype=np.float64), float(np.mean(nfe))
-
-    def _requests(self) -> list[Request]:
+    @cached_property
+    def requests(self) -> list[Request]:
         """Labels and sizes follow the training images in an order drawn from the seed."""
         batch = self.plan.step(0)
         rows, cols = batch.rows_B.tolist(), batch.cols_B.tolist()
@@ -152,76 +152,133 @@ class _Evaluation:
             rows, cols = [height] * len(rows), [width] * len(cols)
         return [Request(i, label, rows[i], cols[i]) for i, label in enumerate(batch.labels_B.tolist())]
 
-    def _pending(self, metric: str, key: dict[str, Any]) -> bool:
-        return (self.checkpoint.step, metric, self.weights, key) not in self.done
 
-    def _add(
-        self, metric: str, key: dict[str, Any], value: float, error: float | None, samples: int, nfe: float | None
-    ) -> dict[str, Any]:
-        totals = ("train_flops", "paper_flops", "images", "tokens", "device_hours")
-        require_kinds(self.checkpoint.meta, self.checkpoint.path / MARKER, **{name: TOTALS[name] for name in totals})
-        row = {
+@dataclass
+class _At:
+    """One checkpoint and its weights."""
+
+    evaluator: Evaluator
+    checkpoint: Checkpoint
+    weights: str
+    drawn: Config  # with the positions and the sampling of the generated images
+
+    def __post_init__(self) -> None:
+        self.config, self.run, self.options = self.evaluator.config, self.evaluator.run, self.evaluator.options
+
+    @property
+    def networks(self) -> Networks:
+        return self.evaluator.networks(self.checkpoint.weights(self.weights), self.drawn)
+
+    def validation_work(self) -> "_Work":
+        key = validation_key(self.config, self.weights) | self.evaluator.data
+        loss = ValidationLoss(self.config, self.options.open_index)
+
+        def compute(number: int, show: Callable[[int], Any]) -> Mapping[str, np.ndarray]:
+            self.networks.model.config = self.config.model  # type: ignore[assignment] # as trained
+            arrays = loss.compute(self.networks.model, number)
+            show(len(arrays["slots"]))
+            return arrays
+
+        def fold(folder: ChunkFolder) -> list[Row]:
+            loss_S = loss.fold([folder.read(number) for number in range(loss.count)])
+            error = float(loss_S.std(ddof=1) / len(loss_S) ** 0.5) if len(loss_S) > 1 else None
+            return [self._row(Figure("validation_loss", float(loss_S.mean()), error), key, len(loss_S), None)]
+
+        images, wanted = loss.plan.global_batch_size, [("validation_loss", key)]
+        return _Work("validation", wanted, loss.count, images, compute, fold)
+
+    def samples_work(self) -> "_Work":
+        evaluator, options = self.evaluator, self.options
+        shared = sample_key(self.drawn, self.weights, options.size, options.seed) | evaluator.data
+        keys = {eye.net.name: shared | eye.identity for eye in evaluator.eyes}
+        sheet = self.run.sheet(self.checkpoint.step, _digest(shared))
+        samples = Samples(self.drawn, evaluator.requests, options.seed, evaluator.eyes)
+
+        def compute(number: int, show: Callable[[int], Any]) -> Mapping[str, np.ndarray]:
+            self.networks.model.config = self.drawn.model  # type: ignore[assignment] # with other positions
+            return samples.compute(self.networks, number, show)
+
+        def fold(folder: ChunkFolder) -> list[Row]:
+            samples.write_sheet(folder, sheet, f"{self.config.run.name} step {self.checkpoint.step} {self.weights}")
+            nfe = samples.mean_nfe(folder)
+            return [
+                self._row(replace(figure, metric=metric_name(figure.metric, name)), keys[name], number, nfe)
+                for name, figure, number in samples.fold(folder)
+            ]
+
+        wanted = [(metric_name("fd", name), key) for name, key in keys.items()]
+        return _Work("samples", wanted, samples.count, len(samples.requests), compute, fold, sheet)
+
+    def carry_out(self, work: "_Work") -> Iterator[Row]:
+        """Do the work together with whoever else does; its rows, as they stand in evaluations.jsonl afterwards."""
+        topology, config = self.evaluator.topology, self.config
+        # What is no part of a result's key, but moves its last digits, or a forced launch apart from the one before it.
+        about = [self.evaluator.since, topology.device.type, topology.tp_size]
+        about += [config.parallel.precision, config.batch.pack_tokens, work.wanted]
+        name = f"step-{self.checkpoint.step:08d}_{work.what}_{_digest(about)}"
+        folder = ChunkFolder(self.run.evaluation_folder / name, work.count)
+        if not tp_broadcast(self._begin(work, folder)):
+            return
+        title = f"step {self.checkpoint.step} {work.what}"
+        carry_out(folder, work.compute, lambda: self._add(work, work.fold(folder)), work.images, title)
+        yield from self.measured(work)
+
+    def _begin(self, work: "_Work", folder: ChunkFolder) -> bool:
+        """Whether there is something to measure; then its folder is there, for which training keeps the checkpoint
+        (`prune_checkpoints`)."""
+        there = [(row["metric"], row["key"]) for row in self.measured(work)]
+        if all(wanted in there for wanted in work.wanted) and not folder.exists:
+            return False
+        folder.open({"step": self.checkpoint.step, "what": work.what, "images": work.images})
+        try:
+            find_checkpoint(self.run, self.checkpoint.step)
+        except UserError:  # deleted while we looked at it
+            folder.clear()
+            raise
+        return True
+
+    def measured(self, work: "_Work") -> list[Row]:
+        """The rows of this checkpoint with the keys of the work; with `--force`, those added since the launch."""
+        keys = [key for _, key in work.wanted]
+        rows = read_jsonl(self.run.evaluations, **EVALUATIONS, weights=str)[self.evaluator.since :]
+        mine = [row for row in rows if (row["step"], row["weights"]) == (self.checkpoint.step, self.weights)]
+        return [row for row in mine if row["key"] in keys]
+
+    def _add(self, work: "_Work", rows: list[Row]) -> None:
+        """Add the rows; those that a start before this one has added, before it was killed, are not added again."""
+        there = [(row["metric"], row["key"]) for row in self.measured(work)]
+        missing = [row for row in rows if (row["metric"], row["key"]) not in there]
+        with writing(self.run.evaluations):
+            append_jsonl(self.run.evaluations, *missing)
+        mirror_evaluation(self.config, self.run, missing, work.sheet)
+
+    def _row(self, figure: Figure, key: Row, samples: int, nfe: float | None) -> Row:
+        require_kinds(self.checkpoint.meta, self.checkpoint.path / MARKER, **{name: TOTALS[name] for name in COPIED})
+        return {
             "step": self.checkpoint.step,
-            "metric": metric,
-            "value": float(value),
-            "standard_error": error,
+            "metric": figure.metric,
+            "value": figure.value,
+            "standard_error": figure.standard_error,
             "samples": samples,
             "nfe": nfe,
             "weights": self.weights,
-            **{name: self.checkpoint.meta[name] for name in totals},
+            **{name: self.checkpoint.meta[name] for name in COPIED},
             "key": key,
         }
-        append_jsonl(self.run.evaluations, row)
-        return row
 
 
-def has_validation(config: Config) -> bool:
-    """Whether there are images to measure a validation loss on."""
-    return config.evaluation.validation_images > 0 and config.data.holdout_fraction > 0
+@dataclass(frozen=True)
+class _Work:
+    """What a checkpoint is measured by: rows that are the fold of chunks."""
+
+    what: str
+    wanted: list[tuple[str, Row]]  # metric and key of the rows without which it is not done
+    count: int  # of chunks
+    images: int
+    compute: Compute
+    fold: Callable[[ChunkFolder], list[Row]]
+    sheet: Path | None = None
 
 
-@torch.no_grad()
-def validation_losses(model: torch.nn.Module, config: Config, opened: OpenIndex = open_index) -> np.ndarray:
-    """Loss of each held-out image (S,), mean over `validation_times` fixed times (k + 1/2) / K.
-
-    Noise comes from (fixed seed, k, image); the times are uniform whatever the training drew, so that runs with
-    different time distributions can be compared.
-    """
-    times = config.evaluation.validation_times
-    objective = make_objective(config.flow, config.model)
-    device = next(model.parameters()).device
-    losses: dict[int, float] = {}
-    for pack in _validation_packs(config, opened):
-        lengths, slots = lengths_of(pack.cu_seqlens).tolist(), pack.slots_S.tolist()
-        layout = pack_layout(pack.sizes_S2, pack.cu_seqlens, device)
-        total_S = torch.zeros(len(slots), dtype=torch.float64)
-        for k in range(times):
-            noise_TC = image_noise(VALIDATION_SEED, k, slots, lengths, pack.tokens_TC.shape[1], stream=VALIDATION)
-            t_S = torch.full((len(slots),), (k + 0.5) / times, device=device)
-            inputs = objective.prepare_at(
-                pack.tokens_TC.to(device), pack.labels_S.to(device), pack.cu_seqlens, t_S, noise_TC.to(device)
-            )
-            outputs = model(inputs.x_TC, inputs.t_S, inputs.labels_S, layout)
-            total_S += objective.loss_S(outputs, inputs, pack.cu_seqlens).double().cpu()
-        losses.update(zip(slots, (total_S / times).tolist(), strict=True))
-    losses.pop(-1, None)  # padding
-    return np.array([losses[slot] for slot in sorted(losses)])
-
-
-def _validation_packs(config: Config, opened: OpenIndex) -> Iterator[Pack]:
-    plan = _plan(config, "holdout", VALIDATION_SEED, config.evaluation.validation_images, opened)
-    plan.global_batch_size = min(plan.global_batch_size, plan.num_images)
-    for step in make_loader(plan, PackRule(config.batch.pack_tokens, cost=flops.cost(config.model)), range(1)):
-        yield from step.packs
-
-
-def _plan(config: Config, split: str, seed: int, images: int, opened: OpenIndex) -> BatchPlan:
-    about = {"global_batch_size": images, "patch_size": config.model.patch_size}
-    plan = open_plan(config.data, seed=seed, split=split, open_index=opened, **about)  # type: ignore[arg-type]
-    require_encoding(config, plan)
-    return plan
-
-
-def _mean_error(values: np.ndarray) -> float | None:
-    """Standard error of a mean; None where one value says nothing of it."""
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,9 +1,19 @@
-"""Any TorchScript network as the eye of a Frechet distance.
+"""Any TorchScript network as the eye that sees samples and reference.
 
-The convention is that of the TorchScript Inception made for FID ("inception-2015-12-05.pt"): called as
-`net(images_NCHW, return_features=True)` with uint8 RGB of any size, it scales them itself and answers (N, F) features;
-without `return_features` it answers class scores. Networks always get three channels (grey is repeated), so one file
-serves every kind of image. Images of different sizes are fed in groups of one size.
+The convention is that of the TorchScript Inception made for FID ("inception-2015-12-05.pt"):
+
+    net(images, return_features=True)   (N, F) features
+    net(images)                         (N, K) class probabilities or logits; K = 0 for a network that knows no classes
+
+with `images` uint8 (N, 3, H, W) of any size, which the network scales itself. Two arguments are known besides:
+
+    net(images, return_spatial=True)    a tuple (features, spatial, scores), all in one call; sFID compares the spatial
+                                        features (N, S), which say where things are. Where `forward` has the argument,
+                                        it is always called so
+    no_output_bias=True                 given wherever `forward` has the argument: class probabilities without the last
+                                        layer's bias, as the Inception Score has been computed from the first
+
+Networks always get three channels (grey is repeated), so one file serves every kind of image.
 
 A TorchScript file is a program: loading and calling it runs what it says. So its SHA-256 is told before that, and
 `evaluation.trusted`, where it is set, decides which may be loaded.
@@ -12,23 +22,27 @@ A TorchScript file is a program: loading and calling it runs what it says. So it
 import hashlib
 import io
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fitscale.config.errors import UserError
-from fitscale.data.pictures import in_batches, rgb
 
 BATCH = 64  # images per call
-AT_ONCE = 4 * BATCH  # images that are collected before they are looked at: some have one size
 MOST_BYTES = 4 << 30  # of a network's file; Inception has 95 MB
+PROBE = (2, 3, 16, 16)  # black, and noise
+_OFF = 1e-3  # by which probabilities may miss 1 in sum
 
 
 class FeatureNet:
-    """A TorchScript feature network; `identity` is the SHA-256 of its file.
+    """A TorchScript feature network.
+
+    Attributes:
+        name: what the config calls it; "" where it names one network by a plain path.
+        identity: the SHA-256 of its file.
+        num_features, num_spatial, num_scores: numbers it gives an image; 0 spatial features or scores = none.
 
     Args:
         trusted: SHA-256 of the networks that may be loaded; none = any.
@@ -37,53 +51,97 @@ class FeatureNet:
         UserError: the file is missing, not trusted, no TorchScript, or does not follow the convention.
     """
 
-    def __init__(self, path: str | Path, device: str | torch.device = "cpu", trusted: Sequence[str] = ()) -> None:
-        self.path, self.device = Path(path), torch.device(device)
+    def __init__(
+        self, path: str | Path, device: str | torch.device = "cpu", trusted: Sequence[str] = (), name: str = ""
+    ) -> None:
+        self.path, self.device, self.name = Path(path), torch.device(device), name
+        self.key = f"evaluation.features.{name}" if name else "evaluation.features"
         if not self.path.is_file() or self.path.stat().st_size > MOST_BYTES:
             raise UserError(
-                f"evaluation.features: {path}: no such file of up to {MOST_BYTES >> 30} GiB; it must be a TorchScript "
+                f"{self.key}: {path}: no such file of up to {MOST_BYTES >> 30} GiB; it must be a TorchScript "
                 "feature network"
             )
         program = self.path.read_bytes()  # once: what is loaded is what was hashed
         self.identity = hashlib.sha256(program).hexdigest()
         if trusted and self.identity not in trusted:
             raise UserError(
-                f"evaluation.features: {path} is a program that evaluation.trusted does not name: its sha256 is "
-                f"{self.identity}"
+                f"{self.key}: {path} is a program that evaluation.trusted does not name: its sha256 is {self.identity}"
             )
         print(f"feature network {path}, sha256 {self.identity}: a program, which runs from here on", flush=True)
         try:
             self.net = torch.jit.load(io.BytesIO(program), map_location=self.device).eval()
         except Exception as error:  # damaged archives raise nearly anything
-            raise UserError(f"evaluation.features: {path} is not a TorchScript file: {_first_line(error)}") from error
-        probe = np.zeros((16, 16, 3), dtype=np.uint8)
-        self.num_features = self.features([probe]).shape[1]
-        self.num_scores = self.scores([probe]).shape[1]
+            raise UserError(f"{self.key}: {path} is not a TorchScript file: {_first_line(error)}") from error
+        self._probe()
 
-    def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Features (N, F), float64, of uint8 (H, W, 1 or 3) images of any sizes."""
-        return np.stack(in_batches(partial(self._call, return_features=True), images, BATCH))
-
-    def scores(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Class scores (N, K), float64."""
-        return np.stack(in_batches(self._call, images, BATCH))
+    def _probe(self) -> None:
+        """Find out what the network gives, and whether its scores are probabilities or logits."""
+        known = {argument.name for argument in self.net.forward.schema.arguments}
+        self._all_at_once = "return_spatial" in known
+        self._without_bias = {"no_output_bias": True} if "no_output_bias" in known else {}
+        self._probabilities, self.num_scores = False, 1
+        noise = np.random.default_rng(0).integers(0, 256, PROBE, dtype=np.uint8)
+        noise[0] = 0
+        answers = self._answers(torch.from_numpy(noise).to(self.device))
+        widths = {what: answer.shape[1] for what, answer in answers.items()}
+        self.num_features, self.num_scores = widths["features"], widths["scores"]
+        self.num_spatial = widths.get("spatial", 0)
+        self._probabilities = self.num_scores > 0 and bool(_are_probabilities(answers["scores"]))
 
     @torch.no_grad()
-    def _call(self, images_NHWC: np.ndarray, **keywords: Any) -> np.ndarray:
-        batch = torch.from_numpy(rgb(images_NHWC)).permute(0, 3, 1, 2).contiguous().to(self.device)
+    def look(self, images_N3HW: Tensor) -> dict[str, Tensor]:
+        """What the network says of uint8 images of one shape that are on its device.
+
+        Returns:
+            float32 on the device: "features" (N, F); where it has them, "spatial" (N, S) and "scores" (N, K), which are
+            class probabilities.
+
+        Raises:
+            UserError: the network failed, or answered with anything but one row of finite numbers an image.
+        """
+        answers = self._answers(images_N3HW)
+        if self.num_scores:
+            if not self._probabilities:
+                answers["scores"] = answers["scores"].softmax(1)
+            elif not _are_probabilities(answers["scores"]):
+                raise UserError(
+                    f"{self.key}: {self.path} answered with class probabilities at first, and now with scores that are "
+                    "negative or do not add up to 1; it must give one or the other"
+                )
+        return {what: answer for what, answer in answers.items() if answer.shape[1]}
+
+    @torch.no_grad()
+    def _answers(self, images_N3HW: Tensor) -> dict[str, Tensor]:
         try:
-            answer = self.net(batch, **keywords).double().cpu().numpy()
-        except (RuntimeError, AttributeError) as error:
+            if self._all_at_once:
+                features, spatial, scores = self.net(images_N3HW, return_spatial=True, **self._without_bias)
+                found = {"features": features, "spatial": spatial, "scores": scores}
+            else:
+                found = {"features": self.net(images_N3HW, return_features=True)}
+                if self.num_scores:
+                    found["scores"] = self.net(images_N3HW, **self._without_bias)
+        except (RuntimeError, AttributeError, ValueError) as error:
+            call = "return_spatial=True) -> (features, spatial, scores" if self._all_at_once else "return_features=True"
             raise UserError(
-                f"evaluation.features: {self.path} cannot be called as net(uint8 images NCHW, return_features=True): "
-                f"{_first_line(error)}"
+                f"{self.key}: {self.path} cannot be called as net(uint8 images NCHW, {call}): {_first_line(error)}"
             ) from error
-        if answer.ndim != 2 or len(answer) != len(batch) or not np.isfinite(answer).all():
-            raise UserError(
-                f"evaluation.features: {self.path} answered {len(batch)} images with {answer.shape}, or with numbers "
-                "that are not finite; it must give one row of finite numbers an image"
-            )
-        return answer
+        for answer in found.values():
+            if answer.ndim != 2 or len(answer) != len(images_N3HW):
+                self._refuse(images_N3HW, answer)
+        found = {what: answer.float() for what, answer in found.items()}
+        if not torch.stack([answer.isfinite().all() for answer in found.values()]).all():
+            self._refuse(images_N3HW, found["features"])
+        return found
+
+    def _refuse(self, images_N3HW: Tensor, answer: Tensor) -> None:
+        raise UserError(
+            f"{self.key}: {self.path} answered {len(images_N3HW)} images with {tuple(answer.shape)}, or with numbers "
+            "that are not finite; it must give one row of finite numbers an image"
+        )
+
+
+def _are_probabilities(scores_NK: Tensor) -> Tensor:
+    return ((scores_NK >= 0).all(1) & ((scores_NK.sum(1) - 1).abs() <= _OFF)).all()
 
 
 def _first_line(error: Exception) -> str:

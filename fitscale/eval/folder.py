@@ -9,19 +9,28 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from fitscale.config.errors import UserError, writing
 from fitscale.config.files import replacing
 from fitscale.data.pictures import rgb, write_contact_sheet, write_png
-from fitscale.eval.generate import Generated
 
 SETTINGS = "samples.json"
 SHEET_IMAGES = 100  # most images on a contact sheet
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A uint8 (H, W, channels) image, and what it cost: function evaluations and passes of the network."""
+
+    index: int
+    image: np.ndarray
+    nfe: int
+    network_evaluations: int
 
 
 def check_samples_folder(out: Path) -> None:
@@ -59,8 +68,7 @@ def _write_images(
     """PNG files and samples.npz (`arr_0`, uint8 NHWC with 3 channels: what ADM's evaluator reads)."""
     nfe, passes, shown = [], [], []
     array_NHWC: np.ndarray | None = None
-    bar = tqdm(drawn, total=len(labels), desc="samples", unit="image")
-    for place, (made, label) in enumerate(zip(bar, labels, strict=True)):
+    for place, (made, label) in enumerate(zip(drawn, labels, strict=True)):
         if array_NHWC is None:
             shape = (len(labels), *made.image.shape[:2], 3)
             array_NHWC = np.lib.format.open_memmap(folder / "arr_0.npy", "w+", np.uint8, shape)
@@ -71,7 +79,12 @@ def _write_images(
         if place < SHEET_IMAGES:
             shown.append(made.image)
     del array_NHWC  # flushes
-    with zipfile.ZipFile(folder / "samples.npz", "w") as archive:
-        archive.write(folder / "arr_0.npy", "arr_0.npy")
-    (folder / "arr_0.npy").unlink()
+    array, member = folder / "arr_0.npy", zipfile.ZipInfo("arr_0.npy")  # of no date: equal images, equal bytes
+    with (
+        open(array, "rb") as source,
+        zipfile.ZipFile(folder / "samples.npz", "w") as archive,
+        archive.open(member, "w", force_zip64=True) as file,
+    ):
+        shutil.copyfileobj(source, file)
+    array.unlink()
     return nfe, passes, shown

@@ -1,88 +1,111 @@
-"""Classifier-free guidance over packed sequences.
+"""Guidance over packed sequences: the conditional answer is moved away from a worse one.
 
-A guided call evaluates the network once on a doubled pack (every image with its label, then every image with "no
-class") and moves the conditional answer away from the unconditional one. As in the published FiT code, only the first
-channels of the latent are guided (3 of 4 unless `channels` says so); the others keep the conditional answer. In a token
-the channel is the slowest index, (c p1 p2), so the guided numbers are its first columns.
+Classifier-free guidance takes the network's own answer for "no class"; a guided call evaluates the network once on a
+longer pack, every image with its label, then every image that is guided with "no class". As in the published FiT code,
+only the first channels of the latent are guided (3 of 4 unless `channels` says so); the others keep the conditional
+answer. In a token the channel is the slowest index, (c p1 p2), so the guided numbers are its first columns.
 
-Shape suffixes: T tokens of a pack, S images of a pack, C numbers in a token, 2 (row, column).
+Autoguidance (Karras et al. 2024, arXiv 2406.02507) takes the answer of a weaker network, the guide, for the same label;
+all channels are guided then.
+
+An image is guided where its scale is not 1: never outside the interval of times (Kynkaanniemi et al. 2024, arXiv
+2404.07724), nor where the power-cosine scale has come down to 1. Elsewhere it has no second pass. What its passes of
+the networks cost is counted under its index.
+
+Shape suffixes: T tokens of a pack, S images of a pack, G of them that are guided, C numbers in a token.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from fitscale.config.schema import GuidanceConfig
-from fitscale.flow.path import per_token
+from fitscale.flow.pack import PackShape, starts
 
-# model_fn(x_TC, t) -> output_TC; t is flow time, one number or one per image (S,)
-ModelFn = Callable[[Tensor, float | Tensor], Tensor]
-
-
-@dataclass(frozen=True, eq=False)  # hashed by identity: a network may keep what it worked out for a pack
-class PackShape:
-    """What a pack asks for: `labels_S`, `sizes_S2` in patches (row, column), and where its images start."""
-
-    labels_S: Tensor
-    sizes_S2: Tensor
-    cu_seqlens: Tensor
-
-
-# network(tokens_TC, t_S, pack) -> (T, output numbers per token)
+# network(tokens_TC, t_S, pack) -> (T, output numbers per token); t_S in the network's own unit, on the tokens' device
 Network = Callable[[Tensor, Tensor, PackShape], Tensor]
 
 
-def network_evaluations(guidance: GuidanceConfig) -> int:
-    """Passes of the network, per image, in one function evaluation: 2 where guidance needs "no class" too."""
-    return 1 if guidance.scale == 1.0 else 2
-
-
-def guidance_scale(guidance: GuidanceConfig, t: Tensor) -> Tensor:
+def guidance_scale(guidance: GuidanceConfig, t_S: Tensor, scale_S: Tensor | None = None) -> Tensor:
     """Power-cosine scale (FiTv2): (scale - 1) (1 - cos(pi (1 - t)^power)) / 2 + 1; `scale` itself for power 0.
 
-    For power > 0 it falls from `scale` at t = 0 (noise) to 1 at t = 1 (data).
+    For power > 0 it falls from `scale` at t = 0 (noise) to 1 at t = 1 (data). Outside `interval`, ends included, it is
+    1. `scale_S` are the images' own scales; None is the config's for all.
     """
-    return (guidance.scale - 1) * (1 - torch.cos(torch.pi * (1 - t) ** guidance.power)) / 2 + 1
+    most = guidance.scale if scale_S is None else scale_S
+    falling_S = (most - 1) * (1 - torch.cos(torch.pi * (1 - t_S) ** guidance.power)) / 2 + 1
+    low, high = guidance.interval
+    return torch.where((low <= t_S) & (t_S <= high), falling_S, torch.ones_like(falling_S))
 
 
-def guided(
-    network: Network,
-    pack: PackShape,
-    guidance: GuidanceConfig,
-    *,
-    no_class: int,
-    patch_size: int,
-    model_time: Callable[[Tensor], Tensor],
-) -> ModelFn:
-    """The function that samplers evaluate: the network at flow time t, guided unless the scale is 1.
+class Guided:
+    """The function that samplers evaluate: the network at flow time t, guided where the scale is not 1.
 
     Args:
         no_class: the label of the unconditional half.
-        model_time: flow time to the network's own unit (`Objective.model_time`).
+        model_time: flow time to the networks' own unit (`Objective.model_time`).
+        guide: the weaker network of autoguidance; None = classifier-free guidance.
     """
-    twice = PackShape(
-        torch.cat([pack.labels_S, torch.full_like(pack.labels_S, no_class)]),
-        pack.sizes_S2.repeat(2, 1),
-        torch.cat([pack.cu_seqlens, pack.cu_seqlens[1:] + pack.cu_seqlens[-1]]),
-    )
 
-    def plain(x_TC: Tensor, t: float | Tensor) -> Tensor:
-        t_S = _times(t, pack, x_TC)
-        return network(x_TC, model_time(t_S), pack)
+    def __init__(
+        self,
+        network: Network,
+        guidance: GuidanceConfig,
+        *,
+        no_class: int,
+        patch_size: int,
+        model_time: Callable[[Tensor], Tensor],
+        guide: Network | None = None,
+    ) -> None:
+        self.network, self.guidance, self.guide = network, guidance, guide
+        self.no_class, self.patch_size, self.model_time = no_class, patch_size, model_time
+        self.passes: Counter[int] = Counter()  # of the networks, by the images' indices
+        self._doubled = lru_cache(maxsize=4)(self._double)
+        self._selected = lru_cache(maxsize=4)(PackShape.select)
 
-    def doubled(x_TC: Tensor, t: float | Tensor) -> Tensor:
-        t_S = _times(t, pack, x_TC)
-        with_class, without = network(x_TC.repeat(2, 1), model_time(t_S).repeat(2), twice).chunk(2)
-        columns = guidance.guided_channels(x_TC.shape[1] // patch_size**2) * patch_size**2
-        scale_T1 = per_token(guidance_scale(guidance, t_S), pack.cu_seqlens, len(x_TC))
-        moved = without[:, :columns] + scale_T1 * (with_class[:, :columns] - without[:, :columns])
-        return torch.cat([moved, with_class[:, columns:]], dim=1)
+    def __call__(self, x_TC: Tensor, t_S: Tensor, pack: PackShape) -> Tensor:
+        t_S = t_S.clamp(max=1.0)  # dopri5 looks past the end, where, as in the published code, time stands still
+        scale_S = guidance_scale(self.guidance, t_S.double(), pack.scale_S)
+        guided = [place for place, scale in enumerate(scale_S.tolist()) if scale != 1]
+        self.passes.update(pack.indices)
+        self.passes.update(pack.indices[place] for place in guided)
+        if not guided:
+            return self.network(x_TC, self.model_time(t_S).to(x_TC), pack)
+        with_TC, without_TC = self._answers(x_TC, t_S, pack, tuple(guided))
+        columns = self.guidance.guided_channels(x_TC.shape[1] // self.patch_size**2) * self.patch_size**2
+        start_TC = _replaced(with_TC[:, :columns], without_TC[:, :columns], pack, guided)
+        moved_TC = start_TC + pack.spread(scale_S, with_TC) * (with_TC[:, :columns] - start_TC)
+        return torch.cat([moved_TC, with_TC[:, columns:]], dim=1)
 
-    return plain if network_evaluations(guidance) == 1 else doubled
+    def _answers(self, x_TC: Tensor, t_S: Tensor, pack: PackShape, guided: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The conditional answers of the pack, and the worse ones of its images at `guided`."""
+        second_TC, second_S = pack.part(x_TC, guided), t_S[list(guided)]
+        if self.guide is not None:
+            with_TC = self.network(x_TC, self.model_time(t_S).to(x_TC), pack)
+            second = self._selected(pack, guided)
+            return with_TC, self.guide(second_TC, self.model_time(second_S).to(x_TC), second).to(with_TC)
+        time_S = self.model_time(torch.cat([t_S, second_S])).to(x_TC)
+        answers_TC = self.network(torch.cat([x_TC, second_TC]), time_S, self._doubled(pack, guided))
+        with_TC, without_TC = answers_TC.split([len(x_TC), len(second_TC)])
+        return with_TC, without_TC
+
+    def _double(self, pack: PackShape, guided: Sequence[int]) -> PackShape:
+        """`pack`, and after it its images at `guided` without a class."""
+        second = pack.select(guided)
+        return PackShape(
+            torch.cat([pack.labels_S, torch.full_like(second.labels_S, self.no_class)]),
+            torch.cat([pack.sizes_S2, second.sizes_S2]),
+            starts([*pack.lengths, *second.lengths]),
+            pack.indices + second.indices,
+        )
 
 
-def _times(t: float | Tensor, pack: PackShape, x_TC: Tensor) -> Tensor:
-    """One time per image, at most 1: dopri5 looks past the end, where, as in the published code, time stands still."""
-    return torch.as_tensor(t, dtype=x_TC.dtype, device=x_TC.device).clamp(max=1.0).expand(len(pack.labels_S))
+def _replaced(values_TC: Tensor, others_TC: Tensor, pack: PackShape, places: Sequence[int]) -> Tensor:
+    """`values_TC` with the rows of the images at `places` taken from `others_TC`, which has theirs alone."""
+    parts, lengths = list(values_TC.split(pack.lengths)), pack.lengths
+    for place, part_TC in zip(places, others_TC.split([lengths[place] for place in places]), strict=True):
+        parts[place] = part_TC
+    return torch.cat(parts)

@@ -73,14 +73,6 @@ def velocity(data_TC: Tensor, noise_TC: Tensor) -> Tensor:
     return data_TC - noise_TC
 
 
-def score(velocity_TC: Tensor, x_TC: Tensor, t: float) -> Tensor:
-    """Gradient of ln p_t(x) for the straight path, from its velocity: (t v - x) / (1 - t), for t < 1.
-
-    SiT (arXiv 2401.08740), equation 9, with alpha = t and sigma = 1 - t.
-    """
-    return (t * velocity_TC - x_TC) / (1 - t)
-
-
 def lengths_of(cu_seqlens: Tensor) -> Tensor:
     """Token counts (S,) of the images of a pack, from their cumulated starts (S + 1,)."""
     return cu_seqlens[1:] - cu_seqlens[:-1]

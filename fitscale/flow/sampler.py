@@ -1,25 +1,32 @@
 """From noise to data: ODE, SDE and DDPM samplers over packed tokens.
 
-`sample(model_fn, noise_TC, sampling, ...)` integrates from t = 0 (noise) to t = 1 (data) and counts function
-evaluations (NFE, per image; with guidance each is two passes of the network, see `guidance.network_evaluations`).
+`sample(model_fn, noise_TC, sampling, pack, seed)` integrates from t = 0 (noise) to t = 1 (data) and counts function
+evaluations (NFE, per image; a guided one is two passes of the network, which `guidance.Guided` counts).
 
     method          steps means                     NFE
     euler           Euler steps                     steps
     heun            Heun steps (second order)       2 steps
-    dopri5          output points; step size is     as many as the tolerances ask for
-                    its own
-    sde             Euler-Maruyama steps + last     steps
+    ab2             Adams-Bashforth steps of two    steps
+                    velocities (second order)
+    dopri5          nothing: each image has steps   2 + 6 x the steps that its tolerances ask for
+                    of its own (`flow.dopri5`)
+    sde             Euler-Maruyama steps + last     steps (one less if the last step is none)
+    sde_heun        Heun steps + last               2 steps - 1 (2 steps - 2)
     ddpm, ddim      steps of the 1000 trained on,   steps
                     chosen by `spacing`
 
-dopri5 chooses its steps from the error over all it integrates, so it takes one image at a time: a neighbour in the pack
-must not change an image. Noise inside a sampler comes from (seed, step, image index) alone.
+The points of the published code's dopri5 are where it reports the path, which changes neither steps nor samples. Noise
+inside a sampler comes from (seed, step, image index) alone.
 
-Shape suffixes: T tokens of a pack, C numbers in a token.
+Steps are equal in time, unless `sampling.shift_base_tokens` bends it for each image (`shifted`).
+
+Shape suffixes: T tokens of a pack, S images of a pack, C numbers in a token.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise, repeat
 
 import torch
@@ -27,19 +34,19 @@ from torch import Tensor
 
 from fitscale.config.errors import UserError
 from fitscale.config.schema import SamplingConfig
-from fitscale.flow.guidance import ModelFn
 from fitscale.flow.loss import DDPM_ALPHAS_CUMPROD, DDPM_BETAS, DDPM_STEPS
-from fitscale.flow.path import SAMPLER_NOISE, image_generator, image_noise, score
+from fitscale.flow.pack import ModelFn, PackShape
+from fitscale.flow.path import SAMPLER_NOISE, image_generator, image_noise
 
 LAST_SDE_STEP = 0.04
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Data at t = 1 and the number of function evaluations per image."""
+    """Data at t = 1 and the number of function evaluations of each image."""
 
     x_TC: Tensor
-    nfe: int
+    nfe: list[int]
 
 
 @dataclass(frozen=True)
@@ -61,25 +68,25 @@ class ImageNoise:
 
 
 @torch.no_grad()
-def sample(model_fn: ModelFn, noise_TC: Tensor, sampling: SamplingConfig, noise: ImageNoise) -> Sampled:
+def sample(model_fn: ModelFn, noise_TC: Tensor, sampling: SamplingConfig, pack: PackShape, seed: int) -> Sampled:
     """Carry `noise_TC` to data.
 
     Args:
-        model_fn: (x_TC, flow time) -> velocity (T, C), or epsilon and variance (T, 2C) for ddpm and ddim.
-        noise: for the methods that add noise.
+        model_fn: (x_TC, flow times, pack) -> velocity (T, C), or epsilon and variance (T, 2C) for ddpm and ddim. The
+            pack is `pack`, or what is left of it when images have arrived.
+        seed: for the methods that add noise.
 
     Raises:
-        UserError: `sampling.steps` is impossible for the method.
+        UserError: `sampling.steps` is impossible for the method, or dopri5 finds no step.
     """
-    nfe = 0
+    nfe: Counter[int] = Counter()
 
-    def counted(x_TC: Tensor, t: float | Tensor) -> Tensor:
-        nonlocal nfe
-        nfe += 1
-        return model_fn(x_TC, t).to(x_TC.dtype)
+    def counted(x_TC: Tensor, t_S: Tensor, pack: PackShape) -> Tensor:
+        nfe.update(pack.indices)
+        return model_fn(x_TC, t_S, pack).to(x_TC.dtype)
 
-    x_TC = _METHODS[sampling.method](counted, noise_TC, sampling, noise)
-    return Sampled(x_TC, nfe)
+    x_TC = _METHODS[sampling.method](counted, noise_TC, sampling, pack, seed)
+    return Sampled(x_TC, [nfe[index] for index in pack.indices])
 
 
 def ddpm_timesteps(sampling: SamplingConfig) -> list[int]:
@@ -110,85 +117,134 @@ def ddpm_timesteps(sampling: SamplingConfig) -> list[int]:
     return [*range(0, DDPM_STEPS, strides[steps])][::-1]
 
 
-def _grid(end: float, steps: int) -> list[float]:
-    return [end * i / steps for i in range(steps + 1)]
+def shifted(u: float, sampling: SamplingConfig, pack: PackShape) -> Tensor:
+    """Flow times (S,), float64 on the host, that stand for `u` in [0, 1]: t = u / (a - (a - 1) u).
+
+    a = sqrt(tokens / shift_base_tokens) of the image; 1 without a shift. In noise, s = 1 - t, this is
+    a s / (1 + (a - 1) s): Stable Diffusion 3 (arXiv 2403.03206), equation 23. A larger image looks less noisy at the
+    same t, so its steps are closer together near the noise.
+    """
+    tokens_S, base = torch.tensor(pack.lengths, dtype=torch.float64), sampling.shift_base_tokens
+    a_S = torch.ones_like(tokens_S) if base is None else (tokens_S / base).sqrt()
+    return u / (a_S - (a_S - 1) * u)
 
 
-def _euler(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, noise: ImageNoise) -> Tensor:
-    for t, following in pairwise(_grid(1.0, sampling.steps)):
-        x_TC = x_TC + (following - t) * model_fn(x_TC, t)
+def _steps(sampling: SamplingConfig, pack: PackShape, number: int, end: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Flow times of every image at the start and at the end of each of `number` steps from 0 to `end`."""
+    return pairwise([end * shifted(i / number, sampling, pack) for i in range(number + 1)])
+
+
+def _euler(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, pack: PackShape, seed: int) -> Tensor:
+    for t_S, following_S in _steps(sampling, pack, sampling.steps):
+        x_TC = x_TC + pack.spread(following_S - t_S, x_TC) * model_fn(x_TC, t_S, pack)
     return x_TC
 
 
-def _heun(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, noise: ImageNoise) -> Tensor:
-    for t, following in pairwise(_grid(1.0, sampling.steps)):
-        here_TC = model_fn(x_TC, t)
-        there_TC = model_fn(x_TC + (following - t) * here_TC, following)
-        x_TC = x_TC + (following - t) * (here_TC + there_TC) / 2
+def _heun(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, pack: PackShape, seed: int) -> Tensor:
+    for t_S, following_S in _steps(sampling, pack, sampling.steps):
+        length_T1 = pack.spread(following_S - t_S, x_TC)
+        here_TC = model_fn(x_TC, t_S, pack)
+        there_TC = model_fn(x_TC + length_T1 * here_TC, following_S, pack)
+        x_TC = x_TC + length_T1 * (here_TC + there_TC) / 2
     return x_TC
 
 
-def _dopri5(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, noise: ImageNoise) -> Tensor:
-    from torchdiffeq import odeint
+def _ab2(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, pack: PackShape, seed: int) -> Tensor:
+    """The velocity is extended as a line through this and the last; the first step is Euler's."""
+    before_TC, before_S = None, torch.zeros(len(pack.indices), dtype=torch.float64)
+    for t_S, following_S in _steps(sampling, pack, sampling.steps):
+        length_S, velocity_TC = following_S - t_S, model_fn(x_TC, t_S, pack)
+        aim_TC = velocity_TC
+        if before_TC is not None:
+            ahead_T1 = pack.spread(length_S / (2 * (t_S - before_S)), x_TC)  # half of this step, in last steps
+            aim_TC = velocity_TC + ahead_T1 * (velocity_TC - before_TC)
+        x_TC = x_TC + pack.spread(length_S, x_TC) * aim_TC
+        before_TC, before_S = velocity_TC, t_S
+    return x_TC
 
-    assert len(noise.lengths) == 1, "dopri5 integrates one image at a time"
-    times = torch.linspace(0.0, 1.0, max(sampling.steps, 2), device=x_TC.device)
-    path = odeint(lambda t, x: model_fn(x, t), x_TC, times, method="dopri5", rtol=sampling.rtol, atol=sampling.atol)
-    return path[-1]
+
+def _dopri5(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, pack: PackShape, seed: int) -> Tensor:
+    from fitscale.flow.dopri5 import integrate
+
+    return integrate(model_fn, x_TC, pack, sampling.rtol, sampling.atol)
 
 
-def _sde(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, noise: ImageNoise) -> Tensor:
-    """Euler-Maruyama for dx = (v + g^2/2 score) dt + g dW with g^2 = 2 (1 - t), the "sigma" form of SiT.
+def _sde(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, pack: PackShape, seed: int) -> Tensor:
+    """dx = (v + g^2/2 score) dt + g dW with g^2 = 2 (1 - t), the "sigma" form of SiT (arXiv 2401.08740).
 
-    steps - 1 equal steps from 0 to 0.96, then one without noise over the last 0.04 ("Mean"): SiT, arXiv 2401.08740; the
-    factor 2 in g^2 is its published code's.
+    As in its published code (the factor 2 in g^2 is that code's), steps - 1 equal steps, of Euler-Maruyama or, noise
+    first, of Heun, then the last step (`sampling.last_step`):
+
+        mean    from t = 0.96 to 1 by the drift, without noise
+        euler   from t = 0.96 to 1 by the velocity: to the data expected there. On this path "Tweedie" is the same
+        none    the equal steps go to 1
+
+    Heun's steps are of second order in the drift alone: a step's noise is that of its start.
     """
     if sampling.steps < 2:
-        raise UserError(f"sampling.steps: {sampling.steps} is too few for sde, the least is 2")
-    times = _grid(1.0 - LAST_SDE_STEP, sampling.steps - 1)
-    for step, (t, following) in enumerate(pairwise(times)):
-        dt = following - t
-        spread = (2 * (1 - t) * dt) ** 0.5
-        x_TC = x_TC + dt * _sde_drift(model_fn, x_TC, t) + spread * noise.normal(step, x_TC)
-    return x_TC + LAST_SDE_STEP * _sde_drift(model_fn, x_TC, times[-1])
+        raise UserError(f"sampling.steps: {sampling.steps} is too few for {sampling.method}, the least is 2")
+    end = 1.0 if sampling.last_step == "none" else 1.0 - LAST_SDE_STEP
+    noise = ImageNoise(seed, pack.indices, pack.lengths)
+    for step, (t_S, following_S) in enumerate(_steps(sampling, pack, sampling.steps - 1, end)):
+        length_T1 = pack.spread(following_S - t_S, x_TC)
+        noise_TC = pack.spread((2 * (1 - t_S) * (following_S - t_S)).sqrt(), x_TC) * noise.normal(step, x_TC)
+        if sampling.method == "sde":
+            x_TC = x_TC + length_T1 * _sde_drift(model_fn, x_TC, t_S, pack) + noise_TC
+        else:
+            x_TC = x_TC + noise_TC
+            here_TC = _sde_drift(model_fn, x_TC, t_S, pack)
+            there_TC = _sde_drift(model_fn, x_TC + length_T1 * here_TC, following_S, pack)
+            x_TC = x_TC + length_T1 * (here_TC + there_TC) / 2
+    if sampling.last_step == "none":
+        return x_TC
+    last = model_fn if sampling.last_step == "euler" else partial(_sde_drift, model_fn)
+    return x_TC + LAST_SDE_STEP * last(x_TC, torch.full((len(pack.indices),), end, dtype=torch.float64), pack)
 
 
-def _sde_drift(model_fn: ModelFn, x_TC: Tensor, t: float) -> Tensor:
-    velocity_TC = model_fn(x_TC, t)
-    return velocity_TC + (1 - t) * score(velocity_TC, x_TC, t)
+def _sde_drift(model_fn: ModelFn, x_TC: Tensor, t_S: Tensor, pack: PackShape) -> Tensor:
+    """v + (1 - t) score, where the score is (t v - x) / (1 - t) (SiT, equation 9)."""
+    velocity_TC = model_fn(x_TC, t_S, pack)
+    return velocity_TC + (pack.spread(t_S, x_TC) * velocity_TC - x_TC)
 
 
-def _ddpm(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, noise: ImageNoise) -> Tensor:
+def _ddpm(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, pack: PackShape, seed: int) -> Tensor:
     """Ancestral sampling with the learned variance (Nichol & Dhariwal 2021)."""
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-    timesteps, lengths = ddpm_timesteps(sampling), list(noise.lengths)
+    timesteps, lengths = ddpm_timesteps(sampling), pack.lengths
+    noise = ImageNoise(seed, pack.indices, lengths)
     scheduler = DDPMScheduler(DDPM_STEPS, *DDPM_BETAS, "linear", variance_type="learned_range", clip_sample=False)
     scheduler.set_timesteps(timesteps=timesteps)
     for step, index in enumerate(timesteps):
-        output = model_fn(x_TC, 1 - index / DDPM_STEPS)
+        output = model_fn(x_TC, _ddpm_time(index, pack), pack)
         images = zip(output.split(lengths), x_TC.split(lengths), noise.generators(step), strict=True)
         parts = [scheduler.step(out, index, x, generator, return_dict=False)[0] for out, x, generator in images]
         x_TC = torch.cat(parts)
     return x_TC
 
 
-def _ddim(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, noise: ImageNoise) -> Tensor:
+def _ddim(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, pack: PackShape, seed: int) -> Tensor:
     """Deterministic sampling (eta = 0; Song et al. 2021, arXiv 2010.02502); the learned variance is not used."""
     timesteps = ddpm_timesteps(sampling)
     alphas_cumprod = [*DDPM_ALPHAS_CUMPROD[timesteps].tolist(), 1.0]  # 1: data
     for index, (alpha, alpha_prev) in zip(timesteps, pairwise(alphas_cumprod), strict=True):
-        epsilon_TC = model_fn(x_TC, 1 - index / DDPM_STEPS)[:, : x_TC.shape[1]]
+        epsilon_TC = model_fn(x_TC, _ddpm_time(index, pack), pack)[:, : x_TC.shape[1]]
         data_TC = (x_TC - (1 - alpha) ** 0.5 * epsilon_TC) / alpha**0.5
         x_TC = alpha_prev**0.5 * data_TC + (1 - alpha_prev) ** 0.5 * epsilon_TC
     return x_TC
 
 
-_METHODS: dict[str, Callable[[ModelFn, Tensor, SamplingConfig, ImageNoise], Tensor]] = {
+def _ddpm_time(index: int, pack: PackShape) -> Tensor:
+    return torch.full((len(pack.indices),), 1 - index / DDPM_STEPS, dtype=torch.float64)
+
+
+_METHODS: dict[str, Callable[[ModelFn, Tensor, SamplingConfig, PackShape, int], Tensor]] = {
     "euler": _euler,
     "heun": _heun,
+    "ab2": _ab2,
     "dopri5": _dopri5,
     "sde": _sde,
+    "sde_heun": _sde,
     "ddpm": _ddpm,
     "ddim": _ddim,
 }

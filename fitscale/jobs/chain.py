@@ -30,9 +30,7 @@ from fitscale.run.claim import differences
 from fitscale.run.layout import RunDir
 from fitscale.run.progress import Progress
 
-# An evaluation begins anew at each start, and much of it is not planned (the VAE, the features, the reference): it is
-# given an hour, and three times what its samples are planned to take.
-EVALUATION_S, EVALUATION_TIMES = 3600.0, 3.0
+EVALUATION_S = 3600.0  # what an evaluation is given besides: for the reference, which the first of all runs reads
 
 
 @dataclass(frozen=True)
@@ -150,36 +148,35 @@ def executor_of(profile: ClusterConfig, one: Allocation, link: Link, after: str 
 
 def planned_s(one: Allocation, link: Link) -> float:
     """What `fitscale plan` says that a link takes."""
-    return link.steps * one.plan.step_s if link.kind == "train" else one.evaluation_s
+    return link.steps * one.plan.step_s if link.kind == "train" else one.evaluation.seconds
 
 
 def limit_min(profile: ClusterConfig, one: Allocation, link: Link) -> int:
     """The time limit of a link."""
-    seconds = planned_s(one, link)
-    return profile.limit_min(seconds if link.kind == "train" else EVALUATION_S + EVALUATION_TIMES * seconds)
+    return profile.limit_min(planned_s(one, link) + EVALUATION_S * (link.kind == "evaluate"))
 
 
 def chain_table(profile: ClusterConfig, one: Allocation, links: list[Link]) -> str:
     """The links as aligned text: what each waits for, its part of the cluster, its time limit and its planned cost."""
-    machine, hours = one.plan.machine, {link: _gpu_hours(one, link) for link in links}
+    hours = {link: _gpu_hours(one, link) for link in links}
     rows = [("job", "after", "nodes x tasks", "limit (min)", "GPU-hours")]
     for link in links:
-        after = link.after
+        after, machine = link.after, one.machine_of(link.kind)
         name = f"{after.kind} {after.step}" if isinstance(after, Link) else f"job {after}" if after else "-"
         rows.append(
             (
                 f"{link.kind} {link.step}",
                 f"step {link.step} is saved" if link.held else name,
-                f"{machine.nodes} x {machine.gpus_per_node}" if link.kind == "train" else "1 x 1",
+                f"{machine.nodes} x {machine.gpus_per_node}",
                 str(limit_min(profile, one, link)),
-                f"{hours[link]:,.3g}" if hours[link] else "-",  # a validation loss alone is not planned
+                f"{hours[link]:,.3g}" if hours[link] else "-",  # one that measures nothing
             )
         )
     return f"{aligned(rows)}\n{len(links)} jobs, {sum(hours.values()):,.3g} GPU-hours planned"
 
 
 def _gpu_hours(one: Allocation, link: Link) -> float:
-    return planned_s(one, link) * (one.plan.machine.gpus if link.kind == "train" else 1) / 3600
+    return planned_s(one, link) * one.machine_of(link.kind).gpus / 3600
 
 
 def told(live: list[LiveJob], ids: dict[Link, str]) -> list[str]:

@@ -5,7 +5,7 @@ holds: it does what is left, and nothing twice. What it prints is in `log.txt` o
 
     RunJob        train, then evaluate, in one process, as a person would type it (a cell on this machine)
     TrainJob      one of the ranks of a Slurm job: train up to a step
-    EvaluateJob   evaluate the checkpoint of a step
+    EvaluateJob   one of the ranks of a Slurm job: evaluate the checkpoint of a step, with the others
 """
 
 import os
@@ -13,6 +13,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, ClassVar
@@ -25,9 +27,12 @@ from fitscale.config.load import load_config
 from fitscale.config.program import USER_ERROR
 from fitscale.config.schema import Config
 from fitscale.run.attempt import TakenOverError, is_taken_over
+from fitscale.run.evaluation_start import is_evaluated, note_start, require_new_chunks
 from fitscale.run.layout import RunDir
+from fitscale.run.progress import progress
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ALONE: Mapping[str, str] = {}  # the place of a process that is none of several
 FIRST_PORT, PORTS = 10000, 20000  # below the ports that Linux hands out by itself
 
 
@@ -46,12 +51,13 @@ class RunJob:
         """What submitit queues again when the job's time is over: the same."""
         return DelayedSubmission(self)
 
-    def fitscale(self, stop: "Stop", *arguments: str) -> None:
-        """Run `fitscale ARGUMENTS`; raises SystemExit(2) on a user's mistake, RuntimeError if it fails otherwise or is
-        stopped."""
+    def fitscale(self, stop: "Stop", *arguments: str, place: Mapping[str, str] = ALONE) -> None:
+        """Run `fitscale ARGUMENTS` as the rank whose `rendezvous` is `place`; rank 0's output goes to log.txt, that of
+        others where submitit has theirs. Raises SystemExit(2) on a user's mistake, RuntimeError if it fails otherwise
+        or is stopped."""
         command = [sys.executable, "-m", "fitscale", *arguments]
-        environment = {key: value for key, value in os.environ.items() if key not in RENDEZVOUS}
-        with open(self.run.log, "ab") as log:
+        environment = {key: value for key, value in os.environ.items() if key not in RENDEZVOUS} | {**place}
+        with open(self.run.log, "ab") if place.get("RANK", "0") == "0" else nullcontext() as log:
             code = stop.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         if code == USER_ERROR:
             raise SystemExit(code)
@@ -97,19 +103,39 @@ class StepJob(RunJob):
 
     step: int
     kind: ClassVar[str]
-    most_timeouts: ClassVar[int] = 5  # time limits that it may reach, and is queued again
 
 
 @dataclass(frozen=True)
 class EvaluateJob(StepJob):
-    """Evaluate the run in `run` at `step`."""
+    """One rank of the evaluation of the run in `run` at `step`.
 
-    kind: ClassVar[str] = "evaluate"  # begins anew at each start
+    Ranks share the work through the run directory alone (run/chunks.py): one that dies leaves its chunk to the others.
+    """
+
+    kind: ClassVar[str] = "evaluate"
 
     def __call__(self) -> None:
-        require_device(load_config([str(self.run.config)]))
+        self._evaluate(JobEnvironment())
+
+    def _evaluate(self, environment: JobEnvironment) -> None:
+        config = load_config([str(self.run.config)])
+        if is_evaluated(self.run, self.step, progress(config, self.run).pending):
+            return  # as where a killed rank has a job started again that the others had finished
+        self._begin(environment.global_rank)
+        require_device(config)
         with Stop() as stop:
-            self.fitscale(stop, "evaluate", str(self.run.path), "--step", str(self.step))
+            self.fitscale(stop, "evaluate", str(self.run.path), "--step", str(self.step), place=rendezvous(environment))
+
+    def _begin(self, rank: int) -> None:
+        try:
+            require_new_chunks(self.run, self.step)
+        except UserError as error:
+            if rank == 0:
+                with open(self.run.log, "a") as log:
+                    print(f"error: {error}", file=log)
+            raise SystemExit(USER_ERROR) from error
+        if rank == 0:
+            note_start(self.run, self.step)
 
 
 @dataclass(frozen=True)
@@ -117,7 +143,6 @@ class TrainJob(StepJob):
     """One rank of the run in `run` up to `step`: in this process, so that every rank hears the cluster's signals."""
 
     kind: ClassVar[str] = "train"
-    most_timeouts: ClassVar[int] = 10**6  # attempts without progress are what ends it (run/attempt.py)
 
     def __call__(self) -> None:
         environment = JobEnvironment()

@@ -24,6 +24,11 @@ from fitscale.jobs.profile import ClusterConfig
 from fitscale.jobs.submission import Allocation
 from fitscale.run.layout import RunDir
 
+# Time limits at which submitit has a job queued again: what ends one is starts that bring it no further
+# (run/attempt.py, run/evaluation_start.py).
+MOST_TIMEOUTS = 10**6
+# Of srun, when a rank ends: those of a training need each other, one of an evaluation leaves its chunks to the others.
+TOGETHER = {"train": ["--kill-on-bad-exit=1"], "evaluate": ["--kill-on-bad-exit=0", "--wait=0"]}
 REQUEUE = Path(__file__).with_name("requeue.sh")
 # Slurm's states of a job that is over. Of the others some are rare or new (SIGNALING, STAGE_OUT), and all are live.
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
@@ -47,11 +52,11 @@ def make_executor(
     Raises:
         UserError: a name or a value does not reach sbatch as it is written.
     """
-    run, machine = one.run.absolute, one.plan.machine
+    run, machine = one.run.absolute, one.machine_of(job.kind)
     wanted = {key: getattr(profile, key) for key in ("partition", "account", "qos", "constraint", "exclude")}
     _require_as_written({"run.name": one.config.run.name, "run.dir": str(run.path), **wanted, **profile.sbatch})
-    nodes, tasks = (machine.nodes, machine.gpus_per_node) if job.kind == "train" else (1, 1)
-    executor = _AnywhereExecutor(run.submitit / "%j", job.most_timeouts, python=profile.python)
+    tasks = machine.gpus_per_node
+    executor = _AnywhereExecutor(run.submitit / "%j", MOST_TIMEOUTS, python=profile.python)
     if profile.mem_gb is not None:
         share = min(1.0, tasks / profile.tasks_per_node)  # an evaluation takes a part of a node
         wanted["mem"] = f"{round(1024 * profile.mem_gb * share)}M"
@@ -60,7 +65,7 @@ def make_executor(
     variables = {**profile.environment, "FITSCALE_RUN_DIR": str(run.path)}
     executor.update_parameters(
         job_name=f"{one.config.run.name}-{job.kind}-{job.step}",
-        nodes=nodes,
+        nodes=machine.nodes,
         ntasks_per_node=tasks,
         cpus_per_task=profile.cpus_per_task,
         time=time_min,
@@ -77,7 +82,8 @@ def make_executor(
         # consecutive, and so are their cores on its sockets, as the GPUs are that they take by their local rank; Slurm
         # is asked to bind none (docs/decisions.md). srun does not take over sbatch's --cpus-per-task (Slurm 22.05).
         srun_args=[
-            *("--kill-on-bad-exit=1", "--export=ALL", "--distribution=block:block"),
+            *TOGETHER[job.kind],
+            *("--export=ALL", "--distribution=block:block"),
             *(f"--cpus-per-task={profile.cpus_per_task}", *profile.srun),
         ],
         additional_parameters={"requeue": True, **profile.sbatch, **wait},

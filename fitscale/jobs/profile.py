@@ -25,6 +25,13 @@ class LayoutConfig(Section):
 
 
 @dataclass(frozen=True)
+class EvaluationLayoutConfig(LayoutConfig, path="evaluation"):
+    """Processes of a run's evaluation jobs, each with one GPU if there are any, that share the images of each."""
+
+    tasks_per_node: int | None = number(1, least=1)
+
+
+@dataclass(frozen=True)
 class ClusterConfig(Section):
     """How jobs are asked for. What is None is left to the cluster."""
 
@@ -37,6 +44,7 @@ class ClusterConfig(Section):
     gpus_per_node: int = number(8, least=0)  # what a node has; 0 = train on its CPUs
     tasks_per_node: int = number(8, least=1)  # ranks on a node, each with one GPU if there are any
     max_nodes: int = number(1024, least=1)  # most nodes of one job
+    evaluation: EvaluationLayoutConfig = field(default_factory=EvaluationLayoutConfig)  # of each evaluation's job
     cpus_per_task: int = number(8, least=1)
     mem_gb: float | None = number(None, above=0)  # per node
     time_min: int = number(1440, least=1)  # most of one job; training that needs longer is queued again at its end
@@ -60,6 +68,11 @@ class ClusterConfig(Section):
         """The devices of a job, as `fitscale plan` sees them."""
         return Machine(find_device(self.device), nodes * tasks_per_node, tasks_per_node)
 
+    @property
+    def evaluation_machine(self) -> Machine:
+        """The devices of an evaluation's job."""
+        return self.machine(self.evaluation.nodes, self.evaluation.tasks_per_node or self.tasks_per_node)
+
     def on_its_devices(self, config: Config) -> Config:
         """`config` for these nodes: where they have GPUs, one that has lost its own must not train on its cores, as
         `run.device: auto` would have it."""
@@ -70,6 +83,7 @@ class ClusterConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         find_device(self.device)
+        asked = self.evaluation.tasks_per_node or self.tasks_per_node
         for key, value in (*self.environment.items(), *self.sbatch.items()):
             if not isinstance(value, str):  # omegaconf lets lists pass
                 raise UserError(f"{key}: {value!r} must be a text")
@@ -87,8 +101,11 @@ class ClusterConfig(Section):
             raise UserError(
                 f"signal_before_end_s: {self.signal_before_end_s} must be below time_min = {self.time_min} min"
             )
-        if self.gpus_per_node and self.tasks_per_node > self.gpus_per_node:
-            raise UserError(f"tasks_per_node: {self.tasks_per_node} is more than gpus_per_node = {self.gpus_per_node}")
+        for key, tasks in (("tasks_per_node", self.tasks_per_node), ("evaluation.tasks_per_node", asked)):
+            if self.gpus_per_node and tasks > self.gpus_per_node:
+                raise UserError(f"{key}: {tasks} is more than gpus_per_node = {self.gpus_per_node}")
+        if self.evaluation.nodes > self.max_nodes:
+            raise UserError(f"evaluation.nodes: {self.evaluation.nodes} is more than max_nodes = {self.max_nodes}")
 
 
 def read_profile(path: str) -> ClusterConfig:

@@ -15,18 +15,23 @@
 # - Training that has begun (a line of attempts.jsonl names this start) goes on after whatever ended it, a killed rank
 #   or lost peers, but not if the run said itself that it cannot go on, or a newer start owns the run directory: of
 #   another job, or of this job on other nodes, if Slurm had lost sight of this one.
-# - What ended before that, and an evaluation, goes on up to 20 times if a signal ended it (USR2 kills a Python that has
-#   no handler yet), and up to 5 times after any failure but a user's mistake: the next nodes may be better (a bad GPU
-#   or network, an address in use). 255 is submitit's own end, after too many timeouts.
+# - An evaluation that has begun (a line of evaluation/starts.jsonl names this start) goes on after whatever ended it but
+#   a user's mistake: its next start refuses itself, if five have finished no chunk (run/evaluation_start.py).
+# - What ended before that goes on up to 20 times if a signal ended it (USR2 kills a Python that has no handler yet), and
+#   up to 5 times after any failure but a user's mistake: the next nodes may be better (a bad GPU or network, an address
+#   in use). 255 is no signal, but how submitit ends.
 goes_on() {
     local code=$1 restart=${SLURM_RESTART_COUNT:-0} begun unbegun
     local user_error=2 signalled_starts=20 failed_starts=5 # config/program.py has the first
     local attempts=$FITSCALE_RUN_DIR/attempts.jsonl owner=$FITSCALE_RUN_DIR/attempt.json failed=$FITSCALE_RUN_DIR/failed.txt
-    local job="\"job\": \"$SLURM_JOB_ID\", \"restart\":" # in both files (run/attempt.py)
-    begun=$(grep -cs "$job .*\"event\": \"start\"" "$attempts")
+    local evaluations=$FITSCALE_RUN_DIR/evaluation/starts.jsonl
+    local job="\"job\": \"$SLURM_JOB_ID\", \"restart\":" # in all three files (run/attempt.py, run/evaluation_start.py)
+    begun=$(cat "$attempts" "$evaluations" 2>/dev/null | grep -c "$job .*\"event\": \"start\"")
     unbegun=$((restart + 1 - ${begun:-0}))
     if grep -qs "$job $restart," "$attempts"; then
         [ ! -e "$failed" ] && grep -q "$job $restart," "$owner"
+    elif grep -qs "$job $restart," "$evaluations"; then
+        [ "$code" -ne $user_error ]
     elif [ "$code" -gt 128 ] && [ "$code" -lt 255 ]; then
         [ $unbegun -le $signalled_starts ]
     else

@@ -15,6 +15,7 @@ from fitscale.config.schema import Config
 from fitscale.data.index import OpenIndex
 from fitscale.jobs.profile import ClusterConfig, LayoutConfig
 from fitscale.model import flops
+from fitscale.plan.evaluation import EvaluationPlan, plan_evaluation
 from fitscale.plan.layout import GIB, Machine, dp_size, in_words, layouts
 from fitscale.plan.preflight import open_data, require_files
 from fitscale.plan.step import Images, RunPlan, plan, simplest, typical_images
@@ -82,6 +83,11 @@ class Allocation(Submission):
     """A run and what it is given. `config` has the layout's keys of `parallel`; `auto` precision stays for training."""
 
     plan: RunPlan
+    evaluation: EvaluationPlan
+
+    def machine_of(self, kind: str) -> Machine:
+        """The devices of its jobs of a kind, train or evaluate."""
+        return self.plan.machine if kind == "train" else self.evaluation.machine
 
     def __str__(self) -> str:
         machine, ranks = self.plan.machine, self.plan.dp_size
@@ -91,20 +97,9 @@ class Allocation(Submission):
         )
 
     @property
-    def evaluation_s(self) -> float:
-        """One evaluation on one device: function evaluations of the samples, and nothing else."""
-        config = self.config
-        if config.evaluation.features is None:
-            return 0.0
-        guided = 1 if config.sampling.guidance.scale == 1.0 else 2
-        stages = 2 if config.sampling.method == "heun" else 1
-        forward_s = self.plan.busy_s * self.plan.machine.gpus / self.images.batch_size / flops.TRAIN_PASSES
-        return config.evaluation.samples * config.sampling.steps * guided * stages * forward_s
-
-    @property
     def evaluate_gpu_hours(self) -> float:
         """All evaluations."""
-        return len(self.config.evaluation.steps(self.config.run.steps)) * self.evaluation_s / 3600
+        return len(self.config.evaluation.steps(self.config.run.steps)) * self.evaluation.gpu_hours
 
     @property
     def costs(self) -> dict[str, str]:
@@ -117,7 +112,7 @@ class Allocation(Submission):
             "s/step": f"{self.plan.step_s:.3g}",
             "days": f"{self.plan.days:.3g}",
             "GPU-hours": f"{self.plan.gpu_hours:,.3g}",
-            "evaluate": f"{self.evaluate_gpu_hours:,.3g}" if self.evaluation_s else "-",
+            "evaluate": f"{self.evaluate_gpu_hours:,.3g}" if self.evaluate_gpu_hours else "-",
         }
 
     @property
@@ -172,11 +167,18 @@ def as_told(one: Submission, profile: ClusterConfig, given: LayoutConfig) -> All
         raise UserError(
             f"--nodes: {given.nodes} x {tasks} tasks are {ranks} data-parallel ranks for {one.images.batch_size} images"
         )
-    return _on(machine, config, one, profile)
+    planned = plan(config, machine, one.images, profile.utilisation)
+    return Allocation(config, one.images, planned, _evaluation(one, profile))
 
 
-def _on(machine: Machine, config: Config, one: Submission, profile: ClusterConfig) -> Allocation:
-    return Allocation(config, one.images, plan(config, machine, one.images, profile.utilisation))
+def _evaluation(one: Submission, profile: ClusterConfig) -> EvaluationPlan:
+    machine, tp = profile.evaluation_machine, one.config.evaluation.tensor_parallel_size
+    if tp not in machine.tp_sizes:
+        raise UserError(
+            f"evaluation.tensor_parallel_size: {tp} does not divide the {machine.gpus} tasks of an evaluation on "
+            f"profile {profile.name}, {machine.gpus_per_node} on a node (its evaluation.tasks_per_node)"
+        )
+    return plan_evaluation(one.config, machine, one.images, profile.utilisation)
 
 
 def allocate(one: Submission, profile: ClusterConfig, given: LayoutConfig | None, max_days: float | None) -> Allocation:
@@ -215,11 +217,11 @@ def _smallest_first(one: Submission, profile: ClusterConfig, days: float) -> Ite
     """Of every number of nodes the simplest layout that fits and is about as fast as any, or the one that lacks least;
     of those that fit, if there are, of those that take at most so many days."""
     nodes, tasks, batch = 1, profile.tasks_per_node, one.images.batch_size
-    config = profile.on_its_devices(one.config)
+    config, evaluation = profile.on_its_devices(one.config), _evaluation(one, profile)
     while nodes <= min(profile.max_nodes, batch):  # beyond, a rank would have no image
         machine = profile.machine(nodes, tasks)
         found = [
-            _on(machine, layout, one, profile)
+            Allocation(layout, one.images, plan(layout, machine, one.images, profile.utilisation), evaluation)
             for layout in layouts(config, machine, set())
             if machine.gpus // layout.parallel.tensor_parallel_size <= batch
         ]

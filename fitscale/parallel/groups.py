@@ -101,6 +101,21 @@ def on_rank_zero(function: Callable[[], Result]) -> Result:
     return outcome[0]  # type: ignore[return-value]
 
 
+def tp_place() -> tuple[int, int]:
+    """This process's rank in its tensor-parallel group, and the group's size."""
+    return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+
+
+def tp_broadcast(number: int) -> int:
+    """The number of the tensor-parallel group's first rank; a collective over the group."""
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return number
+    told = [number]
+    group = parallel_state.get_tensor_model_parallel_group()
+    dist.broadcast_object_list(told, src=parallel_state.get_tensor_model_parallel_src_rank(), group=group)
+    return told[0]
+
+
 def _choose_device(device: str) -> torch.device:
     available = torch.cuda.is_available()
     if device == "cuda" and not available:

@@ -53,12 +53,9 @@ def require_files(config: Config) -> None:
     weights, evaluation = config.run.init_weights, config.evaluation
     if weights is not None:
         _require("run.init_weights", weights)
-    if not evaluation.points or evaluation.features is None:
-        return
-    _require("evaluation.features", evaluation.features, Path.is_file)
-    if evaluation.reference is None:
-        raise UserError("evaluation.reference: needed with evaluation.features: an image folder, shards or .npz")
-    _require("evaluation.reference", evaluation.reference)
+    for name, path in evaluation.networks.items() if evaluation.points else ():
+        _require("evaluation.features", path, Path.is_file)
+        _require("evaluation.reference", evaluation.reference_of(name))
 
 
 def _require(key: str, path: str, is_there: Callable[[Path], bool] = Path.exists) -> None:

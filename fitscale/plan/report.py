@@ -20,6 +20,7 @@ from fitscale.data.encoding import load_run
 from fitscale.data.index import OpenIndex, open_index
 from fitscale.model import flops
 from fitscale.plan.devices import device_reported_as, find_device
+from fitscale.plan.evaluation import plan_evaluation
 from fitscale.plan.layout import GIB, Machine, in_words, layouts
 from fitscale.plan.memory import Moment, rank_parameters
 from fitscale.plan.step import RunPlan, measured_utilisation, plan, simplest, typical_images
@@ -99,9 +100,14 @@ def _table(plans: list[RunPlan]) -> Iterator[str]:
         )
 
 
-def detail(one: RunPlan, source: str) -> Iterator[str]:
-    """Everything about one layout; `source`: where its utilisation comes from."""
-    facts = [*_layout(one).items(), *_memory(one), *_speed(one, source).items()]
+def detail(one: RunPlan, source: str, on: Machine | None = None) -> Iterator[str]:
+    """Everything about one layout.
+
+    Args:
+        source: where its utilisation comes from.
+        on: the devices of an evaluation; None = as many as have one model between them.
+    """
+    facts = [*_layout(one).items(), *_memory(one), *_speed(one, source).items(), *_evaluations(one, on)]
     return (f"{name:<15}{text}" for name, text in facts)
 
 
@@ -144,6 +150,16 @@ def _speed(one: RunPlan, source: str) -> dict[str, str]:
         "target": f"{steps:,} steps, {steps * len(tokens_B):,} images: {one.days:.1f} days, "
         f"{one.gpu_hours:,.0f} GPU-hours",
     }
+
+
+def _evaluations(one: RunPlan, on: Machine | None) -> Iterator[tuple[str, str]]:
+    config, tp = one.config, one.config.evaluation.tensor_parallel_size
+    planned = plan_evaluation(config, on or replace(one.machine, gpus=tp), one.images, one.utilisation)
+    steps = config.evaluation.steps(config.run.steps)
+    if steps and planned.seconds:
+        yield "evaluation", str(planned)
+        hours = f"{planned.seconds / 3600:.3g} hours each on {planned.machine}, without reading the reference"
+        yield "", f"{len(steps)} of them: {hours}; {len(steps) * planned.gpu_hours:,.3g} GPU-hours together"
 
 
 def _recompute(config: Config) -> str:

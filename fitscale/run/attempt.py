@@ -73,7 +73,7 @@ class Attempt:
 def is_taken_over(run: RunDir) -> bool:
     """Whether this start of a Slurm job has begun an attempt, and a newer one owns the run directory now."""
     owner, *begun = [(row.get("job"), row.get("restart")) for row in [_owner(run), *read_jsonl(run.attempts)]]
-    own = _slurm_start()
+    own = slurm_start()
     return own in begun and own != owner
 
 
@@ -85,7 +85,7 @@ def begin_attempt(run: RunDir, step: int) -> Attempt:
     """
     with writing(run.path), _locked(run):
         rows, metrics = read_jsonl(run.attempts, **ATTEMPTS), read_jsonl(run.metrics, **METRICS)
-        job, restart = _slurm_start()
+        job, restart = slurm_start()
         _require_progress(run, rows, job, step)
         attempt = Attempt(run, 1 + max((row["attempt"] for row in rows), default=0), uuid.uuid4().hex)
         row = {"attempt": attempt.number, "job": job, "restart": restart, "host": socket.gethostname()}
@@ -114,7 +114,7 @@ def _require_progress(run: RunDir, rows: list[dict[str, Any]], job: str | None, 
         )
 
 
-def _slurm_start() -> tuple[str | None, int]:
+def slurm_start() -> tuple[str | None, int]:
     """The Slurm job that this process belongs to, and how often it has been queued again."""
     return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fitscale.config.errors import UserError, writing
+from fitscale.config.errors import UserError, reading, writing
 from fitscale.config.files import write_atomic
 from fitscale.config.load import load_config, to_yaml
 from fitscale.config.schema import Config
@@ -71,14 +71,16 @@ def check_claim(config: Config) -> RunDir:
     if not config.run.dir:
         raise UserError("run.dir: must be given, e.g. run.dir=runs/b (the directory that records the run)")
     run = RunDir(Path(config.run.dir))
-    if run.config.exists():
+    with reading(f"run.dir: {run.path}"):  # a name that no file system has is found here
+        begun, filled = run.config.exists(), run.path.is_dir() and any(run.path.iterdir())
+    if begun:
         there = load_config([str(run.config)])
         if changed := [text for key, text in differences(there, config).items() if not _may_change(key, config)]:
             raise UserError(
                 f"run.dir: {run.path} belongs to another config; differing keys: {', '.join(changed)}. "
                 "Choose another run.dir, or the config that the folder has in config.yaml"
             )
-    elif run.path.is_dir() and any(run.path.iterdir()):
+    elif filled:
         raise UserError(f"run.dir: {run.path} is not empty and holds no config.yaml; choose another folder")
     else:
         config.flow.check_new_run()

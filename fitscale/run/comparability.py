@@ -4,9 +4,11 @@ No torch. The rest of the key are hashes of files: `DATA`, and `FILES` for gener
 words: the evaluation writes them into evaluations.jsonl, and who asks what is still to be measured compares with them.
 """
 
+import json
+from hashlib import sha256
 from typing import Any
 
-from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config
+from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, SamplingConfig
 
 # How ddpm and ddim spaced their steps before `sampling.spacing`: their keys name none. So keys stay comparable.
 _UNNAMED_SPACING = {"ddpm": "linspace", "ddim": "trailing"}
@@ -23,6 +25,11 @@ def full_weights_name(config: Config, name: str) -> str:
     """The full name of weights called raw, ema (the first EMA) or ema_<decay>."""
     decays = config.optim.ema_decays
     return ema_name(decays[0]) if name == "ema" and decays else name
+
+
+def metric_name(figure: str, network: str) -> str:
+    """Of a figure by the eyes of a feature network, as in evaluations.jsonl: fd/dinov2; the unnamed one's is fd."""
+    return f"{figure}/{network}" if network else figure
 
 
 def validation_key(config: Config, weights: str) -> dict[str, Any]:
@@ -55,7 +62,21 @@ def sample_key(config: Config, weights: str, size: tuple[int, int] | None = None
         "samples": config.evaluation.samples,
         "seed": seed,
         **({} if spacing == _UNNAMED_SPACING.get(sampling.method) else {"spacing": spacing}),
+        **_beyond_defaults(sampling),
     }
+
+
+def _beyond_defaults(sampling: SamplingConfig) -> dict[str, Any]:
+    """What keys of earlier versions do not name, because there was one way; so it is named where it is another."""
+    guidance = sampling.guidance
+    guide = [guidance.guide, guidance.guide_step, guidance.guide_weights]
+    named = {
+        "last_step": (sampling.last_step, (None, "mean")),
+        "shift_base_tokens": (sampling.shift_base_tokens, (None,)),
+        "guidance_interval": (list(guidance.interval), ([0.0, 1.0],)),
+        "guide": (guide, ([None] * 3,)),
+    }
+    return {name: value for name, (value, defaults) in named.items() if value not in defaults}
 
 
 def is_as_configured(config: Config, metric: str, key: dict[str, Any]) -> bool:
@@ -65,3 +86,13 @@ def is_as_configured(config: Config, metric: str, key: dict[str, Any]) -> bool:
     asked = validation_key(config, weights) if of_validation else sample_key(config, weights)
     hashes: tuple[str, ...] = DATA if of_validation else FILES
     return key == asked | {name: key.get(name) for name in hashes} and all(key.get(name) for name in hashes)
+
+
+def shown_name(config: Config, metric: str, key: dict[str, Any]) -> str:
+    """Under what name a result stands beside training's metrics, in wandb and TensorBoard: evaluation/fd.
+
+    One with another key than the config itself asks for is told apart by a hash of it: evaluation-1f0c33a7/fd.
+    """
+    if is_as_configured(config, metric, key):
+        return f"evaluation/{metric}"
+    return f"evaluation-{sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]}/{metric}"

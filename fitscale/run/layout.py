@@ -43,13 +43,21 @@ class RunDir:
     failed = _Inside("failed.txt")  # why a run cannot go on by itself: while it is there, no job is queued again
     evaluations = _Inside("evaluations.jsonl")  # a line an evaluated metric
     checkpoint_folder = _Inside("checkpoints")  # step-00001000/{COMPLETE, weights/, optimizer/}
+    evaluation_folder = _Inside("evaluation")  # a folder of chunks for each evaluation that is not over (run/chunks.py)
+    evaluation_starts = _Inside("evaluation/starts.jsonl")  # a line a start of a job that evaluates
     samples = _Inside("samples")
+    wandb_id = _Inside("wandb_id")  # of the wandb run that mirrors this one
+    wandb_outbox = _Inside("wandb_outbox")  # a file each of what evaluations have found and nobody has mirrored yet
     submitit = _Inside("submitit")  # a folder a job
 
     @property
     def absolute(self) -> "RunDir":
         """The same for a process that runs in another folder."""
         return RunDir(self.path.resolve())
+
+    def sheet(self, step: int, key: str) -> Path:
+        """The contact sheet of an evaluation; those of one key, over the steps, show the same noise."""
+        return self.samples / f"evaluated_{key}" / f"step-{step:08d}.png"
 
     def checkpoint_path(self, step: int) -> Path:
         return self.checkpoint_folder / f"step-{step:08d}"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from fitscale.config.files import read_jsonl
 from fitscale.config.schema import Config
-from fitscale.run.comparability import is_as_configured
+from fitscale.run.comparability import is_as_configured, metric_name
 from fitscale.run.layout import EVALUATIONS, METRICS, RunDir
 
 
@@ -52,4 +52,4 @@ def wanted_metrics(config: Config) -> list[str]:
     """Names of the metrics, as in evaluations.jsonl, that the config asks for at every evaluation step."""
     evaluation = config.evaluation
     validation = evaluation.validation_images > 0 and config.data.holdout_fraction > 0
-    return ["validation_loss"] * validation + ["fd"] * (evaluation.features is not None)
+    return ["validation_loss"] * validation + [metric_name("fd", name) for name in evaluation.networks]

@@ -32,6 +32,7 @@ from fitscale.model.weights import read_items
 from fitscale.parallel.groups import on_rank_zero
 from fitscale.parallel.zero import fill_optimizer_state, set_tensor
 from fitscale.run.checkpoint import MARKER, TOTALS, Checkpoint, read_checkpoint, write_marker
+from fitscale.run.chunks import chunk_progress
 from fitscale.run.comparability import ema_name
 from fitscale.run.layout import RunDir
 
@@ -137,10 +138,14 @@ def load_optimizer(checkpoint: Checkpoint, engine: Any, ema_decays: list[float])
 
 
 def prune_checkpoints(run: RunDir, keep_last: int, keep_steps: set[int]) -> None:
-    """Delete complete checkpoints beyond the newest `keep_last`, except those of `keep_steps`; 0 keeps all."""
+    """Delete complete checkpoints beyond the newest `keep_last`, except those of `keep_steps`; 0 keeps all.
+
+    A checkpoint whose evaluation is not over is kept too.
+    """
     complete = run.checkpoints()
     for checkpoint in complete[:-keep_last] if keep_last else []:
-        if checkpoint.step not in keep_steps:
+        evaluated = {work.step for work in chunk_progress(run.evaluation_folder)}  # looked at for each: it takes time
+        if checkpoint.step not in keep_steps | evaluated:
             try:
                 (checkpoint.path / MARKER).unlink()  # first, so that half a deletion is never taken for whole
                 shutil.rmtree(checkpoint.path)

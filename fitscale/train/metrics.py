@@ -7,8 +7,6 @@ uninterrupted one; every measured time goes to throughput.jsonl.
 import json
 import sys
 import time
-import uuid
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,7 +19,8 @@ from fitscale.parallel.groups import Topology
 from fitscale.plan.devices import device_reported_as
 from fitscale.run.attempt import Attempt
 from fitscale.run.checkpoint import Checkpoint
-from fitscale.run.layout import METRICS, RunDir
+from fitscale.run.layout import METRICS
+from fitscale.train.mirror import Mirror
 
 COUNTED = ("step", "images", "tokens", "train_flops")
 WAITING_SHARE = 0.1  # of the time between two lines: more is worth a word, if it adds up to
@@ -55,7 +54,9 @@ class Monitor:
         self.attempt, self.world_size, self.peak = attempt, topology.world_size, peak_flops_per_s(topology.device)
         self.progress = _Progress(config, totals["step"])
         self.unwritten: list[dict[str, Any]] = []  # rows of metrics.jsonl for which there was no room
-        self.wandb = _start_wandb(config, attempt.run)
+        self.mirror = Mirror(config, attempt.run) if config.wandb.mode != "off" else None
+        if self.mirror is not None:
+            self.mirror.open()
         self.waiting_for_data = False
         self.start_counting(totals)
 
@@ -84,8 +85,8 @@ class Monitor:
             text += f"at the longest {speed['data_wait_longest_s']:.2g} s (rank {speed['data_wait_rank']}); "
             self.progress.say(f"{text}throughput.jsonl tells when it goes on")
         self.waiting_for_data = speed["waiting_for_data"]
-        if self.wandb is not None:
-            self.wandb.log({**row, **speed}, step=row["step"])
+        if self.mirror is not None:
+            self.mirror.log({**row, **speed})
 
     def _speed(self, row: dict[str, Any]) -> dict[str, Any]:
         since, logged = self.since, self.logged
@@ -110,8 +111,8 @@ class Monitor:
 
     def close(self) -> None:
         self.progress.bar.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        if self.mirror is not None:
+            self.mirror.close()
 
 
 class _Progress:
@@ -164,21 +165,3 @@ def _shown(row: dict[str, Any], speed: dict[str, Any]) -> dict[str, str]:
         "imbalance": f"{row['imbalance']:.1%}",
     }
     return {name: text for name, text in shown.items() if text}
-
-
-def _start_wandb(config: Config, run: RunDir) -> Any:
-    if config.wandb.mode == "off":
-        return None
-    import wandb
-
-    identity = run.path / "wandb_id"  # one wandb run per run directory, over all its restarts
-    if not identity.exists():
-        write_atomic(identity, uuid.uuid4().hex[:8])
-    return wandb.init(
-        **asdict(config.wandb),
-        name=config.run.name,
-        id=identity.read_text(),
-        resume="allow",
-        dir=run.path,
-        config=asdict(config),
-    )

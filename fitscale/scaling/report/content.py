@@ -1,5 +1,7 @@
 """A study in words and tables: what report.md and report.html show, as text ready to print."""
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,17 @@ from fitscale.scaling.fit.study import LawResult, Study
 from fitscale.scaling.fit.uncertainty import central
 from fitscale.scaling.rows.fid import GUIDANCE
 from fitscale.scaling.rows.selection import ascending_sizes
-from fitscale.scaling.rows.table import data_hash
+from fitscale.scaling.rows.table import KEY, data_hash
 
 NAMES = {"fd": "Fréchet distance", "fid": "FID", "validation_loss": "validation loss", "recognised": "share recognised"}
-SHOWN = ("validation_loss", "fd", "recognised")  # metrics with a column in the table of sizes, if evaluated
+SHOWN = (
+    "validation_loss",
+    "fd",
+    "precision",
+    "recall",
+    "recognised",
+)  # with a column in the table of sizes, if evaluated
+BESIDE = ("precision", "recall")  # of them, those shown if they are of the images and the network of the study's metric
 OF_LAW = 200  # resamples that say how sure a compute-optimal size by a law is
 
 
@@ -50,16 +59,27 @@ def size_table(study: Study) -> tuple[list[str], list[list[str]]]:
     A metric that was measured at several guidance scales has a column for each.
     """
     table, asked = study.table, study.question.metric
-    others = table[table["metric"].isin([name for name in SHOWN if name != asked])]
-    wanted = pd.concat([others, study.rows if len(study.rows) else table[table["metric"] == asked]])
+    others = table[table["metric"].isin([name for name in SHOWN if name not in (*BESIDE, asked)])]
+    wanted = pd.concat([others, *_beside(study), study.rows if len(study.rows) else table[table["metric"] == asked]])
     scale = wanted[GUIDANCE].fillna("") if GUIDANCE in table else pd.Series("", index=wanted.index)
     several = scale.groupby(wanted["metric"]).transform("nunique") > 1
     wanted = wanted.assign(label=wanted["metric"].where(~several, wanted["metric"] + ", guidance " + scale))
-    rank = list(dict.fromkeys((*SHOWN, asked)))
-    metrics = sorted(wanted["label"].unique(), key=lambda label: (rank.index(label.split(",")[0]), label))
+    rank = list(dict.fromkeys((*SHOWN, asked.split("/")[0])))
+    metrics = sorted(wanted["label"].unique(), key=lambda label: (rank.index(re.split("[/,]", label)[0]), label))
     header = ["size", "parameters", "steps", "training FLOPs", "papers' FLOPs", "device-hours", *metrics, "status"]
     order = [size for size in ascending_sizes(table) if size in set(wanted["size"])]
     return header, [_size_row(wanted[wanted["size"] == size], metrics) for size in order]
+
+
+def _beside(study: Study) -> Iterator[pd.DataFrame]:
+    """The rows of precision and recall that have the key of the study's own."""
+    asked, *network = study.question.metric.split("/", 1)
+    for name in BESIDE if study.key and asked not in BESIDE else ():
+        rows = study.table[study.table["metric"] == "/".join([name, *network])]
+        for part, value in study.key.items():
+            rows = rows[rows[f"{KEY}{part}"] == value]
+        if len(rows):
+            yield rows
 
 
 def _size_row(rows: pd.DataFrame, metrics: list[str]) -> list[str]:

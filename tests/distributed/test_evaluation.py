@@ -1,0 +1,212 @@
+"""Evaluation by any number of ranks and starts: the same bytes of evaluations.jsonl, whoever is killed on the way."""
+
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fitscale.config.files import read_jsonl
+from fitscale.run.chunks import chunk_progress
+from fitscale.run.layout import RunDir
+from tests.distributed.spawn import run_ranks, start_ranks
+from tests.kills import die_after
+from tests.test_evaluate import METRICS, call
+from tests.test_train import train_here
+from tests.tiny import tiny_config
+
+CHUNK_IMAGES = 48
+ARGUMENTS = ("--step", 4, "--samples", 200)
+
+
+class Eye(torch.nn.Module):
+    """A feature network of a few sums, so that no test need train one; with spatial features and scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mix", torch.linspace(-1, 1, 50).reshape(5, 10))
+
+    def forward(self, images: Tensor, return_features: bool = False, return_spatial: bool = False):
+        pixels = images[:, 0].float() / 255.0
+        rows, cols = pixels.mean(2), pixels.mean(1)
+        sums = [pixels.mean(dim=[1, 2]), pixels.std(dim=[1, 2]), rows.std(1), cols.std(1), rows[:, 0]]
+        features = torch.stack(sums, 1)
+        spatial = torch.stack([rows[:, 0], rows[:, -1], cols[:, 0]], 1)
+        return features, spatial, torch.softmax(4.0 * features @ self.mix, 1)
+
+
+@pytest.fixture(scope="module")
+def eye(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("eye") / "net.pt"
+    torch.jit.script(Eye()).save(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, digits_shards, eye) -> RunDir:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    overrides = (
+        "run.steps=4",
+        "model.hidden_size=48",
+        "evaluation.points=1",
+        "evaluation.first_step=4",
+        "sampling.steps=2",
+    )
+    overrides += (f"evaluation.features={eye}", f"evaluation.reference={digits_shards}")
+    run_ranks(train_here, 1, tiny_config(folder, digits_shards, *overrides, "evaluation.validation_images=150"))
+    return RunDir(folder)
+
+
+def evaluate(path: Path, *arguments: object) -> None:
+    """In a spawned process: with small chunks."""
+    from fitscale.eval import requests, validation
+
+    requests.chunk_ranges.__defaults__ = (CHUNK_IMAGES,)
+    validation.CHUNK_IMAGES = 50
+    call("evaluate", path, *ARGUMENTS, *arguments)
+
+
+def evaluate_and_die(path: Path, calls: list[int]) -> None:
+    """In a spawned process: end after so many function calls, counted from the first chunk that is worked at."""
+    import os
+
+    from fitscale.eval import ranks
+
+    work = ranks.ChunkFolder.work
+
+    def counted(*arguments: object) -> None:
+        die_after(calls[int(os.environ["RANK"])])
+        work(*arguments)  # type: ignore[arg-type]
+
+    ranks.ChunkFolder.work = counted  # type: ignore[method-assign]
+    evaluate(path)
+
+
+@pytest.fixture(scope="module")
+def expected(trained, tmp_path_factory) -> bytes:
+    copy = RunDir(tmp_path_factory.mktemp("expected") / "run")
+    shutil.copytree(trained.path, copy.path)
+    run_ranks(evaluate, 1, copy.path)
+    assert [row["metric"] for row in read_jsonl(copy.evaluations)] == [*METRICS[:2], "fd_infinity", *METRICS[2:]]
+    return copy.evaluations.read_bytes()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_rows_are_the_same_bytes_for_any_number_of_ranks(trained, expected, tmp_path, ranks):
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(trained.path, copy.path)
+    run_ranks(evaluate, ranks, copy.path)
+    assert copy.evaluations.read_bytes() == expected
+    assert not list(copy.evaluation_folder.iterdir())
+
+
+def test_rows_are_the_same_bytes_after_kills_of_random_ranks(trained, expected, tmp_path):
+    """Every start ends with its ranks killed, one after the other; what they finished stays."""
+    copy, chance = RunDir(tmp_path / "run"), random.Random(5)
+    shutil.copytree(trained.path, copy.path)
+    deaths = 0
+    for _ in range(4):
+        processes = start_ranks(evaluate_and_die, 2, copy.path, [chance.randrange(30_000) for _ in range(2)])
+        for process in processes:
+            process.join()
+            deaths += process.exitcode == -9
+    assert deaths >= 4
+    run_ranks(evaluate, 2, copy.path)
+    assert copy.evaluations.read_bytes() == expected
+    assert not list(copy.evaluation_folder.iterdir())
+
+
+def test_a_rank_that_dies_leaves_its_chunks_to_the_others(trained, expected, tmp_path):
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(trained.path, copy.path)
+    first, second = start_ranks(evaluate_and_die, 2, copy.path, [9_000, sys.maxsize])
+    for process in (first, second):
+        process.join()
+    assert first.exitcode == -9 and second.exitcode == 0
+    assert copy.evaluations.read_bytes() == expected
+
+
+def test_two_launches_at_once_add_the_rows_once(trained, expected, tmp_path):
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(trained.path, copy.path)
+    launches = [start_ranks(evaluate, 1, copy.path) for _ in range(2)]
+    for (process,) in launches:
+        process.join()
+        assert process.exitcode == 0
+    assert copy.evaluations.read_bytes() == expected
+
+
+def test_a_truncated_chunk_is_named_and_made_again(trained, expected, tmp_path):
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(trained.path, copy.path)
+    (told,) = run_ranks(evaluate_with_a_truncated_chunk, 1, copy.path)
+    assert "chunk-000002.npz: damaged" in told and copy.evaluations.read_bytes() == expected
+
+
+def evaluate_with_a_truncated_chunk(path: Path) -> str:
+    import io
+    from contextlib import redirect_stdout
+
+    from fitscale.eval import ranks
+
+    work, cut = ranks.ChunkFolder.work, []
+
+    def truncating(folder: ranks.ChunkFolder, *arguments: object) -> None:
+        work(folder, *arguments)  # type: ignore[arg-type]
+        if folder.count == 5 and not cut:
+            cut.append(folder.file(2))
+            cut[0].write_bytes(cut[0].read_bytes()[:1000])
+
+    ranks.ChunkFolder.work = truncating  # type: ignore[method-assign]
+    with redirect_stdout(io.StringIO()) as out:
+        evaluate(path)
+    return out.getvalue()
+
+
+def test_tensor_parallel_ranks_draw_the_same_images_to_rounding(trained, expected, tmp_path):
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(trained.path, copy.path)
+    run_ranks(evaluate, 2, copy.path, "--tensor-parallel-size", 2)
+    found = {row["metric"]: row["value"] for row in read_jsonl(copy.evaluations)}
+    alone = copy.path / "alone.jsonl"
+    alone.write_bytes(expected)
+    for row in read_jsonl(alone):
+        assert found[row["metric"]] == pytest.approx(row["value"], rel=0.02), row["metric"]
+    assert found["validation_loss"] == pytest.approx(read_jsonl(alone)[0]["value"], rel=1e-5)
+
+
+def test_samples_are_the_same_for_any_number_of_ranks(trained, tmp_path):
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        run_ranks(sample, ranks, trained.path, out)
+    files = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert len(files) == 103 and sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+    for name in files:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
+
+
+def sample(path: Path, out: Path) -> None:
+    from fitscale.eval import requests
+
+    requests.chunk_ranges.__defaults__ = (CHUNK_IMAGES,)
+    call("sample", path, "--height", 6, "--width", 4, "--count", 100, "--out", out)
+
+
+def test_a_checkpoint_that_is_being_evaluated_is_not_deleted(trained, tmp_path):
+    from fitscale.run.chunks import ChunkFolder
+    from fitscale.train.checkpoint import prune_checkpoints
+
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(trained.path, copy.path)
+    shutil.copytree(copy.checkpoint_path(4), copy.checkpoint_path(9))
+    (only,) = {checkpoint.path.name for checkpoint in copy.checkpoints()} - {"step-00000009"}
+    work = ChunkFolder(copy.evaluation_folder / "one", 3)
+    work.open({"step": 4, "what": "samples"})
+    prune_checkpoints(copy, 1, set())
+    assert (copy.checkpoint_folder / only).exists() and len(chunk_progress(copy.evaluation_folder)) == 1
+    work.clear()
+    prune_checkpoints(copy, 1, set())
+    assert not (copy.checkpoint_folder / only).exists()
