@@ -1,6 +1,8 @@
 """The benchmarks run at a small size; what does not depend on the machine is as the documentation claims."""
 
+import argparse
 import json
+import threading
 
 import torch
 
@@ -43,6 +45,16 @@ def test_the_sampling_benchmark_compares_the_same_images(tmp_path):
     packs, alone = json.loads((tmp_path / "rows.json").read_text())
     assert done.stdout.count("\n") == 6 and packs["images_per_s"] > 0 and alone["ratio"] == 1 and alone["moved"] == 0
     assert min(packs["least_nfe"], alone["least_nfe"]) >= 8
+
+
+def test_ranks_of_the_benchmark_from_noise_to_features_share_the_images(tmp_path):
+    from tools.bench_evaluate import save_networks, work
+
+    save_networks(tmp_path, 4)
+    small = ["model.depth=1", "model.hidden_size=16", "model.num_heads=2", "sampling.steps=1"]
+    options = argparse.Namespace(config=small, images=5, device="cpu")
+    drawn = [work("2 ranks", options, str(tmp_path), rank, 2, threading.Barrier(1)) for rank in range(2)]
+    assert drawn == [3, 2]
 
 
 def test_at_equal_evaluations_ab2_beats_heun():

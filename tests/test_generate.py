@@ -20,6 +20,7 @@ from fitscale.eval.generate import Images, Seen, generate
 from fitscale.eval.requests import Request, chunk_ranges, patches
 from fitscale.model.build import build_network
 from fitscale.parallel.groups import init_parallel
+from tests.photographs import tiny_vae
 from tests.tiny import OVERRIDES
 
 
@@ -108,6 +109,33 @@ def test_images_of_one_size_are_decoded_together_and_the_rest_at_the_end(model, 
     seen = generate(Networks(model), replace(config, sampling=SamplingConfig(steps=1)), requests, 0, look)
     assert batches == [[1, 2, 4], [0, 3, 6], [5, 7, 8], [9], [10]]
     assert [int(one.kept["index"]) for one in seen] == list(range(11))
+
+
+GPU = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_latents_are_decoded_in_batches_on_the_device(tmp_path, monkeypatch, device):
+    """As one by one on the CPU, but for the rounding of a grey level, and never on their way through the host."""
+    tiny_vae(tmp_path)
+    latent = ("data.latent.kind=vae", "data.latent.factor=8", "data.latent.scaling=0.5", f"data.latent.vae={tmp_path}")
+    config = load_config([*OVERRIDES, *latent, "model.in_channels=4", "sampling.steps=2"])
+    model, requests = random_model(config), [Request(i, 0, 2, 3 if i % 2 else 2) for i in range(5)]
+    seen_on = set()
+
+    def look(images: Images) -> dict[str, np.ndarray]:
+        seen_on.add(images.pixels_NCHW.device.type)
+        return {"image": images.pixels_NCHW.cpu().numpy()}
+
+    together = generate(Networks(model.to(device)), config, requests, 0, look)
+    assert seen_on == {device} and together[1].kept["image"].shape == (3, 16, 24)
+    monkeypatch.setattr(generation, "BATCH_IMAGES", 1)
+    alone = generate(Networks(model.to("cpu")), config, requests, 0, look)
+    for one, other in zip(together, alone, strict=True):
+        assert np.abs(one.kept["image"].astype(int) - other.kept["image"].astype(int)).max() <= 1
 
 
 def test_what_goes_wrong_with_an_image_is_raised(model, config):

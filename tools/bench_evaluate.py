@@ -85,8 +85,8 @@ def timed(way: str, options: argparse.Namespace, folder: str) -> float:
     return time.perf_counter() - start
 
 
-def work(way: str, options: argparse.Namespace, folder: str, rank: int, ranks: int, loaded: Any) -> None:
-    """One rank: every `ranks`-th piece of the requests."""
+def work(way: str, options: argparse.Namespace, folder: str, rank: int, ranks: int, loaded: Any) -> int:
+    """One rank: every `ranks`-th piece of the requests; the number of images that it has drawn."""
     import torch
 
     from fitscale.eval import generate as generation
@@ -111,8 +111,8 @@ def work(way: str, options: argparse.Namespace, folder: str, rank: int, ranks: i
     few = replace(config, sampling=replace(config.sampling, steps=1))
     generation.generate(networks, few, requests[:2], 0, look)
     loaded.wait()
-    for piece in chunk_ranges(len(requests), max(1, options.images // 4))[rank::ranks]:
-        generation.generate(networks, config, [requests[i] for i in piece], 0, look)
+    pieces = chunk_ranges(len(requests), max(1, options.images // 4))[rank::ranks]
+    return sum(len(generation.generate(networks, config, [requests[i] for i in piece], 0, look)) for piece in pieces)
 
 
 if __name__ == "__main__":
