@@ -7,26 +7,30 @@ Images of mixed sizes (64 to 256 tokens) are drawn by guided Euler with 50 steps
 decoded by a small AutoencoderKL, and seen by a small convolutional network. Prints a Markdown table of wall-clock
 images/s; what is loaded first does not count. The ways:
 
-    2 ranks                  chunks dealt to two processes, each on one core (or the same GPU)
-    1 rank                   one of them alone
-    padded                   1 rank, every image as large as the largest: what a padded batch costs without its mask
+    2 ranks                  chunks dealt to two processes, of one thread each (on a GPU, on the same)
+    1 rank                   one of them alone, on one core
+    padded                   1 rank, every image padded to the largest, attention over a padded batch with its mask
     image by image           one process with all cores: packs, but decoded and looked at one by one
 """
 
 import argparse
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fitscale.config.load import load_config
 from fitscale.config.program import exit_code
 from tools.bench_sample import random_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MODEL = [
     *("model.depth=4", "model.hidden_size=128", "model.num_heads=4", "model.num_classes=10", "batch.pack_tokens=2048"),
@@ -92,12 +96,16 @@ def work(way: str, options: argparse.Namespace, folder: str, rank: int, ranks: i
     from fitscale.eval import generate as generation
     from fitscale.eval.draw import Networks
     from fitscale.eval.requests import Request, chunk_ranges
+    from fitscale.model.common import attention
 
     config = load_config([*MODEL, f"data.latent.vae={folder}/vae", *options.config])
     if way == "image by image":
         generation.BATCH_IMAGES = 1
     elif options.device == "cpu":
         torch.set_num_threads(1)
+        os.sched_setaffinity(0, {rank} if ranks == 1 else os.sched_getaffinity(0))
+    if way == "padded":
+        attention._attention_per_image = padded_attention
     networks = Networks(random_model(config, options.device))
     eye = torch.jit.load(f"{folder}/eye.pt", map_location=options.device)
 
@@ -113,6 +121,16 @@ def work(way: str, options: argparse.Namespace, folder: str, rank: int, ranks: i
     loaded.wait()
     pieces = chunk_ranges(len(requests), max(1, options.images // 4))[rank::ranks]
     return sum(len(generation.generate(networks, config, [requests[i] for i in piece], 0, look)) for piece in pieces)
+
+
+def padded_attention(q_THK: "Tensor", k_THK: "Tensor", v_THK: "Tensor", lengths: list[int]) -> "Tensor":
+    """Attention of a batch in which every image has the tokens of the largest; the mask says which are padding."""
+    import torch
+    from torch.nn import functional
+
+    batches = [x.reshape(len(lengths), lengths[0], *x.shape[1:]).transpose(1, 2) for x in (q_THK, k_THK, v_THK)]
+    mask = torch.ones(len(lengths), 1, 1, lengths[0], dtype=torch.bool)
+    return functional.scaled_dot_product_attention(*batches, attn_mask=mask).transpose(1, 2).flatten(0, 1)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import numpy as np
 from fitscale.config.errors import UserError, writing
 from fitscale.config.files import read_json, replacing, require_kinds, write_atomic
 
-LEASE_S = 60.0  # how long a claim counts that nobody renews
+LEASE_S = 120.0  # how long a claim counts that nobody renews; NFS may show its time up to 60 s late
 RENEW_S = LEASE_S / 6
 POLL_S = 0.5  # between looks at what others have finished
 ABOUT = "chunks.json"
