@@ -160,6 +160,23 @@ def test_yaml_reads_back_to_an_equal_config(tmp_path, arguments):
     assert load(tmp_path / "c.yaml") == config
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("{a b: x}", "valid: name: path"), ("{a: 5}", "valid: name: path"), ("[x]", "neither a path"), ("5", "neither a")],
+)
+def test_feature_networks_are_a_path_or_paths_by_name(value, message):
+    for key in ("features", "reference"):
+        with pytest.raises(UserError, match=rf"evaluation\.{key}.*{message}"):
+            load_config([f"evaluation.{key}={value}"])
+    two = load_config(["evaluation.features={inception: a.pt, dinov2: b.pt}", "evaluation.reference={dinov2: r.npz}"])
+    assert two.evaluation.networks == {"inception": "a.pt", "dinov2": "b.pt"}
+    assert two.evaluation.reference_of("dinov2") == "r.npz"
+    with pytest.raises(UserError, match=r"evaluation\.reference\.inception: needed"):
+        two.evaluation.reference_of("inception")
+    assert load_config(["evaluation.features=a.pt"]).evaluation.networks == {"": "a.pt"}
+    assert load_config([]).evaluation.networks == {}
+
+
 @settings(max_examples=40, deadline=None)  # it writes files: slow where the disk is busy
 @given(
     st.floats(min_value=1e-12, max_value=1e6, allow_nan=False),

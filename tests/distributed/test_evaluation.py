@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from fitscale.config.files import read_jsonl
+from fitscale.config.load import load_config
 from fitscale.run.chunks import chunk_progress
 from fitscale.run.layout import RunDir
+from fitscale.run.progress import progress
 from tests.distributed.spawn import run_ranks, start_ranks
 from tests.kills import die_after
 from tests.test_evaluate import METRICS, call
@@ -164,6 +166,23 @@ def evaluate_with_a_truncated_chunk(path: Path) -> str:
     with redirect_stdout(io.StringIO()) as out:
         evaluate(path)
     return out.getvalue()
+
+
+def test_networks_by_name_see_the_same_images(trained, eye, expected, tmp_path):
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(trained.path, copy.path)
+    run_ranks(evaluate, 1, copy.path, "--features", f"one={eye}", "--features", f"two={eye}")
+    rows = {row["metric"]: row["value"] for row in read_jsonl(copy.evaluations)}
+    (copy.path / "alone.jsonl").write_bytes(expected)
+    for row in read_jsonl(copy.path / "alone.jsonl")[1:]:
+        assert rows[f"{row['metric']}/one"] == rows[f"{row['metric']}/two"] == row["value"]
+    text = copy.config.read_text()
+    assert f"features: {eye}" in text
+    copy.config.write_text(text.replace(f"features: {eye}", f"features: {{one: {eye}, two: {eye}}}"))
+    config = load_config([str(copy.config), "evaluation.samples=200", "evaluation.validation_images=150"])
+    assert config.evaluation.networks == {"one": str(eye), "two": str(eye)}
+    assert progress(config, copy).pending == []
+    assert progress(load_config([str(copy.config)]), copy).pending == [4], "other numbers of images"
 
 
 def test_tensor_parallel_ranks_draw_the_same_images_to_rounding(trained, expected, tmp_path):
