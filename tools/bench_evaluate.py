@@ -27,10 +27,11 @@ import numpy as np
 
 from fitscale.config.load import load_config
 from fitscale.config.program import exit_code
-from tools.bench_sample import random_model
+from fitscale.config.schema import Config
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
 MODEL = [
     *("model.depth=4", "model.hidden_size=128", "model.num_heads=4", "model.num_classes=10", "batch.pack_tokens=2048"),
@@ -106,7 +107,7 @@ def work(way: str, options: argparse.Namespace, folder: str, rank: int, ranks: i
         os.sched_setaffinity(0, {rank} if ranks == 1 else os.sched_getaffinity(0))
     if way == "padded":
         attention._attention_per_image = padded_attention
-    networks = Networks(random_model(config, options.device))
+    networks = Networks(fresh_model(config, options.device))
     eye = torch.jit.load(f"{folder}/eye.pt", map_location=options.device)
 
     @torch.no_grad()
@@ -121,6 +122,19 @@ def work(way: str, options: argparse.Namespace, folder: str, rank: int, ranks: i
     loaded.wait()
     pieces = chunk_ranges(len(requests), max(1, options.images // 4))[rank::ranks]
     return sum(len(generation.generate(networks, config, [requests[i] for i in piece], 0, look)) for piece in pieces)
+
+
+def fresh_model(config: Config, device: str) -> "Module":
+    """The network as training starts from it: what it answers costs the same as later."""
+    from fitscale.config.schema import ParallelConfig
+    from fitscale.model.build import build_network, initial_items
+    from fitscale.parallel.groups import init_parallel
+
+    init_parallel(ParallelConfig(), device)
+    model = build_network(config.model, ParallelConfig())
+    for parameter, value in initial_items(model, seed=0):
+        parameter.data.copy_(value)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def padded_attention(q_THK: "Tensor", k_THK: "Tensor", v_THK: "Tensor", lengths: list[int]) -> "Tensor":
