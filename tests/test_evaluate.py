@@ -72,6 +72,7 @@ def run(tmp_path_factory, digits_shards, classifier):
     overrides = ("run.steps=30", "evaluation.points=2", "evaluation.first_step=10", "optim.lr=3e-3")
     overrides += (f"evaluation.features={classifier}", f"evaluation.reference={digits_shards}")
     overrides += ("evaluation.samples=40", "sampling.steps=4", "evaluation.validation_images=64")
+    overrides += ("model.rope.original_length=4",)  # so that RoPE is stretched where it is asked for
     run_ranks(train_here, 1, tiny_config(folder, digits_shards, *overrides))
     return RunDir(folder)
 
@@ -202,6 +203,9 @@ def test_rope_of_generated_images_is_part_of_their_key_alone(run):
     run_ranks(call, 1, "evaluate", run.path, "--step", 30, "--rope", "yarn", "--decouple", "--samples", 8)
     fd = [row for row in read_jsonl(run.evaluations) if row["metric"] == "fd"][-1]
     assert (fd["key"]["rope"], fd["key"]["samples"]) == ("yarn decoupled", 8)
+    run_ranks(call, 1, "evaluate", run.path, "--step", 30, "--samples", 8)
+    plain = [row for row in read_jsonl(run.evaluations) if row["metric"] == "fd"][-1]
+    assert plain["key"]["rope"] != fd["key"]["rope"] and plain["value"] != fd["value"]
     losses = [row for row in read_jsonl(run.evaluations) if row["metric"] == "validation_loss"]
     assert all("rope" not in row["key"] and len(row["key"]["data"]) == 16 for row in losses)
 

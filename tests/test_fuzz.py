@@ -201,12 +201,22 @@ WORDS_OF = {  # what a command line of each command is made of, besides hostile 
     "data": [],
     "sample": ["RUN", "--height=8", "--width=8"],
     "evaluate": ["RUN", "--samples=4"],
+    "tune": ["RUN", "--over", "steps=1,2"],
 }
 SAMPLERS = ["--method", "--steps", "--spacing", "--guidance", "--power", "--rope", "--height", "--width", "--seed"]
+SAMPLERS += [
+    "--last-step",
+    "--shift-base-tokens",
+    "--guide",
+    "--guide-step",
+    "--guide-weights",
+    "--tensor-parallel-size",
+]
 OPTIONS = {
     "plan": ["--gpus", "--gpu", "--mfu", "--measured", "--gpus-per-node", "--best", "--target-steps"],
     "data": ["--patch-size", "--batch", "--ranks", "--pack-tokens", "--out"],
     "sample": [*SAMPLERS, "--count", "--classes", "--out", "--step", "--weights", "--device"],
+    "tune": ["--over", "--metric", "--samples", "--seed", "--out", "--step", "--weights", "--tensor-parallel-size"],
     "evaluate": [*SAMPLERS, "--samples", "--features", "--reference", "--step", "--weights"],
 }
 HOSTILE = [*NUMBERS, *WORDS, "0-9999999999", "1,,2", "9-0", "--help", "--nonsense", "-h", "--", "-", "--o", "@x", "0x8"]

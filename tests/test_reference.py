@@ -12,6 +12,7 @@ from PIL import Image
 from fitscale.config.errors import UserError
 from fitscale.config.schema_data import DataConfig
 from fitscale.data.index import open_index
+from fitscale.eval.images import NpzImages
 from fitscale.eval.reference import Reference, load_reference
 
 F = 5
@@ -149,7 +150,7 @@ def test_a_folder_without_two_images_that_can_be_read_is_refused(tmp_path):
     assert not list((tmp_path / "kept").glob("*.npz"))
 
 
-def test_images_of_an_archive_give_features_and_its_statistics_stay(tmp_path):
+def test_images_of_an_archive_give_features_and_its_statistics_stay(tmp_path, monkeypatch):
     """ADM's reference files hold 10,000 images, and mu and sigma of the whole data set."""
     images = np.random.default_rng(0).integers(0, 256, (20, 6, 5, 3), dtype=np.uint8)
     np.savez(tmp_path / "both.npz", arr_0=images, mu=MU, sigma=SIGMA)
@@ -159,6 +160,10 @@ def test_images_of_an_archive_give_features_and_its_statistics_stay(tmp_path):
     np.savez_compressed(tmp_path / "images.npz", arr_0=images)
     alone = load(tmp_path / "images.npz").seen
     np.testing.assert_allclose(alone.statistics.mean_F[:3], images.reshape(20, -1, 3).mean((0, 1)), rtol=1e-6)
+    source, opened = NpzImages(tmp_path / "images.npz", "0"), []
+    monkeypatch.setattr(source, "_opened", lambda: opened.append(1) or NpzImages._opened(source))
+    assert all(np.array_equal(source.read(number), image) for number, image in enumerate(images))
+    assert np.array_equal(source.read(3), images[3]) and len(opened) == 2, "in order, the archive is read once"
     folder = tmp_path / "images"
     folder.mkdir()
     for number, image in enumerate(images):

@@ -60,6 +60,15 @@ def test_the_verdict_says_what_the_best_costs_and_how_flat_it_is():
     assert verdict(rows, "fd").endswith("; 1 of 3 points are within its standard error")
 
 
+@pytest.mark.parametrize(("option", "value"), [("--seed", -1), ("--samples", 1), ("--samples", 10**9), ("--step", 9)])
+def test_what_is_out_of_range_is_one_message(trained, capfd, option, value):  # noqa: F811
+    from fitscale.cli import main
+
+    assert main(["tune", str(trained.path), "--over", "steps=2", option, str(value)]) == 2
+    told = capfd.readouterr().err.splitlines()
+    assert told[-1].startswith(f"error: {option}: ")
+
+
 def tune(path, *arguments):
     from fitscale.eval import requests
 

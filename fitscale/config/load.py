@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -46,8 +46,7 @@ def load_schema(schema: type[Schema], arguments: Sequence[str | dict[str, Any]])
     for name, content in overrides:
         merged = _merge(merged, name, content)
     with _told():
-        loaded: Any = OmegaConf.to_object(merged)
-        return loaded  # type: ignore[no-any-return]
+        return cast(Schema, OmegaConf.to_object(merged))
 
 
 @lru_cache(maxsize=16)

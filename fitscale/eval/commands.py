@@ -21,8 +21,9 @@ from fitscale.eval.generate import Images, generate
 from fitscale.eval.ranks import carry_out, is_first
 from fitscale.eval.requests import Request, chunk_ranges, patches
 from fitscale.eval.validation import has_validation
-from fitscale.parallel.groups import launched_ranks, on_rank_zero
+from fitscale.parallel.groups import on_rank_zero
 from fitscale.run.chunks import ChunkFolder
+from fitscale.run.comparability import digest
 from fitscale.run.layout import RunDir
 
 MOST_IMAGES = 10_000_000
@@ -34,11 +35,13 @@ def run_sample(arguments: argparse.Namespace) -> None:
     config, run = open_run(arguments.run)
     checkpoint = find_checkpoint(run, arguments.step)
     weights = weights_name(config, checkpoint, arguments.weights or config.evaluation.weights)
-    config = replace(config, sampling=_sampling(config.sampling, arguments), model=_model(config, arguments))
+    evaluation = given(config.evaluation, tensor_parallel_size=arguments.tensor_parallel_size)
+    sampling, model = _sampling(config.sampling, arguments), _model(config, arguments)
+    config = replace(config, sampling=sampling, model=model, evaluation=evaluation)
     rows, cols = patches(config, arguments.height, arguments.width)
     labels = parse_classes(arguments.classes, config.model.num_classes)
-    _within("--count", arguments.count, 1, MOST_IMAGES)
-    _within("--seed", arguments.seed, 0, MOST_SEED)
+    within("--count", arguments.count, 1, MOST_IMAGES)
+    within("--seed", arguments.seed, 0, MOST_SEED)
     requests = [Request(i, labels[i % len(labels)], rows, cols) for i in range(arguments.count)]
     out = arguments.out or run.samples / _name(arguments, checkpoint.step, weights, config.sampling)
     check_samples_folder(out)
@@ -54,7 +57,8 @@ def run_sample(arguments: argparse.Namespace) -> None:
     }
     networks = load_networks(config, checkpoint.weights(weights), arguments.device)
     ranges = chunk_ranges(len(requests))
-    folder = ChunkFolder(out.with_name(f".{out.name}.chunks-{crc32(repr(settings).encode()):08x}"), len(ranges))
+    drawn = digest([settings, labels, len(requests), checkpoint.meta])  # chunks of anything else are of no use here
+    folder = ChunkFolder(out.with_name(f".{out.name}.chunks-{drawn}"), len(ranges))
 
     def compute(number: int, show: Callable[[int], Any]) -> Mapping[str, np.ndarray]:
         chosen = [requests[i] for i in ranges[number]]
@@ -71,8 +75,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
         drawn_in = f"{len(nfe)} images, {sum(nfe) / len(nfe):g} function evaluations each, in {out}"
         print(f"{drawn_in}; the first on {out / 'contact_sheet.png'}", flush=True)
 
-    begin = partial(folder.open, {"step": checkpoint.step, "what": "sample"})
-    on_rank_zero(begin) if launched_ranks() > 1 else begin()
+    on_rank_zero(partial(folder.open, {"step": checkpoint.step, "what": "sample"}))
     carry_out(folder, compute, fold, len(requests), "samples")
 
 
@@ -89,7 +92,7 @@ def _generated(folder: ChunkFolder) -> Iterator[Generated]:
             index += 1
 
 
-def _within(name: str, value: int, least: int, most: int) -> None:
+def within(name: str, value: int, least: int, most: int) -> None:
     if not least <= value <= most:
         raise UserError(f"{name}: {value} is outside {least} to {most}")
 
@@ -157,8 +160,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     """Measure the checkpoints that `arguments` name."""
     config, run = open_run(arguments.run)
     if arguments.samples is not None:
-        _within("--samples", arguments.samples, 2, MOST_IMAGES)
-    _within("--seed", arguments.seed, 0, MOST_SEED)
+        within("--samples", arguments.samples, 2, MOST_IMAGES)
+    within("--seed", arguments.seed, 0, MOST_SEED)
     chosen = {name: getattr(arguments, name) for name in ("weights", "samples", "tensor_parallel_size")}
     chosen |= {name: _by_name(getattr(arguments, name)) for name in ("features", "reference")}
     evaluation = given(config.evaluation, **chosen)

@@ -12,8 +12,6 @@ Every result is one line of evaluations.jsonl, with the comparability key of the
 results with equal keys may be fitted or ranked together.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,7 +40,7 @@ from fitscale.eval.validation import ValidationLoss, has_validation, plan_of
 from fitscale.parallel.groups import init_parallel, on_rank_zero, tp_broadcast
 from fitscale.run.checkpoint import MARKER, TOTALS, Checkpoint
 from fitscale.run.chunks import ChunkFolder
-from fitscale.run.comparability import metric_name, sample_key, validation_key
+from fitscale.run.comparability import digest, metric_name, sample_key, validation_key
 from fitscale.run.layout import EVALUATIONS, RunDir
 
 Row = dict[str, Any]
@@ -112,12 +110,10 @@ class Evaluator:
 
     def networks(self, weights: Path, config: Config) -> Networks:
         """What draws by `config`; the same as for the call before where that needed the same."""
-        needed = (weights, replace(config.sampling.guidance, scale=1.0, power=0.0, interval=(0.0, 1.0)))
+        guidance = config.sampling.guidance
+        needed = (weights, config.model, guidance.guide, guidance.guide_step, guidance.guide_weights)
         if self._loaded is None or self._loaded[0] != needed:
-            self._loaded = (
-                needed,
-                load_networks(replace(config, model=self.config.model), weights, self.options.device),
-            )
+            self._loaded = (needed, load_networks(config, weights, self.options.device))
         return self._loaded[1]
 
     @cached_property
@@ -165,17 +161,15 @@ class _At:
     def __post_init__(self) -> None:
         self.config, self.run, self.options = self.evaluator.config, self.evaluator.run, self.evaluator.options
 
-    @property
-    def networks(self) -> Networks:
-        return self.evaluator.networks(self.checkpoint.weights(self.weights), self.drawn)
+    def networks(self, config: Config) -> Networks:
+        return self.evaluator.networks(self.checkpoint.weights(self.weights), config)
 
     def validation_work(self) -> "_Work":
         key = validation_key(self.config, self.weights) | self.evaluator.data
         loss = ValidationLoss(self.config, self.options.open_index)
 
         def compute(number: int, show: Callable[[int], Any]) -> Mapping[str, np.ndarray]:
-            self.networks.model.config = self.config.model  # type: ignore[assignment] # as trained
-            arrays = loss.compute(self.networks.model, number)
+            arrays = loss.compute(self.networks(self.config).model, number)
             show(len(arrays["slots"]))
             return arrays
 
@@ -191,12 +185,11 @@ class _At:
         evaluator, options = self.evaluator, self.options
         shared = sample_key(self.drawn, self.weights, options.size, options.seed) | evaluator.data
         keys = {eye.net.name: shared | eye.identity for eye in evaluator.eyes}
-        sheet = self.run.sheet(self.checkpoint.step, _digest(shared))
+        sheet = self.run.sheet(self.checkpoint.step, digest(shared))
         samples = Samples(self.drawn, evaluator.requests, options.seed, evaluator.eyes)
 
         def compute(number: int, show: Callable[[int], Any]) -> Mapping[str, np.ndarray]:
-            self.networks.model.config = self.drawn.model  # type: ignore[assignment] # with other positions
-            return samples.compute(self.networks, number, show)
+            return samples.compute(self.networks(self.drawn), number, show)
 
         def fold(folder: ChunkFolder) -> list[Row]:
             samples.write_sheet(folder, sheet, f"{self.config.run.name} step {self.checkpoint.step} {self.weights}")
@@ -214,8 +207,8 @@ class _At:
         topology, config = self.evaluator.topology, self.config
         # What is no part of a result's key, but moves its last digits, or a forced launch apart from the one before it.
         about = [self.evaluator.since, topology.device.type, topology.tp_size]
-        about += [config.parallel.precision, config.batch.pack_tokens, work.wanted]
-        name = f"step-{self.checkpoint.step:08d}_{work.what}_{_digest(about)}"
+        about += [config.parallel.precision, config.batch.pack_tokens, work.count, work.wanted]
+        name = f"step-{self.checkpoint.step:08d}_{work.what}_{digest(about)}"
         folder = ChunkFolder(self.run.evaluation_folder / name, work.count)
         if not tp_broadcast(self._begin(work, folder)):
             return
@@ -278,7 +271,3 @@ class _Work:
     compute: Compute
     fold: Callable[[ChunkFolder], list[Row]]
     sheet: Path | None = None
-
-
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -4,7 +4,7 @@ import hashlib
 import zipfile
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 import torch
@@ -76,7 +76,10 @@ class ShardImages:
 
 
 class NpzImages:
-    """The array `arr_0`, uint8 (N, H, W, 3), of an .npz file, of which no more is read than is asked for."""
+    """The array `arr_0`, uint8 (N, H, W, 3), of an .npz file, of which one image is in memory at a time.
+
+    An archive is read from its beginning on, so images are best asked for in their order.
+    """
 
     def __init__(self, path: Path, identity: str) -> None:
         self.path, self.identity = path, identity
@@ -90,21 +93,24 @@ class NpzImages:
             there = archive.getinfo(f"{IMAGES}.npy").file_size - self._start
         if there != int(np.prod(shape, dtype=object)):
             raise ValueError(f"{IMAGES} says {shape} and has {there} bytes")
+        self._file: IO[bytes] | None = None
 
-    def _opened(self) -> zipfile.ZipExtFile:  # closes the archive with itself
-        return zipfile.ZipFile(self.path).open(f"{IMAGES}.npy")  # type: ignore[return-value]
+    def _opened(self) -> IO[bytes]:  # closes the archive with itself
+        return zipfile.ZipFile(self.path).open(f"{IMAGES}.npy")
 
     def read(self, number: int) -> np.ndarray:
         size = int(np.prod(self.shape))
+        place = self._start + number * size
         try:
-            with self._opened() as file:
-                file.seek(self._start + number * size)
-                return np.frombuffer(file.read(size), dtype=np.uint8).reshape(self.shape)
+            if self._file is None or self._file.tell() > place:
+                self._file = self._opened()
+            self._file.seek(place)
+            return np.frombuffer(self._file.read(size), dtype=np.uint8).reshape(self.shape)
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise UserError(f"evaluation.reference: {self.path}: image {number} cannot be read: {error}") from error
 
 
-def _header(file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(file)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from fitscale.parallel.groups import tp_broadcast, tp_place
@@ -32,7 +31,7 @@ def carry_out(
 
     Args:
         compute: the arrays of a chunk, from its number; it tells how many images are done.
-        fold: uses all chunks, in one process, on one core: so that its result does not depend on their number.
+        fold: uses all chunks, in one process.
         images: of all chunks together, for the bar on the first rank.
         title: of the bar.
         in_groups: a tensor-parallel group works at one chunk together.
@@ -68,8 +67,7 @@ def _folded(folder: ChunkFolder, fold: Callable[[], None]) -> bool:
     with folder.claimed("fold") as mine:
         if mine and folder.exists:
             try:
-                with threadpool_limits(1):
-                    fold()
+                fold()
             except DamagedChunkError as error:
                 print(f"warning: {error}", flush=True)
             else:

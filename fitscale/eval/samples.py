@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 
@@ -73,7 +74,7 @@ class Samples:
     def fold(self, folder: ChunkFolder) -> Iterator[tuple[str, Figure, int]]:
         """(network, figure, number of images it is of), from the chunks in their order.
 
-        What networks said is gathered in files beside the chunks and mapped, so that memory does not grow with the
+        What networks said is gathered in a file beside the chunks and mapped, so that memory does not grow with the
         number of images.
         """
         for k, eye in enumerate(self.eyes):
@@ -116,15 +117,15 @@ class Samples:
 
     def _gathered(self, folder: ChunkFolder, name: str) -> np.ndarray | None:
         """An array of all images, mapped from a file; None if no chunk has it."""
-        gathered: np.ndarray | None = None
-        for number, places in enumerate(self.ranges):
-            array = folder.read(number, (name,)).get(name)
-            if array is None and number == 0:
-                return None
-            if array is None or len(array) != len(places):
-                raise folder.set_aside(number, f"{name}: not one row an image")
-            if gathered is None:
-                shape = (len(self.requests), *array.shape[1:])
-                gathered = np.lib.format.open_memmap(folder.path / f"{name}.npy", "w+", array.dtype, shape)
-            gathered[places.start : places.stop] = array
-        return gathered
+        if name not in (first := folder.read(0, (name,))):
+            return None
+        # Of this process alone, and gone with it. Written, not mapped, while it grows: a full disk is an error so.
+        with writing(folder.path), TemporaryFile(dir=folder.path) as file:
+            for number, places in enumerate(self.ranges):
+                array = folder.read(number, (name,)).get(name, np.empty(0))
+                if array.shape != (len(places), *first[name].shape[1:]) or array.dtype != first[name].dtype:
+                    raise folder.set_aside(number, f"{name}: not one row an image")
+                file.write(array.tobytes())
+            file.flush()
+            shape = (len(self.requests), *first[name].shape[1:])
+            return np.memmap(file, first[name].dtype, "r", shape=shape)

@@ -26,6 +26,7 @@ from fitscale.config.program import aligned
 from fitscale.config.schema import SamplingConfig
 from fitscale.data.index import open_index
 from fitscale.eval.checkpoints import find_checkpoint, open_run
+from fitscale.eval.commands import MOST_IMAGES, MOST_SEED, within
 from fitscale.eval.evaluate import EvaluationOptions, Evaluator
 from fitscale.eval.ranks import is_first
 
@@ -46,10 +47,13 @@ class Point:
 def run_tune(arguments: argparse.Namespace) -> None:
     """Measure every point of the grid, and say which is best."""
     config, run = open_run(arguments.run)
-    if not config.evaluation.networks:
-        raise UserError("evaluation.features: needed to tell images apart (--features goes with `fitscale evaluate`)")
     points = list(grid(arguments.over, [str(run.config)]))
-    config = replace(config, evaluation=given(config.evaluation, samples=arguments.samples, weights=arguments.weights))
+    within("--samples", arguments.samples, 2, MOST_IMAGES)
+    within("--seed", arguments.seed, 0, MOST_SEED)
+    if not config.evaluation.networks:
+        raise UserError("evaluation.features: needed, and evaluation.reference, to tell what is better")
+    chosen = {name: getattr(arguments, name) for name in ("samples", "weights", "tensor_parallel_size")}
+    config = replace(config, evaluation=given(config.evaluation, **chosen))
     step = find_checkpoint(run, arguments.step).step
     options = EvaluationOptions(config.model, None, arguments.seed, arguments.device, False, cache(open_index))
     evaluator, rows = Evaluator(config, run, options), []

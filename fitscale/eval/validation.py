@@ -80,7 +80,13 @@ def has_validation(config: Config) -> bool:
 
 def plan_of(config: Config, split: str, seed: int, images: int, opened: OpenIndex) -> BatchPlan:
     """A plan of one batch of so many images; UserError if the shards are not what the config says."""
-    about = {"global_batch_size": images, "patch_size": config.model.patch_size}
-    plan = open_plan(config.data, seed=seed, split=split, open_index=opened, **about)  # type: ignore[arg-type]
+    plan = open_plan(
+        config.data,
+        seed=seed,
+        split=split,
+        global_batch_size=images,
+        patch_size=config.model.patch_size,
+        open_index=opened,
+    )
     require_encoding(config, plan)
     return plan

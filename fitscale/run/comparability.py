@@ -95,4 +95,9 @@ def shown_name(config: Config, metric: str, key: dict[str, Any]) -> str:
     """
     if is_as_configured(config, metric, key):
         return f"evaluation/{metric}"
-    return f"evaluation-{sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]}/{metric}"
+    return f"evaluation-{digest(key)[:8]}/{metric}"
+
+
+def digest(content: object) -> str:
+    """16 hexadecimal digits that tell one content, of what JSON can hold, from another."""
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

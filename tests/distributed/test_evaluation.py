@@ -1,10 +1,16 @@
 """Evaluation by any number of ranks and starts: the same bytes of evaluations.jsonl, whoever is killed on the way."""
 
+import io
+import os
 import random
 import shutil
-import sys
+import signal
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,8 +25,10 @@ from tests.kills import die_after
 from tests.test_evaluate import METRICS, call
 from tests.test_train import train_here
 from tests.tiny import tiny_config
+from tests.waiting import wait_until
 
 CHUNK_IMAGES = 48
+Compute = Callable[[int], Mapping[str, np.ndarray]]
 ARGUMENTS = ("--step", 4, "--samples", 200)
 
 
@@ -72,18 +80,38 @@ def evaluate(path: Path, *arguments: object) -> None:
 
 
 def evaluate_and_die(path: Path, calls: list[int]) -> None:
-    """In a spawned process: end after so many function calls, counted from the first chunk that is worked at."""
-    import os
+    """In a spawned process: end so many function calls into the first chunk that this rank works at."""
+    die_in_a_chunk(lambda: die_after(calls[int(os.environ["RANK"])]))
+    evaluate(path)
 
-    from fitscale.eval import ranks
 
-    work = ranks.ChunkFolder.work
+def die_in_a_chunk(begin: Callable[[], None]) -> None:
+    """In a spawned process: call `begin` when it has claimed a chunk that is not finished."""
+    from fitscale.run.chunks import ChunkFolder
 
-    def counted(*arguments: object) -> None:
-        die_after(calls[int(os.environ["RANK"])])
-        work(*arguments)  # type: ignore[arg-type]
+    finish = ChunkFolder._finish
 
-    ranks.ChunkFolder.work = counted  # type: ignore[method-assign]
+    def watched(folder: ChunkFolder, number: int, compute: Compute) -> bool:
+        return finish(folder, number, lambda claimed: (begin(), compute(claimed))[1])
+
+    ChunkFolder._finish = watched  # type: ignore[assignment,method-assign]
+
+
+def evaluate_and_die_first(path: Path) -> None:
+    """In a spawned process: rank 0 ends in its first chunk; rank 1 begins when that is claimed."""
+    from fitscale.run.chunks import ChunkFolder
+
+    if os.environ["RANK"] == "0":
+        die_in_a_chunk(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    else:
+        work = ChunkFolder.work
+
+        def second(folder: ChunkFolder, *arguments: Any) -> None:
+            wait_until(lambda: (path / "claimed").exists() or any(folder.path.glob("*.claim")), "rank 0 to claim")
+            (path / "claimed").touch()
+            work(folder, *arguments)
+
+        ChunkFolder.work = second  # type: ignore[method-assign]
     evaluate(path)
 
 
@@ -106,16 +134,15 @@ def test_rows_are_the_same_bytes_for_any_number_of_ranks(trained, expected, tmp_
 
 
 def test_rows_are_the_same_bytes_after_kills_of_random_ranks(trained, expected, tmp_path):
-    """Every start ends with its ranks killed, one after the other; what they finished stays."""
+    """Every start ends with its ranks killed, each somewhere in its first chunk; what is finished by then stays."""
     copy, chance = RunDir(tmp_path / "run"), random.Random(5)
     shutil.copytree(trained.path, copy.path)
-    deaths = 0
-    for _ in range(4):
-        processes = start_ranks(evaluate_and_die, 2, copy.path, [chance.randrange(30_000) for _ in range(2)])
+    for _ in range(3):
+        processes = start_ranks(evaluate_and_die, 2, copy.path, [chance.randrange(3_000) for _ in range(2)])
         for process in processes:
             process.join()
-            deaths += process.exitcode == -9
-    assert deaths >= 4
+        assert -signal.SIGKILL in [process.exitcode for process in processes]
+    assert not copy.evaluations.exists() or copy.evaluations.read_bytes() != expected
     run_ranks(evaluate, 2, copy.path)
     assert copy.evaluations.read_bytes() == expected
     assert not list(copy.evaluation_folder.iterdir())
@@ -124,10 +151,10 @@ def test_rows_are_the_same_bytes_after_kills_of_random_ranks(trained, expected, 
 def test_a_rank_that_dies_leaves_its_chunks_to_the_others(trained, expected, tmp_path):
     copy = RunDir(tmp_path / "run")
     shutil.copytree(trained.path, copy.path)
-    first, second = start_ranks(evaluate_and_die, 2, copy.path, [9_000, sys.maxsize])
+    first, second = start_ranks(evaluate_and_die_first, 2, copy.path)
     for process in (first, second):
         process.join()
-    assert first.exitcode == -9 and second.exitcode == 0
+    assert first.exitcode == -signal.SIGKILL and second.exitcode == 0
     assert copy.evaluations.read_bytes() == expected
 
 
@@ -149,9 +176,6 @@ def test_a_truncated_chunk_is_named_and_made_again(trained, expected, tmp_path):
 
 
 def evaluate_with_a_truncated_chunk(path: Path) -> str:
-    import io
-    from contextlib import redirect_stdout
-
     from fitscale.eval import ranks
 
     work, cut = ranks.ChunkFolder.work, []
@@ -207,11 +231,64 @@ def test_samples_are_the_same_for_any_number_of_ranks(trained, tmp_path):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
 
 
-def sample(path: Path, out: Path) -> None:
+def sample(path: Path, out: Path, *arguments: object) -> None:
     from fitscale.eval import requests
 
     requests.chunk_ranges.__defaults__ = (CHUNK_IMAGES,)
-    call("sample", path, "--height", 6, "--width", 4, "--count", 100, "--out", out)
+    call("sample", path, "--height", 6, "--width", 4, "--count", 100, "--out", out, *arguments)
+
+
+def sample_and_die(path: Path, out: Path) -> None:
+    """In a spawned process: of class 3, until the second chunk."""
+    numbers = iter(range(2))
+    die_in_a_chunk(lambda: next(numbers) and os.kill(os.getpid(), signal.SIGKILL))
+    sample(path, out, "--classes", 3)
+
+
+def test_what_a_killed_sample_has_drawn_is_of_use_to_the_same_alone(trained, tmp_path):
+    (process,) = start_ranks(sample_and_die, 1, trained.path, tmp_path / "out")
+    process.join()
+    (chunks,) = tmp_path.iterdir()
+    assert process.exitcode == -signal.SIGKILL and chunks.name.startswith(".out.chunks-")
+    for out in ("out", "fresh"):
+        run_ranks(sample, 1, trained.path, tmp_path / out, "--classes", 5)
+    assert chunks.exists(), "it waits for the command that began it"
+    files = sorted((tmp_path / "fresh").glob("*.png"))
+    assert len(files) == 101
+    for file in files:
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    run_ranks(sample, 1, trained.path, tmp_path / "out", "--classes", 3)
+    assert not chunks.exists() and len(list((tmp_path / "out").glob("*_class3.png"))) == 100
+
+
+def test_tensor_parallel_ranks_sample_as_one(trained, tmp_path):
+    run_ranks(sample, 1, trained.path, tmp_path / "one")
+    run_ranks(sample, 2, trained.path, tmp_path / "two", "--tensor-parallel-size", 2)
+    one, two = (np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in ("one", "two"))
+    assert np.abs(one - two).max() <= 1
+
+
+def test_a_disk_that_is_full_when_chunks_are_put_together_is_told(trained, expected, tmp_path):
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(trained.path, copy.path)
+    (told,) = run_ranks(evaluate_on_a_full_disk, 1, copy.path)
+    assert told.splitlines()[-1].endswith("cannot be written (No space left on device)")
+    work, _ = chunk_progress(copy.evaluation_folder), run_ranks(evaluate, 1, copy.path)
+    assert [(one.what, one.done, one.count) for one in work] == [("samples", 5, 5)], "nothing is lost"
+    assert copy.evaluations.read_bytes() == expected
+
+
+def evaluate_on_a_full_disk(path: Path) -> str:
+    """In a spawned process: the file in which what was said is put together takes nothing."""
+    from fitscale.cli import main
+    from fitscale.eval import requests, samples, validation
+
+    requests.chunk_ranges.__defaults__ = (CHUNK_IMAGES,)
+    validation.CHUNK_IMAGES = 50
+    samples.TemporaryFile = lambda dir: open("/dev/full", "wb")  # noqa: SIM115
+    with redirect_stderr(io.StringIO()) as told:
+        assert main(["evaluate", str(path), *map(str, ARGUMENTS)]) == 2
+    return told.getvalue()
 
 
 def test_a_checkpoint_that_is_being_evaluated_is_not_deleted(trained, tmp_path):
