@@ -7,7 +7,7 @@
 5. The status table until every cell is finished; then how every start of the largest ended.
 6. The law of the validation loss and its report, made from the run directories. The cluster is stopped.
 
-The law is not that of the Frechet distance: within these 1,000 steps the distance falls off a cliff when a size learns
+The law is not that of the Frechet distance: within these 800 steps the distance falls off a cliff when a size learns
 to draw strokes, at another step in every size, which is no power of compute (errors of 50 to 200 %).
 
     python slurm/demo.py

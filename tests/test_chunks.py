@@ -16,6 +16,7 @@ from fitscale.run.chunks import ChunkFolder, DamagedChunkError, chunk_progress
 from tests.waiting import wait_until
 
 ABOUT = {"step": 7, "what": "samples"}
+ROUNDS = 50
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def nothing(finished: int) -> None:
 
 
 def names(folder: ChunkFolder) -> list[str]:
-    return sorted(path.name for path in folder.path.iterdir())
+    return sorted(path.name for path in folder.path.iterdir() if path.name != chunks.LOCK)
 
 
 def test_one_process_does_all_and_leaves_results_alone(folder):
@@ -67,6 +68,30 @@ def test_what_a_killed_process_began_another_does(folder):
     process.join()
     folder.work(squares, nothing)
     assert folder.unfinished() == []
+
+
+def take_over(path: Path, ready, taken) -> None:
+    """In a process of its own: take every void claim, all processes the same one at a time."""
+    for number in range(ROUNDS):
+        ready.wait()
+        if chunks._take(path / f"{number}.claim"):
+            taken.put(number)
+
+
+def test_of_all_who_see_that_a_claim_is_void_one_takes_it_over(folder):
+    context = multiprocessing.get_context("fork")
+    ready, taken = context.Barrier(6), context.Queue()
+    for number in range(ROUNDS):
+        claim = folder.path / f"{number}.claim"
+        claim.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+        os.utime(claim, (0, 0))
+    processes = [context.Process(target=take_over, args=(folder.path, ready, taken)) for _ in range(6)]
+    for process in processes:
+        process.start()
+    numbers = sorted(taken.get() for _ in range(ROUNDS))
+    for process in processes:
+        process.join()
+    assert numbers == [*range(ROUNDS)] and taken.empty()
 
 
 def test_a_claim_of_another_host_counts_until_its_lease_is_over(folder):

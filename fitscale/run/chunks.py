@@ -10,6 +10,7 @@ another does. A chunk's content depends on its number alone, so that two who do 
 stopped for long may bring about, write the same.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -30,8 +31,9 @@ from fitscale.config.files import read_json, replacing, require_kinds, write_ato
 
 LEASE_S = 120.0  # how long a claim counts that nobody renews; NFS may show its time up to 60 s late
 RENEW_S = LEASE_S / 6
+CLEARINGS = 5
 POLL_S = 0.5  # between looks at what others have finished
-ABOUT = "chunks.json"
+ABOUT, LOCK = "chunks.json", ".lock"
 
 
 class DamagedChunkError(Exception):
@@ -136,7 +138,11 @@ class ChunkFolder:
     def clear(self) -> None:
         """Remove the folder with all in it; chunks.json first, so that nobody begins to work there meanwhile."""
         (self.path / ABOUT).unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+        for _ in range(CLEARINGS):  # who looks at a claim just then may leave a file behind
+            shutil.rmtree(self.path, ignore_errors=True)
+            if not self.path.exists():
+                break
+            time.sleep(POLL_S / CLEARINGS)
 
 
 @dataclass(frozen=True)
@@ -164,20 +170,26 @@ def chunk_progress(folder: Path) -> list[ChunkProgress]:
 def _take(claim: Path) -> bool:
     """Make the claim; one that counts no longer is put out of the way first."""
     content = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
-    for _ in range(2):
-        try:
-            descriptor = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            if _counts(claim):
-                return False
-            claim.unlink(missing_ok=True)
-        except FileNotFoundError:
-            return False
-        else:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-            return True
+    try:
+        if not claim.exists() or not _counts(claim):
+            with _alone(claim.parent):
+                if claim.exists() and not _counts(claim):  # nobody else has taken it over meanwhile
+                    claim.unlink(missing_ok=True)
+                with open(claim, "xb") as file:
+                    file.write(content)
+                return True
+    except (FileExistsError, FileNotFoundError):  # somebody was faster, or the folder has been cleared away
+        pass
     return False
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep others from taking claims over: of all who see that one is void, the second would remove the first's."""
+    with open(folder / LOCK, "ab") as file:
+        with suppress(OSError):  # where there are no locks, chunks may be worked out twice, to the same end
+            fcntl.lockf(file, fcntl.LOCK_EX)  # POSIX: the kind that network file systems know
+        yield
 
 
 def _counts(claim: Path) -> bool:
