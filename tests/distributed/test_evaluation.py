@@ -238,6 +238,13 @@ def sample(path: Path, out: Path, *arguments: object) -> None:
     call("sample", path, "--height", 6, "--width", 4, "--count", 100, "--out", out, *arguments)
 
 
+def sample_in_a_group(path: Path, out: Path) -> int:
+    from fitscale.parallel.layers import tp_size
+
+    sample(path, out, "--tensor-parallel-size", 2)
+    return tp_size()
+
+
 def sample_and_die(path: Path, out: Path) -> None:
     """In a spawned process: of class 3, until the second chunk."""
     numbers = iter(range(2))
@@ -263,7 +270,7 @@ def test_what_a_killed_sample_has_drawn_is_of_use_to_the_same_alone(trained, tmp
 
 def test_tensor_parallel_ranks_sample_as_one(trained, tmp_path):
     run_ranks(sample, 1, trained.path, tmp_path / "one")
-    run_ranks(sample, 2, trained.path, tmp_path / "two", "--tensor-parallel-size", 2)
+    assert run_ranks(sample_in_a_group, 2, trained.path, tmp_path / "two") == [2, 2], "ranks that hold one model"
     one, two = (np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in ("one", "two"))
     assert np.abs(one - two).max() <= 1
 
