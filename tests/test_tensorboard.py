@@ -77,7 +77,7 @@ def run(tmp_path) -> RunDir:
     made = claim(config)
     for step in (1, 2):
         append_jsonl(made.metrics, {"step": step, "loss": step / 2, "tokens": 2**40 + step, "note": "text"})
-        append_jsonl(made.throughput, {"step": step, "time_unix_s": 1000.5 + step})
+        append_jsonl(made.throughput, {"step": step, "time_unix_s": 1000.5 + step, "step_s": 1.0, "data_wait_s": 0.0})
     append_jsonl(made.metrics, {"step": 3, "loss": None})
     record(config, 2, "validation_loss")
     return made

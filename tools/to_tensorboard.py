@@ -25,7 +25,7 @@ from fitscale.config.files import parse_json, read_json, read_jsonl, require_kin
 from fitscale.config.load import load_config
 from fitscale.config.program import exit_code
 from fitscale.run.comparability import shown_name
-from fitscale.run.layout import EVALUATIONS, METRICS, RunDir, find_runs
+from fitscale.run.layout import EVALUATIONS, METRICS, THROUGHPUT, RunDir, find_runs
 
 EVENTS, READ = "events.out.tfevents.0000000000.fitscale", "read.json"
 VARINT, DOUBLE, BYTES, FLOAT = 0, 1, 2, 5  # how a field of a protocol buffer is written
@@ -107,7 +107,7 @@ def _events(
 ) -> Iterator[bytes]:
     """Events as protocol buffers; their time is that of the training step, where it is known."""
     config = load_config([str(run.config)])
-    times = {row["step"]: row["time_unix_s"] for row in read_jsonl(run.throughput)}
+    times = {row["step"]: row["time_unix_s"] for row in read_jsonl(run.throughput, **THROUGHPUT)}
 
     def event(step: int, values: list[bytes]) -> bytes:
         summary = b"".join(_field(1, BYTES, value) for value in values)

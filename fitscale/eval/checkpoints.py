@@ -1,6 +1,5 @@
 """From a run directory to a network that can sample."""
 
-import json
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 
 from fitscale.config.errors import UserError
+from fitscale.config.files import parse_json
 from fitscale.config.load import load_config
 from fitscale.config.schema import Config, ModelConfig, ParallelConfig
 from fitscale.eval.draw import Networks
@@ -63,12 +63,13 @@ def weights_name(config: Config, checkpoint: Checkpoint, name: str) -> str:
 
 
 def stored_sections(path: Path) -> dict[str, Any]:
-    """What the metadata of a .safetensors file that fitscale exported says of its config; nothing of any other."""
-    names = {section.name for section in fields(Config)}
-    try:
-        return {name: json.loads(text) for name, text in read_metadata(path).items() if name in names}
-    except ValueError as error:
-        raise UserError(f"{path}: its metadata is not JSON: {error}") from error
+    """What the metadata of a .safetensors file that fitscale exported says of its config; nothing of any other.
+
+    Raises:
+        UserError: what stands there under a section's name is no JSON object.
+    """
+    names, metadata = {section.name for section in fields(Config)}, read_metadata(path)
+    return {name: parse_json(text.encode(), f"{path}: {name}") for name, text in metadata.items() if name in names}
 
 
 def load_networks(config: Config, weights: Path, device: str) -> Networks:
