@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fitscale.config.errors import UserError
-from fitscale.config.program import exit_code
+from fitscale.config.program import exit_code, loading
 
 if TYPE_CHECKING:
     from fitscale.scaling.fit.question import Question
@@ -30,11 +30,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def fit_scaling(options: argparse.Namespace) -> int:
     """Fit, write the report, print it in short; the exit code of this program's description."""
-    from fitscale.config.errors import writing
-    from fitscale.scaling.fit.question import require_within
-    from fitscale.scaling.fit.study import study
-    from fitscale.scaling.report.files import write_report
-    from fitscale.scaling.rows.runs import load_table
+    with loading("pandas and scipy"):
+        from fitscale.config.errors import writing
+        from fitscale.scaling.fit.question import require_within
+        from fitscale.scaling.fit.study import study
+        from fitscale.scaling.report.files import write_report
+        from fitscale.scaling.rows.runs import load_table
 
     require_within(options, resamples=RESAMPLES, seed=0)
     if options.huber is not None and not 0 < options.huber < math.inf:

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fitscale.config.program import exit_code
+from fitscale.config.program import exit_code, loading
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,9 +19,11 @@ def holdout(options: argparse.Namespace) -> int:
     """Print (and write) the errors and the ranking; a refusal is a user's error."""
     from fitscale.config.errors import writing
     from fitscale.config.files import write_atomic
-    from fitscale.scaling.fit.holdout import hold_out
-    from fitscale.scaling.fit.question import question
-    from fitscale.scaling.rows.runs import load_table
+
+    with loading("pandas and scipy"):
+        from fitscale.scaling.fit.holdout import hold_out
+        from fitscale.scaling.fit.question import question
+        from fitscale.scaling.rows.runs import load_table
 
     asked = question(options)
     selection = asked.select(load_table(options.runs))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fitscale.config.errors import UserError
-from fitscale.config.program import exit_code
+from fitscale.config.program import exit_code, loading
 
 if TYPE_CHECKING:
     from fitscale.scaling.fit.planner import Economics, Outlook, Prior, SweepPlan
@@ -33,8 +33,10 @@ def run(options: argparse.Namespace) -> int:
     from fitscale.config.errors import writing
     from fitscale.config.files import write_atomic
     from fitscale.model import flops
-    from fitscale.scaling.fit.planner import plan
-    from fitscale.scaling.fit.question import model_named, require_within
+
+    with loading("pandas and scipy"):
+        from fitscale.scaling.fit.planner import plan
+        from fitscale.scaling.fit.question import model_named, require_within
 
     counts = dict.fromkeys(("first_step", "most_steps", "target_steps", "tokens", "batch", "nfe"), 1)
     require_within(options, **counts, points=(1, 1000), samples=2, gpu_hours=0, seed=0)

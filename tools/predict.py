@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fitscale.config.program import exit_code
+from fitscale.config.program import exit_code, loading
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,9 +33,11 @@ def run(options: argparse.Namespace) -> int:
 
     from fitscale.config.errors import writing
     from fitscale.config.files import write_atomic
-    from fitscale.scaling.fit.prediction import describe, predict
-    from fitscale.scaling.fit.question import question, require_within
-    from fitscale.scaling.rows.runs import load_table
+
+    with loading("pandas and scipy"):
+        from fitscale.scaling.fit.prediction import describe, predict
+        from fitscale.scaling.fit.question import question, require_within
+        from fitscale.scaling.rows.runs import load_table
 
     require_within(options, steps=1, batch=1, tokens=1, seed=0)
     table, asked = load_table(options.runs), question(options)

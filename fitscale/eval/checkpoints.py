@@ -16,7 +16,7 @@ from fitscale.model.weights import load_weights, read_metadata
 from fitscale.parallel.groups import init_parallel
 from fitscale.run.checkpoint import Checkpoint, read_checkpoint
 from fitscale.run.comparability import full_weights_name
-from fitscale.run.layout import RunDir
+from fitscale.run.layout import RunDir, run_at
 
 ALIKE = ("patch_size", "in_channels", "num_classes", "objective")  # in a model and the weaker one that guides it
 
@@ -27,9 +27,7 @@ def open_run(path: Path) -> tuple[Config, RunDir]:
     Raises:
         UserError: it is no run directory.
     """
-    run = RunDir(path)
-    if not run.config.is_file():
-        raise UserError(f"{path}: not a run directory (no config.yaml there)")
+    run = run_at(path)
     return load_config([str(run.config)]), run
 
 

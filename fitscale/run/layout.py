@@ -88,6 +88,14 @@ class RunDir:
         return found
 
 
+def run_at(path: Path) -> RunDir:
+    """The run directory `path`; raises UserError if it is none."""
+    run = RunDir(path)
+    if not run.config.is_file():
+        raise UserError(f"{path}: not a run directory (no config.yaml there)")
+    return run
+
+
 def find_runs(paths: list[Path]) -> list[RunDir]:
     """The run directories at `paths` or directly inside them, without repeats, in order of their path.
 
