@@ -25,17 +25,18 @@ RESAMPLES = (20, 100_000)  # the least has one beyond either end of a 90 % inter
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return exit_code(lambda: fit_scaling(_parser().parse_args(arguments)))
+    with loading("pandas and scipy", "scipy.stats"):
+        parser = _parser()
+    return exit_code(lambda: fit_scaling(parser.parse_args(arguments)))
 
 
 def fit_scaling(options: argparse.Namespace) -> int:
     """Fit, write the report, print it in short; the exit code of this program's description."""
-    with loading("pandas and scipy"):
-        from fitscale.config.errors import writing
-        from fitscale.scaling.fit.question import require_within
-        from fitscale.scaling.fit.study import study
-        from fitscale.scaling.report.files import write_report
-        from fitscale.scaling.rows.runs import load_table
+    from fitscale.config.errors import writing
+    from fitscale.scaling.fit.question import require_within
+    from fitscale.scaling.fit.study import study
+    from fitscale.scaling.report.files import write_report
+    from fitscale.scaling.rows.runs import load_table
 
     require_within(options, resamples=RESAMPLES, seed=0)
     if options.huber is not None and not 0 < options.huber < math.inf:

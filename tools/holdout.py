@@ -12,18 +12,18 @@ from fitscale.config.program import exit_code, loading
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return exit_code(lambda: holdout(_parser().parse_args(arguments)))
+    with loading("pandas and scipy", "scipy.stats"):
+        parser = _parser()
+    return exit_code(lambda: holdout(parser.parse_args(arguments)))
 
 
 def holdout(options: argparse.Namespace) -> int:
     """Print (and write) the errors and the ranking; a refusal is a user's error."""
     from fitscale.config.errors import writing
     from fitscale.config.files import write_atomic
-
-    with loading("pandas and scipy"):
-        from fitscale.scaling.fit.holdout import hold_out
-        from fitscale.scaling.fit.question import question
-        from fitscale.scaling.rows.runs import load_table
+    from fitscale.scaling.fit.holdout import hold_out
+    from fitscale.scaling.fit.question import question
+    from fitscale.scaling.rows.runs import load_table
 
     asked = question(options)
     selection = asked.select(load_table(options.runs))

@@ -25,7 +25,9 @@ RECIPE = "configs/recipe/fitv2_256.yaml"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return exit_code(lambda: run(_parser().parse_args(arguments)))
+    with loading("pandas and scipy", "scipy.stats"):
+        parser = _parser()
+    return exit_code(lambda: run(parser.parse_args(arguments)))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -33,10 +35,8 @@ def run(options: argparse.Namespace) -> int:
     from fitscale.config.errors import writing
     from fitscale.config.files import write_atomic
     from fitscale.model import flops
-
-    with loading("pandas and scipy"):
-        from fitscale.scaling.fit.planner import plan
-        from fitscale.scaling.fit.question import model_named, require_within
+    from fitscale.scaling.fit.planner import plan
+    from fitscale.scaling.fit.question import model_named, require_within
 
     counts = dict.fromkeys(("first_step", "most_steps", "target_steps", "tokens", "batch", "nfe"), 1)
     require_within(options, **counts, points=(1, 1000), samples=2, gpu_hours=0, seed=0)

@@ -24,7 +24,9 @@ MODELS = Path(__file__).parents[1] / "configs" / "model"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return exit_code(lambda: run(_parser().parse_args(arguments)))
+    with loading("pandas and scipy", "scipy.stats"):
+        parser = _parser()
+    return exit_code(lambda: run(parser.parse_args(arguments)))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -33,11 +35,9 @@ def run(options: argparse.Namespace) -> int:
 
     from fitscale.config.errors import writing
     from fitscale.config.files import write_atomic
-
-    with loading("pandas and scipy"):
-        from fitscale.scaling.fit.prediction import describe, predict
-        from fitscale.scaling.fit.question import question, require_within
-        from fitscale.scaling.rows.runs import load_table
+    from fitscale.scaling.fit.prediction import describe, predict
+    from fitscale.scaling.fit.question import question, require_within
+    from fitscale.scaling.rows.runs import load_table
 
     require_within(options, steps=1, batch=1, tokens=1, seed=0)
     table, asked = load_table(options.runs), question(options)
