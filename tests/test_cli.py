@@ -138,6 +138,14 @@ def test_a_run_that_is_none_is_told_before_anything_loads(command, tmp_path):
     assert not {line.rpartition("|")[2].strip() for line in imported} & HEAVY
 
 
+@pytest.mark.parametrize("option", ["--out", "--weights", "--classes"])
+def test_a_null_character_is_one_line(option, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["sample", "run", "--height", "8", "--width", "8", option, "a\0b"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "fitscale: error: an argument holds a null character"
+
+
 def test_the_version_is_the_package_s():
     assert run("-m", "fitscale", "--version").stdout == f"fitscale {version('fitscale')}\n"
 
