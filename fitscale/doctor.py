@@ -109,9 +109,13 @@ def packages() -> str:
 
 
 def compiler() -> str:
-    """Only torch.compile would need one: DeepSpeed's own kernels are not used, and stay as they are."""
-    found = [name for name in ("c++", "g++", "clang++", "nvcc") if shutil.which(name)]
-    return f"{', '.join(found) or 'none'} found; none is needed: no kernel of DeepSpeed's is compiled"
+    """What `parallel.compile` needs: without it networks run as they are written. DeepSpeed needs none."""
+    import torch
+
+    from fitscale.model.common.compiler import lacks_for_compiling
+
+    missing = lacks_for_compiling(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return f"{missing}: parallel.compile stays off" if missing else "there for parallel.compile"
 
 
 def slurm(profile: str | None) -> str:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from fitscale.config.schema import ParallelConfig
 from fitscale.model.build import build_network, initial_items
 from fitscale.model.common.attention import packed_attention
+from fitscale.model.common.compiler import lacks_for_compiling, use_compiler
 from fitscale.model.common.layout import pack_layout
 from fitscale.model.fit.config import FitConfig
 from fitscale.parallel.groups import init_parallel
@@ -62,7 +63,17 @@ def test_output_equals_the_published_models(name):
 @pytest.mark.parametrize("packs", ["one", "several"])
 @pytest.mark.parametrize("name", ["fitv2_tiny", "fitv2_hr_tiny"])
 def test_loss_and_every_gradient_equal_the_published_models(name, packs, checkpoint_every):
-    reference = load_reference(name)
+    require_published_gradients(load_reference(name), packs, checkpoint_every)
+
+
+@pytest.mark.skipif(lacks_for_compiling(torch.device("cpu")) is not None, reason="needs g++ and Python.h")
+def test_compiled_formulas_equal_the_published_models(request):
+    request.addfinalizer(lambda: use_compiler(False))
+    use_compiler(True)
+    require_published_gradients(load_reference("fitv2_tiny"), "several", 2)
+
+
+def require_published_gradients(reference, packs, checkpoint_every):
     model = reference.model(ParallelConfig(activation_checkpoint_every=checkpoint_every))
     images = reference.images
     for pack in [images] if packs == "one" else [images[2:], images[1:2], images[:1]]:
@@ -174,7 +185,7 @@ def test_variable_length_kernel_equals_attention_per_image(head_dim):
     sizes_S2 = torch.tensor([(16, 16), (1, 9), (10, 20)])
     device = torch.device("cuda")
     layout = pack_layout(sizes_S2, cu_seqlens_of(sizes_S2), device)
-    tokens = sum(layout.lengths)
+    tokens = sum(layout.whole.lengths)
     inputs = [torch.randn(tokens, 4, head_dim, device=device, dtype=torch.bfloat16) for _ in range(3)]
     grad = torch.randn(tokens, 4, head_dim, device=device)
 

@@ -20,8 +20,7 @@ from fitscale.config.load import load_config
 from fitscale.config.program import exit_code
 from fitscale.data.packing import PackRule, macs_of, split
 from fitscale.model import flops
-from fitscale.prepare.preprocess import MULTIPLE, area_limited
-from fitscale.prepare.statistics import bucketed, first_fit, packed, padded_to_longest
+from fitscale.prepare.statistics import bucketed, first_fit, packed, padded_to_longest, photograph_sizes
 
 CONFIG = Path(__file__).parents[1] / "configs" / "model" / "xl.yaml"
 PACK_TOKENS = 16384
@@ -41,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     rows = [
         row(name, draw, ranks, each * ranks)
-        for name, draw in (("FiT 256", fit_sizes), ("mixed 64-4096", mixed_sizes))
+        for name, draw in (("FiT 256", photograph_sizes), ("mixed 64-4096", mixed_sizes))
         for ranks in options.ranks
         for each in options.images_per_rank
         if each * ranks <= options.max_images
@@ -49,21 +48,6 @@ def run(options: argparse.Namespace) -> None:
     print(table(rows))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
-
-
-def fit_sizes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """(count, 2) rows and columns of tokens. Half of the photographs are 500 x 375, either way up; the others have
-    log-normal areas and aspect ratios (medians 400 x 400 pixels and 1.25). Large ones are cropped in half the draws."""
-    area = (400 * 400) * np.exp(rng.normal(0, 0.6, count))
-    ratio = np.exp(rng.normal(0.2, 0.25, count))
-    height, width = np.sqrt(area / ratio), np.sqrt(area * ratio)
-    common = rng.random(count) < 0.5
-    height, width = np.where(common, 375, height), np.where(common, 500, width)
-    upright = rng.random(count) < 0.25
-    height, width = np.where(upright, width, height), np.where(upright, height, width)
-    crop = (np.minimum(height, width) > 256) & (rng.random(count) < 0.5)
-    limited = [area_limited(max(int(h), 32), max(int(w), 32), 256) for h, w in zip(height, width, strict=True)]
-    return np.where(crop[:, None], 16, np.array(limited) // MULTIPLE)
 
 
 def mixed_sizes(rng: np.random.Generator, count: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from fitscale.config.errors import UserError
 
 MOST_CHARACTERS = 4096  # of a text: Linux's longest path
+_YAML_WORDS = {"True": "on", "False": "off"}
 _BREAKING = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of pairs, line and paragraph separators
 
 
@@ -78,6 +79,7 @@ class Section:
 
     def __post_init__(self) -> None:
         for one in fields(self):  # type: ignore[arg-type]
+            self._read_back(one.name, one.metadata.get("choices", ()))
             key, value = f"{self.path}.{one.name}".lstrip("."), getattr(self, one.name)
             check_plain(key, value)
             for item in value if isinstance(value, list | tuple) else [value]:
@@ -85,6 +87,12 @@ class Section:
                     raise UserError(f"{key}: {item!r} is no word or number; valid: a list of them")
                 if one.metadata and item is not None:
                     _check(key, item, **one.metadata)
+
+    def _read_back(self, name: str, choices: tuple[str, ...]) -> None:
+        """Where the words on and off are valid: YAML reads them as true and false."""
+        word = _YAML_WORDS.get(getattr(self, name)) if isinstance(getattr(self, name), str) else None
+        if word in choices:
+            object.__setattr__(self, name, word)
 
 
 def given(section: Any, **chosen: Any) -> Any:

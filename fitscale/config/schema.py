@@ -145,6 +145,7 @@ class ParallelConfig(Section, path="parallel"):
     sequence_parallel: bool = False  # shard the token dimension between the tensor-parallel regions
     zero_stage: int = 1
     precision: str = one_of("auto", "fp32", "bf16")  # bf16 keeps fp32 master weights; auto = bf16 on cuda, else fp32
+    compile: str = one_of("auto", "on", "off")  # fuse what is not a matrix product; auto = where a run is long enough
     offload_optimizer: bool = False  # keep the optimizer's state and step in host memory
     activation_checkpoint_every: int = number(0, least=0, most=10_000)  # recompute every k-th block backward; 0 = none
 

@@ -12,6 +12,7 @@ from fitscale.config.load import load_config
 from fitscale.config.schema import Config, ModelConfig, ParallelConfig
 from fitscale.eval.draw import Networks
 from fitscale.model.build import build_network
+from fitscale.model.common.compiler import lacks_for_compiling, use_compiler
 from fitscale.model.weights import load_weights, read_metadata
 from fitscale.parallel.groups import init_parallel
 from fitscale.run.checkpoint import Checkpoint, read_checkpoint
@@ -115,13 +116,14 @@ def _model_of_file(path: Path) -> ModelConfig | None:
 def load_model(config: Config, weights: Path, device: str) -> torch.nn.Module:
     """The network, or this tensor-parallel rank's part of it (`evaluation.tensor_parallel_size`), ready to sample.
 
-    In bf16 if the run was trained so and there is a GPU, else in fp32.
+    In bf16 if the run was trained so and there is a GPU, else in fp32; compiled if `parallel.compile` is on.
 
     Raises:
         UserError: the weights are another model's, or the launched ranks do not divide by the tensor-parallel size.
     """
     layout = ParallelConfig(tensor_parallel_size=config.evaluation.tensor_parallel_size)
     topology = init_parallel(layout, device)
+    use_compiler(config.parallel.compile == "on" and lacks_for_compiling(topology.device) is None)
     model = build_network(config.model, layout)
     load_weights(model, weights)
     bf16 = config.parallel.precision == "bf16" and topology.device.type == "cuda"

@@ -85,7 +85,7 @@ def jobs_of_same_config(runs: Sequence[Submission]) -> list[list[LiveJob]]:
     """The live jobs of each run.
 
     While there are any its config stays: a job that is queued again would read another than it was made for. A started
-    run's config names the precision that `auto` has become there, which is no other.
+    run's config says what `auto` precision and compiling have become there, which is nothing else.
 
     Raises:
         UserError: it does not; names the jobs and the keys.
@@ -93,8 +93,9 @@ def jobs_of_same_config(runs: Sequence[Submission]) -> list[list[LiveJob]]:
     found = live_jobs([one.run for one in runs])
     for one, live in zip(runs, found, strict=True):
         changed = differences(load_config([str(one.run.config)]), one.config) if live else {}
-        if one.config.parallel.precision == "auto":
-            changed.pop("parallel.precision", None)
+        for key in ("precision", "compile"):
+            if getattr(one.config.parallel, key) == "auto":
+                changed.pop(f"parallel.{key}", None)
         if changed:
             jobs = ", ".join(f"{job.id} ({job.state})" for job in live)
             raise UserError(

@@ -35,9 +35,8 @@ class Parameter:
     split: int | None = None  # ROWS or COLUMNS over the tensor-parallel ranks; None = every rank has all of it
     per_token: int = 0  # how often a weight is applied to each token of an image,
     per_image: int = 0  # and to each image besides
-    qkv_heads: int | None = (
-        None  # rows are (q, k, v) x heads x head_dim; the network's are heads x (q, k, v) x head_dim
-    )
+    qkv_heads: int | None = None  # rows are 3 x heads x head_dim; the network's are heads x 3 x head_dim
+    rotary: bool = False  # a head's rows are pairs that RoPE turns; the network has all first ones, then all second
 
     @property
     def numel(self) -> int:
@@ -116,7 +115,7 @@ def linear(
 ) -> list[Parameter]:
     """Weight of `shape` (output, input features) and bias (zero; split with the rows) of a linear layer.
 
-    `applied`: `per_token`, `per_image` and `qkv_heads` of both.
+    `applied`: `per_token`, `per_image`, `qkv_heads` and `rotary` of both.
     """
     weight = Parameter(f"{name}.weight", shape, init, split, **applied)
     return [weight, Parameter(f"{name}.bias", shape[:1], split=ROWS if split == ROWS else None, **applied)]

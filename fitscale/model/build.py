@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fitscale.config.schema import ModelConfig, ParallelConfig
 from fitscale.model.backbone import Parameter, backbone_of, parameter_table, parameters_by_name
+from fitscale.model.weights import halves
 from fitscale.parallel.layers import split_of, tp_shard
 
 NORMAL_STD = 0.02
@@ -35,7 +36,7 @@ def initial_items(model: nn.Module, seed: int) -> Iterator[tuple[nn.Parameter, T
     """(parameter, this rank's shard of its initial fp32 tensor), one at a time, on the CPU; `model` has its config."""
     table = parameters_by_name(model)
     for name, param in model.named_parameters():
-        yield param, tp_shard(_draw(table[name], seed), table[name].split)
+        yield param, tp_shard(halves(table[name], _draw(table[name], seed)), table[name].split)
 
 
 def _draw(entry: Parameter, seed: int) -> Tensor:

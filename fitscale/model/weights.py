@@ -7,8 +7,10 @@ the run, from file to file or to model, one tensor in memory at a time.
     published_items                 the full tensors of a model, over the tensor-parallel ranks
     write_tensors                   header, then one tensor after the other, sorted by name -> fsync -> rename
 
-Names are the same here and there. One thing differs: the rows of fused q, k and v are (heads, 3, head_dim) here, so
-that tensor parallelism cuts them in one piece, and (3, heads, head_dim) there.
+Names are the same here and there. Two things differ: the rows of fused q, k and v are (heads, 3, head_dim) here, so
+that tensor parallelism cuts them in one piece, and (3, heads, head_dim) there; and the two numbers of a pair that RoPE
+turns are neighbours in a head there, and half a head apart here (`halves`), so that both are read in runs. Attention's
+scores are the same.
 
 safetensors' own writer wants all tensors at once. Its format (https://github.com/huggingface/safetensors): the header's
 length in 8 bytes, a JSON header, then the tensors' bytes, everything little-endian. Equal tensors and metadata make
@@ -167,16 +169,31 @@ def published_items(
 
 def to_published(entry: Parameter, full: Tensor) -> Tensor:
     """A full tensor in the published row order."""
-    if entry.qkv_heads is None:
-        return full
-    return full.unflatten(0, (entry.qkv_heads, 3, -1)).transpose(0, 1).flatten(0, 2).contiguous()
+    full = _reordered(entry, full, (2, -1))
+    if entry.qkv_heads is not None:
+        full = full.unflatten(0, (entry.qkv_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+    return full.contiguous()
 
 
 def from_published(entry: Parameter, full: Tensor) -> Tensor:
     """A full published tensor in this project's row order: the inverse of `to_published`."""
-    if entry.qkv_heads is None:
+    if entry.qkv_heads is not None:
+        full = full.unflatten(0, (3, entry.qkv_heads, -1)).transpose(0, 1).flatten(0, 2)
+    return halves(entry, full).contiguous()
+
+
+def halves(entry: Parameter, full: Tensor) -> Tensor:
+    """With the pairs that RoPE turns taken apart: the first numbers of all pairs of a head, then the second ones."""
+    return _reordered(entry, full, (-1, 2))
+
+
+def _reordered(entry: Parameter, full: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The rows of each rotary head seen as a matrix of this shape, transposed."""
+    if not entry.rotary:
         return full
-    return full.unflatten(0, (3, entry.qkv_heads, -1)).transpose(0, 1).flatten(0, 2).contiguous()
+    parts = full.unflatten(0, (1, 1, -1) if entry.qkv_heads is None else (entry.qkv_heads, 3, -1))
+    turned = parts[:, :2].unflatten(2, shape).transpose(2, 3).flatten(2, 3)
+    return torch.cat((turned, parts[:, 2:]), dim=1).flatten(0, 2)
 
 
 def write_tensors(

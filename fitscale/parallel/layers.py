@@ -7,8 +7,9 @@ either whole on every rank or, with sequence parallelism (SP), cut into equal ru
 A replicated parameter that is used on only some tokens, as all are under SP, has only a share of its gradient on each
 rank. `enter_sharded` mends that: it is the identity, and its backward pass adds up the shares.
 
-Both linears leave the bias to megatron-core's caller (`skip_bias_add`) and add it here, for two reasons: under SP the
-row bias must enter through `enter_sharded`, and megatron-core loses a bias's gradient where the weight is frozen.
+Both linears leave the bias to their caller (`skip_bias_add`), for three reasons: it is added where the product is read
+next, without a pass of its own; under SP the row bias must enter through `enter_sharded`; and megatron-core loses a
+bias's gradient where the weight is frozen.
 """
 
 from typing import Any
@@ -36,9 +37,10 @@ class ColumnLinear(ColumnParallelLinear):
     def __init__(self, in_features: int, out_features: int, sequence_parallel: bool) -> None:
         super().__init__(in_features, out_features, **_settings(sequence_parallel))
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The product, and the bias that is to be added to it: by whoever reads it anyway."""
         out, bias = super().forward(x)
-        return out + bias
+        return out, _outlasting(bias)
 
 
 class RowLinear(RowParallelLinear):
@@ -50,9 +52,15 @@ class RowLinear(RowParallelLinear):
         settings = _settings(sequence_parallel)
         super().__init__(in_features, out_features, bias=True, input_is_parallel=True, **settings)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `ColumnLinear.forward`."""
         out, bias = super().forward(x)
-        return out + (enter_sharded(bias) if self.sequence_parallel else bias)
+        return out, _outlasting(enter_sharded(bias) if self.sequence_parallel else bias)
+
+
+def _outlasting(bias: Tensor) -> Tensor:
+    """A bias that can be used when its module's forward pass is over: ZeRO-3 takes parameters away then."""
+    return bias.clone() if hasattr(bias, "ds_id") or bias._base is not None else bias
 
 
 class _EnterSharded(torch.autograd.Function):

@@ -14,6 +14,7 @@ from fitscale.config.schema_data import DataConfig
 from fitscale.data.batch_plan import open_plan
 from fitscale.data.index import Index
 from fitscale.data.packing import PackRule, macs_of, split
+from fitscale.prepare.preprocess import MULTIPLE, area_limited
 
 STEPS = 20  # global batches whose waste is averaged
 OPEN_PACKS = 64  # of first-fit; older packs are taken for full
@@ -127,3 +128,21 @@ def _waste(tokens_B: np.ndarray, cost: Cost, loads: np.ndarray, computed: int) -
         imbalance=float(loads.max() / loads.mean() - 1),
         time_lost=1 - useful / (len(loads) * float(loads.max())),
     )
+
+
+def photograph_sizes(rng: np.random.Generator, count: int) -> np.ndarray:
+    """(count, 2) rows and columns of tokens of photographs, as FiT's preprocessing for side 256 leaves them.
+
+    A model of ImageNet: half of the photographs are 500 x 375 pixels, either way up, the others have
+    log-normal areas and aspect ratios (medians 400 x 400 pixels and 1.25). Large ones are cropped in half the draws.
+    """
+    area = (400 * 400) * np.exp(rng.normal(0, 0.6, count))
+    ratio = np.exp(rng.normal(0.2, 0.25, count))
+    height, width = np.sqrt(area / ratio), np.sqrt(area * ratio)
+    common = rng.random(count) < 0.5
+    height, width = np.where(common, 375, height), np.where(common, 500, width)
+    upright = rng.random(count) < 0.25
+    height, width = np.where(upright, width, height), np.where(upright, height, width)
+    crop = (np.minimum(height, width) > 256) & (rng.random(count) < 0.5)
+    limited = [area_limited(max(int(h), 32), max(int(w), 32), 256) for h, w in zip(height, width, strict=True)]
+    return np.where(crop[:, None], 16, np.array(limited) // MULTIPLE)

@@ -8,10 +8,12 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from fitscale.config.schema import Config
+from fitscale.config.schema import Config, ParallelConfig
 from fitscale.data.batch_plan import BatchPlan, token_shares
 from fitscale.model import flops
+from fitscale.model.common.compiler import is_compiled, lacks_for_compiling, use_compiler
 from fitscale.parallel.groups import Topology
 from fitscale.plan.layout import in_words
 from fitscale.plan.memory import rank_memory
@@ -32,7 +34,22 @@ def environment(topology: Topology) -> dict[str, Any]:
         "world_size": topology.world_size,
         "dp_size": topology.dp_size,
         "tp_size": topology.tp_size,
+        "compiled": is_compiled(),
     }
+
+
+def choose_compiler(parallel: ParallelConfig, topology: Topology) -> None:
+    """Compile the network's formulas, or not, as `parallel.compile` says (on or off), on all ranks alike; a collective.
+
+    Where any of them lacks what that takes, none does, and rank 0 says so.
+    """
+    lacking: list[str | None] = [None] * topology.world_size
+    if parallel.compile == "on":
+        dist.all_gather_object(lacking, lacks_for_compiling(topology.device))
+    missing = next(filter(None, lacking), None)
+    use_compiler(parallel.compile == "on" and missing is None)
+    if missing and topology.rank == 0:
+        print(f"parallel.compile: {missing}; the network runs as it is written, the same but slower", file=sys.stderr)
 
 
 def _device_name(device: torch.device) -> str:
@@ -59,7 +76,8 @@ def start_table(config: Config, topology: Topology, plan: BatchPlan, first_step:
         "images": f"{_images(config, plan)} for training, {tokens_per_image:.1f} tokens each on average",
         "batch": f"{batch} images, about {tokens_per_image * batch:,.0f} tokens, {step_flops:.3g} FLOP a step",
         "state": f"{state / 2**30:.3f} GiB a rank (weights, gradients, optimizer, EMA)",
-        "layout": f"{in_words(parallel, topology.dp_size)}, {parallel.precision}, {_device_name(topology.device)}",
+        "layout": f"{in_words(parallel, topology.dp_size)}, {parallel.precision}{', compiled' * is_compiled()}, "
+        + _device_name(topology.device),
         "steps": f"{first_step:,} to {config.run.steps:,}",
         "run": config.run.dir,
     }

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fitscale.config.schema import ParallelConfig
-from fitscale.model.common.adaln import modulate, scale_tokens
 from fitscale.model.common.attention import packed_attention
 from fitscale.model.common.embedders import ClassEmbedder, TimeEmbedder, TokenEmbedder
+from fitscale.model.common.fused import biased, gate, gate_modulate, modulate
 from fitscale.model.common.layout import PackLayout
 from fitscale.parallel.layers import ColumnLinear, RowLinear, enter_sharded, gather_tokens, scatter_tokens
 from tests.learned_dit.config import LearnedDitConfig
@@ -58,7 +58,8 @@ class Block(nn.Module):
         mods = self.modulation(c_SD)
         mods = enter_sharded(mods) if self.sequence_parallel else mods
         shift1, scale1, gate1, shift2, scale2, gate2 = mods.chunk(6, dim=-1)
-        image_T = layout.own_image_T
-        heads = self.qkv(modulate(x_TD, shift1, scale1, image_T)).unflatten(-1, (-1, 3, self.head_dim)).unbind(2)
-        x_TD = x_TD + scale_tokens(self.proj(packed_attention(*heads, layout).flatten(1)), gate1, image_T)
-        return x_TD + scale_tokens(self.down(F.gelu(self.up(modulate(x_TD, shift2, scale2, image_T)))), gate2, image_T)
+        x_TD, given_TD = modulate(x_TD, shift1, scale1, layout.own)
+        heads = biased(*self.qkv(given_TD)).unflatten(-1, (-1, 3, self.head_dim)).unbind(2)
+        attended = self.proj(packed_attention(*heads, layout).flatten(1))
+        x_TD, given_TD = gate_modulate(x_TD, attended, gate1, shift2, scale2, layout.own)
+        return gate(x_TD, self.down(F.gelu(biased(*self.up(given_TD)))), gate2, layout.own)

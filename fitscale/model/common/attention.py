@@ -1,11 +1,13 @@
 """Attention within the images of a pack: tokens of one image see each other, never those of another.
 
 On CUDA in bf16 or fp16, torch's variable-length kernel takes the whole pack at once; elsewhere
-scaled_dot_product_attention runs image by image (on CPUs faster than a padded batch, a block-diagonal mask or nested
-tensors).
+scaled_dot_product_attention runs over runs of images of one length (on CPUs faster than a padded batch, a
+block-diagonal mask or nested tensors).
 
 Shapes: T tokens of the pack, H heads (of this rank), K head dimension.
 """
+
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +19,18 @@ from fitscale.model.common.layout import PackLayout
 
 def packed_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout) -> Tensor:
     """softmax(q k^T / sqrt(K)) v within each image; (T, H, K)."""
+    lengths = layout.whole.lengths
     if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16):
-        longest, bounds = max(layout.lengths), layout.cu_seqlens
+        longest, bounds = max(lengths), layout.cu_seqlens
         return varlen_attn(q_THK, k_THK, v_THK, bounds, bounds, longest, longest)  # type: ignore[return-value]
-    return _attention_per_image(q_THK, k_THK, v_THK, layout.lengths)
+    # Images of one length that follow each other are a batch. split, unlike slices, has a backward pass that is one
+    # concatenation.
+    runs = [(length, len(list(images))) for length, images in groupby(lengths)]
+    tokens = [length * count for length, count in runs]
+    parts = zip(*(x.split(tokens) for x in (q_THK, k_THK, v_THK)), strict=True)
+    return torch.cat([_batch_attention(q, k, v, length) for (q, k, v), (length, _) in zip(parts, runs, strict=True)])
 
 
-def _attention_per_image(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, lengths: list[int]) -> Tensor:
-    # split, unlike slices, has a backward pass that is one concatenation.
-    images = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q_THK, k_THK, v_THK)), strict=True)
-    out_1HTK = torch.cat([F.scaled_dot_product_attention(q, k, v) for q, k, v in images], dim=2)
-    return out_1HTK[0].transpose(0, 1)
+def _batch_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, length: int) -> Tensor:
+    q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q_THK, k_THK, v_THK))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)

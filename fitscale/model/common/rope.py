@@ -1,13 +1,16 @@
 """2-D rotary position embedding: tables of cosines and sines for one image, and its stretching beyond trained sizes.
 
-1. The head dimension K is cut in half: the first half turns with a patch's row, the second with its column.
-2. Each half is a 1-D embedding of D = K/2 dimensions: pair i (dimensions 2i and 2i + 1) turns by
-   position * frequency_i, frequency_i = theta^(-2i/D).
+1. The K/2 pairs of a head are cut in half: the first half turns with a patch's row, the second with its column.
+2. Each half is a 1-D embedding of D = K/2 dimensions: pair i turns by position * frequency_i,
+   frequency_i = theta^(-2i/D).
 3. On a test length L beyond the trained length, frequencies are lowered according to s = max(L / trained length, 1):
    `linear` (position interpolation, arXiv 2306.15595) divides all of them by s; `ntk-aware` raises the base to
    theta * s^(D/(D-2)); `ntk-by-parts` and `yarn` (arXiv 2309.00071) keep the fast ones and interpolate the slow ones.
 4. L is the longer side, or each axis has its own (`decouple`, the Vision variants of FiT, arXiv 2402.12376).
 5. `ntk-aware-pro1/2` and `yarn` also lengthen the turned vectors, which sharpens the attention.
+
+Dimensions 2i and 2i + 1 of a published head are pair i; here the K/2 first ones of all pairs come before all second
+ones (`weights.halves`), so that both are read in runs.
 
 Shapes: n = rows * cols patches in raster order, K head dimension, D = K/2 dimensions of one axis.
 """
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from fitscale.model.common.rope_config import RopeConfig
 
-Rope = tuple[Tensor, Tensor]  # cosines and sines, (tokens, K) each
+Rope = tuple[Tensor, Tensor]  # cosines and sines, (tokens, K/2) each
 
 # Rotations within the trained length between which a blend goes from one rule to the next (from many to few), as in
 # the papers' code; the middle pair is blended over less than one rotation.
@@ -30,7 +33,7 @@ _BASE_TO_NTK_ROTATIONS = (16.0, 2.0)
 
 
 def rope_tables(config: RopeConfig, head_dim: int, rows: int, cols: int) -> Rope:
-    """Cosines and sines for an image of rows x cols patches, each float32 (rows * cols, head_dim) on the CPU."""
+    """Cosines and sines for an image of rows x cols patches, each float32 (rows * cols, head_dim / 2) on the CPU."""
     longest = max(rows, cols)
     row_length, col_length = (rows, cols) if config.decouple else (longest, longest)
     row_cos, row_sin = _axis_table(config, head_dim // 2, rows, row_length)
@@ -48,16 +51,9 @@ def cached_rope_tables(config: RopeConfig, head_dim: int, rows: int, cols: int, 
 
 
 def pack_rope(config: RopeConfig, head_dim: int, sizes: list[tuple[int, int]], device: torch.device) -> Rope:
-    """The tables of a pack of images of `sizes` (rows, columns), one after the other: (T, K) each."""
+    """The tables of a pack of images of `sizes` (rows, columns), one after the other: (T, K/2) each."""
     tables = [cached_rope_tables(config, head_dim, rows, cols, device) for rows, cols in sizes]
     return torch.cat([cos for cos, _ in tables]), torch.cat([sin for _, sin in tables])
-
-
-def rotate(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Turn each pair of dimensions of x by its position's angle; computed in float32, returned in x's type."""
-    pairs = x_THK.float().unflatten(-1, (-1, 2))
-    quarter_turn = torch.stack((-pairs[..., 1], pairs[..., 0]), dim=-1).flatten(-2)
-    return (x_THK * cos_TK[:, None] + quarter_turn * sin_TK[:, None]).to(x_THK.dtype)
 
 
 def frequencies(config: RopeConfig, dim: int, length: int) -> Tensor:
@@ -81,9 +77,8 @@ def frequencies(config: RopeConfig, dim: int, length: int) -> Tensor:
 
 
 def _axis_table(config: RopeConfig, dim: int, positions: int, length: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of one axis, each (positions, dim)."""
+    """Cosines and sines of one axis, each (positions, dim / 2)."""
     angles = torch.outer(torch.arange(positions).float(), frequencies(config, dim, length))
-    angles = angles.repeat_interleave(2, dim=-1)
     return angles.cos(), angles.sin()
 
 

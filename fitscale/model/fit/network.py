@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fitscale.config.schema import ParallelConfig
-from fitscale.model.common.adaln import NORM_EPS, modulate, scale_tokens
 from fitscale.model.common.attention import packed_attention
 from fitscale.model.common.embedders import ClassEmbedder, TimeEmbedder, TokenEmbedder
+from fitscale.model.common.fused import Biased, gate, gate_modulate, modulate, swiglu, turned_heads
 from fitscale.model.common.layout import PackLayout
-from fitscale.model.common.rope import Rope, pack_rope, rotate
+from fitscale.model.common.rope import Rope, pack_rope
 from fitscale.model.fit.config import TIME_CHANNELS, FitConfig
 from fitscale.parallel.layers import ColumnLinear, RowLinear, enter_sharded, gather_tokens, scatter_tokens
 
@@ -37,7 +37,7 @@ class FiT(nn.Module):
         self.t_embedder = TimeEmbedder(TIME_CHANNELS, hidden)
         self.y_embedder = ClassEmbedder(config.num_classes, hidden)
         self.global_adaLN_modulation = (
-            nn.Sequential(nn.SiLU(), nn.Linear(hidden, 6 * hidden)) if config.adaln_rank is not None else None
+            nn.Sequential(nn.Identity(), nn.Linear(hidden, 6 * hidden)) if config.adaln_rank is not None else None
         )
         self.blocks = nn.ModuleList(Block(config, parallel.sequence_parallel) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
@@ -56,7 +56,7 @@ class FiT(nn.Module):
         split_tokens = self.parallel.sequence_parallel
         rope = pack_rope(self.config.rope, self.config.head_dim, layout.sizes, tokens_TC.device)
         x_TD = self.x_embedder(tokens_TC)
-        c_SD = self.t_embedder(t_S) + self.y_embedder(labels_S)
+        c_SD = F.silu(self.t_embedder(t_S) + self.y_embedder(labels_S))  # once for all: nn.Identity is where it was
         x_TD = self._blocks(scatter_tokens(x_TD) if split_tokens else x_TD, c_SD, layout, rope)
         return (self.final_layer(gather_tokens(x_TD) if split_tokens else x_TD, c_SD, layout).float(),)
 
@@ -86,9 +86,9 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.mlp_hidden_size, sequence_parallel)
         hidden, rank = config.hidden_size, config.adaln_rank
         if rank is None:
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 6 * hidden))
+            self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(hidden, 6 * hidden))
         else:
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, rank), nn.Linear(rank, 6 * hidden))
+            self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(hidden, rank), nn.Linear(rank, 6 * hidden))
 
     def forward(self, x_TD: Tensor, c_SD: Tensor, shared_S6D: Tensor | None, layout: PackLayout, rope: Rope) -> Tensor:
         mods_S6D = self.adaLN_modulation(c_SD)
@@ -97,9 +97,10 @@ class Block(nn.Module):
         if self.sequence_parallel:
             mods_S6D = enter_sharded(mods_S6D)
         shift1, scale1, gate1, shift2, scale2, gate2 = mods_S6D.chunk(6, dim=-1)
-        image_T = layout.own_image_T
-        x_TD = x_TD + scale_tokens(self.attn(modulate(x_TD, shift1, scale1, image_T), layout, rope), gate1, image_T)
-        return x_TD + scale_tokens(self.mlp(modulate(x_TD, shift2, scale2, image_T)), gate2, image_T)
+        own = layout.own
+        x_TD, attended_TD = modulate(x_TD, shift1, scale1, own)
+        x_TD, given_TD = gate_modulate(x_TD, self.attn(attended_TD, layout, rope), gate1, shift2, scale2, own)
+        return gate(x_TD, self.mlp(given_TD), gate2, own)
 
 
 class Attention(nn.Module):
@@ -113,27 +114,28 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.qkv = ColumnLinear(config.hidden_size, 3 * config.hidden_size, sequence_parallel)
-        self.q_norm, self.k_norm = (
-            HeadNorm(config.head_dim, config.qk_norm_weight) if config.is_v2 else nn.Identity() for _ in range(2)
-        )
+        self.normed = config.is_v2
+        weighted = config.is_v2 and config.qk_norm_weight
+        self.q_norm, self.k_norm = (HeadNorm(config.head_dim) if weighted else None for _ in range(2))
         self.proj = RowLinear(config.hidden_size, config.hidden_size, sequence_parallel)
 
-    def forward(self, x: Tensor, layout: PackLayout, rope: Rope) -> Tensor:
-        q_THK, k_THK, v_THK = self.qkv(x).unflatten(-1, (-1, 3, self.head_dim)).unbind(2)
-        q_THK, k_THK = rotate(self.q_norm(q_THK), *rope), rotate(self.k_norm(k_THK), *rope)
-        return self.proj(packed_attention(q_THK, k_THK, v_THK, layout).flatten(1))
+    def forward(self, x: Tensor, layout: PackLayout, rope: Rope) -> Biased:
+        product, bias = self.qkv(x)
+        norms = (self.q_norm(), self.k_norm()) if self.q_norm and self.k_norm else None
+        heads = product.shape[-1] // (3 * self.head_dim)
+        qkv_THK = turned_heads((product, bias), (heads, self.head_dim), rope, norms, self.normed)
+        return self.proj(packed_attention(*qkv_THK, layout).flatten(1))
 
 
 class HeadNorm(nn.Module):
-    """LayerNorm over the head dimension, without a bias; its weight, if any, is shared by all heads of all ranks."""
+    """The weight of a LayerNorm over the head dimension, without a bias; all heads of all ranks share it."""
 
-    def __init__(self, head_dim: int, weighted: bool) -> None:
+    def __init__(self, head_dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(head_dim)) if weighted else None
+        self.weight = nn.Parameter(torch.ones(head_dim))
 
-    def forward(self, x_THK: Tensor) -> Tensor:
-        weight = None if self.weight is None else enter_sharded(self.weight)  # each rank has the shares of its heads
-        return F.layer_norm(x_THK, x_THK.shape[-1:], weight, eps=NORM_EPS)
+    def forward(self) -> Tensor:
+        return enter_sharded(self.weight).clone()  # each rank has the shares of its heads; ZeRO-3 takes the weight back
 
 
 class SwiGLU(nn.Module):
@@ -145,8 +147,8 @@ class SwiGLU(nn.Module):
         self.fc1_x = ColumnLinear(hidden_size, mlp_hidden_size, sequence_parallel)
         self.fc2 = RowLinear(mlp_hidden_size, hidden_size, sequence_parallel)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.silu(self.fc1_g(x)) * self.fc1_x(x))
+    def forward(self, x: Tensor) -> Biased:
+        return self.fc2(swiglu(self.fc1_g(x), self.fc1_x(x)))
 
 
 class FinalLayer(nn.Module):
@@ -155,9 +157,9 @@ class FinalLayer(nn.Module):
     def __init__(self, config: FitConfig) -> None:
         super().__init__()
         hidden = config.hidden_size
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
+        self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(hidden, 2 * hidden))
         self.linear = nn.Linear(hidden, config.patch_size**2 * config.out_channels)
 
     def forward(self, x_TD: Tensor, c_SD: Tensor, layout: PackLayout) -> Tensor:
         shift, scale = self.adaLN_modulation(c_SD).chunk(2, dim=-1)
-        return self.linear(modulate(x_TD, shift, scale, layout.image_T))
+        return self.linear(modulate(x_TD, shift, scale, layout.whole)[1])

@@ -30,10 +30,10 @@ def _block(cfg: FitConfig, name: str) -> list[Parameter]:
     d, width, rank = cfg.hidden_size, cfg.mlp_hidden_size, cfg.adaln_rank
     rows: dict[str, Any] = {"split": ROWS, "per_token": 1}
     columns: dict[str, Any] = {"split": COLUMNS, "per_token": 1}
-    found = linear(f"{name}.attn.qkv", (3 * d, d), qkv_heads=cfg.num_heads, **rows)
+    found = linear(f"{name}.attn.qkv", (3 * d, d), qkv_heads=cfg.num_heads, rotary=True, **rows)
     if cfg.qk_norm_weight:
         norms = (f"{name}.attn.{norm}.weight" for norm in ("q_norm", "k_norm"))
-        found += [Parameter(norm, (cfg.head_dim,), init="one") for norm in norms]
+        found += [Parameter(norm, (cfg.head_dim,), init="one", rotary=True) for norm in norms]
     found += linear(f"{name}.attn.proj", (d, d), **columns)
     found += linear(f"{name}.mlp.fc1_g", (width, d), **rows)
     found += linear(f"{name}.mlp.fc1_x", (width, d), **rows)
@@ -50,19 +50,19 @@ def mixing_macs(cfg: FitConfig) -> tuple[int, int, int]:
 
 
 def kept(cfg: FitConfig, on_cuda: bool) -> Kept:
-    """Of every token a block keeps: 8 vectors of the hidden size (two norms' inputs, outputs and modulated outputs, two
-    results before their gates); q, k, v as projected, q and k as turned and attention's output (on CPUs twice); 4
-    vectors of the MLP's width; and statistics of norms and attention."""
+    """Of every token a block keeps: 6 vectors of the hidden size (two norms' inputs and modulated outputs, two results
+    before their gates); q, k, v as projected and as attention takes them, and its output (on CPUs twice); 3 vectors of
+    the MLP's width; and statistics of norms and attention. Compiled or not."""
     d = cfg.hidden_size
     return Kept(
         blocks=cfg.depth,
-        token=8 * d,
-        token_split=(6 if on_cuda else 7) * d + 4 * cfg.mlp_hidden_size,
+        token=6 * d,
+        token_split=(7 if on_cuda else 8) * d + 3 * cfg.mlp_hidden_size,
         token_statistics=4,
-        token_statistics_split=5 * cfg.num_heads,
+        token_statistics_split=cfg.num_heads,
         image=9 * d,
-        ends=8 * d,  # the final layer's inputs; gradients on their way
-        positions=2 * cfg.head_dim,
+        ends=7 * d + 4 * cfg.token_channels,  # the input, the final layer's norm and product; gradients on their way
+        positions=cfg.head_dim,
     )
 
 

@@ -1,0 +1,77 @@
+"""Which formulas of the networks are compiled, by torch.compile: C++ on the CPU, Triton on CUDA.
+
+A formula is a pure function of tensors, without autograd, collectives or hooks, so that every layout of ranks and every
+ZeRO stage may run it either way. First dimensions are dynamic, for they count tokens or images: one compilation serves
+packs of any number of both. Widths are constants to the compiler, which makes far better loops of them.
+"""
+
+import importlib.util
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WIDTHS = (
+    64  # compilations of one formula in a process: a recompilation is of another width or type, not of another pack
+)
+_OPTIONS: Any = {"assert_indirect_indexing": False}  # the index of a token's image comes from the pack's own layout
+_state = {"compiled": False}
+compiled: dict[Callable[..., Any], Callable[..., Any]] = {}  # of each formula that has run so
+
+
+def use_compiler(on: bool) -> None:
+    """From now on, in this process, compile formulas or run them as they are written."""
+    _state["compiled"] = on
+
+
+def is_compiled() -> bool:
+    return _state["compiled"]
+
+
+def lacks_for_compiling(device: torch.device) -> str | None:
+    """What this machine lacks to compile for `device`, in words; None if nothing."""
+    cxx = os.environ.get("CXX", "g++")
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not shutil.which(cxx) and not (device.type == "cuda" and (shutil.which("gcc") or shutil.which("cc"))):
+        return f"there is no C++ compiler, {cxx}"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python's headers (python3-dev) are not installed"
+    return None
+
+
+def formula(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that runs compiled or as it is written, as `use_compiler` said last."""
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        if not is_compiled():
+            return function(*arguments)
+        if function not in compiled:
+            compiled[function] = _compiled(function)
+        return compiled[function](*arguments)
+
+    return call
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    from torch._dynamo import config, maybe_mark_dynamic  # brings the whole compiler
+    from torch.utils._pytree import tree_map_only
+
+    config.recompile_limit = max(config.recompile_limit, WIDTHS)
+    run = torch.compile(function, fullgraph=True, options=_OPTIONS)
+
+    def call(*arguments: Any) -> Any:
+        return run(*tree_map_only(torch.Tensor, counted, arguments))
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.detach()  # whether it needs a gradient would be compiled in
+        maybe_mark_dynamic(tensor, 0)
+        return tensor
+
+    return call

@@ -1,0 +1,395 @@
+"""What a block does besides matrix products and attention, forward and backward, with few passes over memory.
+
+Each region is one autograd function around two formulas, which a compiler makes one kernel each (`compiler`); as they
+are written they are a few operators. Kept for the backward pass are a region's inputs and the statistics of its norms:
+what follows from them is computed again where it is used.
+
+Vectors of an image (S rows) meet its tokens (T rows) inside the formulas. Their gradients are sums over the tokens of
+an image, a contiguous run of rows, taken outside (`sum_per_image`).
+
+Shapes: T tokens of this rank, S images, D hidden size, M width of the MLP, H heads of this rank, K head dimension.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fitscale.model.common.compiler import formula, is_compiled
+from fitscale.model.common.layout import Segments
+from fitscale.model.common.rope import Rope
+
+NORM_EPS = 1e-6
+Biased = tuple[Tensor, Tensor]  # what a linear gives before its bias, and that
+
+
+def modulate(x_TD: Tensor, shift_SD: Tensor, scale_SD: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+    """x and LayerNorm(x) * (1 + scale) + shift. Who goes on with x takes it from here: its gradient is added here."""
+    return _Modulate.apply(x_TD, shift_SD, scale_SD, segments)
+
+
+def gate(x_TD: Tensor, branch: Biased, gate_SD: Tensor, segments: Segments) -> Tensor:
+    """x + gate * branch."""
+    return _Gate.apply(x_TD, *_ready(branch), gate_SD, segments)
+
+
+def gate_modulate(
+    x_TD: Tensor, branch: Biased, gate_SD: Tensor, shift_SD: Tensor, scale_SD: Tensor, segments: Segments
+) -> tuple[Tensor, Tensor]:
+    """`modulate` of `gate`."""
+    return _GateModulate.apply(x_TD, *_ready(branch), gate_SD, shift_SD, scale_SD, segments)
+
+
+def swiglu(gate_TM: Biased, up_TM: Biased) -> Tensor:
+    """SiLU(gate) * up."""
+    return _SwiGLU.apply(*_ready(gate_TM), *_ready(up_TM))
+
+
+def turned_heads(
+    qkv: Biased, heads: tuple[int, int], rope: Rope, norms: tuple[Tensor, Tensor] | None, normed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v (T, H, K): q and k LayerNormed over K, if `normed`, and turned by RoPE.
+
+    Args:
+        qkv: rows head by head, (T, H 3 K); the two numbers of a pair that RoPE turns are K/2 apart.
+        heads: H and K.
+        norms: the norms' weights (K,).
+    """
+    product, bias = _ready(qkv)
+    shape = (heads[0], 3, heads[1])
+    bias = None if bias is None else bias.view(shape)
+    return _TurnedHeads.apply(product.unflatten(-1, shape), bias, *rope, *(norms or (None, None)), normed)
+
+
+def _ready(out: Biased) -> tuple[Tensor, Tensor | None]:
+    """A compiled region adds a bias where it reads; otherwise that is done here."""
+    return out if is_compiled() else (out[0] + out[1], None)
+
+
+def biased(x: Tensor, bias: Tensor | None) -> Tensor:
+    """x + bias."""
+    return x if bias is None else x + bias
+
+
+# ------------------------------------------------------------------------------------- per-image vectors and tokens
+
+
+def sum_per_image(x_TD: Tensor, segments: Segments) -> Tensor:
+    """Sums over each image's tokens, (T, D) -> (S, D)."""
+    if segments.equal:
+        return x_TD.unflatten(0, (-1, segments.equal)).sum(1)
+    if not x_TD.is_cuda:
+        return F.embedding_bag(segments.token_T, x_TD, segments.start_S, mode="sum")
+    # On CUDA that is slow for few long images, and index_add_ adds in no fixed order; a product is neither.
+    image_S = torch.arange(len(segments.lengths), device=x_TD.device)
+    return (image_S[:, None] == segments.image_T).to(x_TD.dtype) @ x_TD
+
+
+def _with_vectors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Call the formula with tensors of tokens, and with vectors of images that meet them: by their index, or, outside
+    a compiler and where images are equal, as a dimension of their own."""
+    run = formula(function)
+
+    def call(segments: Segments, tokens: list[Tensor | None], vectors: list[Tensor]) -> Any:
+        if is_compiled() or not segments.equal:
+            if is_compiled() and len(segments.lengths) == 1:  # a size of 1 would be compiled for itself
+                vectors = [_twice(vector_SD) for vector_SD in vectors]
+            return run(segments.image_T, *tokens, *vectors)
+        shape = (-1, segments.equal)
+        grouped = [x if x is None or x.dim() == 1 else x.unflatten(0, shape) for x in tokens]
+        results = run(None, *grouped, *(vector_SD[:, None] for vector_SD in vectors))
+        return [result.flatten(0, 1) for result in results]
+
+    return call
+
+
+def _twice(vector_SD: Tensor) -> Tensor:
+    """Its one row, twice, laid out in memory as rows of its origin are: what is compiled depends on that, too."""
+    stride, start = vector_SD.stride(), vector_SD.storage_offset()
+    room = vector_SD.new_empty(start + stride[0] + vector_SD.shape[1])
+    return room.as_strided((2, vector_SD.shape[1]), stride, start).copy_(vector_SD)
+
+
+def _at(image_T: Tensor | None, *vectors: Tensor) -> tuple[Tensor, ...]:
+    """Each token's image's row."""
+    return vectors if image_T is None else tuple(vector_SD.index_select(0, image_T) for vector_SD in vectors)
+
+
+# ---------------------------------------------------------------------------------------------------------- formulas
+
+
+@_with_vectors
+def _modulate_forward(image_T: Tensor | None, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    shift, scale = _at(image_T, shift, scale)
+    return _norm(x, shift, scale)
+
+
+@_with_vectors
+def _modulate_backward(
+    image_T: Tensor | None, grad: Tensor, grad_x: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor
+) -> tuple[Tensor, ...]:
+    (scale,) = _at(image_T, scale)
+    return _norm_backward(grad, grad_x, x, mean, rstd, scale)
+
+
+@_with_vectors
+def _gate_forward(
+    image_T: Tensor | None, x: Tensor, branch: Tensor, bias: Tensor | None, gate: Tensor
+) -> tuple[Tensor, ...]:
+    (gate,) = _at(image_T, gate)
+    return (torch.addcmul(x, biased(branch, bias), gate),)
+
+
+@_with_vectors
+def _gate_backward(image_T: Tensor | None, grad: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+    (gate,) = _at(image_T, gate)
+    return grad * gate, grad * branch
+
+
+@_with_vectors
+def _gate_modulate_forward(
+    image_T: Tensor | None, x: Tensor, branch: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, ...]:
+    gate, shift, scale = _at(image_T, gate, shift, scale)
+    x = torch.addcmul(x, biased(branch, bias), gate)
+    return x, *_norm(x, shift, scale)
+
+
+@_with_vectors
+def _gate_modulate_backward(
+    image_T: Tensor | None,
+    grad: Tensor,
+    grad_x: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    branch: Tensor,
+    scale: Tensor,
+    gate: Tensor,
+) -> tuple[Tensor, ...]:
+    scale, gate = _at(image_T, scale, gate)
+    grad_x, by_normed = _norm_backward(grad, grad_x, x, mean, rstd, scale)
+    return grad_x, by_normed, grad_x * gate, grad_x * branch
+
+
+@formula
+def _gate_and_bias(gate: Tensor, grad_gate: Tensor, sums: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return (gate * sums).sum(0), torch.addcmul(grad_gate, sums, bias)
+
+
+@formula
+def _swiglu_forward(g: Tensor, g_bias: Tensor | None, u: Tensor, u_bias: Tensor | None) -> Tensor:
+    return F.silu(biased(g, g_bias)) * biased(u, u_bias)
+
+
+@formula
+def _swiglu_backward(
+    grad: Tensor, g: Tensor, g_bias: Tensor | None, u: Tensor, u_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    g, u = biased(g, g_bias), biased(u, u_bias)
+    return torch.ops.aten.silu_backward(grad * u, g), grad * F.silu(g)
+
+
+@formula
+def _heads_forward(
+    qkv: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, weights: Tensor | None, normed: bool
+) -> tuple[Tensor, Tensor]:
+    """q and k, (T, H, 2, K), and v."""
+    qkv = biased(qkv, bias)
+    qk = qkv[:, :, :2]
+    if normed:
+        qk = _layer_norm(qk)[0]
+        qk = qk if weights is None else qk * weights
+    return _turn(qk, cos[:, None, None], sin[:, None, None]).to(qkv.dtype), qkv[:, :, 2].contiguous()
+
+
+@formula
+def _heads_backward(
+    grads: list[Tensor],
+    qkv: Tensor | None,
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    weights: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradient of qkv (only norms need its value), and those of the weights, not summed over tokens and heads yet."""
+    *turned, grad_v = grads
+    cos, sin, parts, by_weight = cos[:, None], sin[:, None], [], []
+    for number, grad in enumerate(turned):
+        grad = _turn(grad, cos, -sin)
+        if qkv is not None:
+            x = biased(qkv[:, :, number], None if bias is None else bias[:, number]).float()
+            normed, mean, rstd = _layer_norm(x)
+            if weights is not None:
+                by_weight.append((grad * normed).to(grad_v.dtype))
+                grad = grad * weights[number]
+            grad = _layer_norm_backward(grad, x, normed, mean, rstd)
+        parts.append(grad.to(grad_v.dtype))
+    return torch.stack([*parts, grad_v], dim=2), by_weight
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (first half, second half of the last dimension) by their angles, in fp32."""
+    pairs = x.float().unflatten(-1, (2, -1))
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    signed = torch.where(torch.arange(2, device=sin.device)[:, None] == 0, -sin, sin)
+    return torch.addcmul(pairs * cos, pairs.flip(-2), signed).flatten(-2)
+
+
+def _layer_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm without weights: normalised x, its mean and 1 / standard deviation.
+
+    torch's own operator is the fastest as it stands, but compiles to Welford's recurrence, which is slow on CPUs.
+    """
+    if not torch.compiler.is_compiling():
+        return torch.native_layer_norm(x, x.shape[-1:], None, None, NORM_EPS)
+    x = x.float()
+    mean = x.mean(-1, keepdim=True)
+    centred = x - mean
+    rstd = (centred.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
+    return centred * rstd, mean, rstd
+
+
+def _layer_norm_backward(grad: Tensor, x: Tensor, normed: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """Gradient of x, the input of a `_layer_norm`."""
+    if not torch.compiler.is_compiling():
+        return torch.ops.aten.native_layer_norm_backward(
+            grad, x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
+        )[0]
+    grad = grad.float()
+    by_mean, by_spread = grad.mean(-1, keepdim=True), (grad * normed).mean(-1, keepdim=True)
+    return rstd * (grad - by_mean - normed * by_spread)
+
+
+def _norm(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Modulated, and the norm's mean and 1 / standard deviation."""
+    normed, mean, rstd = _layer_norm(x)
+    return torch.addcmul(shift.to(normed.dtype), normed, 1 + scale).to(x.dtype), mean, rstd
+
+
+def _norm_backward(
+    grad: Tensor, grad_x: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient of x, added to `grad_x`; and grad * LayerNorm(x), the scale's before it is summed."""
+    normed = (x - mean) * rstd
+    through = _layer_norm_backward(grad * (1 + scale), x, normed, mean, rstd)
+    return (through + grad_x).to(x.dtype), (grad * normed).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------- autograd functions
+
+
+class _Modulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+        out, mean, rstd = _modulate_forward(segments, [x], [shift, scale])
+        ctx.save_for_backward(x, mean, rstd, scale)
+        ctx.segments = segments
+        return x.view_as(x), out
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, mean, rstd, scale = ctx.saved_tensors
+        segments = ctx.segments
+        grad_x, by_normed = _modulate_backward(segments, [grad, grad_x, x, mean, rstd], [scale])
+        return grad_x, sum_per_image(grad, segments), sum_per_image(by_normed, segments), None
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, branch: Tensor, bias: Tensor | None, gate: Tensor, segments: Segments) -> Tensor:
+        (out,) = _gate_forward(segments, [x, branch, bias], [gate])
+        ctx.save_for_backward(branch, bias, gate)
+        ctx.segments = segments
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        branch, bias, gate = ctx.saved_tensors
+        grad_branch, by_branch = _gate_backward(ctx.segments, [grad, branch], [gate])
+        return grad, grad_branch, *_gate_gradients(grad, by_branch, bias, gate, ctx.segments), None
+
+
+class _GateModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        branch: Tensor,
+        bias: Tensor | None,
+        gate: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        segments: Segments,
+    ) -> tuple[Tensor, Tensor]:
+        x, out, mean, rstd = _gate_modulate_forward(segments, [x, branch, bias], [gate, shift, scale])
+        ctx.save_for_backward(x, mean, rstd, branch, bias, gate, scale)
+        ctx.segments = segments
+        return x, out
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, mean, rstd, branch, bias, gate, scale = ctx.saved_tensors
+        segments = ctx.segments
+        grad_x, by_normed, grad_branch, by_branch = _gate_modulate_backward(
+            segments, [grad, grad_x, x, mean, rstd, branch], [scale, gate]
+        )
+        of_bias_and_gate = _gate_gradients(grad_x, by_branch, bias, gate, segments)
+        of_norm = sum_per_image(grad, segments), sum_per_image(by_normed, segments)
+        return grad_x, grad_branch, *of_bias_and_gate, *of_norm, None
+
+
+def _gate_gradients(
+    grad: Tensor, by_branch: Tensor, bias: Tensor | None, gate: Tensor, segments: Segments
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of a branch's bias and of its gate, from that of x + gate * (branch + bias), and it times branch."""
+    grad_gate = sum_per_image(by_branch, segments)
+    if bias is None:
+        return None, grad_gate
+    return _gate_and_bias(gate, grad_gate, sum_per_image(grad, segments), bias)
+
+
+class _TurnedHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        bias: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        normed: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weights = None if q_weight is None or k_weight is None else torch.stack((q_weight, k_weight))
+        qk, v = _heads_forward(qkv, bias, cos, sin, weights, normed)
+        ctx.save_for_backward(*((qkv, bias) if normed else (None, None)), cos, sin, weights)
+        return qk[:, :, 0], qk[:, :, 1], v
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        kept = ctx.saved_tensors
+        grad, by_weight = _heads_backward([grad.contiguous() for grad in grads], *kept)
+        of_bias = grad.sum(0) if ctx.needs_input_grad[1] else None
+        of_weights = [by.sum((0, 1)) for by in by_weight] or [None, None]
+        return grad, of_bias, None, None, *of_weights, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return _swiglu_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        kept = ctx.saved_tensors
+        _, g_bias, _, u_bias = kept
+        grad_g, grad_u = _swiglu_backward(grad, *kept)
+        return grad_g, _bias_gradient(grad_g, g_bias), grad_u, _bias_gradient(grad_u, u_bias)
+
+
+def _bias_gradient(grad: Tensor, bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else grad.sum(0)

@@ -1,0 +1,438 @@
+"""Speed of a training step against the published way of training, in one run on one machine.
+
+python tools/bench_step.py
+python tools/bench_step.py --sizes 256 64-256 --steps 5 --json step.json
+python tools/bench_step.py --device cuda --precision bf16 --sizes 256 configs/model/xl.yaml
+
+Three ways take a step in turns, on the same images: (a) the baseline: a batch padded to its longest image, with an
+attention mask, plain modules, torch's AdamW and EMA, as FiTv2 is published; (b) fitscale with `parallel.compile=off`;
+(c) with `on`. The model is FiTv2 of width 384 and depth 6 unless further arguments (files, key=value) say otherwise.
+
+Prints, for each distribution of sizes, medians of the ratios of times, tokens/s, and the share of matrix products and
+attention in the step. For one block in `--traffic` precision: what flows besides those, forward and backward, in reads
+and writes of one hidden vector a token ("passes"), and by how many operators or kernels. Eager operators are counted by
+a dispatch mode, views left out; compiled ones by what torch's compiler says its kernels read and write.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import numpy as np
+
+from fitscale.config.load import load_config
+from fitscale.config.program import exit_code
+from fitscale.config.schema import Config
+from fitscale.prepare.statistics import photograph_sizes
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+MODEL = [
+    *("model.hidden_size=384", "model.depth=6", "model.num_heads=6", "model.num_classes=1000"),
+    *("optim.ema_decays=[0.9999]", "optim.grad_clip=1.0", "parallel.precision=fp32", "run.device=cpu"),
+    "batch.pack_tokens=65536",
+]
+SEED = 0
+
+
+def sides(low: int, high: int) -> Callable[[np.random.Generator, int], np.ndarray]:
+    """Rows and columns uniform in low..high."""
+    return lambda rng, count: rng.integers(low, high + 1, (count, 2))
+
+
+SIZES = {
+    "256": sides(16, 16),
+    "fit256": photograph_sizes,
+    "64-256": sides(8, 16),
+    "16-1024": sides(4, 32),
+}
+WAYS = ("baseline", "eager", "fused")
+PAIRS = (("baseline", "fused"), ("baseline", "eager"), ("eager", "fused"))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "config", nargs="*", metavar="FILE|KEY=VALUE", help="of the model, the optimizer and the layout"
+    )
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="tokens of an image (all)")
+    parser.add_argument("--batch", type=int, default=16, help="images of a step (16)")
+    parser.add_argument("--steps", type=int, default=5, help="steps of each way that are timed (5)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to compare (all)")
+    parser.add_argument("--traffic", choices=("bf16", "fp32", "none"), default="bf16", help="count passes in (bf16)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the CPU (1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    options = parser.parse_args(arguments)
+    return exit_code(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    import torch
+
+    torch.set_num_threads(options.threads)
+    config = load_config([*MODEL, *options.config, f"run.device={options.device}"])
+    runners = _runners(config, options.ways)
+    figures: dict[str, Any] = {"sizes": {}}
+    for name in options.sizes:
+        figures["sizes"][name] = report_sizes(name, config, runners, options)
+    if options.traffic != "none":
+        figures[options.traffic] = report_traffic(config, options)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a step, one after the other."""
+
+    sizes_S2: np.ndarray
+    tokens_TC: "Tensor"
+    labels_S: "Tensor"
+
+    @property
+    def lengths(self) -> list[int]:
+        return [int(rows * cols) for rows, cols in self.sizes_S2]
+
+
+def draw_images(name: str, config: Config, count: int) -> Images:
+    import torch
+
+    rng, generator = np.random.default_rng(SEED), torch.Generator().manual_seed(SEED)
+    sizes = SIZES[name](rng, count)
+    tokens = torch.randn(int(sizes.prod(axis=1).sum()), config.model.token_channels, generator=generator)
+    return Images(sizes, tokens, torch.from_numpy(rng.integers(0, config.model.num_classes, count)))
+
+
+# --------------------------------------------------------------------------------------------------- fitscale's step
+
+
+class Ours:
+    """fitscale's own step: its engine, objective and optimizer."""
+
+    def __init__(self, config: Config) -> None:
+        from fitscale.model.build import build_network, initial_items
+        from fitscale.parallel.groups import init_parallel
+        from fitscale.parallel.layers import set_value
+        from fitscale.parallel.zero import building, make_engine
+        from fitscale.train.health import Watchdog
+        from fitscale.train.optim import AdamWEMA
+        from fitscale.train.step import Stepper
+
+        topology = init_parallel(config.parallel, config.run.device)
+        with building(config, topology):
+            self.model = build_network(config.model, config.parallel)
+        for parameter, piece in initial_items(self.model, SEED):
+            set_value(parameter, piece)
+        optimizer = AdamWEMA(list(self.model.parameters()), config.optim)
+        engine = make_engine(self.model, optimizer, config, topology)
+        self.stepper = Stepper(config, engine, None, topology, Watchdog(60, 0, Path("events.jsonl")))  # type: ignore[arg-type]
+
+    def prepare(self, images: Images) -> Any:
+        from fitscale.data.batch_plan import GlobalBatch
+        from fitscale.data.loader import StepBatch
+        from fitscale.data.packing import PackingStats
+
+        count = len(images.lengths)
+        zeros, sizes = np.zeros(count, dtype=np.int64), images.sizes_S2.astype(np.int64)
+        batch = GlobalBatch(0, zeros, zeros, zeros, sizes[:, 0], sizes[:, 1], images.labels_S.numpy())
+        return StepBatch(batch, PackingStats(0.0, 0.0, 1), images.tokens_TC, [np.arange(count)], [sizes], [])
+
+    def step(self, batch: Any) -> None:
+        self.stepper.take(batch)
+
+
+# ------------------------------------------------------------------------------------------------------- the baseline
+
+
+class Published:
+    """A padded batch with a mask, plain modules, gradient clipping, AdamW and EMA: as FiTv2 is published."""
+
+    def __init__(self, config: Config) -> None:
+        import torch
+
+        self.config, self.device = config, torch.device(config.run.device)
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.parallel.precision]
+        torch.manual_seed(SEED)
+        self.model = padded_network(config).to(self.device)
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        settings = config.optim
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1e-4, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+        )
+
+    def prepare(self, images: Images) -> Any:
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        tokens = pad_sequence(list(images.tokens_TC.split(images.lengths)), batch_first=True)
+        mask = torch.arange(tokens.shape[1]) < torch.tensor(images.lengths)[:, None]
+        grids = [
+            torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")).flatten(1).T
+            for rows, cols in images.sizes_S2.tolist()
+        ]
+        grid = pad_sequence(grids, batch_first=True)
+        return [tensor.to(self.device) for tensor in (tokens, mask, grid, images.labels_S)]
+
+    def step(self, batch: Any) -> None:
+        import torch
+
+        tokens, mask, grid, labels = batch
+        noise, t = torch.randn_like(tokens), torch.randn(len(tokens), device=self.device).sigmoid()
+        noisy = t[:, None, None] * tokens + (1 - t[:, None, None]) * noise
+        labels = torch.where(torch.rand(len(labels), device=self.device) < 0.1, self.config.model.num_classes, labels)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            answer = self.model(noisy, t, labels, mask, grid)
+        error = (answer.float() - (tokens - noise)).square() * mask[..., None]
+        loss = (error.mean(2).sum(1) / mask.sum(1)).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.grad_clip)
+        self.optimizer.step()
+        with torch.no_grad():
+            for averaged, parameter in zip(self.average.parameters(), self.model.parameters(), strict=True):
+                averaged.mul_(0.9999).add_(parameter, alpha=1 - 0.9999)
+        loss.item()
+
+
+def padded_network(config: Config) -> "nn.Module":
+    """FiTv2 over a padded batch, of plain modules."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    from fitscale.model.common.embedders import ClassEmbedder, TimeEmbedder
+
+    model = config.model
+    hidden, heads, rank, width = model.hidden_size, model.num_heads, model.adaln_rank, model.mlp_hidden_size
+    head_dim = hidden // heads
+
+    def rope_tables(grid: "Tensor") -> "tuple[Tensor, Tensor]":
+        exponents = torch.arange(0, head_dim // 2, 2, device=grid.device).float() / (head_dim // 2)
+        frequencies = 1.0 / 10000.0**exponents
+        angles = (grid[..., None].float() * frequencies).repeat_interleave(2, dim=-1).flatten(2)  # rows, then columns
+        return angles.cos()[:, None], angles.sin()[:, None]
+
+    def turn(x: "Tensor", cos: "Tensor", sin: "Tensor") -> "Tensor":
+        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return x * cos + torch.stack((-second, first), dim=-1).flatten(-2) * sin
+
+    def modulate(x: "Tensor", shift: "Tensor", scale: "Tensor") -> "Tensor":
+        return x * (1 + scale[:, None]) + shift[:, None]
+
+    class PlainAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
+            self.q_norm, self.k_norm = (nn.LayerNorm(head_dim, eps=1e-6, elementwise_affine=False) for _ in range(2))
+
+        def forward(self, x: "Tensor", mask: "Tensor", cos: "Tensor", sin: "Tensor") -> "Tensor":
+            q, k, v = self.qkv(x).unflatten(-1, (3, heads, head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = turn(q.float(), cos, sin).to(v.dtype), turn(k.float(), cos, sin).to(v.dtype)
+            key = mask[:, None, None, :]
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=key == key.transpose(-2, -1))
+            return self.proj(x.transpose(1, 2).flatten(2))
+
+    class PlainSwiGLU(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1_g, self.fc1_x = nn.Linear(hidden, width), nn.Linear(hidden, width)
+            self.fc2 = nn.Linear(width, hidden)
+
+        def forward(self, x: "Tensor") -> "Tensor":
+            return self.fc2(F.silu(self.fc1_g(x)) * self.fc1_x(x))
+
+    class PlainBlock(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = (nn.LayerNorm(hidden, eps=1e-6, elementwise_affine=False) for _ in range(2))
+            self.attn, self.mlp = PlainAttention(), PlainSwiGLU()
+            self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(hidden, rank), nn.Linear(rank, 6 * hidden))
+
+        def forward(self, x: "Tensor", c: "Tensor", shared: "Tensor", *attended: "Tensor") -> "Tensor":
+            shift1, scale1, gate1, shift2, scale2, gate2 = (self.adaln(c) + shared).chunk(6, dim=1)
+            x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), *attended)
+            return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+    class PlainFiT(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(model.token_channels, hidden)
+            self.time, self.label = TimeEmbedder(256, hidden), ClassEmbedder(model.num_classes, hidden)
+            self.shared = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 6 * hidden))
+            self.blocks = nn.ModuleList(PlainBlock() for _ in range(model.depth))
+            self.final_adaln = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
+            self.final_norm = nn.LayerNorm(hidden, eps=1e-6, elementwise_affine=False)
+            self.final = nn.Linear(hidden, model.token_channels)
+
+        def forward(self, x: "Tensor", t: "Tensor", y: "Tensor", mask: "Tensor", grid: "Tensor") -> "Tensor":
+            cos, sin = rope_tables(grid)
+            x, c = self.embed(x), self.time(t) + self.label(y)
+            shared = self.shared(c)
+            for block in self.blocks:
+                x = block(x, c, shared, mask, cos, sin)
+            shift, scale = self.final_adaln(c).chunk(2, dim=1)
+            return self.final(modulate(self.final_norm(x), shift, scale)) * mask[..., None]
+
+    return PlainFiT()
+
+
+# ------------------------------------------------------------------------------------------------- what is measured
+
+
+def _runners(config: Config, ways: list[str]) -> dict[str, Any]:
+    """One engine serves both of fitscale's ways: they differ in what its blocks' formulas run as."""
+    ours = Ours(config) if {"eager", "fused"} & set(ways) else None
+    return {way: Published(config) if way == "baseline" else ours for way in ways}
+
+
+def report_sizes(name: str, config: Config, runners: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:
+    from fitscale.model.common.compiler import use_compiler
+
+    images = draw_images(name, config, options.batch)
+    batches = {way: runner.prepare(images) for way, runner in runners.items()}
+    times: dict[str, list[float]] = {way: [] for way in runners}
+    for number in range(options.steps + 1):  # the first of each is not counted: it compiles, fills caches, makes states
+        for way, runner in runners.items():
+            use_compiler(way == "fused")
+            begun = time.perf_counter()
+            runner.step(batches[way])  # ends with the loss on the host
+            if number:
+                times[way].append(time.perf_counter() - begun)
+    ratios = {f"{a}_over_{b}": _ratio(times[a], times[b]) for a, b in PAIRS if a in times and b in times}
+    real = sum(images.lengths)
+    padded = max(images.lengths) * len(images.lengths) / real
+    speeds = ", ".join(f"{way} {real / median(seconds):,.0f}" for way, seconds in times.items())
+    compared = ", ".join(f"{pair} {ratio:.2f}" for pair, ratio in ratios.items())
+    print(f"{name}: padded/real {padded:.2f}; tokens/s: {speeds}; {compared}", flush=True)
+    return ratios
+
+
+def _ratio(slow: list[float], fast: list[float]) -> float:
+    return median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def report_traffic(config: Config, options: argparse.Namespace) -> dict[str, float]:
+    """Passes and kernels of one block, of a model of two blocks less one of one."""
+    counts = {way: _of_a_block(config, way, options) for way in options.ways if way != "baseline"}
+    for way, (passes, kernels) in counts.items():
+        print(f"{way}, {options.traffic}: {passes:.0f} passes, {kernels:.0f} kernels a block, forward and backward")
+    passes, kernels = counts["fused" if "fused" in counts else "eager"]
+    return {"passes": passes, "kernels": kernels}
+
+
+def _of_a_block(config: Config, way: str, options: argparse.Namespace) -> tuple[float, float]:
+    one, two = (_counted(config, way, depth, options) for depth in (1, 2))
+    return two[0] - one[0], two[1] - one[1]
+
+
+def _counted(config: Config, way: str, depth: int, options: argparse.Namespace) -> tuple[float, float]:
+    """Passes and kernels of the forward and the backward pass of a model of `depth` blocks."""
+    import torch
+
+    from fitscale.model.build import build_network
+    from fitscale.model.common.compiler import use_compiler
+    from fitscale.model.common.layout import pack_layout
+
+    model = replace(config.model, depth=depth)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.traffic]
+    network = build_network(model, config.parallel).to(options.device, dtype)
+    images = draw_images("64-256", config, options.batch)
+    sizes = torch.from_numpy(images.sizes_S2)
+    bounds = torch.tensor([0, *np.cumsum(images.lengths)], dtype=torch.int32)
+    layout = pack_layout(sizes, bounds, torch.device(options.device))
+    inputs = [x.to(options.device) for x in (images.tokens_TC, torch.rand(options.batch), images.labels_S)]
+    use_compiler(way == "fused")
+
+    def pass_through() -> None:
+        sum(out.square().mean() for out in network(*inputs, layout)).backward()
+
+    with counting() as count:
+        pass_through()  # makes tables, compiles
+        network.zero_grad()  # as of a step's first pack
+        count.bytes = count.kernels = 0
+        pass_through()
+    use_compiler(False)
+    return count.bytes / (len(images.tokens_TC) * model.hidden_size * dtype.itemsize), count.kernels
+
+
+PRODUCTS = ("mm", "addmm", "bmm", "scaled_dot_product", "_flash_attention", "varlen_attn")  # of operators' names
+
+
+@contextmanager
+def counting() -> Iterator[Any]:
+    """Counts the bytes that operators read and write, and the operators: no views, products, nor attention."""
+    import torch
+    from torch._inductor import config as inductor
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    import fitscale.model.common.compiler as compiler
+
+    class Count(TorchDispatchMode):
+        bytes, kernels = 0, 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            name = func.overloadpacket.__name__
+            if (
+                not func.is_view
+                and not any(product in name for product in PRODUCTS)
+                and name not in ("empty", "detach")
+            ):
+                self.kernels += 1
+                self.bytes += sum(_bytes(leaf) for leaf in tree_leaves((args, kwargs, out)))
+            return out
+
+    count, before = Count(), torch.compile
+    compiler.compiled.clear()
+    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    torch.compile = partial(_counted_compile, count, before)  # type: ignore[assignment]
+    try:
+        with count, inductor.patch(force_disable_caches=True):  # a cached kernel says nothing of what it reads
+            yield count
+    finally:
+        torch.compile = before
+        compiler.compiled.clear()
+
+
+def _counted_compile(count: Any, compiler: Callable[..., Any], function: Callable[..., Any], **settings: Any) -> Any:
+    """torch.compile, of a function whose calls add to `count` what the compiler says that its kernels move."""
+    from torch._inductor.scheduler import Scheduler
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    made, costs, codegen = compiler(function, **settings), [0, 0], Scheduler.codegen
+
+    def noted(scheduler: Any) -> None:
+        costs[:] = sum(node.get_read_write_buffers_sizes() for node in scheduler.nodes), len(scheduler.nodes)
+        codegen(scheduler)
+
+    def call(*arguments: Any) -> Any:
+        with _disable_current_modes(), mock.patch.object(Scheduler, "codegen", noted):
+            result = made(*arguments)
+        count.bytes, count.kernels = count.bytes + costs[0], count.kernels + costs[1]
+        return result
+
+    return call
+
+
+def _bytes(leaf: Any) -> int:
+    import torch
+
+    return leaf.numel() * leaf.element_size() if isinstance(leaf, torch.Tensor) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
