@@ -27,21 +27,25 @@ def train_and_die(config: Config, in_save: bool, calls: int, victim: int = 0) ->
 
     saver.VISIBLE_S = 1.0  # rank 0 waits no longer for what a dead rank was writing
     steps, saves = iter(range(10**6)), iter(range(10**6))
-    take_step, save = step.Stepper.take, saver._Save._write
+    take_step, give, write = step.Stepper.take, saver._Save._give, saver._Save._write
 
-    def counted_step(self: Any, batch: Any) -> Any:
+    def counted_step(self: Any, batch: Any, votes: Any) -> Any:
         if next(steps) == config.checkpoint.every_steps + 1 and not in_save:
             die_after(calls)
-        return take_step(self, batch)
+        return take_step(self, batch, votes)
 
-    def counted_save(self: Any) -> None:
-        second = next(saves) == 1 and in_save
-        if second:
-            die_after(calls)
-        save(self)
-        if second:
+    def counted_give(self: Any) -> None:
+        self.second = next(saves) == 1 and in_save
+        if self.second:
+            die_after(calls)  # in this thread, which writes next
+        give(self)
+
+    def counted_write(self: Any) -> None:
+        write(self)
+        if self.second:
             die_after(0)  # a shorter save than most
 
     if int(os.environ.get("RANK", "0")) == victim:
-        step.Stepper.take, saver._Save._write = counted_step, counted_save  # type: ignore[method-assign]
+        step.Stepper.take = counted_step  # type: ignore[method-assign]
+        saver._Save._give, saver._Save._write = counted_give, counted_write  # type: ignore[method-assign]
     trainer.train(config)

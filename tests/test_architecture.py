@@ -17,7 +17,7 @@ BELOW = {
 PARTS = {"scaling": ["rows", "fit", "report"]}  # of a room, in the order of its own import rule
 DOORS = {
     "megatron": ["fitscale/parallel/"],
-    "deepspeed": ["fitscale/parallel/zero.py", "tools/convert_checkpoint.py"],
+    "deepspeed": ["fitscale/parallel/zero.py", "tools/convert_checkpoint.py", "tools/bench_save.py"],
     "submitit": ["slurm/", "fitscale/jobs/"],
     "omegaconf": ["fitscale/config/load.py"],
 }

@@ -1,8 +1,8 @@
-"""The only door to DeepSpeed: the engine, and full fp32 tensors gathered from its partitions.
+"""The only door to DeepSpeed: the engine, and the fp32 partitions that it keeps.
 
     network + AdamWEMA -> make_engine -> engine(inputs), engine.backward(loss), engine.step()
                                          |
-                      gather_dp(engine, parameter, key) -> one whole fp32 tensor, on every data-parallel rank
+                      own_part(engine, parameter, key) -> what this rank keeps of it, in fp32
 
 DeepSpeed's ZeRO shards the optimizer: stage 1 its state, stage 2 the gradients too, stage 3 the weights as well.
 """
@@ -47,14 +47,15 @@ def building(config: Config, topology: Topology) -> Any:
     )
 
 
-def optimizer_step(engine: Any) -> float:
-    """Clip the gradients, step the optimizer, clear the gradients; returns the global norm before clipping.
+def optimizer_step(engine: Any) -> Any:
+    """Clip the gradients, step the optimizer, clear the gradients; returns the global norm before clipping, a number or
+    a tensor of one.
 
     A norm that is not finite skips the step, on all ranks alike.
     """
     if engine.zero_optimization_stage() > 0:  # these stages skip by themselves
         engine.step()
-        return float(engine.get_global_grad_norm())
+        return engine.get_global_grad_norm()
     norm = _gradient_norm(engine.module)
     if math.isfinite(norm):
         engine.step()
@@ -75,24 +76,32 @@ def _gradient_norm(model: torch.nn.Module) -> float:
     return float((shards.cpu() + squares[1]).sqrt())
 
 
-def gather_dp(engine: Any, parameter: torch.nn.Parameter, key: str | None = None) -> torch.Tensor:
-    """The whole fp32 value of `parameter`, or of its optimizer state `key`, gathered over data-parallel ranks.
+def own_part(engine: Any, parameter: torch.nn.Parameter, key: str | None = None) -> tuple[int, torch.Tensor] | None:
+    """What this data-parallel rank keeps of `parameter`, or of its optimizer state `key`: the first element's number in
+    this tensor-parallel rank's flattened tensor, and the elements: no copy, fp32 but for a frozen parameter.
 
-    A collective: every rank calls it for the same parameters in the same order. Tensor-parallel shards stay shards.
-    A frozen parameter has no optimizer state: only its value can be had.
+    None: it keeps nothing. A frozen parameter has no optimizer state: only its value can be had. Local.
     """
-    from deepspeed.runtime.zero import GatheredParameters
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
+    if hasattr(parameter, "ds_id"):
+        kept = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        start = kept * parallel_state.get_data_parallel_rank()
+        part = parameter.ds_tensor.data if not parameter.requires_grad else _own_partition(parameter, key)  # type: ignore[attr-defined]
+        numel = min(kept, parameter.ds_numel - start)  # type: ignore[attr-defined]
+        return (start, part[:numel]) if numel > 0 else None
     if not parameter.requires_grad:
-        with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            return parameter.detach().float().clone()
+        return 0, parameter.detach().flatten()
     if engine.zero_optimization_stage() == 0:
         value = parameter.detach() if key is None else engine.optimizer.state[parameter][key]
-        return value.clone()
-    if key is None:
-        return safe_get_full_fp32_param(parameter)
-    return safe_get_full_optimizer_state(parameter, key)
+        return 0, value.flatten()
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    return None if mapping is None else (mapping.lp_fragment_address.start, mapping.get_hp_fragment(key).detach())
+
+
+def _own_partition(parameter: torch.nn.Parameter, key: str | None) -> torch.Tensor:
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    found = safe_get_local_fp32_param(parameter) if key is None else safe_get_local_optimizer_state(parameter, key)
+    return found.detach()
 
 
 def fill_optimizer_state(engine: Any, steps_taken: int) -> None:
@@ -175,5 +184,6 @@ def _engine_config(config: Config, topology: Topology) -> dict[str, Any]:
         "zero_optimization": zero,
         "bf16": {"enabled": parallel.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",  # sums of bf16 over many ranks lose what each rank adds
         "steps_per_print": 10**12,
     }

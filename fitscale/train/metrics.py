@@ -71,6 +71,9 @@ class Monitor:
             TakenOverError: a newer attempt has started; nothing is written then.
             UserError: they cannot be written: no room.
         """
+        if self.unwritten:  # what follows a row that is missing waits, too
+            self.unwritten.append(row)
+            return
         first_step, last_step = self.logged["step"] + 1, row["step"]
         speed = {**self._speed(row), **phases}
         speed["waiting_for_data"] = is_waiting(speed, last_step - first_step + 1)

@@ -15,33 +15,34 @@ from fitscale.run.comparability import ema_name
 
 
 class AdamWEMA(torch.optim.AdamW):
-    """torch's AdamW, followed by ema = decay * ema + (1 - decay) * weights for every decay.
+    """torch's AdamW, as one kernel for weights and moments, then ema = decay ema + (1 - decay) weights for each decay.
 
     An EMA starts as the initial weights.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], config: OptimConfig) -> None:
-        super().__init__(parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+        settings: Any = {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")}
+        super().__init__(parameters, fused=True, **settings)
         self.ema_decays = tuple(config.ema_decays)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         tensors = [tensor for group in self.param_groups for tensor in group["params"] if tensor.grad is not None]
-        # AdamW fills a tensor's state only while it is empty, so the EMA wait for it.
-        initial = {tensor: tensor.detach().clone() for tensor in tensors if not self.state[tensor]}
-        loss = super().step(closure)
         for tensor in tensors:
-            for decay in self.ema_decays:
-                state = self.state[tensor]
-                if ema_name(decay) not in state:
-                    state[ema_name(decay)] = initial[tensor].clone()
-                state[ema_name(decay)].lerp_(tensor, 1.0 - decay)
+            if not self.state[tensor]:
+                self.fill_state(tensor, 0)
+                for decay in self.ema_decays:
+                    self.state[tensor][ema_name(decay)].copy_(tensor)
+        loss = super().step(closure)
+        for decay in self.ema_decays:
+            averages = [self.state[tensor][ema_name(decay)] for tensor in tensors]
+            torch._foreach_lerp_(averages, tensors, 1.0 - decay)
         return loss
 
     def fill_state(self, tensor: torch.Tensor, steps_taken: int) -> None:
         """Give `tensor` the state it has after `steps_taken` steps, with zeros for the moments and the EMA."""
         state = self.state[tensor]
-        state["step"] = torch.tensor(float(steps_taken))
+        state["step"] = torch.tensor(float(steps_taken), device=tensor.device)  # where the fused kernel counts
         for name in ("exp_avg", "exp_avg_sq", *map(ema_name, self.ema_decays)):
             state[name] = torch.zeros_like(tensor)
 

@@ -1,9 +1,10 @@
 """What a run does when it is to stop before its end: the cluster wants its node back, or a person does.
 
 1. Every rank hears USR2 (time limit near, preemption), SIGTERM (requeue, cancel) and SIGINT (Ctrl-C), and only sets a
-   flag; so does rank 0 when it cannot write what it logs. The first signal is told in one line.
-2. At every step boundary the ranks agree, by the maximum of their flags: a signal may reach one rank a step earlier
-   than another, and a save takes all of them.
+   flag; so does rank 0 when it cannot write what it logs, which ends the run with the next step. The first signal is
+   told in one line.
+2. In every step the ranks agree, by the sums of their flags, which travel with the loss: a signal may reach one rank a
+   step earlier than another, and a save takes all of them.
 3. All save together; then every rank leaves with `Preempted`. Whoever started the run decides what follows.
 
 A second signal after Ctrl-C ends the process at once. Under torchrun that is a second Ctrl-C, too: it hands the first
@@ -13,12 +14,10 @@ on to its ranks as SIGINT, the second as SIGTERM.
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from enum import IntEnum
 from types import FrameType
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 from fitscale.config.program import INTERRUPTED
 
@@ -44,8 +43,7 @@ class Preempted(SystemExit):
 class Preemption:
     """Listens for the signals while used as a context (in the main thread); the handlers before it come back after."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.heard = 0  # a Stop
         self.before: dict[int, Any] = {}
 
@@ -68,8 +66,11 @@ class Preemption:
             print(f"\n{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
         self.heard = max(self.heard, Stop[name])
 
-    def agreed(self) -> Stop | None:
-        """The most urgent reason to stop that any rank has; a collective over all ranks."""
-        flag = torch.tensor(self.heard, device=self.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return Stop(int(flag.item())) if flag.item() else None
+    def votes(self) -> list[float]:
+        """For each `Stop`, whether this rank has heard it; the ranks' are added up with the loss of a step."""
+        return [float(self.heard == stop) for stop in Stop]
+
+
+def agreed(votes: Sequence[float]) -> Stop | None:
+    """The most urgent reason to stop that any rank has, from the sums of all ranks' votes."""
+    return max((stop for stop, count in zip(Stop, votes, strict=True) if count), default=None)

@@ -1,7 +1,9 @@
 """Saving while training goes on.
 
-    loop:        gather every tensor whole to the host memory of the rank that will write it   (the loop waits for this)
-    each rank:   a thread writes the rank's files, brings them to the disk, and leaves their checksums in `.done-<rank>`
+    loop:        copy what this rank keeps to host memory (`assembly`)   (the loop waits for this alone)
+    each rank:   a thread leaves what other ranks write of it in a file, then `.given-<rank>`; puts the tensors together
+                 that this rank writes, when those it needs have given; writes its files, brings them to the disk, and
+                 leaves their checksums in `.done-<rank>`
     rank 0:      a thread waits for all of these, writes COMPLETE, renames the folder, prunes old checkpoints, the last
                  two only while no newer attempt owns the run directory
 
@@ -15,21 +17,19 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from fitscale.config.errors import UserError
 from fitscale.config.files import read_json, write_atomic
-from fitscale.model.weights import published_items, stored, write_tensors
-from fitscale.parallel.zero import gather_dp
+from fitscale.model.weights import write_tensors
 from fitscale.run.attempt import Attempt
 from fitscale.run.checkpoint import lines_checksum
-from fitscale.train.checkpoint import MOMENTS, complete, fsync, prune_checkpoints, tensor_sets
+from fitscale.train.assembly import Assembly, parts_file
+from fitscale.train.checkpoint import complete, fsync, prune_checkpoints, tensor_sets
 
 log = logging.getLogger(__name__)
 POLL_S = 0.02
@@ -40,18 +40,20 @@ VISIBLE_S = 60.0  # how long another node's file may take to show on a shared fi
 class Saver:
     """One rank's part in saving a run's checkpoints."""
 
-    def __init__(self, attempt: Attempt, ema_decays: list[float], keep_last: int, keep_steps: set[int]) -> None:
-        self.attempt, self.sets = attempt, tensor_sets(ema_decays)
+    def __init__(
+        self, attempt: Attempt, engine: Any, ema_decays: list[float], keep_last: int, keep_steps: set[int]
+    ) -> None:
+        """Made by all ranks together."""
+        self.attempt, self.assembly = attempt, Assembly(engine, tensor_sets(ema_decays))
         self.keep_last, self.keep_steps = keep_last, keep_steps
         self.pending: _Save | None = None
         self.failed = 0  # saves in a row
 
-    def save(self, engine: Any, meta: dict[str, Any]) -> None:
+    def save(self, meta: dict[str, Any]) -> None:
         """Begin the checkpoint of step `meta["step"]`; a collective over all ranks. Raises UserError as `wait`."""
         self.settle()
-        begun = meta["optimizer_steps"] > 0
-        tensors = {name: dict(_owned_items(engine, key, begun)) for name, key in self.sets.items()}
-        self.pending = _Save(self.attempt, tensors, meta)
+        self.assembly.copy(begun=meta["optimizer_steps"] > 0)
+        self.pending = _Save(self.attempt, self.assembly, meta)
         if dist.get_rank() == 0:
             shutil.rmtree(self.pending.temporary, ignore_errors=True)  # what a killed save of this step left behind
         dist.barrier()
@@ -87,33 +89,36 @@ class Saver:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Where training fails, other ranks may be dead: what they have not written by now is waited for no longer."""
         if error is not None and self.pending is not None:
+            self.pending.all_given.set()
             self.pending.all_parts_over.set()
 
 
 class _Save:
     """One rank's part of one save: it is written, and on rank 0 the whole completed, in a thread of its own."""
 
-    def __init__(self, attempt: Attempt, tensors: dict[str, dict[str, torch.Tensor]], meta: dict[str, Any]) -> None:
-        self.attempt, self.run, self.tensors, self.meta = attempt, attempt.run, tensors, meta
+    def __init__(self, attempt: Attempt, assembly: Assembly, meta: dict[str, Any]) -> None:
+        self.attempt, self.run, self.assembly, self.meta = attempt, attempt.run, assembly, meta
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.folder = self.run.checkpoint_path(meta["step"])
         self.temporary = self.folder.with_name(f".saving-{attempt.number}-{self.folder.name}")
         self.logged_bytes = self.run.metrics.stat().st_size
         self.error: str | None = None  # of the first rank that could not write its part
-        self.all_parts_over = threading.Event()
+        self.all_given, self.all_parts_over = threading.Event(), threading.Event()
 
     def start(self) -> None:
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
+        self.given = thread.submit(self._give)
         self.written = thread.submit(self._write)
         self.completed = thread.submit(self._complete) if self.rank == 0 else self.written
         thread.shutdown(wait=False)
 
     def finish(self) -> str | None:
         """Wait for all ranks; why the checkpoint is not complete, if so. A collective over all ranks."""
-        errors: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(errors, self._error_of(self.written))
-        self.error = next((error for error in errors if error), None)
-        self.all_parts_over.set()
+        for task, over in ((self.given, self.all_given), (self.written, self.all_parts_over)):
+            errors: list[str | None] = [None] * self.world_size
+            dist.all_gather_object(errors, self._error_of(task))
+            self.error = next((error for error in errors if error), None)
+            over.set()
         outcome = [self._error_of(self.completed)]
         if outcome[0] and self.rank == 0:
             shutil.rmtree(self.temporary, ignore_errors=True)  # gives a full disk its space back
@@ -128,26 +133,35 @@ class _Save:
         error = task.exception()
         return self.error or (f"rank {self.rank}: {error}" if error else None)
 
+    def _give(self) -> None:
+        self.assembly.give(self.temporary)
+        if self.rank in self.assembly.givers:
+            write_atomic(self._marker("given", self.rank), "")
+
     def _write(self) -> None:
+        self.given.result()
+        self._wait_for([self._marker("given", rank) for rank in self.assembly.needed()], self.all_given)
         about = {"model": json.dumps(self.meta["model"]), "step": str(self.meta["step"])}
         checksums = {}
-        for name, items in self.tensors.items():
-            file = f"{name}/{self.rank:05d}.safetensors"
-            tensors = {key: stored(tensor) for key, tensor in items.items()}
-            checksums[file] = write_tensors(self.temporary / file, tensors, about)
-        write_atomic(self._marker(self.rank), json.dumps(checksums))
+        for folder in self.assembly.sets:
+            file = f"{folder}/{self.rank:05d}.safetensors"
+            checksums[file] = write_tensors(self.temporary / file, self.assembly.tensors(folder, self.temporary), about)
+        write_atomic(self._marker("done", self.rank), json.dumps(checksums))
 
-    def _marker(self, rank: int) -> Path:
-        return self.temporary / f".done-{rank:05d}"
+    def _marker(self, what: str, rank: int) -> Path:
+        return self.temporary / f".{what}-{rank:05d}"
 
     def _complete(self) -> None:
         self.written.result()
-        markers = [self._marker(rank) for rank in range(self.world_size)]
-        self._wait_for(markers)
+        markers = [self._marker("done", rank) for rank in range(self.world_size)]
+        self._wait_for(markers, self.all_parts_over)
         checksums: dict[str, str] = {}
         for marker in markers:
             checksums |= read_json(marker)
             marker.unlink()
+        for rank in self.assembly.givers:
+            parts_file(self.temporary, rank).unlink()
+            self._marker("given", rank).unlink()
         fsync(self.run.metrics)  # a resumed run has to find the lines up to this step
         logged = lines_checksum(self.run.metrics, self.logged_bytes)
         complete(self.temporary, {**self.meta, "logged": logged}, checksums)
@@ -157,29 +171,11 @@ class _Save:
             self.temporary.rename(self.folder)
         fsync(self.folder.parent)
 
-    def _wait_for(self, markers: list[Path]) -> None:
+    def _wait_for(self, markers: list[Path], over: threading.Event) -> None:
         deadline = float("inf")
         while missing := [marker.name for marker in markers if not marker.exists()]:
-            if self.all_parts_over.is_set():
+            if over.is_set():
                 deadline = min(deadline, time.monotonic() + VISIBLE_S)
             if self.error or time.monotonic() > deadline:
                 raise OSError(self.error or f"what other ranks wrote does not show: no {', '.join(missing)}")
             time.sleep(POLL_S)
-
-
-def _owned_items(engine: Any, key: str | None, begun: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """All ranks gather every tensor; each keeps, on the host, those it writes.
-
-    What no optimizer step has touched, frozen or not `begun`, has no state: moments are zero, the EMA is the weights.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-
-    def value(parameter: torch.nn.Parameter) -> torch.Tensor:
-        touched = begun and parameter.requires_grad
-        tensor = gather_dp(engine, parameter, key if touched else None)
-        return torch.zeros_like(tensor) if key in MOMENTS and not touched else tensor
-
-    items = published_items(engine.module, value)
-    for number, (name, tensor) in enumerate(items):
-        if number % world_size == rank:
-            yield name, tensor.cpu()

@@ -4,6 +4,7 @@ The loss of a step is the mean over the images of the global batch, whatever the
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,12 @@ class Stepper:
         self.health, self.watchdog, self.timer = StepHealth(config.health), watchdog, PhaseTimer(topology.device)
         self.totals: dict[str, Any] = dict.fromkeys(TOTALS, 0)
 
-    def take(self, batch: StepBatch) -> dict[str, Any]:
-        """One optimizer step; returns the row for metrics.jsonl. A collective over all ranks."""
+    def take(
+        self, batch: StepBatch, votes: Callable[[], Sequence[float]] = tuple
+    ) -> tuple[dict[str, Any], list[float]]:
+        """One optimizer step; returns the row for metrics.jsonl, and the sums of what all ranks' `votes` say when the
+        step is done, which travel with the loss: the host waits for the device once. A collective over all ranks.
+        """
         rate = learning_rate(self.config.optim, batch.step, self.config.run.steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
@@ -44,12 +49,10 @@ class Stepper:
         self.watchdog.doing(f"the optimizer of step {batch.step + 1}")
         with self.timer.phase("optimizer"):
             grad_norm = optimizer_step(self.engine)
-        total = sum((share.double() for _, _, share in losses), torch.zeros((), device=self.topology.device))
-        dist.all_reduce(total, group=self.engine.data_parallel_group)
-        loss = total.item()
+        loss, grad_norm, *counted = self._everyones(losses, grad_norm, votes())
         finite = self.health.is_finite(loss, grad_norm)
         self._count(batch, finite)
-        return {
+        row = {
             "step": self.totals["step"],
             "loss": loss if math.isfinite(loss) else None,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
@@ -60,6 +63,17 @@ class Stepper:
             "imbalance": batch.stats.imbalance,
             "packs": len(batch.packs),
         }
+        return row, counted
+
+    def _everyones(self, losses: list[PackLoss], grad_norm: torch.Tensor, votes: Sequence[float]) -> list[float]:
+        """The step's loss and gradient norm, and the sums of the votes, on the host."""
+        device = self.topology.device
+        mine = sum((share.double() for _, _, share in losses), torch.zeros(1, dtype=torch.float64, device=device))
+        numbers = torch.cat([mine, torch.tensor(votes, dtype=torch.float64).to(device, non_blocking=True)])
+        dist.all_reduce(numbers)
+        numbers[0] /= self.topology.tp_size  # its ranks have the same loss
+        norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=device)  # one number already
+        return torch.cat([numbers[:1], norm[None], numbers[1:]]).tolist()
 
     def _forward_backward(self, batch: StepBatch) -> list[PackLoss]:
         losses = []

@@ -27,7 +27,7 @@ from fitscale.model.weights import read_items
 from fitscale.parallel.groups import Topology, init_parallel, on_rank_zero
 from fitscale.parallel.layers import set_value
 from fitscale.parallel.zero import building, make_engine
-from fitscale.plan.layout import resolve_precision
+from fitscale.plan.layout import resolve_compile, resolve_precision
 from fitscale.plan.preflight import open_data, pack_rule
 from fitscale.run.attempt import Attempt, TakenOverError, begin_attempt
 from fitscale.run.checkpoint import TOTALS, Checkpoint
@@ -37,7 +37,7 @@ from fitscale.train import start
 from fitscale.train.health import Watchdog
 from fitscale.train.metrics import Monitor, rewind_metrics
 from fitscale.train.optim import AdamWEMA, freeze_untrained, is_named
-from fitscale.train.preempt import Preempted, Preemption, Stop
+from fitscale.train.preempt import Preempted, Preemption, Stop, agreed
 from fitscale.train.saver import Saver
 from fitscale.train.step import Stepper
 from fitscale.train.timing import Profiler
@@ -56,7 +56,9 @@ def train(config: Config, until: int | None = None) -> None:
     plan = open_data(config)
     timeout = timedelta(minutes=config.health.timeout_min)
     topology = init_parallel(config.parallel, config.run.device, timeout)
-    config = resolve_precision(config, topology.device.type == "cuda")
+    on_cuda = topology.device.type == "cuda"
+    config = resolve_compile(resolve_precision(config, on_cuda), on_cuda)
+    start.choose_compiler(config.parallel, topology)
     run = on_rank_zero(lambda: claim(config))
     found = checkpoints.newest_checkpoint(run)
     if found is not None:
@@ -85,13 +87,13 @@ class Trainer:
         """All as it was after the checkpoint `found`, or is before the first step; a collective over all ranks."""
         self.config, self.attempt, self.run, self.plan, self.topology = config, attempt, attempt.run, plan, topology
         self.last_step, self.evaluation_steps = last_step, set(config.evaluation.steps(config.run.steps))
-        self.preemption, self.write_error = Preemption(topology.device), ""
+        self.preemption, self.write_error = Preemption(), ""
         keep_steps = self.evaluation_steps | {config.run.steps}
-        self.saver = Saver(self.attempt, config.optim.ema_decays, config.checkpoint.keep_last, keep_steps)
         self.profiler = Profiler(config.profile, self.run.path / "profile")
         self.watchdog = Watchdog(config.health.timeout_min, topology.rank, self.run.events)
         self.skipped_samples = 0
         self.engine = self._build_engine(found)
+        self.saver = Saver(attempt, self.engine, config.optim.ema_decays, config.checkpoint.keep_last, keep_steps)
         self.stepper = Stepper(config, self.engine, plan, topology, self.watchdog)
         self.totals = self.stepper.totals
         if found is not None:
@@ -129,6 +131,8 @@ class Trainer:
         monitor = self._start_monitor() if dist.get_rank() == 0 else None
         with self.watchdog, self.preemption, self.saver:
             stop = self._take_steps(monitor)
+            if stop is None and on_rank_zero(lambda: self.write_error):  # of the last step
+                stop = Stop.CANNOT_WRITE
             self.watchdog.doing("saving the last checkpoint")
             not_saved = self.saver.wait()
         if monitor:
@@ -155,11 +159,11 @@ class Trainer:
         started, hours_before = time.perf_counter(), self.totals["device_hours"]
         for batch in self._timed(self._loader(), monitor):
             with self.profiler.step(batch.step + 1):
-                row = self.stepper.take(batch)
+                row, votes = self.stepper.take(batch, self.preemption.votes)
             spent_h = (time.perf_counter() - started) / 3600
             self.totals["device_hours"] = hours_before + spent_h * self.topology.world_size
             self._report(row, batch, monitor)
-            stop, last = self.preemption.agreed(), row["step"] == self.config.run.steps
+            stop, last = agreed(votes), row["step"] == self.config.run.steps
             if not (last and "skipped" in row):
                 self._save_if_due(row["step"], at_once=stop is not None, unwritten=monitor.unwritten if monitor else [])
             if "skipped" in row and (last or not stop):
@@ -225,4 +229,4 @@ class Trainer:
             self.watchdog.doing(f"saving step {step}")
             with self.stepper.timer.phase("save"):
                 meta = {**self.totals, "model": asdict(self.config.model)}
-                self.saver.save(self.engine, meta | ({"unwritten": unwritten} if unwritten else {}))
+                self.saver.save(meta | ({"unwritten": unwritten} if unwritten else {}))

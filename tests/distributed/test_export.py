@@ -31,7 +31,7 @@ def save_again(config: Config, to: Path) -> None:
     run, topology = RunDir(Path(config.run.dir)), init_parallel(config.parallel, config.run.device)
     found, attempt = newest_checkpoint(run), on_rank_zero(lambda: begin_attempt(RunDir(to), 0))
     trainer = Trainer(config, attempt, open_data(config), topology, found, STEPS)
-    trainer.saver.save(trainer.engine, found.meta)
+    trainer.saver.save(found.meta)
     assert trainer.saver.wait() is None
 
 

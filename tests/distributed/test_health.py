@@ -176,8 +176,8 @@ def test_a_disk_without_room_for_metrics_ends_the_run_in_one_line(tmp_path, digi
     calm, full = (tiny_config(tmp_path / name, digits_shards, *overrides) for name in ("calm", "full"))
     run_ranks(train_here, 2, calm)
     texts = run_ranks(train_without_room, 2, full, saves_too)
-    newest = 2 if saves_too else 3
-    told = f"step 3 {'could not be saved either' if saves_too else 'is saved'}"
+    newest = 2 if saves_too else 4
+    told = f"step 4 {'could not be saved either' if saves_too else 'is saved'}"
     assert all("metrics.jsonl: cannot be written (No space left on device)" in text for text in texts)
     assert all(told in text and "\n" not in text for text in texts)
     assert [one.step for one in RunDir(tmp_path / "full").checkpoints()][-1] == newest
@@ -186,7 +186,7 @@ def test_a_disk_without_room_for_metrics_ends_the_run_in_one_line(tmp_path, digi
 
 
 def train_without_room(config: Config, saves_too: bool) -> str:
-    """Train where there is no room for metrics at step 3, and for checkpoints after it."""
+    """Train where there is no room for metrics at step 3, and for the checkpoint of the step that hears of it."""
     from fitscale.train import metrics, saver
 
     append, write = metrics.append_jsonl, saver._Save._write
@@ -198,7 +198,7 @@ def train_without_room(config: Config, saves_too: bool) -> str:
         append(path, row)
 
     def no_room_either(self):
-        if self.meta["step"] == 3 and saves_too:
+        if self.meta["step"] == 4 and saves_too:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(self)
 

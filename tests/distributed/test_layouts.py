@@ -16,9 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fitscale.config.files import read_jsonl
+from fitscale.config.files import read_json, read_jsonl
 from fitscale.config.schema import Config, ParallelConfig
 from fitscale.model.build import build_network, initial_items
+from fitscale.model.common.compiler import lacks_for_compiling
 from fitscale.model.weights import published_items, stored, write_tensors
 from fitscale.parallel.groups import init_parallel
 from fitscale.run.layout import RunDir
@@ -37,6 +38,7 @@ LAYOUTS = [
     (2, 2, True),
     (1, 4, True),
 ]
+COMPILED = [((1, 2, True), 0), ((2, 1, False), 1), ((1, 2, False), 2), ((2, 2, True), 3)]
 
 
 def train_here(config: Config) -> None:
@@ -97,17 +99,27 @@ def metric(run_dir: Path, key: str) -> torch.Tensor:
 
 @pytest.mark.parametrize(("layout", "stage"), list(product(LAYOUTS, (0, 1, 2, 3))))
 def test_fp32_layout_equals_one_process(tmp_path, digits_shards, one_process, layout, stage):
+    require_equal_to_one_process(tmp_path / "run", digits_shards, one_process, layout, stage)
+
+
+@pytest.mark.skipif(lacks_for_compiling(torch.device("cpu")) is not None, reason="needs g++ and Python.h")
+@pytest.mark.parametrize(("layout", "stage"), COMPILED)
+def test_compiled_layout_equals_one_process_as_written(tmp_path, digits_shards, one_process, layout, stage):
+    run = tmp_path / "run"
+    require_equal_to_one_process(run, digits_shards, one_process, layout, stage, "parallel.compile=on")
+    assert read_json(RunDir(run).environment)["compiled"]
+
+
+def require_equal_to_one_process(run, shards, one_process, layout, stage, *overrides):
     dp, tp, sp = layout
     packs = f"batch.pack_tokens={900 // dp}"  # enough for most steps
-    run_ranks(train_here, dp * tp, awake_config(tmp_path / "run", digits_shards, tp, sp, stage, packs))
-    loss, norm = (
-        (metric(tmp_path / "run", key) - metric(one_process, key)).abs().max().item() for key in ("loss", "grad_norm")
-    )
-    assert len(metric(tmp_path / "run", "loss")) == STEPS
-    assert set(metric(tmp_path / "run", "packs").tolist()) == {1, 2}
+    run_ranks(train_here, dp * tp, awake_config(run, shards, tp, sp, stage, packs, *overrides))
+    loss, norm = ((metric(run, key) - metric(one_process, key)).abs().max().item() for key in ("loss", "grad_norm"))
+    assert len(metric(run, "loss")) == STEPS
+    assert set(metric(run, "packs").tolist()) == {1, 2}
     assert loss < 1e-6, f"loss differs by {loss}"
     assert norm < 1e-5, f"gradient norm differs by {norm}"
-    ours, theirs = (tensors(folder, 1, "optimizer/exp_avg") for folder in (tmp_path / "run", one_process))
+    ours, theirs = (tensors(folder, 1, "optimizer/exp_avg") for folder in (run, one_process))
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
         assert gradient.any(), name
@@ -117,7 +129,7 @@ def test_fp32_layout_equals_one_process(tmp_path, digits_shards, one_process, la
 
 def train_and_hash_replicated(config: Config) -> dict[str, str]:
     """Trains; digests of the parameters that tensor parallelism keeps whole on every rank."""
-    from fitscale.parallel.zero import gather_dp
+    from fitscale.parallel.zero import own_part
     from fitscale.train import trainer
 
     built = []
@@ -125,17 +137,22 @@ def train_and_hash_replicated(config: Config) -> dict[str, str]:
     trainer.Trainer.run_to_end = lambda self: (original(self), built.append(self.engine))[0]
     train_here(config)
     named = built[0].module.named_parameters()
-    values = {name: gather_dp(built[0], p) for name, p in named if not getattr(p, "tensor_model_parallel", False)}
-    return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in values.items()}
+    parts = {name: own_part(built[0], p) for name, p in named if not getattr(p, "tensor_model_parallel", False)}
+    return {
+        f"{name} from {part[0]}": hashlib.sha256(part[1].numpy().tobytes()).hexdigest()
+        for name, part in parts.items()
+        if part is not None
+    }
 
 
 @pytest.mark.parametrize(("layout", "stage"), [((1, 2, False), 0), ((1, 4, True), 1), ((2, 2, True), 3)])
 def test_replicated_parameters_stay_identical_to_the_bit(tmp_path, digits_shards, layout, stage):
     dp, tp, sp = layout
     config = awake_config(tmp_path / "run", digits_shards, tp, sp, stage, f"run.steps={FEW}")
-    first, *others = run_ranks(train_and_hash_replicated, dp * tp, config)
-    assert len(first) > 10
-    assert all(other == first for other in others)
+    ranks = run_ranks(train_and_hash_replicated, dp * tp, config)
+    kept = {part: [digests[part] for digests in ranks if part in digests] for part in ranks[0]}
+    assert len(kept) > 10
+    assert all(len(digests) == tp and len(set(digests)) == 1 for digests in kept.values())
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -35,10 +35,10 @@ def train_and_exit(config: Config) -> None:
 
     take_step = step.Stepper.take
 
-    def take_when_signalled(self, batch):
+    def take_when_signalled(self, batch, votes):
         if batch.step == 5:
             wait_until(Path(config.run.dir, "signalled").exists, "the signal")
-        return take_step(self, batch)
+        return take_step(self, batch, votes)
 
     step.Stepper.take = take_when_signalled
     try:
