@@ -95,7 +95,8 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--gpus", type=int, help="search the layouts of so many GPUs; parallel.KEY=VALUE stays as given")
     add("--gpu", default="h100", help="kind of device: h100, h200, a100, b200, mi300x, cpu (default: h100)")
-    add("--mfu", type=float, default=0.4, help="share of the peak reached while computing (default: 0.4)")
+    help = "share of the peak reached while computing (default: a roofline, printed beside 0.4)"
+    add("--mfu", type=float, help=help)
     add("--measured", type=Path, metavar="RUN", help="take that share from the speed of a run directory")
     add("--gpus-per-node", type=int, default=8, help="default: 8")
     add("--best", type=int, default=5, help="layouts to list (default: 5)")

@@ -39,8 +39,8 @@ def test_the_fewest_nodes_that_keep_the_time_and_the_fastest_layout_on_them():
     roomy = given(config, H100, None)
     assert roomy.plan.machine.nodes == 1 and roomy.plan.spare_bytes >= 0
     days = roomy.plan.days
-    tight = given(config, H100, None, days / 3)
-    assert tight.plan.machine.nodes == 4 and tight.plan.days <= days / 3
+    tight = given(config, H100, None, days / 2.2)
+    assert tight.plan.machine.nodes == 4 and tight.plan.days <= days / 2.2
     assert roomy.plan.step_s <= 1.05 * plan(config, roomy.plan.machine, typical_images(config), 0.4).step_s
     assert roomy.config.parallel.precision == config.parallel.precision
 

@@ -115,7 +115,7 @@ def test_a_validation_loss_has_its_passes_too():
 def test_a_small_network_takes_what_launching_its_kernels_takes():
     small = load_config([f"{ROOT}/configs/model/s.yaml", *SAMPLED, "batch.pack_tokens=1024", "sampling.steps=10"])
     one = plan_evaluation(small, Machine(H100, 1, 8), Images({256: 1.0}, 256, ""), 1.0)
-    assert one.network_s == pytest.approx(10 * small.model.depth * 35 * 7e-6 / 4)  # four images a pack
+    assert one.network_s == pytest.approx(10 * small.model.depth * 16 * 7e-6 / 4)  # four images a pack
 
 
 def test_the_plan_of_a_run_says_it(capsys):

@@ -16,7 +16,7 @@ from pathlib import Path
 from fitscale.config.files import read_jsonl
 from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, SamplingConfig
 from fitscale.model import flops
-from fitscale.plan.layout import Machine
+from fitscale.plan.layout import Machine, resolve_compile
 from fitscale.plan.memory import block_count
 from fitscale.plan.step import FORWARD_KERNELS, KERNEL_S, Images
 from fitscale.run.layout import EVALUATIONS, RunDir
@@ -106,7 +106,8 @@ def plan_evaluation(config: Config, machine: Machine, images: Images, utilisatio
     tokens = sum(tokens * share for tokens, share in images.shares.items())
     forward = sum(share * _forward_macs(config, tokens) for tokens, share in images.shares.items())
     # The two passes of a guided evaluation are one call, on twice the pack.
-    launched_s = block_count(config) * FORWARD_KERNELS * KERNEL_S / max(1.0, config.batch.pack_tokens // tokens)
+    kernels = FORWARD_KERNELS[resolve_compile(config, machine.has_gpus).parallel.compile]
+    launched_s = block_count(config) * kernels * KERNEL_S / max(1.0, config.batch.pack_tokens // tokens)
     return EvaluationPlan(
         machine=machine,
         samples=evaluation.samples if networks else 0,

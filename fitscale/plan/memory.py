@@ -202,20 +202,17 @@ def _host_gradients(config: Config, sizes: RankParameters, dp_size: int) -> floa
 
 
 def _buffers(config: Config, sizes: RankParameters, dp_size: int, on_cuda: bool) -> tuple[float, float]:
-    """In the backward pass and in the step (in which torch's AdamW has one temporary on CUDA, two on the CPU)."""
+    """In the backward pass and in the step; the fused AdamW has no temporaries."""
     stage, each, offload = config.parallel.zero_stage, number_bytes(config), config.parallel.offload_optimizer
-    temporaries = 0 if offload else FP32 * (1 if on_cuda else 2)
     buckets = BUCKET * (2 if on_cuda else 1)
     flattened = each * min(sizes.trained, BUCKET)
-    if stage == 0:  # on the CPU the step goes from parameter to parameter, and joining the gradients is more
-        return 0.0, FP32 * (sizes.trained if on_cuda else min(sizes.trained, BUCKET))
-    step = temporaries * sizes.trained / dp_size
+    if stage == 0:  # the gradients are joined to be summed over ranks
+        return 0.0, FP32 * min(sizes.trained, BUCKET)
     if stage == 1:
         if each == 2 and not offload:
-            return 0.0, max(step, each * sizes.trained)
-        return FP32 * buckets, step
+            return 0.0, each * sizes.trained
+        return FP32 * buckets, 0.0
     if stage == 2:
-        return each * buckets + flattened, step
+        return FP32 * buckets + flattened, 0.0
     gathered = each * min(sizes.gathered, sizes.kept + PREFETCH + sizes.largest)
-    step = temporaries * min(sizes.trained, SUB_GROUP) / dp_size
-    return each * BUCKET + flattened + gathered, each * BUCKET + step
+    return FP32 * BUCKET + flattened + gathered, FP32 * BUCKET

@@ -22,9 +22,11 @@ from fitscale.plan.devices import device_reported_as, find_device
 from fitscale.plan.evaluation import plan_evaluation
 from fitscale.plan.layout import GIB, Machine, in_words, layouts
 from fitscale.plan.memory import Moment, rank_parameters
-from fitscale.plan.step import RunPlan, measured_utilisation, plan, simplest, typical_images
+from fitscale.plan.roofline import attainable
+from fitscale.plan.step import Images, RunPlan, measured_utilisation, plan, simplest, typical_images
 from fitscale.run.layout import THROUGHPUT, RunDir
 
+GUESS = 0.4  # of the peak
 _PARTS = {"optimizer": "fp32 weights, moments", "ema": "EMA", "buffers": "buffers, temporaries"}
 
 
@@ -35,21 +37,32 @@ def run_plan(arguments: argparse.Namespace) -> None:
     for key in ("gpus", "gpus_per_node", "best", "target_steps"):
         if getattr(arguments, key) is not None:
             at_least(f"--{key.replace('_', '-')}", getattr(arguments, key), 1)
-    if not 0 < arguments.mfu <= 1:
+    if arguments.mfu is not None and not 0 < arguments.mfu <= 1:
         raise UserError(f"--mfu: {arguments.mfu} is not a utilisation; valid: above 0, at most 1")
     if arguments.target_steps is not None:
         config = replace(config, run=replace(config.run, steps=arguments.target_steps))
     gpus = arguments.gpus or config.parallel.tensor_parallel_size
     machine = Machine(find_device(arguments.gpu), gpus, arguments.gpus_per_node)
     images = typical_images(config, opened)
-    utilisation, source = arguments.mfu, "given by --mfu"
-    if arguments.measured is not None:
-        utilisation, source = _measured(arguments, opened), f"measured in {arguments.measured}"
+    utilisation, source = _utilisation(arguments, config, machine, images, opened)
     given = {one.split("=")[0].removeprefix("parallel.") for one in arguments.config if one.startswith("parallel.")}
     wanted = layouts(config, machine, given) if arguments.gpus else [config]
     plans = [plan(one, machine, images, utilisation) for one in wanted]
     plans.sort(key=lambda one: (one.step_s, one.memory.peak))
     print("\n".join(_report(plans, arguments.best, source)))
+
+
+def _utilisation(
+    arguments: argparse.Namespace, config: Config, machine: Machine, images: Images, opened: OpenIndex
+) -> tuple[float, str]:
+    """The share of the peak to reckon with, and where it comes from."""
+    if arguments.measured is not None:
+        return _measured(arguments, opened), f"measured in {arguments.measured}"
+    if arguments.mfu is not None:
+        return arguments.mfu, "given by --mfu"
+    share = attainable(config, machine.device, round(images.tokens_B.mean()))
+    busy_s = plan(config, machine, images, GUESS).busy_s
+    return share, f"a roofline; {busy_s:.3f} at a guessed {GUESS:.0%}"
 
 
 def _measured(arguments: argparse.Namespace, opened: OpenIndex) -> float:

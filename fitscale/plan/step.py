@@ -25,16 +25,17 @@ from fitscale.data.index import OpenIndex, open_index
 from fitscale.data.packing import Packing, split
 from fitscale.model import flops
 from fitscale.model.backbone import parameter_table
-from fitscale.plan.layout import Machine, dp_size, resolve_precision
+from fitscale.plan.layout import Machine, dp_size, resolve_compile, resolve_precision
 from fitscale.plan.memory import RankMemory, block_count, rank_memory, recomputed_blocks, recomputed_share
 from fitscale.plan.preflight import pack_rule
 from fitscale.plan.traffic import Traffic, exposed_seconds, step_traffic
 
 ASSUMED_TOKENS = 256  # FiTv2 at 256 x 256: at most so many
 # What launching takes, whatever the size of the tensors. Kernels: of a block of FiTv2, counted in its forward pass and
-# in its backward pass. Seconds: eager PyTorch's 5 to 10 us a kernel on current hosts, and what DeepSpeed's hooks with
-# one collective take for a tensor of ZeRO-3: estimates, to be replaced by measurements.
-FORWARD_KERNELS, BACKWARD_KERNELS = 35, 79
+# in its backward pass by tools/bench_step.py, with products and one attention; compiled, and as it is written. Seconds:
+# PyTorch's 5 to 10 us a kernel on current hosts, and what DeepSpeed's hooks with one collective take for a tensor of
+# ZeRO-3: estimates, to be replaced by measurements.
+FORWARD_KERNELS, BACKWARD_KERNELS = {"on": 16, "off": 42}, {"on": 46, "off": 88}
 KERNEL_S, GATHER_S = 7e-6, 1e-4
 NEXT_TO = 1.05  # a time so many times the least counts as the same
 STEP_S = 5e-3  # clipping, the optimizer, logging, once a step
@@ -58,7 +59,7 @@ class Images:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One layout and what it needs and takes. `config` has its precision resolved."""
+    """One layout and what it needs and takes. `config` has its precision and its compiling resolved."""
 
     config: Config
     machine: Machine
@@ -127,7 +128,7 @@ def plan(config: Config, machine: Machine, images: Images, utilisation: float) -
     Raises:
         UserError: the layout does not go with the number of devices or of a node's devices.
     """
-    config = resolve_precision(config, machine.has_gpus)
+    config = resolve_compile(resolve_precision(config, machine.has_gpus), machine.has_gpus)
     ranks, rule, tokens_B = dp_size(config, machine), pack_rule(config), images.tokens_B
     packing = split(tokens_B, rule, ranks)
     packs = [(rule.padded(int(tokens_B[pack].sum())), len(pack)) for rank in packing.packs for pack in rank]
@@ -156,9 +157,10 @@ def plan(config: Config, machine: Machine, images: Images, utilisation: float) -
 
 
 def launch_seconds(config: Config, micro_batches: int) -> float:
-    """Time in which Python launches the kernels of one step."""
+    """Time in which Python launches the kernels of one step; compiling must be resolved."""
     blocks, again = block_count(config), recomputed_blocks(config)
-    kernels = blocks * (FORWARD_KERNELS + BACKWARD_KERNELS) + again * FORWARD_KERNELS
+    forward, backward = FORWARD_KERNELS[config.parallel.compile], BACKWARD_KERNELS[config.parallel.compile]
+    kernels = blocks * (forward + backward) + again * forward
     gathers = 2 * len(parameter_table(config.model)) if config.parallel.zero_stage == 3 else 0
     return STEP_S + micro_batches * (kernels * KERNEL_S + gathers * GATHER_S)
 

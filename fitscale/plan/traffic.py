@@ -4,10 +4,12 @@ With n ranks, an all-reduce sends 2 (n - 1)/n of its tensor, a gather or a scatt
 (P trained numbers of this tensor-parallel rank, m micro-batches a step):
 
     stage 0     gradients all-reduced once
-    stage 1     gradients all-reduced once, in the weights' type; weights gathered after the step
+    stage 1     gradients all-reduced once; weights gathered after the step
     stage 2     gradients all-reduced in every micro-batch (not scattered), behind the backward pass; weights gathered
     stage 3     weights gathered for the forward and again for the backward pass of every micro-batch, gradients
                 scattered in every micro-batch, behind both passes
+
+Gradients travel in fp32, weights in their own type.
 
 Tensor parallelism sums the tokens' outputs of every weight that is split by columns in the forward pass, and the
 gradients of the inputs of every weight that is split by rows in the backward pass. Sequence parallelism gathers the
@@ -42,13 +44,13 @@ def step_traffic(config: Config, dp_size: int, micro_batches: int, tokens: float
     """Traffic of one rank; `tokens` are those it computes in a step, padding included; precision must be resolved."""
     stage, each, own = config.parallel.zero_stage, memory.number_bytes(config), memory.rank_parameters(config)
     ring = (dp_size - 1) / dp_size
-    trained = each * own.trained
+    trained, gradients = each * own.trained, memory.FP32 * own.trained
     if stage == 3:
         weights = ring * each * (micro_batches * (2 * own.gathered - own.kept) + own.persistent)
-        return Traffic(ring * micro_batches * trained, weights, _tensor_parallel(config, tokens))
+        return Traffic(ring * micro_batches * gradients, weights, _tensor_parallel(config, tokens))
     times = micro_batches if stage == 2 else 1
     weights = ring * trained if stage else 0.0
-    return Traffic(2 * ring * times * trained, weights, _tensor_parallel(config, tokens))
+    return Traffic(2 * ring * times * gradients, weights, _tensor_parallel(config, tokens))
 
 
 def _tensor_parallel(config: Config, tokens: float) -> float:
