@@ -29,10 +29,22 @@ SAME_DIRECTION = 1e-10  # a smaller singular value of the scaled Jacobian is a d
 
 @dataclass(frozen=True)
 class ResidualLoss:
-    """What is minimised: squares, or Huber's function with `huber` as its corner, of residuals in `space`."""
+    """What is minimised: squares, or Huber's function with `huber` as its corner, of residuals in `space`.
+
+    Residuals above the law count `above` / (1 - `above`) times those below: below 1/2 the law leans to the lowest
+    measurements. Of squares that is the expectile of Newey and Powell 1987 (asymmetric least squares); with Huber's
+    function the quantile Huber loss of Dabney et al. 2018, with a small corner the quantile (pinball loss).
+    """
 
     space: str = "log"  # log: ln(metric); linear: the metric
     huber: float | None = None
+    above: float = 0.5
+
+    def __str__(self) -> str:
+        how = "least squares" if self.huber is None else f"Huber's loss with its corner at {self.huber:g}"
+        if self.above == 0.5:
+            return how
+        return f"asymmetric {how}, what is above the law counting {self.above / (1 - self.above):.3g} times"
 
     def target(self, log: Array) -> Array:
         """What is to be met, from ln(metric)."""
@@ -103,7 +115,12 @@ class Fit:
     def noise(self) -> Noise:
         """How far the fitted points scatter around the law."""
         log_N, jacobian_NP = self.at_points()
-        return estimate(self.points.y_N - log_N, jacobian_NP, self.points.run_N)
+        return estimate(self.points.y_N - log_N - self.offset, jacobian_NP, self.points.run_N)
+
+    @property
+    def offset(self) -> float:
+        """How far the points' middle lies above the law in ln(metric): not at all, but for an asymmetric loss."""
+        return 0.0 if self.loss.above == 0.5 else float(np.mean(self.points.y_N - self.at_points()[0]))
 
     def again(self, y: Array, theta_KP: Array, bounds: tuple[Array, Array] | None = None) -> tuple[Array, Array]:
         """K fits of the law to other ln(metric), (N,) or (K, N), at the same inputs: see `refit`."""
@@ -141,6 +158,8 @@ def fit_law(law: Law, rows: pd.DataFrame, loss: ResidualLoss = ResidualLoss(), s
         if not (rows[name] > 0).fillna(False).all():
             text = f"{law.name} law: column {name} is missing or not above 0 in some rows"
             raise Refusal("missing_values", text)
+    if law.fixed_floor is not None and law.fixed_floor >= (best := float(rows["value"].min())):
+        raise _refusal(law, "at_bound", f"the floor is held at {law.fixed_floor:g}, but {best:.4g} was measured")
     points = FittedPoints.of(law, rows)
     return best_of(law, points, law.starts(points.x_NF, points.y_N), loss)
 
@@ -168,7 +187,7 @@ def refit(
 
     `y` is ln(metric), (N,) or (K, N); bounds are by default the law's own.
     """
-    return solve(loss.model(law, x_NF), start_KP, loss.target(y), *(bounds or law.bounds), loss.huber)
+    return solve(loss.model(law, x_NF), start_KP, loss.target(y), *(bounds or law.bounds), loss.huber, loss.above)
 
 
 def at_bound(law: Law, theta_P: Array) -> list[str]:
@@ -181,8 +200,11 @@ def at_bound(law: Law, theta_P: Array) -> list[str]:
 def _polish(
     law: Law, points: FittedPoints, theta_P: Array, objective: float, loss: ResidualLoss
 ) -> tuple[Array, float]:
-    """scipy's answer from there, if it is better; on a bound its interior method cannot start."""
-    if at_bound(law, theta_P):
+    """scipy's answer from there, if it is better; on a bound its interior method cannot start.
+
+    It knows no asymmetric loss.
+    """
+    if at_bound(law, theta_P) or loss.above != 0.5:
         return theta_P, objective
     target, model = loss.target(points.y_N), loss.model(law, points.x_NF)
     result = least_squares(

@@ -10,7 +10,7 @@ A law is evaluated at x = ln(input / reference), so units do not matter.
 Shapes: K parameter sets, N points, P parameters, F inputs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from itertools import product
 
@@ -33,6 +33,7 @@ class Law:
     name: str
     formula: str
     terms: dict[str, dict[str, str]]  # amplitude: {input, a column of the runs table: exponent}
+    fixed_floor: float | None = None  # held at this value: no parameter
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
@@ -46,7 +47,16 @@ class Law:
 
     @property
     def floor(self) -> bool:
+        """Whether the floor e is a parameter."""
         return self.formula.endswith("+ e")
+
+    def with_floor(self, value: float) -> "Law":
+        """The law with its floor held at `value`."""
+        return replace(self, formula=f"{self.formula.removesuffix('e')}{value:g}", fixed_floor=value)
+
+    @property
+    def exponent_names(self) -> list[str]:
+        return [self.parameters[index] for index in self.exponents]
 
     @property
     def exponents(self) -> list[int]:
@@ -78,6 +88,8 @@ class Law:
         logs = [self._log_term(amplitude, theta_KP, x_NF) for amplitude in self.terms]
         if self.floor:
             logs.append(np.log(np.maximum(theta_KP[:, -1:], NO_FLOOR)))
+        elif self.fixed_floor:
+            logs.append(np.full((len(theta_KP), 1), np.log(self.fixed_floor)))
         largest = reduce(np.maximum, logs)
         total = largest + np.log(reduce(np.add, [np.exp(log - largest) for log in logs]))
         jacobian = np.zeros((*total.shape, len(self.parameters)))
@@ -104,7 +116,7 @@ class Law:
     def _start(self, x_NF: Array, metric_N: Array, slopes: tuple[float, ...], share: float) -> Array:
         theta = np.zeros(len(self.parameters))
         theta[self.exponents] = slopes
-        floor = share * metric_N.min()
+        floor = self.fixed_floor or share * metric_N.min()
         if self.floor:
             theta[-1] = floor
         columns = np.exp(np.stack([self._log_term(name, theta[None], x_NF)[0] for name in self.terms], axis=1))

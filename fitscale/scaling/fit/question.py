@@ -12,7 +12,7 @@ from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
 from fitscale.config.schema import ModelConfig
 from fitscale.scaling.fit.fitting import ResidualLoss
-from fitscale.scaling.fit.laws import LAWS
+from fitscale.scaling.fit.laws import LAWS, Law
 from fitscale.scaling.rows.fitted_points import POINTS
 from fitscale.scaling.rows.selection import Selection, select
 
@@ -32,12 +32,19 @@ class Question:
     drop_missing: bool = False
     extrapolate: bool = False  # agree to predictions far beyond the fitted compute
     loss: ResidualLoss = field(default_factory=ResidualLoss)
+    floor: float | None = None  # of the laws that have one, held at this value
+    optimum: str = "parameters"  # of isoflop: what is best at a budget, parameters or tokens
     resamples: int = 4000
     seed: int = 0
 
     def select(self, table: pd.DataFrame) -> Selection:
         """The rows of a validated table that are asked about."""
         return select(table, self.metric, self.where, self.from_step, self.drop_missing)
+
+    def law(self, name: str) -> Law:
+        """The law of that name, with its floor held where one is given."""
+        law = LAWS[name]
+        return law.with_floor(self.floor) if law.floor and self.floor is not None else law
 
 
 def add_runs_option(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +73,12 @@ def add_law_options(parser: argparse.ArgumentParser, laws: Iterable[str] = LAWS)
     add_filter_options(parser)
 
 
+def add_floor_option(parser: argparse.ArgumentParser) -> None:
+    """--floor."""
+    held = "hold the floor E of the laws that have one at this value instead of fitting it"
+    parser.add_argument("--floor", type=float, metavar="E", help=held)
+
+
 def add_draw_options(parser: argparse.ArgumentParser) -> None:
     """--extrapolate and --seed."""
     far = "agree to predictions at more than 10 times the fitted compute"
@@ -85,7 +98,13 @@ def question(options: argparse.Namespace, **more: Any) -> Question:
         if "=" not in text:
             raise UserError(f"--where {text}: give COLUMN=VALUE")
     where = dict(text.split("=", 1) for text in options.where)
-    return Question(**asked | {"laws": tuple(dict.fromkeys(asked["laws"])), "where": where})
+    answer = Question(**asked | {"laws": tuple(dict.fromkeys(asked["laws"])), "where": where})
+    if answer.floor is not None:
+        if not 0 <= answer.floor < MOST:
+            raise UserError(f"--floor: {answer.floor:g} must be a number from 0 on, in the metric's unit")
+        if not any(LAWS[name].floor for name in answer.laws if name in LAWS):
+            raise UserError("--floor: no law of --law has a floor; choose offset, additive, tied or separable")
+    return answer
 
 
 def require_within(options: argparse.Namespace, **limits: float | tuple[float, float]) -> None:

@@ -9,16 +9,19 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
 from fitscale.config.errors import UserError
 from fitscale.scaling.fit import uncertainty
-from fitscale.scaling.fit.compute_optimal import METHODS, IsoFlop, isoflop, slices_of_runs
+from fitscale.scaling.fit.answers import Answers, answers
+from fitscale.scaling.fit.compute_optimal import IsoFlop, by_every_method, isoflop_cautions
 from fitscale.scaling.fit.fitting import Fit, fit_law
 from fitscale.scaling.fit.laws import COMPUTE, LAWS, Law
 from fitscale.scaling.fit.question import Question
+from fitscale.scaling.fit.slices import data_column, slices_of_runs
 from fitscale.scaling.rows.fitted_points import chosen
 from fitscale.scaling.rows.refusals import Caution, Refusal, listed
 from fitscale.scaling.rows.selection import size_order
@@ -72,6 +75,11 @@ class Study:
     refusals: list[Refusal] = field(default_factory=list)
     cautions: list[Caution] = field(default_factory=list)
 
+    @cached_property
+    def answers(self) -> Answers:
+        """What is quoted of it."""
+        return answers(self)
+
 
 def study(table: pd.DataFrame, question: Question) -> Study:
     """Answer `question` from a validated runs table.
@@ -92,10 +100,12 @@ def study(table: pd.DataFrame, question: Question) -> Study:
     for name in question.laws:
         try:
             if name == "isoflop":
-                slices = slices_of_runs(rows)
-                isoflops += [isoflop(slices, method, question.seed) for method in METHODS]
+                slices = slices_of_runs(rows[~rows["held_out"]])
+                of = data_column(slices) if question.optimum == "tokens" else question.optimum
+                isoflops, refused = by_every_method(slices, of, question.seed)
+                refusals += refused
             else:
-                results.append(_result(LAWS[name], rows, question))
+                results.append(_result(question.law(name), rows, question))
         except Refusal as refusal:
             refusals.append(refusal)
     results = _ranked(results)
@@ -187,8 +197,7 @@ def _cautions(
     for result in results:
         yield from _floor_caution(result)
         yield from _missed(result)
-    for budget in [refusal for iso in isoflops[:1] for refusal in iso.refusals]:
-        yield Caution(budget.code, budget.message)
+    yield from isoflop_cautions(isoflops)
     of_compute = any(result.fit.law.inputs == COMPUTE for result in results)
     if held_out and of_compute and not rows.loc[rows["held_out"], "chosen"].any():
         text = f"no point of {', '.join(held_out)} is on the frontier, so it does not test a law of compute"

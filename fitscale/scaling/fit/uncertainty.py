@@ -54,7 +54,7 @@ def resample(fit: Fit, count: int, seed: int) -> Resamples:
 
 def refits(fit: Fit, rng: np.random.Generator, run_K: Array, point_K: Array) -> Array:
     """theta_KP of the law fitted to K draws of what its points would measure, with these variances of ln(metric)."""
-    y_KN = scattered(rng, fit.at_points()[0], fit.points.run_N, run_K, point_K)
+    y_KN = scattered(rng, fit.at_points()[0] + fit.offset, fit.points.run_N, run_K, point_K)
     return fit.again(y_KN, np.tile(fit.theta_P, (len(run_K), 1)))[0]
 
 
@@ -70,7 +70,7 @@ def new_run_KN(fit: Fit, resamples: Resamples, rows: pd.DataFrame, seed: int) ->
     """Draws of what a new run would measure at every row: the law's uncertainty and a replicate's noise together."""
     spread_K = np.sqrt(resamples.run_K + resamples.point_K)
     noise_K = np.random.default_rng([seed, 1]).normal(size=len(spread_K)) * spread_K
-    return exp(fit.log_metric(rows, resamples.theta_KP) + noise_K[:, None])
+    return exp(fit.log_metric(rows, resamples.theta_KP) + fit.offset + noise_K[:, None])
 
 
 def floor_profile(fit: Fit, level: float = 0.9) -> FloorProfile:

@@ -137,7 +137,6 @@ def _law_lines(study: Study, result: LawResult) -> dict[str, Any]:
     if result.floor is not None and not result.floor.identified:
         upper = "no upper limit" if result.floor.high is None else f"at most {number(result.floor.high)}"
         lines[-1] = ["e", "not identified", upper]
-    how = "least squares" if fit.loss.huber is None else f"Huber's loss with its corner at {fit.loss.huber:g}"
     what = f"ln({question.metric})" if fit.loss.space == "log" else f"{question.metric} itself"
     points = question.points if fit.law.inputs == COMPUTE else "all"
     scatter = f"{fit.noise.run**0.5:.1%} from run to run and {fit.noise.point**0.5:.1%} from checkpoint to checkpoint"
@@ -146,7 +145,7 @@ def _law_lines(study: Study, result: LawResult) -> dict[str, Any]:
         scatter = f"{fit.noise.total:.1%}, {unknown}"
     return {
         "name": result.name,
-        "fitted": f"Fitted by {how} on {what}, points weighted alike ({points} points)",
+        "fitted": f"Fitted by {fit.loss} on {what}, points weighted alike ({points} points)",
         "formula": fit.law.formula,
         "reference": ", ".join(f"{name} = {value:.4g}" for name, value in fit.reference().items()),
         "lines": lines,
