@@ -20,6 +20,7 @@ from fitscale.scaling.fit.fitting import Fit, exp
 from fitscale.scaling.fit.laws import COMPUTE, Law
 from fitscale.scaling.fit.solver import Array
 from fitscale.scaling.rows.refusals import Refusal
+
 MOST_LN = 600.0  # a term of a resample may vanish: so small, it does
 
 
@@ -35,7 +36,7 @@ class Cost:
         """Least squares in logarithms.
 
         Raises:
-            Refusal: the rows do not say parameters and images of two sizes.
+            Refusal: the rows do not say parameters and images of two sizes, or the cost does not grow with size.
         """
         known = rows[["train_flops", "images", "parameters"]].dropna().astype(float)
         known = known[(known > 0).all(axis=1)]
@@ -44,6 +45,8 @@ class Cost:
             raise Refusal("missing_values", text)
         per_image = np.log(known["train_flops"] / known["images"])
         power, constant = np.polyfit(np.log(known["parameters"]), per_image, 1)
+        if not power > 0:
+            raise Refusal("not_identified", "an image of a larger model costs no more compute, so no budget has a best size")
         return cls(float(np.exp(constant)), float(power))
 
     def per_image(self, parameters: float) -> float:
