@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fitscale.scaling.fit.compute_optimal import Optimum, fit_exponent, isoflop
+from fitscale.scaling.fit.compute_optimal import Optimum, by_every_method, fit_exponent, isoflop
 from fitscale.scaling.fit.holdout import hold_out
 from fitscale.scaling.rows.files import read_mapped
 from fitscale.scaling.rows.selection import correlation
@@ -162,12 +162,22 @@ def test_porian_exponents(config):
     assert fit_exponent(theirs)[0] == pytest.approx(exponent, abs=1e-4)
     ours = isoflop(PORIAN[PORIAN["config"] == config])
     assert ours.exponent == pytest.approx(exponent, abs=0.008)
-    assert ours.interval_90[0] < exponent < ours.interval_90[1]
+    assert ours.exponent_interval[0] < exponent < ours.exponent_interval[1]
+    tokens = isoflop(PORIAN[PORIAN["config"] == config], of="tokens")
+    assert tokens.exponent == pytest.approx(published["tokens_exponent"].iloc[0], abs=0.009)
+    coefficient = published["coefficient"].iloc[0]
+    assert ours.coefficient_interval[0] < coefficient < ours.coefficient_interval[1]
 
 
-def test_a_parabola_moves_exponents_further():
-    worst = 0.0
+def test_sizes_left_out_choose_akima_where_it_is_nearer_to_the_published_exponents():
+    errors, chosen = {}, []
     for config, rows in PORIAN.groupby("config"):
         exponent = OPTIMA.loc[OPTIMA["config"] == config, "exponent"].iloc[0]
-        worst = max(worst, abs(isoflop(rows, "parabola").exponent - exponent))
-    assert 0.02 < worst < 0.04
+        found, _ = by_every_method(rows, "parameters", 0)
+        chosen.append(found[0].method)
+        for iso in found:
+            errors.setdefault(iso.method, []).append(abs(iso.exponent - exponent))
+        errors.setdefault("chosen", []).append(abs(found[0].exponent - exponent))
+    assert chosen.count("akima") >= 10 and "parabola" not in chosen
+    assert 0.02 < max(errors["parabola-7"]) < 0.04 and 0.05 < max(errors["parabola"]) < 0.07
+    assert max(errors["chosen"]) < 0.02

@@ -96,7 +96,9 @@ def constants(result: "LawResult") -> dict[str, Quantity]:
 
 def _written(unity: dict[str, Array]) -> dict[str, Array]:
     """With A and B for their logarithms, and with a, b, G of a law of two terms."""
-    found = {name.removeprefix("ln_"): exp(values) if name.startswith("ln_") else values for name, values in unity.items()}
+    found = {
+        name.removeprefix("ln_"): exp(values) if name.startswith("ln_") else values for name, values in unity.items()
+    }
     if "ln_B" in unity:
         alpha_K, beta_K = unity["alpha"], unity.get("beta", unity["alpha"])
         found |= {"a": beta_K / (alpha_K + beta_K), "b": alpha_K / (alpha_K + beta_K)}

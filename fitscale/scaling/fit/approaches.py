@@ -108,8 +108,9 @@ def envelope(rows: pd.DataFrame, seed: int) -> tuple[PowerLaw, PowerLaw]:
     again_K = [_regressed(grid, size_R[drawn], value_RG[drawn], data_RG[drawn]) for drawn in drawn_K]
     draws_K22 = np.array([again for again in again_K if again is not None])
     enough = len(draws_K22) >= MOST_DRAWS * DRAWS
-    size, data = (PowerLaw.of(*fitted_22[i], draws_K22[:, i] if enough else None) for i in range(2))
-    return size, data
+    (a, ln_k), (b, ln_h) = fitted_22.tolist()
+    of_size, of_data = (draws_K22[:, 0], draws_K22[:, 1]) if enough else (None, None)
+    return PowerLaw.of(a, ln_k, of_size), PowerLaw.of(b, ln_h, of_data)
 
 
 def _regressed(grid: Array, size_R: Array, value_RG: Array, data_RG: Array) -> Array | None:

@@ -213,9 +213,10 @@ def _multiplier(first: _Side, second: _Side, metric: float, who: str) -> Differe
         if not low - np.log(FAR) <= ln_flops <= high + np.log(FAR):
             text = f"{who}: {side.group} reaches {metric:.4g} only at {FAR:g} times its compute or further from it"
             raise Refusal("extrapolation", text)
-    limited = [np.minimum(side.draws.ln_compute(metric), MOST_LN) for side in (first, second)]
+    limited = [np.clip(side.draws.ln_compute(metric), -MOST_LN, MOST_LN) for side in (first, second)]
+    ln_K = np.clip(_pair(np.subtract, *limited), -MOST_LN, MOST_LN)
     value = float(np.exp(first.best.ln_compute(metric)[0] - second.best.ln_compute(metric)[0]))
-    return _difference(first, second, "compute", metric, value, np.exp(_pair(np.subtract, *limited)))
+    return _difference(first, second, "compute", metric, value, np.exp(ln_K))
 
 
 def _pair(operation: np.ufunc, first_K: Array, second_K: Array) -> Array:

@@ -27,6 +27,7 @@ from fitscale.scaling.fit.uncertainty import central
 from fitscale.scaling.rows.refusals import Caution, Refusal, listed
 
 SAME_SIZE = 0.1  # of the mean gap between ln(sizes)
+PREFER = 1.1  # an interpolation has to be better than a parabola by a tenth: near ties are chance
 DRAWS = 400
 
 
@@ -86,7 +87,7 @@ def by_every_method(slices: pd.DataFrame, of: str, seed: int) -> tuple[list[IsoF
             found.append(isoflop(slices, method, seed, of))
         except Refusal as refusal:
             refusals.append(refusal)
-    return sorted(found, key=lambda iso: iso.error), refusals
+    return sorted(found, key=lambda iso: iso.error * (PREFER if iso.method == "akima" else 1.0)), refusals
 
 
 def isoflop(slices: pd.DataFrame, method: str = "akima", seed: int = 0, of: str = "parameters") -> IsoFlop:
@@ -99,7 +100,7 @@ def isoflop(slices: pd.DataFrame, method: str = "akima", seed: int = 0, of: str 
     """
     if slices[of].isna().any():
         raise Refusal("missing_values", f"isoflop: column {of} is missing in some rows, so no optimum of it is known")
-    curves = [_curve(budget, part, of) for budget, part in slices.groupby("budget", sort=True)]
+    curves = [_curve(budget, slices[slices["budget"] == budget], of) for budget in np.unique(slices["budget"])]
     whole = [curve for curve in curves if len(curve.x_N) >= LEAST_SIZES]
     misses = [left_out(method, curve.x_N, curve.y_N) for curve in whole]
     noise = _noise(method, [curve for curve in whole if len(curve.x_N) > LEAST_SIZES])
@@ -115,11 +116,24 @@ def isoflop(slices: pd.DataFrame, method: str = "akima", seed: int = 0, of: str 
         raise Refusal("too_few_points", f"{what}; {'; '.join(map(str, refusals))}")
     exponent, constant = fit_exponent(optima)
     no_interval = _no_interval(slices, noise)
-    intervals = (None, None) if no_interval else _intervals(optima, np.array([draws_K for _, draws_K in found]))
+    draws_BK = np.array([draws_K for _, draws_K in found])
+    of_exponent, of_coefficient = (None, None) if no_interval else _intervals(optima, draws_BK)
     error = float(np.sqrt(np.mean(np.concatenate(misses) ** 2)))
     merged = sum(curve.merged for curve in curves)
-    fitted = (float(exponent), float(np.exp(constant)), *intervals, no_interval)
-    return IsoFlop(method, of, *fitted, error, merged, optima, refusals, slices)
+    return IsoFlop(
+        method,
+        of,
+        float(exponent),
+        float(np.exp(constant)),
+        of_exponent,
+        of_coefficient,
+        no_interval,
+        error,
+        merged,
+        optima,
+        refusals,
+        slices,
+    )
 
 
 def fit_exponent(optima: list[Optimum], logs: Array | None = None) -> Array:
@@ -144,7 +158,9 @@ def isoflop_cautions(isoflops: list[IsoFlop]) -> Iterator[Caution]:
             worst = max(far, key=lambda optimum: optimum.beyond)
             at = listed([f"{optimum.budget:.3g}" for optimum in far])
             what = f"isoflop by {iso.method}: at budget {at} the metric at the optimum lies below all that was measured"
-            text = f"{what}, by up to {-np.expm1(-worst.beyond):.1%} ({worst.metric:.4g}, measured {worst.measured:.4g})"
+            text = (
+                f"{what}, by up to {-np.expm1(-worst.beyond):.1%} ({worst.metric:.4g}, measured {worst.measured:.4g})"
+            )
             yield Caution("outside_range", text)
 
 

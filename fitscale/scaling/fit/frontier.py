@@ -46,7 +46,9 @@ class Cost:
         per_image = np.log(known["train_flops"] / known["images"])
         power, constant = np.polyfit(np.log(known["parameters"]), per_image, 1)
         if not power > 0:
-            raise Refusal("not_identified", "an image of a larger model costs no more compute, so no budget has a best size")
+            raise Refusal(
+                "not_identified", "an image of a larger model costs no more compute, so no budget has a best size"
+            )
         return cls(float(np.exp(constant)), float(power))
 
     def per_image(self, parameters: float) -> float:

@@ -66,7 +66,8 @@ def along(run: pd.DataFrame, grid: Array) -> pd.DataFrame:
         name: np.exp(np.interp(np.log(grid[inside]), logs["train_flops"], logs[name]))
         for name in ("value", "images", "tokens")
     }
-    return pd.DataFrame({"budget": grid[inside], **cut, **run.iloc[0][["run", "size", "parameters"]].to_dict()})
+    of_run = {name: run[name].iloc[0] for name in ("run", "size", "parameters")}
+    return pd.DataFrame({"budget": grid[inside], **cut}).assign(**of_run)
 
 
 def _cut(rows: pd.DataFrame) -> pd.DataFrame:

@@ -96,7 +96,9 @@ def study(table: pd.DataFrame, question: Question) -> Study:
             refuse_far(seen, unseen, question.extrapolate)
     except Refusal as refusal:
         return Study(question, table, table.iloc[:0], refusals=[refusal])
-    results, isoflops, refusals = [], [], []
+    results: list[LawResult] = []
+    isoflops: list[IsoFlop] = []
+    refusals: list[Refusal] = []
     for name in question.laws:
         try:
             if name == "isoflop":

@@ -4,11 +4,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from fitscale.scaling.fit.compute_optimal import IsoFlop, Optimum, optimal_sizes
-from fitscale.scaling.fit.laws import COMPUTE, SURFACE
+from fitscale.scaling.fit.laws import COMPUTE
 from fitscale.scaling.fit.study import LawResult, Study
 from fitscale.scaling.fit.uncertainty import central
 from fitscale.scaling.rows.fid import GUIDANCE
@@ -24,7 +22,6 @@ SHOWN = (
     "recognised",
 )  # with a column in the table of sizes, if evaluated
 BESIDE = ("precision", "recall")  # of them, those shown if they are of the images and the network of the study's metric
-OF_LAW = 200  # resamples that say how sure a compute-optimal size by a law is
 
 
 def readable(metric: str) -> str:
@@ -43,7 +40,6 @@ def report_content(study: Study) -> dict[str, Any]:
         "title": readable(study.question.metric),
         "headlines": [headline(study, result) for result in study.results],
         "laws": [_law_lines(study, result) for result in study.results],
-        "isoflops": [_isoflop_lines(iso) for iso in study.isoflops] + _surface_lines(study),
         "sizes": size_table(study),
         "held_out": ", ".join(study.held_out),
         "predictions": [(result.name, _prediction_rows(result)) for result in study.results],
@@ -157,32 +153,6 @@ def _law_lines(study: Study, result: LawResult) -> dict[str, Any]:
 def parameter_intervals(result: LawResult) -> dict[str, tuple[float, float]]:
     """Central 90 % of the readable parameters over the resamples of whole runs."""
     return {name: central(draws_K) for name, draws_K in result.fit.named(result.resamples.theta_KP).items()}
-
-
-def _isoflop_lines(iso: IsoFlop) -> dict[str, Any]:
-    interval = f"not estimated ({iso.no_interval})"
-    if iso.interval_90 is not None:
-        interval = "{:.4f} to {:.4f}".format(*iso.interval_90)
-    law = f"best size = {iso.coefficient:.3g} C^{iso.exponent:.4f}, from {len(iso.optima)} budgets"
-    text = f"{iso.method}: {law}; 90 % interval of the exponent {interval}"
-    return {"text": text, "optima": [_optimum_cells(optimum) for optimum in iso.optima]}
-
-
-def _surface_lines(study: Study) -> list[dict[str, Any]]:
-    """Compute-optimal sizes by each fitted law of size and data, at budgets within the fitted compute."""
-    lines = []
-    for result in [result for result in study.results if result.fit.law.inputs == SURFACE]:
-        flops = result.used["train_flops"]
-        budgets = np.geomspace(flops.min() * 2, flops.max(), 5)
-        optima, refusals = optimal_sizes(result.fit, result.used, result.resamples.theta_KP[:OF_LAW], budgets)
-        text = "; ".join([f"by the {result.name} law", *map(str, refusals)])
-        lines.append({"text": text, "optima": [_optimum_cells(optimum) for optimum in optima]})
-    return lines
-
-
-def _optimum_cells(optimum: Optimum) -> list[str]:
-    cells = [flops_text(optimum.budget), number(optimum.parameters), number(optimum.metric)]
-    return [*cells, f"{optimum.spread:.1%}"]
 
 
 def _prediction_rows(result: LawResult) -> list[list[str]]:

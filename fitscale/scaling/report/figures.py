@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fitscale.scaling.fit.compute_optimal import IsoFlop, slices_of_runs
 from fitscale.scaling.fit.laws import COMPUTE
 from fitscale.scaling.fit.study import LawResult, Study
 from fitscale.scaling.fit.uncertainty import central, new_run_KN
 from fitscale.scaling.report import canvas
 from fitscale.scaling.report.content import readable
+from fitscale.scaling.report.isoflop_figure import isoflop_curves
 from fitscale.scaling.rows.selection import ascending_sizes
 
 HELD_OUT = ("crimson", "darkorange", "deeppink", "saddlebrown")
@@ -28,7 +28,7 @@ def figures(study: Study) -> dict[str, canvas.Images]:
         if any(len(result.claimed) for result in study.results):
             found["predictions"] = predictions(study)
     if study.isoflops:
-        found["isoflop"] = isoflop_curves(study, study.isoflops[0])
+        found["isoflop"] = isoflop_curves(study.isoflops[0], study.question.metric)
     return found
 
 
@@ -93,27 +93,6 @@ def predictions(study: Study) -> canvas.Images:
     axes.margins(0.15)  # room for the names
     title = f"Held-out size {', '.join(study.held_out)}: predicted against measured"
     canvas.decorate(axes, title, *(f"{what} {readable(study.question.metric)}" for what in ("measured", "predicted")))
-    return canvas.rendered(axes.figure)
-
-
-def isoflop_curves(study: Study, iso: IsoFlop) -> canvas.Images:
-    """Metric against size for every budget with an optimum, and the line of optima."""
-    from matplotlib import colormaps
-
-    axes = canvas.new_figure().add_subplot()
-    slices = slices_of_runs(study.rows)
-    canvas.logarithmic(axes.xaxis, *canvas.limits(slices["parameters"]), scientific=True)
-    canvas.logarithmic(axes.yaxis, *canvas.limits(slices["value"]))
-    for index, optimum in enumerate(iso.optima):
-        rows = slices[np.isclose(slices["budget"], optimum.budget)].sort_values("parameters")
-        color = colormaps["plasma"](0.85 * index / max(len(iso.optima) - 1, 1))
-        label = f"{optimum.budget:.2g} FLOPs"
-        axes.plot(rows["parameters"], rows["value"], "o-", color=color, linewidth=1.1, label=label)
-    best = [(optimum.parameters, optimum.metric) for optimum in iso.optima]
-    axes.plot(*zip(*best, strict=True), "k*--", markersize=11, label="optimum")
-    interval = "not estimated" if iso.interval_90 is None else "{:.3f} to {:.3f}".format(*iso.interval_90)
-    title = f"Best size grows as C^{iso.exponent:.3f} (90 %: {interval})"
-    canvas.decorate(axes, title, "parameters", readable(study.question.metric))
     return canvas.rendered(axes.figure)
 
 

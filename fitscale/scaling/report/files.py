@@ -15,11 +15,11 @@ from markupsafe import escape
 
 from fitscale.config.errors import UserError
 from fitscale.config.files import replacing
-from fitscale.scaling.fit.compute_optimal import IsoFlop
 from fitscale.scaling.fit.study import LawResult, Study
 from fitscale.scaling.fit.uncertainty import covariance
 from fitscale.scaling.report.content import parameter_intervals, report_content
 from fitscale.scaling.report.figures import figures
+from fitscale.scaling.report.optimal import isoflop_record, optimal_parts
 from fitscale.scaling.report.samples import SampleFolder, placed, samples_along_the_curve
 from fitscale.scaling.report.templates import HTML, MARKDOWN, in_markdown, render
 from fitscale.scaling.rows.files import read_bounded
@@ -43,11 +43,11 @@ def write_report(study: Study, out: Path, folders: list[SampleFolder]) -> list[P
         drawn["samples"] = samples_along_the_curve(study, places)
     captions = [f"{row['size']} after {folder.step:,} steps, {folder.how}" for folder, row in places]
     sheets = list(zip(captions, [_data_uri(folder.path / "contact_sheet.png") for folder, _ in places], strict=True))
-    content = report_content(study)
+    content = report_content(study) | {"optimal": optimal_parts(study)}
     files: dict[str, str | bytes] = {"fit.json": json.dumps(fit_record(study), indent=2, allow_nan=False) + "\n"}
     files |= {f"{name}.{kind}": data for name, figure in drawn.items() for kind, data in figure.items()}
     linked = {name: f"{name}.png" for name in drawn}
-    embedded = {name: _png_uri(figure["png"]) for name, figure in drawn.items()}
+    embedded = {name: png_uri(figure["png"]) for name, figure in drawn.items()}
     files["report.md"] = render(MARKDOWN, content | {"figures": linked}, in_markdown)
     files["report.html"] = render(HTML, content | {"figures": embedded, "sheets": sheets}, escape)
     if blocked := [str(out / name) for name in files if (out / name).is_dir()]:
@@ -69,7 +69,8 @@ def fit_record(study: Study) -> dict[str, Any]:
         "refusals": [{"code": refusal.code, "message": refusal.message} for refusal in study.refusals],
         "cautions": [vars(caution) for caution in study.cautions],
         "laws": [_law_record(result) for result in study.results],
-        "isoflop": [_isoflop_record(iso) for iso in study.isoflops],
+        "isoflop": [isoflop_record(iso) for iso in study.isoflops],
+        "answers": asdict(study.answers),
     }
 
 
@@ -94,21 +95,16 @@ def _law_record(result: LawResult) -> dict[str, Any]:
     }
 
 
-def _isoflop_record(iso: IsoFlop) -> dict[str, Any]:
-    record = vars(iso) | {"optima": [vars(optimum) for optimum in iso.optima]}
-    refusals = record.pop("refusals")
-    return record | {"refused_budgets": [str(refusal) for refusal in refusals]}
-
-
 def _data_uri(path: Path) -> str:
     """Raises UserError for what is no PNG, or so large that no page could show it."""
     data = read_bounded(path, MOST_SHEET_BYTES)
     if not data.startswith(b"\x89PNG\r\n"):
         raise UserError(f"{path}: not a PNG")
-    return _png_uri(data)
+    return png_uri(data)
 
 
-def _png_uri(data: bytes) -> str:
+def png_uri(data: bytes) -> str:
+    """A PNG as an address that holds it."""
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 

@@ -50,15 +50,15 @@ intervals from {{ study.question.resamples }} refits with the deviation of every
 {{ table(["parameter", "value", "90 % interval"], law.lines) }}
 {% endfor %}
 {{ figure("residuals", "residuals") }}
-{% if isoflops %}
-{% set there = study.question.metric ~ " there" %}
-{{ heading(2, "Compute-optimal size") }}
+{% if optimal %}
+{{ heading(2, "Constants and compute-optimal training") }}
 {{ figure("isoflop", "isoFLOP curves") }}
-{% for iso in isoflops %}
+{% for part in optimal %}
+{{ heading(3, part.heading) }}
 {% call paragraph() %}
-{{ iso.text }}
+{{ part.text }}
 {% endcall %}
-{{ table(["budget (FLOPs)", "best parameters", there, "spread of ln(parameters)"], iso.optima) }}
+{{ table(part.header, part.rows) }}
 {% endfor %}
 {% endif %}
 {% if "samples" in figures %}
