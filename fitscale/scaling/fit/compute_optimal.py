@@ -28,7 +28,8 @@ from fitscale.scaling.rows.refusals import Caution, Refusal, listed
 
 SAME_SIZE = 0.1  # of the mean gap between ln(sizes)
 PREFER = 1.1  # an interpolation has to be better than a parabola by a tenth: near ties are chance
-DRAWS = 400
+BEYOND = 0.01  # a curve's minimum lies a little below the best size tried; by more than this, or its error, it is said
+DRAWS = 200
 
 
 @dataclass(frozen=True)
@@ -147,13 +148,14 @@ def fit_exponent(optima: list[Optimum], logs: Array | None = None) -> Array:
 
 
 def isoflop_cautions(isoflops: list[IsoFlop]) -> Iterator[Caution]:
-    """What a reader must know of the first of `isoflops`, the one that is quoted."""
+    """What a reader must know: of the first of `isoflops`, the one that is quoted, all; of others what is beyond."""
     for iso in isoflops[:1]:
         yield from (Caution(refusal.code, f"{refusal.message} (by {iso.method})") for refusal in iso.refusals)
         if iso.merged:
             text = f"isoflop: {iso.merged} sizes are nearer to another than a tenth of the mean gap, and taken with it"
             yield Caution("merged_sizes", text)
-        far = [optimum for optimum in iso.optima if optimum.beyond > iso.error]
+    for iso in isoflops:
+        far = [optimum for optimum in iso.optima if optimum.beyond > min(iso.error, BEYOND)]
         if far:
             worst = max(far, key=lambda optimum: optimum.beyond)
             at = listed([f"{optimum.budget:.3g}" for optimum in far])
