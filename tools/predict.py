@@ -76,11 +76,9 @@ def _target(options: argparse.Namespace, rows: "pd.DataFrame") -> "Target":
         raise UserError("--size: give --steps with it, and none of --parameters, --data and --flops")
     batch = batch_of(rows) if options.batch is None else options.batch
     model = _model(options.size)
-    given = None if options.tokens is None else (options.tokens, options.tokens**2)
-    theirs = given if rows["tokens_per_image"].isna().all() else tokens_of(rows)
-    one = target(model, 1, 1, *(theirs or tokens_of(rows)))
-    refuse_other_unit(rows, one)
-    return target(model, options.steps, batch, *(given or tokens_of(rows)))
+    tokens = tokens_of(rows) if options.tokens is None else (options.tokens, options.tokens**2)
+    refuse_other_unit(rows, model, tokens[0])
+    return target(model, options.steps, batch, *tokens)
 
 
 def _model(size: list[str]) -> "ModelConfig":

@@ -18,7 +18,7 @@ from fitscale.scaling.fit.fitting import fit_law
 from fitscale.scaling.fit.frontier import Cost, frontier_of
 from fitscale.scaling.fit.laws import COMPUTE, SURFACE
 from fitscale.scaling.fit.question import Question
-from fitscale.scaling.fit.slices import SAME_TOKENS
+from fitscale.scaling.fit.slices import SAME_TOKENS, tokens_per_image
 from fitscale.scaling.fit.study import FAR, LawResult, Study, study
 from fitscale.scaling.fit.uncertainty import LEVELS, central, new_run_KN
 from fitscale.scaling.rows.refusals import Refusal
@@ -121,12 +121,23 @@ def numbers_target(rows: pd.DataFrame, **asked: float | None) -> Target:
     return Target("a run", known.get("parameters"), known.get("images"), known.get("train_flops"))
 
 
-def refuse_other_unit(rows: pd.DataFrame, one: Target) -> None:
-    """Refuse `rows` whose images cost by far another number of FLOPs than `one`, a run of one image.
+def refuse_other_unit(rows: pd.DataFrame, model: ModelConfig, tokens: float) -> None:
+    """Refuse `rows` whose images cost by far another number of FLOPs than `model` spends on one.
+
+    The image is as long as the rows' own, or of `tokens` tokens; where theirs differ nothing is known.
 
     Raises:
         Refusal: their data or their compute are counted in another unit.
     """
+    lengths = rows["tokens_per_image"]
+    own = tokens_per_image(rows)
+    if own is None and lengths.notna().any():
+        return
+    if lengths.isna().all() and own is not None:
+        advice = "give --parameters, --data or --flops"
+        raise Refusal("mixed_models", f"the table counts tokens, {model.name} images; {advice}")
+    own = own or tokens
+    one = target(model, 1, 1, own, own**2)
     size, sizes = float(one.parameters or 0), rows["parameters"].astype(float)
     try:
         ratio = float(one.train_flops or 0) / Cost.of(rows).per_image(size)
@@ -157,23 +168,22 @@ def predict(table: pd.DataFrame, question: Question, goal: Target) -> tuple[list
         if wanted is not None and len(found) and found[0] != wanted:
             what = f"--size {goal.size}: {column} is {wanted}, the runs' is {found[0]}"
             raise Refusal("mixed_models", f"{what}, and they follow different laws")
-    test = study(table, replace(question, hold_out=("largest",), extrapolate=True))
-    tested = {result.name: result.predictions.sort_values("train_flops").iloc[-1] for result in test.results}
-    predictions = []
+    settled = []
     for result in whole.results:
         try:
-            predictions.append(_prediction(result, whole, goal, tested.get(result.name)))
+            settled.append((result, _settled(result, goal, whole)))
         except Refusal as refusal:
             whole.refusals.append(refusal)
-    if not predictions:
+    if not settled:
         raise whole.refusals[-1]
-    return predictions, whole
+    test = study(table, replace(question, hold_out=("largest",), extrapolate=True))
+    tested = {result.name: result.predictions.sort_values("train_flops").iloc[-1] for result in test.results}
+    return [_prediction(result, whole, goal, row, tested.get(result.name)) for result, row in settled], whole
 
 
-def _prediction(result: LawResult, whole: Study, goal: Target, tested: pd.Series | None) -> Prediction:
-    row = _settled(result, goal)
-    if not whole.question.extrapolate:
-        _refuse_outside(result, whole, row)
+def _prediction(
+    result: LawResult, whole: Study, goal: Target, row: pd.DataFrame, tested: pd.Series | None
+) -> Prediction:
     draws_K = new_run_KN(result.fit, result.resamples, row, whole.question.seed)[:, 0]
     size, images, total = (row[name].iloc[0] for name in (*SURFACE, *COMPUTE))
     return Prediction(
@@ -192,11 +202,11 @@ def _prediction(result: LawResult, whole: Study, goal: Target, tested: pd.Series
     )
 
 
-def _settled(result: LawResult, goal: Target) -> pd.DataFrame:
+def _settled(result: LawResult, goal: Target, whole: Study) -> pd.DataFrame:
     """The run as one row; what the goal leaves open is where the law has its optimum.
 
     Raises:
-        Refusal: the law has none, or speaks of compute alone and the goal has none.
+        Refusal: the law has none, or speaks of compute alone and the goal has none; or the run is too far outside.
     """
     known = {name: getattr(goal, name) for name in (*SURFACE, *COMPUTE)}
     if result.fit.law.inputs == COMPUTE:
@@ -212,7 +222,10 @@ def _settled(result: LawResult, goal: Target) -> pd.DataFrame:
         if total is not None:
             known = {"parameters": float(best.parameters(total)[0]), "images": float(best.images(total)[0])}
             known["train_flops"] = total
-    return pd.DataFrame([{name: np.nan if value is None else float(value) for name, value in known.items()}])
+    row = pd.DataFrame([{name: np.nan if value is None else float(value) for name, value in known.items()}])
+    if not whole.question.extrapolate:
+        _refuse_outside(result, whole, row)
+    return row
 
 
 def _refuse_outside(result: LawResult, whole: Study, row: pd.DataFrame) -> None:
