@@ -135,8 +135,7 @@ def _of_isoflop(iso: IsoFlop, seed: int) -> tuple[PowerLaw, PowerLaw]:
         for of in ("parameters", data_column(iso.slices))
     ]
     size, data = (
-        PowerLaw(found.exponent, found.coefficient, found.exponent_interval, found.coefficient_interval)
-        for found in both
+        PowerLaw(found.exponent, found.coefficient, found.interval_90, found.coefficient_90) for found in both
     )
     return size, data
 

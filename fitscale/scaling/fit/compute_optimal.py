@@ -57,8 +57,8 @@ class IsoFlop:
     of: str  # parameters, tokens or images
     exponent: float
     coefficient: float  # at C = 1
-    exponent_interval: tuple[float, float] | None  # None: not estimated, `no_interval` says why
-    coefficient_interval: tuple[float, float] | None
+    interval_90: tuple[float, float] | None  # None: not estimated, `no_interval` says why
+    coefficient_90: tuple[float, float] | None
     no_interval: str | None
     error: float  # root of the mean squared ln(measured / predicted) of sizes left out near the optima
     merged: int  # sizes that were taken together with another

@@ -22,8 +22,8 @@ def isoflop_curves(iso: IsoFlop, metric: str) -> canvas.Images:
     best = [(optimum.best, optimum.metric) for optimum in iso.optima]
     axes.plot(*zip(*best, strict=True), "k*--", markersize=11, label=f"optimum ({iso.method})")
     interval = "not estimated"
-    if iso.exponent_interval is not None:
-        interval = "{:.3f} to {:.3f}".format(*iso.exponent_interval)
+    if iso.interval_90 is not None:
+        interval = "{:.3f} to {:.3f}".format(*iso.interval_90)
     title = f"Best {iso.of} by {iso.method}: C^{iso.exponent:.3f} (90 %: {interval})"
     canvas.decorate(axes, title, iso.of, readable(metric))
     return canvas.rendered(axes.figure)

@@ -53,9 +53,9 @@ def isoflop_record(iso: IsoFlop) -> dict[str, Any]:
 def _isoflop_part(iso: IsoFlop, first: bool) -> Part:
     law = f"{LETTER[iso.of]}* = {iso.coefficient:.4g} C^{iso.exponent:.4f} ({iso.of})"
     intervals = f"not estimated ({iso.no_interval})"
-    if iso.exponent_interval is not None and iso.coefficient_interval is not None:
-        exponent = "{:.4f} to {:.4f}".format(*iso.exponent_interval)
-        intervals = f"exponent {exponent}, coefficient {interval_text(*iso.coefficient_interval)}"
+    if iso.interval_90 is not None and iso.coefficient_90 is not None:
+        exponent = "{:.4f} to {:.4f}".format(*iso.interval_90)
+        intervals = f"exponent {exponent}, coefficient {interval_text(*iso.coefficient_90)}"
     left_out = f"sizes left out are missed by {iso.error:.2%}" + (", the least: quote this one" if first else "")
     refused = f"; refused: {'; '.join(map(str, iso.refusals))}" if iso.refusals else ""
     text = f"{law}, from {len(iso.optima)} budgets; 90 %: {intervals}; {left_out}{refused}"
