@@ -131,7 +131,7 @@ def _frontier(result: "LawResult", study: "Study", cost: Cost) -> list[FrontierP
     found = []
     for budget in budgets.tolist():
         size, images = float(best.parameters(budget)[0]), float(best.images(budget)[0])
-        row = pd.DataFrame({"parameters": [size], "images": [images]})
+        row = pd.DataFrame({"parameters": [size], "images": [images], "train_flops": [budget]})
         metric_K = new_run_KN(result.fit, result.resamples, row, question.seed)[:, 0]
         ratio_K = per_image * draws.images_per_parameter(budget)
         found.append(

@@ -29,7 +29,7 @@ from fitscale.scaling.rows.refusals import Caution, Refusal, listed
 SAME_SIZE = 0.1  # of the mean gap between ln(sizes)
 PREFER = 1.1  # an interpolation has to be better than a parabola by a tenth: near ties are chance
 BEYOND = 0.01  # a curve's minimum lies a little below the best size tried; by more than this, or its error, it is said
-DRAWS = 200
+DRAWS = 400
 
 
 @dataclass(frozen=True)
