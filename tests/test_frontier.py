@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy.optimize import minimize_scalar
 
-from fitscale.scaling.fit.answers import constants
+from fitscale.scaling.fit.quoted import constants
 from fitscale.scaling.fit.approaches import approaches, envelope
 from fitscale.scaling.fit.fitting import ResidualLoss, fit_law
 from fitscale.scaling.fit.frontier import Cost, at_unity, compute_law, frontier_of
@@ -187,9 +187,9 @@ def test_the_answers_reach_report_and_terminal(tmp_path):
     ):
         assert text in report
     record = json.loads((tmp_path / "fit.json").read_text())
-    (law,) = record["answers"]["laws"]
+    (law,) = record["quoted"]["laws"]
     assert law["constants"]["alpha"]["value"] == record["laws"][0]["parameters"]["alpha"]
     beyond = law["frontier"][-1]
     assert beyond["compute_ratio"] == pytest.approx(10) and beyond["metric"]["low"] < beyond["metric"]["high"]
     assert {iso["of"] for iso in record["isoflop"]} == {"images"}
-    assert [each["name"][:2] for each in record["answers"]["approaches"]] == ["1:", "2:", "3:"]
+    assert [each["name"][:2] for each in record["quoted"]["approaches"]] == ["1:", "2:", "3:"]

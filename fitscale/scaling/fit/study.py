@@ -16,7 +16,7 @@ import pandas as pd
 
 from fitscale.config.errors import UserError
 from fitscale.scaling.fit import uncertainty
-from fitscale.scaling.fit.answers import Answers, answers
+from fitscale.scaling.fit.quoted import Quoted, quoted
 from fitscale.scaling.fit.compute_optimal import IsoFlop, by_every_method, isoflop_cautions
 from fitscale.scaling.fit.fitting import Fit, fit_law
 from fitscale.scaling.fit.laws import COMPUTE, LAWS, Law
@@ -76,9 +76,9 @@ class Study:
     cautions: list[Caution] = field(default_factory=list)
 
     @cached_property
-    def answers(self) -> Answers:
+    def quoted(self) -> Quoted:
         """What is quoted of it."""
-        return answers(self)
+        return quoted(self)
 
 
 def study(table: pd.DataFrame, question: Question) -> Study:

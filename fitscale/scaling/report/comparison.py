@@ -136,7 +136,7 @@ def _parts(comparison: Comparison) -> list[Part]:
     )
     parts = [Part("Differences", text, header, rows)]
     for group, answer in comparison.groups.items():
-        for law in answer.answers.laws:
+        for law in answer.quoted.laws:
             part = constants_part(law)
             parts.append(Part(f"{group}: {part.heading}", part.text, part.header, part.rows))
     return parts
@@ -146,7 +146,7 @@ def _record(comparison: Comparison) -> dict[str, Any]:
     return {
         "column": comparison.column,
         "question": asdict(comparison.question),
-        "groups": {group: asdict(answer.answers) for group, answer in comparison.groups.items()},
+        "groups": {group: asdict(answer.quoted) for group, answer in comparison.groups.items()},
         "differences": [asdict(difference) | {"told": difference.told} for difference in comparison.differences],
         "refusals": [{"code": refusal.code, "message": refusal.message} for refusal in comparison.refusals],
         "cautions": [vars(caution) for caution in comparison.cautions],

@@ -70,7 +70,7 @@ def fit_record(study: Study) -> dict[str, Any]:
         "cautions": [vars(caution) for caution in study.cautions],
         "laws": [_law_record(result) for result in study.results],
         "isoflop": [isoflop_record(iso) for iso in study.isoflops],
-        "answers": asdict(study.answers),
+        "quoted": asdict(study.quoted),
     }
 
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from fitscale.scaling.fit.answers import LawAnswers, Quantity
+from fitscale.scaling.fit.quoted import LawQuoted, Quantity
 from fitscale.scaling.fit.approaches import Approach, PowerLaw
 from fitscale.scaling.fit.compute_optimal import IsoFlop, Optimum
 from fitscale.scaling.fit.study import Study
@@ -25,8 +25,8 @@ class Part:
 def optimal_parts(study: Study) -> list[Part]:
     """All tables of the study's isoFLOP fits and answers that have a row."""
     parts = [_isoflop_part(iso, index == 0) for index, iso in enumerate(study.isoflops)]
-    parts += [_approaches_part(study.answers.approaches)]
-    for law in study.answers.laws:
+    parts += [_approaches_part(study.quoted.approaches)]
+    for law in study.quoted.laws:
         parts += [constants_part(law), _frontier_part(law, study.question.metric)]
     return [part for part in parts if part.rows]
 
@@ -91,7 +91,7 @@ def _power_law_cells(law: PowerLaw) -> list[str]:
     ]
 
 
-def constants_part(law: LawAnswers) -> Part:
+def constants_part(law: LawQuoted) -> Part:
     """A, B, E, exponents, a, b and G of one law."""
     text = "Inputs counted from 1 (N parameters, D images, C training FLOPs)."
     if "G" in law.constants:
@@ -100,7 +100,7 @@ def constants_part(law: LawAnswers) -> Part:
     return Part(f"{law.law.capitalize()} law in the field's form", text, ["constant", "value", "90 % interval"], rows)
 
 
-def _frontier_part(law: LawAnswers, metric: str) -> Part:
+def _frontier_part(law: LawQuoted, metric: str) -> Part:
     heading = f"Compute-optimal frontier by the {law.law} law"
     cost = "" if law.cost is None else f"An image costs {law.cost.kappa:.3g} N^{law.cost.power:.3f} training FLOPs. "
     text = f"{cost}Sizes and compute beyond 1 are extrapolated; the metric's interval is that of a new run."

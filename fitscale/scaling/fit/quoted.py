@@ -53,7 +53,7 @@ class FrontierPoint:
 
 
 @dataclass(frozen=True)
-class LawAnswers:
+class LawQuoted:
     """One law's constants at N = D = 1 (C = 1), and its frontier or why it has none."""
 
     law: str
@@ -65,20 +65,20 @@ class LawAnswers:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Of every fitted law, and of the three approaches side by side."""
+class Quoted:
+    """Of every fitted law, and the three approaches side by side."""
 
-    laws: list[LawAnswers]
+    laws: list[LawQuoted]
     approaches: list[Approach]
 
 
-def answers(study: "Study") -> Answers:
-    """The answers of a study; laws that have none say why."""
+def quoted(study: "Study") -> Quoted:
+    """What is quoted of a study; laws without a frontier say why."""
     laws = [_of_law(result, study) for result in study.results]
     if not (study.isoflops or any(result.fit.law.inputs == SURFACE for result in study.results)):
-        return Answers(laws, [])
+        return Quoted(laws, [])
     rows = study.rows[~study.rows["held_out"]]
-    return Answers(laws, approaches(rows, study.isoflops, study.results, study.question.seed))
+    return Quoted(laws, approaches(rows, study.isoflops, study.results, study.question.seed))
 
 
 def constants(result: "LawResult") -> dict[str, Quantity]:
@@ -107,16 +107,16 @@ def _written(unity: dict[str, Array]) -> dict[str, Array]:
     return found
 
 
-def _of_law(result: "LawResult", study: "Study") -> LawAnswers:
+def _of_law(result: "LawResult", study: "Study") -> LawQuoted:
     data = "images" if tokens_per_image(result.used) is None else "tokens"
     numbers = constants(result)
     if result.fit.law.inputs != SURFACE:
-        return LawAnswers(result.name, numbers, None, data, [], None)
+        return LawQuoted(result.name, numbers, None, data, [], None)
     try:
         cost = Cost.of(result.used)
-        return LawAnswers(result.name, numbers, cost, data, _frontier(result, study, cost), None)
+        return LawQuoted(result.name, numbers, cost, data, _frontier(result, study, cost), None)
     except Refusal as refusal:
-        return LawAnswers(result.name, numbers, None, data, [], refusal.message)
+        return LawQuoted(result.name, numbers, None, data, [], refusal.message)
 
 
 def _frontier(result: "LawResult", study: "Study", cost: Cost) -> list[FrontierPoint]:
