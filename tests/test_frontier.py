@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 from scipy.optimize import minimize_scalar
 
-from fitscale.scaling.fit.quoted import constants
 from fitscale.scaling.fit.approaches import approaches, envelope
 from fitscale.scaling.fit.fitting import ResidualLoss, fit_law
 from fitscale.scaling.fit.frontier import Cost, at_unity, compute_law, frontier_of
 from fitscale.scaling.fit.laws import LAWS
 from fitscale.scaling.fit.question import Question
+from fitscale.scaling.fit.quoted import constants
 from fitscale.scaling.fit.study import study
 from fitscale.scaling.rows.refusals import Refusal
 from fitscale.scaling.rows.table import validate
@@ -102,16 +102,16 @@ def test_intervals_of_constants_hold_the_truth():
     truth = {"A": A, "B": B, "E": E, "alpha": ALPHA, "beta": BETA, "a": BETA / (ALPHA + BETA), "G": None}
     truth["G"] = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA))
     inside = {name: [] for name in truth}
-    for seed in range(24):
-        rows = validate(surface(run_noise=0.004, noise=0.002, seed=seed, points=8))
-        asked = Question(metric="loss", laws=("additive",), resamples=200, hold_out=(), seed=seed)
+    for seed in range(20):
+        rows = validate(surface(run_noise=0.004, noise=0.002, seed=seed))
+        asked = Question(metric="loss", laws=("additive",), resamples=100, hold_out=(), seed=seed)
         for result in study(rows, asked).results:
             found = constants(result)
             for name, true in truth.items():
                 if found[name].value is not None:
                     inside[name].append(found[name].low <= true <= found[name].high)
     for name, each in inside.items():
-        assert len(each) > 18 and np.mean(each) >= 0.72, (name, np.mean(each))  # .90 less 3 standard errors of 24
+        assert len(each) > 15 and np.mean(each) >= 0.7, (name, np.mean(each))  # .90 less 3 standard errors of 20
 
 
 def test_the_three_approaches_agree_where_the_data_are_good():

@@ -16,11 +16,11 @@ import pandas as pd
 
 from fitscale.config.errors import UserError
 from fitscale.scaling.fit import uncertainty
-from fitscale.scaling.fit.quoted import Quoted, quoted
 from fitscale.scaling.fit.compute_optimal import IsoFlop, by_every_method, isoflop_cautions
 from fitscale.scaling.fit.fitting import Fit, fit_law
 from fitscale.scaling.fit.laws import COMPUTE, LAWS, Law
 from fitscale.scaling.fit.question import Question
+from fitscale.scaling.fit.quoted import Quoted, quoted
 from fitscale.scaling.fit.slices import data_column, slices_of_runs
 from fitscale.scaling.rows.fitted_points import chosen
 from fitscale.scaling.rows.refusals import Caution, Refusal, listed

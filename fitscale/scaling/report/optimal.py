@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from fitscale.scaling.fit.quoted import LawQuoted, Quantity
 from fitscale.scaling.fit.approaches import Approach, PowerLaw
 from fitscale.scaling.fit.compute_optimal import IsoFlop, Optimum
+from fitscale.scaling.fit.quoted import LawQuoted, Quantity
 from fitscale.scaling.fit.study import Study
 from fitscale.scaling.report.content import flops_text, interval_text, number
 
