@@ -16,9 +16,9 @@ from fitscale.scaling.fit.fitting import fit_law
 from fitscale.scaling.fit.laws import COMPUTE, SURFACE
 from fitscale.scaling.fit.question import Question
 from fitscale.scaling.fit.study import LawResult, Study, refuse_far, study
-from fitscale.scaling.fit.uncertainty import LEVELS, central, new_run_KN
 from fitscale.scaling.rows.refusals import Refusal
 
+INNER = 0.5  # level of the interval beside that of the question
 SAME_TOKENS = 1.05  # means of runs on the same images differ by which of them they have seen
 
 
@@ -112,11 +112,12 @@ def predict(table: pd.DataFrame, question: Question, goal: Target) -> tuple[list
 
 def _prediction(result: LawResult, whole: Study, goal: Target, tested: pd.Series | None) -> Prediction:
     row = pd.DataFrame([{name: float(getattr(goal, name)) for name in (*COMPUTE, *SURFACE)}])
-    draws_K = new_run_KN(result.fit, result.resamples, row, whole.question.seed)[:, 0]
+    draws_K = result.draws_KN(row)[:, 0]
+    levels = (INNER, whole.question.level)
     return Prediction(
         law=result.name,
         median=float(np.median(draws_K)),
-        intervals={level: central(draws_K, level) for level in LEVELS},
+        intervals={level: tuple(float(end[0]) for end in result.interval(row, level)) for level in levels},
         compute_ratio=goal.train_flops / float(whole.rows["train_flops"].max()),
         parameter_ratio=goal.parameters / float(whole.rows["parameters"].max()),
         held_out=None if tested is None else str(tested["size"]),
@@ -137,7 +138,8 @@ def _without_a_run(result: LawResult, row: pd.DataFrame) -> dict[str, float]:
 
 def describe(prediction: Prediction, metric: str) -> str:
     """One line for people."""
-    (inner_low, inner_high), (low, high) = (prediction.intervals[level] for level in LEVELS)
+    (inner_low, inner_high), (low, high) = prediction.intervals.values()
+    outer = max(prediction.intervals)
     tested = "never tested on a held-out size"
     if prediction.held_out_error is not None:
         tested = f"with {prediction.held_out} held out it erred by {prediction.held_out_error:+.1%}"
@@ -147,7 +149,7 @@ def describe(prediction: Prediction, metric: str) -> str:
         span = f"{min(without.values()):.4g} to {max(without.values()):.4g}"
         influence = f"; without one run it would be {span}, most changed by {most}"
     return (
-        f"{prediction.law} law: {metric} {prediction.median:.4g}, 50 % {inner_low:.4g} to {inner_high:.4g}, 90 % "
-        f"{low:.4g} to {high:.4g}; {prediction.compute_ratio:.2g} times the largest fitted compute and "
+        f"{prediction.law} law: {metric} {prediction.median:.4g}, 50 % {inner_low:.4g} to {inner_high:.4g}, "
+        f"{100 * outer:.3g} % {low:.4g} to {high:.4g}; {prediction.compute_ratio:.2g} times the largest fitted compute and "
         f"{prediction.parameter_ratio:.2g} times the parameters; {tested}{influence}"
     )

@@ -17,7 +17,7 @@ from fitscale.scaling.rows.fitted_points import POINTS
 from fitscale.scaling.rows.selection import Selection, select
 
 MOST = 1e12  # of an option that counts something
-LEVELS = (0.5, 0.999)
+LEVELS = (0.6, 0.999)  # of an interval
 AUTO = "auto"  # the laws that survive
 
 

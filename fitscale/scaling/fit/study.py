@@ -139,6 +139,15 @@ def study(table: pd.DataFrame, question: Question) -> Study:
     return Study(question, table, rows, sizes, held_out, selection.key, results, isoflops, refusals, cautions)
 
 
+def admissible(rows: pd.DataFrame, asked: tuple[str, ...] = ()) -> list[Law]:
+    """Laws whose inputs every row has, and those that were asked for."""
+    return [
+        law
+        for law in LAWS.values()
+        if law.name in asked or (rows[list(law.inputs)] > 0).fillna(False).all(axis=None)
+    ]
+
+
 def divide(rows: pd.DataFrame, held_out: pd.Series, points: str) -> pd.DataFrame:
     """`rows` with columns that are true for what is held_out, chosen (it counts) and used (by laws of compute)."""
     rows = rows.assign(held_out=held_out, chosen=chosen(rows, points), used=False)
@@ -189,7 +198,7 @@ def _members(rows: pd.DataFrame, question: Question, sizes: list[str]) -> tuple[
     """Every law that can be fitted to the divided rows, with its weight; and why the others cannot."""
     fits, refused = {}, {}
     known = rows[~rows["held_out"]].drop(columns=["held_out", "chosen", "used"])
-    for law in _admissible(known, question):
+    for law in admissible(known, question.laws):
         try:
             fits[law.name] = _fit(law, used_by(law, rows), question)
         except Refusal as refusal:
@@ -207,15 +216,6 @@ def _members(rows: pd.DataFrame, question: Question, sizes: list[str]) -> tuple[
             draws = uncertainty.resample(fit, question.resamples, question.seed)
             members[fit.law.name] = Member(fit, draws, of_fit, share)
     return members, refused
-
-
-def _admissible(rows: pd.DataFrame, question: Question) -> list[Law]:
-    """Laws that were asked for, and those whose inputs every row has."""
-    return [
-        law
-        for law in LAWS.values()
-        if law.name in question.laws or (rows[list(law.inputs)] > 0).fillna(False).all(axis=None)
-    ]
 
 
 def _fit(law: Law, used: pd.DataFrame, question: Question) -> Fit:

@@ -16,7 +16,6 @@ from fitscale.scaling.fit.fitting import Fit, exp
 from fitscale.scaling.fit.noise import LARGEST_VARIANCE, estimate, scattered
 from fitscale.scaling.fit.solver import Array
 
-LEVELS = (0.5, 0.9)
 MANY_RUNS = 30  # from here on a bootstrap of runs says how they scatter
 MAD_TO_SIGMA = 1.4826  # of a normal law
 FEW_RUNS = 4  # with fewer the variance between runs is hardly known, and intervals are wide for it
