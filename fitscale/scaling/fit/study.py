@@ -23,7 +23,7 @@ from fitscale.scaling.fit.fitting import Fit, fit_law
 from fitscale.scaling.fit.laws import COMPUTE, LAWS, Law
 from fitscale.scaling.fit.question import AUTO, Question
 from fitscale.scaling.fit.solver import Array
-from fitscale.scaling.fit.survival import dominated, verdict, weights
+from fitscale.scaling.fit.survival import dominated, groups, verdict, weights
 from fitscale.scaling.rows.fitted_points import chosen
 from fitscale.scaling.rows.refusals import Caution, Refusal, listed
 from fitscale.scaling.rows.selection import size_order
@@ -120,13 +120,13 @@ def study(table: pd.DataFrame, question: Question) -> Study:
             refuse_far(seen, unseen, question.extrapolate)
     except Refusal as refusal:
         return Study(question, table, table.iloc[:0], refusals=[refusal])
-    members, refused = _members(rows, question, [size for size in sizes if size not in held_out])
-    survivors = [member for member in members.values() if member.weight]
+    found, refused = members(rows, question, [size for size in sizes if size not in held_out])
+    survivors = [member for member in found.values() if member.weight]
     asked = [name for name in question.laws if name in LAWS]
     if AUTO in question.laws:
         asked = list(dict.fromkeys([*asked, *(member.fit.law.name for member in survivors)]))
     refusals = [refused[name] for name in LAWS if name in refused and (name in asked or AUTO in question.laws)]
-    results = [_result(members[name], survivors, rows, question) for name in asked if name in members]
+    results = [_result(found[name], survivors, rows, question) for name in asked if name in found]
     isoflops = []
     if ISOFLOP in question.laws:
         try:
@@ -194,7 +194,7 @@ def _held_out(sizes: list[str], asked: tuple[str, ...]) -> list[str]:
     return held_out
 
 
-def _members(rows: pd.DataFrame, question: Question, sizes: list[str]) -> tuple[dict[str, Member], dict[str, Refusal]]:
+def members(rows: pd.DataFrame, question: Question, sizes: list[str]) -> tuple[dict[str, Member], dict[str, Refusal]]:
     """Every law that can be fitted to the divided rows, with its weight; and why the others cannot."""
     fits, refused = {}, {}
     known = rows[~rows["held_out"]].drop(columns=["held_out", "chosen", "used"])
@@ -204,18 +204,19 @@ def _members(rows: pd.DataFrame, question: Question, sizes: list[str]) -> tuple[
         except Refusal as refusal:
             refused[law.name] = refusal
     used = {name: used_by(fit.law, rows) for name, fit in fits.items()}
-    verdicts = [verdict(fit, known, used[name], sizes, question.points, question.seed) for name, fit in fits.items()]
+    left = groups(known, sizes, question.points)
+    verdicts = [verdict(fit, used[name], left, question.seed) for name, fit in fits.items()]
     survives = [
         not dominated(fit, used[name], [other for other in fits.values() if other is not fit])
         for name, fit in fits.items()
     ]
     weight = weights(verdicts, survives) if fits else []
-    members = {}
+    found = {}
     for fit, of_fit, share in zip(fits.values(), verdicts, weight, strict=True):
         if share or fit.law.name in question.laws:
             draws = uncertainty.resample(fit, question.resamples, question.seed)
-            members[fit.law.name] = Member(fit, draws, of_fit, share)
-    return members, refused
+            found[fit.law.name] = Member(fit, draws, of_fit, share)
+    return found, refused
 
 
 def _fit(law: Law, used: pd.DataFrame, question: Question) -> Fit:

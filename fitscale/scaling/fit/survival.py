@@ -76,15 +76,43 @@ class Verdict:
         return sum(float(stats.t.logpdf(out.error / out.spread, self.freedom) - np.log(out.spread)) for out in found)
 
 
-def verdict(fit: Fit, rows: pd.DataFrame, used: pd.DataFrame, sizes: list[str], points: str, seed: int = 0) -> Verdict:
-    """How `fit`, of the rows `used`, fares on `rows` (none held out), whose `sizes` ascend."""
+@dataclass(frozen=True)
+class Group:
+    """Sizes that are left out: what is known then, and the last points of their runs; for laws of compute in `chosen`."""
+
+    sizes: tuple[str, ...]
+    smaller: pd.DataFrame
+    last: pd.DataFrame
+
+    def known(self, fit: Fit) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Rows that `fit`'s law is fitted to, and those that it is asked about."""
+        if fit.law.inputs != COMPUTE:
+            return self.smaller, self.last
+        return self.smaller[self.smaller["known"]], self.last[self.last["asked"]]
+
+
+def groups(rows: pd.DataFrame, sizes: list[str], points: str) -> list[Group]:
+    """Groups of `sizes`, which ascend, from the third on; `rows` have none that is held out."""
+    parts = [[str(size) for size in part] for part in np.array_split(np.array(sizes), min(len(sizes), GROUPS))]
+    found = []
+    for index in range(2, len(parts)):
+        smaller, unseen = (rows[rows["size"].isin(part)] for part in (sum(parts[:index], []), parts[index]))
+        last = unseen[unseen["train_flops"] == unseen.groupby("run")["train_flops"].transform("max")]
+        asked = pd.Series(True, last.index)
+        if points == "frontier":
+            asked = chosen(pd.concat([smaller, unseen]), points)[last.index]
+        smaller = smaller.assign(known=chosen(smaller, points))
+        found.append(Group(tuple(parts[index]), smaller, last.assign(asked=asked)))
+    return found
+
+
+def verdict(fit: Fit, used: pd.DataFrame, left: list[Group], seed: int = 0) -> Verdict:
+    """How `fit`, of the rows `used`, fares on the groups that are left out."""
     left_out = {}
-    groups = [list(group) for group in np.array_split(np.array(sizes, dtype=object), min(len(sizes), GROUPS))]
-    for index in range(2, len(groups)):
-        smaller = [size for group in groups[:index] for size in group]
-        found = _left_out(fit, rows[rows["size"].isin(smaller)], rows[rows["size"].isin(groups[index])], points)
+    for index, group in enumerate(left):
+        found = _left_out(fit, *group.known(fit))
         if found is not None:
-            left_out[index] = LeftOut(tuple(map(str, groups[index])), *found)
+            left_out[index] = LeftOut(group.sizes, *found)
     freedom = fit.noise.freedom[0]
     squares = [(out.error / out.spread) ** 2 for out in left_out.values()]
     p_left_out = float(stats.f.sf(np.mean(squares), len(squares), freedom)) if squares else None
@@ -125,22 +153,14 @@ def _scatter(fit: Fit, rows: pd.DataFrame) -> float:
     return float(((residual - residual.groupby(rows["run"]).transform("mean")) ** 2).sum())
 
 
-def _left_out(fit: Fit, smaller: pd.DataFrame, unseen: pd.DataFrame, points: str) -> tuple[float, float] | None:
-    """Mean ln(measured / predicted) at the unseen runs' last points, and its standard deviation; None if none is said."""
-    of_compute = fit.law.inputs == COMPUTE
-    known = smaller[chosen(smaller, points)] if of_compute else smaller
-    if len(known) < len(fit.theta_P) + 1 or known["size"].nunique() < 2:
+def _left_out(fit: Fit, known: pd.DataFrame, last: pd.DataFrame) -> tuple[float, float] | None:
+    """Mean ln(measured / predicted) at the `last` points, and its standard deviation; None where nothing is said."""
+    if len(known) < len(fit.theta_P) + 1 or known["size"].nunique() < 2 or last.empty:
         return None
     data = FittedPoints.of(fit.law, known, fit.points.centre_F)
     theta_KP, _ = refit(fit.law, data, data.y_N, fit.theta_P[None], fit.loss)
     jacobian_NP = fit.law.evaluate(theta_KP, data.x_NF)[1][0]
     if told_apart(jacobian_NP) < len(fit.theta_P):
-        return None
-    last = unseen[unseen["train_flops"] == unseen.groupby("run")["train_flops"].transform("max")]
-    if of_compute and points == "frontier":
-        everything = pd.concat([smaller, unseen])
-        last = last[chosen(everything, points)[last.index]]
-    if last.empty:
         return None
     x_NF, _ = fit.law.centred(last, data.centre_F)
     log_KN, there_KNP = fit.law.evaluate(theta_KP, x_NF)
