@@ -46,12 +46,12 @@ class PowerLaw:
     coefficient_interval: Interval | None
 
     @classmethod
-    def of(cls, exponent: float, constant: float, draws_K2: Array | None) -> "PowerLaw":
+    def of(cls, exponent: float, constant: float, draws_K2: Array | None, level: float = 0.9) -> "PowerLaw":
         """From exponent and ln(coefficient), and draws of both."""
         coefficient = float(exp(np.asarray(constant)))
         if draws_K2 is None:
             return cls(float(exponent), coefficient, None, None)
-        low, high = central(draws_K2)
+        low, high = central(draws_K2, level)
         coefficients = tuple(exp(np.array([low[1], high[1]])).tolist())
         return cls(float(exponent), coefficient, (float(low[0]), float(high[0])), coefficients)
 
@@ -143,8 +143,9 @@ def _of_isoflop(iso: IsoFlop, seed: int) -> tuple[PowerLaw, PowerLaw]:
 def _of_law(result: "LawResult") -> tuple[PowerLaw, PowerLaw]:
     """Approach 3: by the law's compute-optimal frontier."""
     cost, tokens = Cost.of(result.used), tokens_per_image(result.used) or 1.0
+    level = result.question.level
     draws = frontier_of(result.fit, result.resamples.theta_KP, cost)
     best = frontier_of(result.fit, result.fit.theta_P[None], cost)
-    size = PowerLaw.of(best.a_K[0], best.ln_g_K[0], np.stack([draws.a_K, draws.ln_g_K], axis=1))
+    size = PowerLaw.of(best.a_K[0], best.ln_g_K[0], np.stack([draws.a_K, draws.ln_g_K], axis=1), level)
     data = np.stack([draws.b_K, draws.ln_h_K + np.log(tokens)], axis=1)
-    return size, PowerLaw.of(best.b_K[0], best.ln_h_K[0] + np.log(tokens), data)
+    return size, PowerLaw.of(best.b_K[0], best.ln_h_K[0] + np.log(tokens), data, level)

@@ -227,7 +227,7 @@ def _pair(operation: np.ufunc, first_K: Array, second_K: Array) -> Array:
 def _difference(
     first: _Side, second: _Side, quantity: str, at: float | None, value: float, draws_K: Array
 ) -> Difference:
-    low, high = central(draws_K)
+    low, high = central(draws_K, first.result.question.level)
     return Difference(first.result.name, first.group, second.group, quantity, at, value, float(low), float(high))
 
 

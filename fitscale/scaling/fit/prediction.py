@@ -20,10 +20,10 @@ from fitscale.scaling.fit.laws import COMPUTE, SURFACE
 from fitscale.scaling.fit.question import Question
 from fitscale.scaling.fit.slices import SAME_TOKENS, tokens_per_image
 from fitscale.scaling.fit.study import FAR, LawResult, Study, study
-from fitscale.scaling.fit.uncertainty import LEVELS, central, new_run_KN
 from fitscale.scaling.rows.refusals import Refusal
 
 WORDS = {"train_flops": "compute", "parameters": "parameters", "images": "data"}
+INNER = 0.5  # level of the interval beside that of the question
 SAME_UNIT = 1.5  # sizes of one family cost within 6 % of a power law of size; MACs for FLOPs are a factor of 2
 SLACK = 0.05  # of that law's exponent, for sizes far from those that it is known from
 
@@ -184,8 +184,9 @@ def predict(table: pd.DataFrame, question: Question, goal: Target) -> tuple[list
 def _prediction(
     result: LawResult, whole: Study, goal: Target, row: pd.DataFrame, tested: pd.Series | None
 ) -> Prediction:
-    draws_K = new_run_KN(result.fit, result.resamples, row, whole.question.seed)[:, 0]
+    draws_K = result.draws_KN(row)[:, 0]
     size, images, total = (row[name].iloc[0] for name in (*SURFACE, *COMPUTE))
+    levels = (INNER, whole.question.level)
     return Prediction(
         law=result.name,
         parameters=None if np.isnan(size) else float(size),
@@ -193,13 +194,18 @@ def _prediction(
         train_flops=float(total),
         optimal=goal.parameters is None or goal.images is None,
         median=float(np.median(draws_K)),
-        intervals={level: central(draws_K, level) for level in LEVELS},
+        intervals={level: _ends(result, row, level) for level in levels},
         compute_ratio=float(total) / float(whole.rows["train_flops"].max()),
         parameter_ratio=None if np.isnan(size) else float(size) / float(whole.rows["parameters"].max()),
         held_out=None if tested is None else str(tested["size"]),
         held_out_error=None if tested is None else float(tested["error"]),
         without_a_run=_without_a_run(result, row),
     )
+
+
+def _ends(result: LawResult, row: pd.DataFrame, level: float) -> tuple[float, float]:
+    low_1, high_1 = result.interval(row, level)
+    return float(low_1[0]), float(high_1[0])
 
 
 def _settled(result: LawResult, goal: Target, whole: Study) -> pd.DataFrame:
@@ -253,7 +259,8 @@ def _without_a_run(result: LawResult, row: pd.DataFrame) -> dict[str, float]:
 
 def describe(prediction: Prediction, metric: str) -> str:
     """One line for people."""
-    (inner_low, inner_high), (low, high) = (prediction.intervals[level] for level in LEVELS)
+    (inner_low, inner_high), (low, high) = prediction.intervals.values()
+    outer = max(prediction.intervals)
     tested = "never tested on a held-out size"
     if prediction.held_out_error is not None:
         tested = f"with {prediction.held_out} held out it erred by {prediction.held_out_error:+.1%}"
@@ -269,7 +276,7 @@ def describe(prediction: Prediction, metric: str) -> str:
         amounts = f"{prediction.parameters:.3g} parameters, {prediction.images:.3g} data ({per:.3g} for each)"
         best = f" at its compute-optimal {amounts}"
     return (
-        f"{prediction.law} law{best}: {metric} {prediction.median:.4g}, 50 % {inner_low:.4g} to {inner_high:.4g}, 90 % "
-        f"{low:.4g} to {high:.4g}; {prediction.compute_ratio:.2g} times the largest fitted compute{size}; "
+        f"{prediction.law} law{best}: {metric} {prediction.median:.4g}, 50 % {inner_low:.4g} to {inner_high:.4g}, "
+        f"{100 * outer:.3g} % {low:.4g} to {high:.4g}; {prediction.compute_ratio:.2g} times the largest fitted compute{size}; "
         f"{tested}{influence}"
     )

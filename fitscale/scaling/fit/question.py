@@ -17,6 +17,8 @@ from fitscale.scaling.rows.fitted_points import POINTS
 from fitscale.scaling.rows.selection import Selection, select
 
 MOST = 1e12  # of an option that counts something
+LEVELS = (0.6, 0.999)  # of an interval
+AUTO = "auto"  # the laws that survive
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Question:
     """Every choice that changes the answer."""
 
     metric: str = "fd"
-    laws: tuple[str, ...] = ("offset",)
+    laws: tuple[str, ...] = (AUTO,)
     points: str = "frontier"
     hold_out: tuple[str, ...] = ("largest",)  # sizes, or `largest`
     where: dict[str, str] = field(default_factory=dict)
@@ -35,6 +37,7 @@ class Question:
     floor: float | None = None  # of the laws that have one, held at this value
     optimum: str = "parameters"  # of isoflop: what is best at a budget, parameters or tokens
     resamples: int = 4000
+    level: float = 0.9  # of every interval
     seed: int = 0
 
     def select(self, table: pd.DataFrame) -> Selection:
@@ -62,13 +65,11 @@ def add_filter_options(parser: argparse.ArgumentParser) -> None:
     add("--drop-missing", action="store_true", help="leave out rows without a value instead of refusing")
 
 
-def add_law_options(parser: argparse.ArgumentParser, laws: Iterable[str] = LAWS) -> None:
+def add_law_options(parser: argparse.ArgumentParser, laws: Iterable[str] = (AUTO, *LAWS)) -> None:
     """RUNS, --law, --points, and the options of `add_filter_options`."""
     add_runs_option(parser)
-    default = ["offset", "power"]
-    parser.add_argument(
-        "--law", dest="laws", nargs="+", choices=laws, default=default, help="laws (default: offset power)"
-    )
+    text = "laws (default: auto, those that survive at sizes left out)"
+    parser.add_argument("--law", dest="laws", nargs="+", choices=laws, default=[AUTO], help=text)
     parser.add_argument("--points", choices=POINTS, default="frontier", help="rows that laws of compute speak of")
     add_filter_options(parser)
 
@@ -80,9 +81,10 @@ def add_floor_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_draw_options(parser: argparse.ArgumentParser) -> None:
-    """--extrapolate and --seed."""
+    """--extrapolate, --level and --seed."""
     far = "agree to predictions at more than 10 times the fitted compute"
     parser.add_argument("--extrapolate", action="store_true", help=far)
+    parser.add_argument("--level", type=float, default=0.9, help="of the intervals (default: 0.9)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the resampling")
 
 
@@ -93,6 +95,8 @@ def question(options: argparse.Namespace, **more: Any) -> Question:
         UserError: a text of --where has no `=`.
     """
     require_within(options, from_step=0)
+    if "level" in options:
+        require_within(options, level=LEVELS)
     asked = {each.name: getattr(options, each.name) for each in fields(Question) if each.name in options} | more
     for text in options.where:
         if "=" not in text:

@@ -1,6 +1,7 @@
 """The numbers of a study that people quote: constants in the field's form, the frontier, and three approaches.
 
-Intervals hold 90 % of the resamples, the frontier's metric what a new run would measure.
+Intervals hold the question's level of the resamples; the frontier's metric is what a new run would measure, by all
+laws that survive.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from fitscale.scaling.fit.frontier import Cost, at_unity, frontier_of
 from fitscale.scaling.fit.laws import SURFACE
 from fitscale.scaling.fit.slices import tokens_per_image
 from fitscale.scaling.fit.solver import Array
-from fitscale.scaling.fit.uncertainty import central, new_run_KN
+from fitscale.scaling.fit.uncertainty import central
 from fitscale.scaling.rows.refusals import Refusal
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ class Quantity:
     high: float | None
 
     @classmethod
-    def of(cls, value: float, draws_K: Array) -> "Quantity":
-        low, high = central(draws_K)
+    def of(cls, value: float, draws_K: Array, level: float) -> "Quantity":
+        low, high = central(draws_K, level)
         return cls(float(value), float(low), float(high))
 
 
@@ -88,7 +89,7 @@ def constants(result: "LawResult") -> dict[str, Quantity]:
     """
     best = _written(at_unity(result.fit, result.fit.theta_P[None]))
     draws = _written(at_unity(result.fit, result.resamples.theta_KP))
-    found = {name: Quantity.of(values_1[0], draws[name]) for name, values_1 in best.items()}
+    found = {name: Quantity.of(values_1[0], draws[name], result.question.level) for name, values_1 in best.items()}
     if "E" in found and result.floor is not None and not result.floor.identified:
         found["E"] = Quantity(None, None, result.floor.high)
     return found
@@ -132,15 +133,15 @@ def _frontier(result: "LawResult", study: "Study", cost: Cost) -> list[FrontierP
     for budget in budgets.tolist():
         size, images = float(best.parameters(budget)[0]), float(best.images(budget)[0])
         row = pd.DataFrame({"parameters": [size], "images": [images], "train_flops": [budget]})
-        metric_K = new_run_KN(result.fit, result.resamples, row, question.seed)[:, 0]
+        low_1, high_1 = result.interval(row)
         ratio_K = per_image * draws.images_per_parameter(budget)
         found.append(
             FrontierPoint(
                 budget,
-                Quantity.of(size, draws.parameters(budget)),
-                Quantity.of(images, draws.images(budget)),
-                Quantity.of(per_image * images / size, ratio_K),
-                Quantity.of(float(result.fit.metric(row)[0]), metric_K),
+                Quantity.of(size, draws.parameters(budget), question.level),
+                Quantity.of(images, draws.images(budget), question.level),
+                Quantity.of(per_image * images / size, ratio_K, question.level),
+                Quantity(float(result.fit.metric(row)[0]), float(low_1[0]), float(high_1[0])),
                 budget / float(flops.max()),
                 size / float(result.used["parameters"].max()),
             )

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fitscale.scaling.fit.laws import COMPUTE
@@ -38,6 +39,7 @@ def report_content(study: Study) -> dict[str, Any]:
     return {
         "study": study,
         "title": readable(study.question.metric),
+        "percent": percent(study),
         "headlines": [headline(study, result) for result in study.results],
         "laws": [_law_lines(study, result) for result in study.results],
         "sizes": size_table(study),
@@ -111,10 +113,17 @@ def interval_text(low: Any, high: Any) -> str:
     return f"{number(low)} to {number(high)}"
 
 
+def percent(study: Study) -> str:
+    """The level of the study's intervals."""
+    return f"{100 * study.question.level:.3g} %"
+
+
 def headline(study: Study, result: LawResult) -> str:
-    """How the law fared at the largest held-out point that counts."""
+    """Whether the law fits, and how it fared at the largest held-out point that counts."""
     points = result.fit.points
     start = f"{result.name.capitalize()} law, fitted on {len(points.y_N)} points of {points.runs} runs"
+    if result.lack_of_fit:
+        start = f"{result.name.capitalize()} law {result.lack_of_fit}. Fitted on {start.split(', fitted on ')[1]}"
     if result.claimed.empty:
         return f"{start}: scatter of a new run {result.fit.noise.total:.1%}; no held-out point tests it."
     last = result.claimed.sort_values("train_flops").iloc[-1]
@@ -122,7 +131,7 @@ def headline(study: Study, result: LawResult) -> str:
     return (
         f"{start}: predicts a {readable(study.question.metric)} of {number(last['predicted'])} for the held-out size "
         f"{last['size']} at {flops_text(last['train_flops'])} FLOPs; measured {number(last['value'])}: "
-        f"error {last['error']:+.1%}, {where} the 90 % interval {interval_text(last['low'], last['high'])}."
+        f"error {last['error']:+.1%}, {where} the {percent(study)} interval {interval_text(last['low'], last['high'])}."
     )
 
 
@@ -135,13 +144,16 @@ def _law_lines(study: Study, result: LawResult) -> dict[str, Any]:
         lines[-1] = ["e", "not identified", upper]
     what = f"ln({question.metric})" if fit.loss.space == "log" else f"{question.metric} itself"
     points = question.points if fit.law.inputs == COMPUTE else "all"
+    weighted = "alike" if np.ptp(fit.points.weight_N) == 0 else "by their standard errors"
     scatter = f"{fit.noise.run**0.5:.1%} from run to run and {fit.noise.point**0.5:.1%} from checkpoint to checkpoint"
     if fit.noise.point == 0.0:
         unknown = "all taken for that from run to run (these points do not tell checkpoints' apart)"
         scatter = f"{fit.noise.total:.1%}, {unknown}"
+    if fit.growth:
+        scatter += f" in runs of middling size, {fit.growth:+.2g} of its logarithm per unit of ln(size)"
     return {
         "name": result.name,
-        "fitted": f"Fitted by {fit.loss} on {what}, points weighted alike ({points} points)",
+        "fitted": f"Fitted by {fit.loss} on {what}, points weighted {weighted} ({points} points)",
         "formula": fit.law.formula,
         "reference": ", ".join(f"{name} = {value:.4g}" for name, value in fit.reference().items()),
         "lines": lines,
@@ -151,8 +163,9 @@ def _law_lines(study: Study, result: LawResult) -> dict[str, Any]:
 
 
 def parameter_intervals(result: LawResult) -> dict[str, tuple[float, float]]:
-    """Central 90 % of the readable parameters over the resamples of whole runs."""
-    return {name: central(draws_K) for name, draws_K in result.fit.named(result.resamples.theta_KP).items()}
+    """Central intervals of the readable parameters over the resamples of whole runs, at the question's level."""
+    level = result.question.level
+    return {name: central(draws_K, level) for name, draws_K in result.fit.named(result.resamples.theta_KP).items()}
 
 
 def _prediction_rows(result: LawResult) -> list[list[str]]:

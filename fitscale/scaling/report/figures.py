@@ -7,9 +7,8 @@ import pandas as pd
 
 from fitscale.scaling.fit.laws import COMPUTE
 from fitscale.scaling.fit.study import LawResult, Study
-from fitscale.scaling.fit.uncertainty import central, new_run_KN
 from fitscale.scaling.report import canvas
-from fitscale.scaling.report.content import readable
+from fitscale.scaling.report.content import percent, readable
 from fitscale.scaling.report.isoflop_figure import isoflop_curves
 from fitscale.scaling.rows.selection import ascending_sizes
 
@@ -70,7 +69,7 @@ def residuals(study: Study) -> canvas.Images:
 
 
 def predictions(study: Study) -> canvas.Images:
-    """Predicted against measured for every held-out point that a law speaks of, with 90 % intervals."""
+    """Predicted against measured for every held-out point that a law speaks of, with intervals."""
     axes = canvas.new_figure(width=7.2).add_subplot()
     drawn = [result for result in study.results if len(result.claimed)]
     every = pd.concat([result.claimed for result in drawn])
@@ -83,7 +82,7 @@ def predictions(study: Study) -> canvas.Images:
         points = result.claimed
         errors = [points["predicted"] - points["low"], points["high"] - points["predicted"]]
         style = {"fmt": "os^Dv"[index % 5], "color": f"C{index}", "markersize": 5, "linewidth": 0.9, "capsize": 2}
-        label = f"{result.name} law, 90 %"
+        label = f"{result.name} law, {percent(study)}"
         axes.errorbar(points["value"], points["predicted"], yerr=np.abs(errors), label=label, **style)
     first = drawn[0].claimed
     for _, point in (first if len(first) <= MOST_NAMED else first.iloc[:0]).iterrows():
@@ -161,19 +160,22 @@ def _draw_compute_law(axes: Any, study: Study, result: LawResult, rows: pd.DataF
     name = f"{result.name} law"
     for part, style, label in ((grid <= most, "-", name), (grid >= most, "--", f"{name}, extrapolated")):
         axes.plot(grid[part], metric[part], style, color="black", linewidth=1.3, zorder=2, label=label)
-    _draw_band(axes, study, result, grid, line, "90 % for a new run")
+    _draw_band(axes, result, grid, line, _band(study))
 
 
-def _draw_band(axes: Any, study: Study, result: LawResult, compute: Any, line: pd.DataFrame, label: str | None) -> None:
-    draws = new_run_KN(result.fit, result.resamples, line, study.question.seed)
-    low, high = central(draws)
+def _band(study: Study) -> str:
+    return f"{percent(study)} for a new run"
+
+
+def _draw_band(axes: Any, result: LawResult, compute: Any, line: pd.DataFrame, label: str | None) -> None:
+    low, high = result.interval(line)
     style = {"color": "black", "alpha": 0.12, "linewidth": 0, "zorder": 1}
     axes.fill_between(compute, low, high, label=label, **style)
 
 
 def _draw_surface(axes: Any, study: Study, result: LawResult, rows: pd.DataFrame) -> None:
     """The law along every size's own training, and the band of the held-out sizes."""
-    name, band = f"{result.name} law", "90 % for a new run"
+    name, band = f"{result.name} law", _band(study)
     for index, (size, points) in enumerate(_by_size(study, rows)):
         longest = points.sort_values("train_flops").iloc[-1]
         images = np.geomspace(points["images"].min() / 1.3, points["images"].max() * 1.3, 60)
@@ -181,4 +183,4 @@ def _draw_surface(axes: Any, study: Study, result: LawResult, rows: pd.DataFrame
         compute = images * float(longest["train_flops"]) / float(longest["images"])
         axes.plot(compute, result.fit.metric(line), "k--", linewidth=1.0, zorder=2, label=None if index else name)
         if size in study.held_out:
-            _draw_band(axes, study, result, compute, line, band if size == study.held_out[0] else None)
+            _draw_band(axes, result, compute, line, band if size == study.held_out[0] else None)

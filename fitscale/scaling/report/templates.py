@@ -35,7 +35,7 @@ A point that does not count lies above the frontier (or is not the run's last): 
 {% endcall %}
 {% for name, rows in predictions %}
 {{ heading(3, name | capitalize ~ " law") }}
-{{ table(["run", "step", "training FLOPs", "measured", "predicted", "90 % interval", "error", "inside", "counts"], rows)
+{{ table(["run", "step", "training FLOPs", "measured", "predicted", percent ~ " interval", "error", "inside", "counts"], rows)
 }}
 {% endfor %}
 {% endif %}
@@ -47,7 +47,7 @@ A point that does not count lies above the frontier (or is not the run's last): 
 Scatter {{ law.scatter }}; best fit reached from {{ law.reached }} starts;
 intervals from {{ study.question.resamples }} refits with the deviation of every run drawn anew.
 {% endcall %}
-{{ table(["parameter", "value", "90 % interval"], law.lines) }}
+{{ table(["parameter", "value", percent ~ " interval"], law.lines) }}
 {% endfor %}
 {{ figure("residuals", "residuals") }}
 {% if optimal %}
