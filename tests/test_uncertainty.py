@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fitscale.scaling.fit.fitting import fit_law
+from fitscale.scaling.fit.fitting import ResidualLoss, fit_law
 from fitscale.scaling.fit.laws import OFFSET, POWER
 from fitscale.scaling.fit.noise import estimate
 from fitscale.scaling.fit.uncertainty import covariance, new_run_KN, resample
@@ -192,3 +192,51 @@ def test_repeated_seeds_leave_the_frontier_unbiased_and_its_intervals_honest(see
     assert 0.85 <= new_run <= 0.96
     assert 0.8 <= law <= 0.96
     assert abs(np.mean(errors)) < 0.005
+
+
+def single_checkpoints(rng, runs=240, growth=0.0):
+    """Runs with one measurement each, whose noise grows with compute."""
+    flops = np.exp(rng.uniform(np.log(1e17), np.log(1e20), runs))
+    noise = 0.02 * (flops / 1e17) ** growth * rng.normal(size=runs)
+    return pd.DataFrame(
+        {"run": [f"r{i}" for i in range(runs)], "train_flops": flops, "value": truth(flops) * np.exp(noise)}
+    )
+
+
+def test_many_runs_are_drawn_with_replacement_and_spread_as_the_sandwich_says():
+    """White's covariance (1980), in closed form for a law that is a line in logarithms."""
+    rows = single_checkpoints(np.random.default_rng(0), growth=0.4)
+    fit = fit_law(POWER, rows)
+    draws = resample(fit, 2000, 0)
+    assert draws.how == "runs" and resample(fit, 20, 0, "parametric").how == "parametric"
+    log, jacobian = fit.at_points()
+    inverse = np.linalg.pinv(jacobian)
+    white = inverse @ np.diag((fit.points.y_N - log) ** 2) @ inverse.T
+    np.testing.assert_allclose(draws.theta_KP.std(axis=0), np.sqrt(np.diag(white)), rtol=0.06)
+    assert resample(fit_law(POWER, rows.iloc[:29]), 20, 0).how == "parametric"
+
+
+def test_the_covariance_under_hubers_loss_is_that_of_refits():
+    rng = np.random.default_rng(1)
+    rows = sweep(rng, sizes=12, run_noise=0.0)
+    for huber in (0.02, 0.005):
+        fit = fit_law(POWER, rows, ResidualLoss(huber=huber))
+        spread = resample(fit, 2000, 0).theta_KP.std(axis=0)
+        np.testing.assert_allclose(np.sqrt(np.diag(covariance(fit))), spread, rtol=0.25)
+    squares = np.sqrt(np.diag(covariance(fit_law(POWER, rows))))
+    assert (np.sqrt(np.diag(covariance(fit))) > 1.08 * squares).all()  # an efficiency of 2 / pi in the limit of L1
+
+
+def test_stored_standard_errors_weigh_points():
+    """With errors that are the whole noise the fit is the weighted least squares of numpy."""
+    rng = np.random.default_rng(2)
+    rows = single_checkpoints(rng, runs=40)
+    error = np.where(np.arange(40) % 2, 0.3, 0.01)
+    rows["value"] = truth(rows["train_flops"]) * np.exp(rng.normal(size=40) * error)
+    alike, weighed = (fit_law(POWER, each) for each in (rows, rows.assign(standard_error=error * rows["value"])))
+    x, y = np.log(rows["train_flops"]), np.log(rows["value"])
+    slope = np.polyfit(x, y, 1, w=1 / error)[0]
+    assert weighed.named()["b"] == pytest.approx(-slope, abs=0.1 * abs(alike.named()["b"] + slope))
+    assert abs(weighed.named()["b"] - 0.35) < abs(alike.named()["b"] - 0.35)
+    same = fit_law(POWER, rows.assign(standard_error=0.1 * rows["value"]))
+    np.testing.assert_array_equal(same.theta_P, alike.theta_P)

@@ -38,7 +38,11 @@ def check(options: argparse.Namespace) -> int:
     for sweep in range(options.sweeps):
         for name in names:
             if (name, sweep) not in have:
-                row = {"design": name, "sweep": sweep} | asked | trial(DESIGNS[name], crc32(name.encode()) + sweep, **asked)
+                row = (
+                    {"design": name, "sweep": sweep}
+                    | asked
+                    | trial(DESIGNS[name], crc32(name.encode()) + sweep, **asked)
+                )
                 with writing(options.output):
                     append_jsonl(options.output, row)
     print(table([row for row in read_jsonl(options.output) if row["design"] in names], names))
@@ -47,7 +51,10 @@ def check(options: argparse.Namespace) -> int:
 
 def table(rows: list[dict], names: list[str]) -> str:
     """Markdown: a line per design."""
-    lines = ["| design | sweeps | refused | a new run | the law | width of ln | law's error | answered by |", "|---|" + "---|" * 7]
+    lines = [
+        "| design | sweeps | refused | a new run | the law | width of ln | law's error | answered by |",
+        "|---|" + "---|" * 7,
+    ]
     for name in names:
         every = [row for row in rows if row["design"] == name]
         of = [row for row in every if row["refused"] is None]

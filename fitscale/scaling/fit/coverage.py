@@ -56,7 +56,11 @@ class Design:
 
     def _of_checkpoints(self, rng: np.random.Generator) -> Array:
         count, freedom = self.checkpoints, self.t_freedom
-        noise_N = rng.normal(size=count) if freedom is None else rng.standard_t(freedom, count) / np.sqrt(freedom / (freedom - 2))
+        noise_N = (
+            rng.normal(size=count)
+            if freedom is None
+            else rng.standard_t(freedom, count) / np.sqrt(freedom / (freedom - 2))
+        )
         for index in range(1, count):
             before = self.correlation * noise_N[index - 1]
             noise_N[index] = before + np.sqrt(1 - self.correlation**2) * noise_N[index]
@@ -88,13 +92,14 @@ def _broken(parameters: float, images_N: Array) -> Array:
     return 3 * (flops_N / 1e17) ** -0.05 * (1 + (flops_N / 3e18) ** 2) ** (-0.05 / 2)
 
 
-POWER = Design(_power, "power", run_noise=0.02, point_noise=0.015, images=(1e8, 1e10))
+POWER = Design(_power, "power", "all", run_noise=0.02, point_noise=0.015, images=(1e8, 1e10))
 ADDITIVE = Design(_additive, "additive", run_noise=0.002, point_noise=0.002)
 DISTANCE = Design(_distance, run_noise=0.01, point_noise=0.01, images_by_size=0.7)
 DESIGNS = {
     "power, AR(1) noise": replace(POWER, correlation=0.6),
     "power, t3 noise": replace(POWER, t_freedom=3.0),
     "power, noise grows fourfold": replace(POWER, run_noise=0.01, point_noise=0.0075, growth=4.0),
+    "power, frontier of luck alone": replace(POWER, points="frontier"),
     "additive": ADDITIVE,
     "additive, default law": replace(ADDITIVE, law=AUTO),
     "additive, offset on the frontier": replace(ADDITIVE, law="offset"),

@@ -65,7 +65,7 @@ class Law:
 
     def centred(self, rows: pd.DataFrame, centre_F: Array | None = None) -> tuple[Array, Array]:
         """The law's inputs as x_NF = ln(input) - centre, and the centre (by default the mean over the rows)."""
-        logs = np.log(rows[list(self.inputs)].to_numpy(dtype=float))
+        logs = np.log(np.column_stack([rows[name].to_numpy(dtype=float) for name in self.inputs]))
         centre = logs.mean(axis=0) if centre_F is None else centre_F
         return logs - centre, centre
 
@@ -134,7 +134,9 @@ def _not_negative(columns_KNT: Array, right_KN: Array) -> Array:
     scale_KT = np.sqrt(squares_KT)
     cosine_K = products_KTT[:, 0, 1] / scale_KT.prod(axis=1)
     scaled_KT = right_KT / scale_KT
-    both_KT = (scaled_KT - cosine_K[:, None] * scaled_KT[:, ::-1]) / np.maximum(1 - cosine_K**2, 1e-12)[:, None] / scale_KT
+    both_KT = (
+        (scaled_KT - cosine_K[:, None] * scaled_KT[:, ::-1]) / np.maximum(1 - cosine_K**2, 1e-12)[:, None] / scale_KT
+    )
     return np.where((both_KT >= 0).all(axis=1, keepdims=True), both_KT, alone_KT)
 
 

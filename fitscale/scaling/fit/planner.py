@@ -178,7 +178,9 @@ def outlook(cells: list[PlannedRun], economics: Economics, prior: Prior, target:
     law, centre_F = prior.fit.law, prior.fit.points.centre_F
     fit = replace(prior.fit, points=FittedPoints.of(law, rows.assign(value=prior.fit.metric(rows)), centre_F))
     rng = np.random.default_rng(seed)
-    theta_KP = refits(fit, rng, np.full(SWEEPS, prior.run_noise**2), np.full(SWEEPS, prior.point_noise**2), np.zeros(SWEEPS))
+    theta_KP = refits(
+        fit, rng, np.full(SWEEPS, prior.run_noise**2), np.full(SWEEPS, prior.point_noise**2), np.zeros(SWEEPS)
+    )
     goal = pd.DataFrame({"train_flops": [target]})
     new_K = rng.normal(0, np.hypot(prior.run_noise, prior.point_noise), SWEEPS)
     ratio_K = new_K - (fit.log_metric(goal, theta_KP)[:, 0] - fit.log_metric(goal)[0])

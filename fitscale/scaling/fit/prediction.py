@@ -150,6 +150,6 @@ def describe(prediction: Prediction, metric: str) -> str:
         influence = f"; without one run it would be {span}, most changed by {most}"
     return (
         f"{prediction.law} law: {metric} {prediction.median:.4g}, 50 % {inner_low:.4g} to {inner_high:.4g}, "
-        f"{100 * outer:.3g} % {low:.4g} to {high:.4g}; {prediction.compute_ratio:.2g} times the largest fitted compute and "
-        f"{prediction.parameter_ratio:.2g} times the parameters; {tested}{influence}"
+        f"{100 * outer:.3g} % {low:.4g} to {high:.4g}; {prediction.compute_ratio:.2g} times the largest fitted compute "
+        f"and {prediction.parameter_ratio:.2g} times the parameters; {tested}{influence}"
     )

@@ -8,19 +8,21 @@
 3. A law is dominated, and does not survive, if another law leaves much less scatter at the very points it is fitted to.
 4. Survivors weigh by how probable they made the sizes that were left out: the prequential likelihood (Dawid 1984), as
    in stacking, under Student's t with the degrees of freedom of the noise.
-5. A law that fails a test is off by as much as it was at the sizes left out, beyond what its noise explains: its `bias`.
+5. A law that fails a test is off by as much as it was at the sizes left out beyond what noise explains: its `bias`.
 
 Shapes: N points, P parameters, K draws, J groups of sizes.
 """
 
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy import stats
 
-from fitscale.scaling.fit.fitting import Fit, FittedPoints, refit, told_apart
-from fitscale.scaling.fit.laws import COMPUTE
+from fitscale.scaling.fit.fitting import Fit, FittedPoints, order, refit, told_apart
+from fitscale.scaling.fit.laws import COMPUTE, Law
 from fitscale.scaling.fit.noise import scattered
 from fitscale.scaling.fit.solver import Array
 from fitscale.scaling.rows.fitted_points import chosen
@@ -35,7 +37,7 @@ SIMULATED = 400
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What a law said of sizes that it was not fitted to: mean ln(measured / predicted), and how far that may be off."""
+    """What a law said of sizes that it was not fitted to: mean ln(measured / predicted), and its standard deviation."""
 
     sizes: tuple[str, ...]
     error: float
@@ -78,7 +80,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Group:
-    """Sizes that are left out: what is known then, and the last points of their runs; for laws of compute in `chosen`."""
+    """Sizes that are left out: the smaller ones, with what laws of compute are fitted to as `known`, and the last points
+    of their own runs, with what laws of compute speak of as `asked`."""
 
     sizes: tuple[str, ...]
     smaller: pd.DataFrame
@@ -96,7 +99,7 @@ def groups(rows: pd.DataFrame, sizes: list[str], points: str) -> list[Group]:
     parts = [[str(size) for size in part] for part in np.array_split(np.array(sizes), min(len(sizes), GROUPS))]
     found = []
     for index in range(2, len(parts)):
-        smaller, unseen = (rows[rows["size"].isin(part)] for part in (sum(parts[:index], []), parts[index]))
+        smaller, unseen = (rows[rows["size"].isin(part)] for part in (chain(*parts[:index]), parts[index]))
         last = unseen[unseen["train_flops"] == unseen.groupby("run")["train_flops"].transform("max")]
         asked = pd.Series(True, last.index)
         if points == "frontier":
@@ -120,12 +123,16 @@ def verdict(fit: Fit, used: pd.DataFrame, left: list[Group], seed: int = 0) -> V
 
 
 def weights(verdicts: list[Verdict], survives: list[bool]) -> list[float]:
-    """How much each law counts in the answer: 0 if it does not survive, else by the sizes that all survivors predicted."""
+    """How much each law counts in the answer: 0 if it does not survive, else by the sizes that all of those predicted."""
+    survives = survives if any(survives) else [True] * len(verdicts)
     alive = [verdict for verdict, lives in zip(verdicts, survives, strict=True) if lives]
     common = set.intersection(*(set(verdict.left_out) for verdict in alive))
     best = max(verdict.log_score(common) for verdict in alive)
     weight = np.array(
-        [np.exp(verdict.log_score(common) - best) if lives else 0.0 for verdict, lives in zip(verdicts, survives, strict=True)]
+        [
+            np.exp(verdict.log_score(common) - best) if lives else 0.0
+            for verdict, lives in zip(verdicts, survives, strict=True)
+        ]
     )
     weight = np.where(weight < LEAST_WEIGHT, 0.0, weight)
     return (weight / weight.sum()).tolist()
@@ -139,18 +146,24 @@ def dominated(fit: Fit, used: pd.DataFrame, others: list[Fit]) -> bool:
     freedom = len(used) - used["run"].nunique()
     if freedom < LEAST_FREEDOM:
         return False
-    own = _scatter(fit, used)
-    least = stats.f.isf(DOMINATED, freedom, freedom)
-    return any(own > least * _scatter(other, used) for other in others if _speaks(other, used))
+    names, group_N = np.unique(used["run"].to_numpy(dtype=str), return_inverse=True)
+    member_RN = (group_N == np.arange(len(names))[:, None]).astype(float)
+    y_N = np.log(used["value"].to_numpy(dtype=float))
+
+    def scatter(each: Fit) -> float:
+        residual_N = y_N - each.log_metric(used)
+        mean_R = member_RN @ residual_N / member_RN.sum(axis=1)
+        return float(np.sum((residual_N - mean_R[group_N]) ** 2))
+
+    most = scatter(fit) / stats.f.isf(DOMINATED, freedom, freedom)
+    return any(scatter(other) < most for other in others if speaks(other.law, used).all())
 
 
-def _speaks(fit: Fit, rows: pd.DataFrame) -> bool:
-    return all((rows[name] > 0).fillna(False).all() for name in fit.law.inputs)
-
-
-def _scatter(fit: Fit, rows: pd.DataFrame) -> float:
-    residual = pd.Series(np.log(rows["value"].to_numpy(dtype=float)) - fit.log_metric(rows), rows.index)
-    return float(((residual - residual.groupby(rows["run"]).transform("mean")) ** 2).sum())
+def speaks(law: Law, rows: pd.DataFrame) -> NDArray[np.bool_]:
+    """True for the rows that have the law's inputs."""
+    if not set(law.inputs) <= set(rows.columns):
+        return np.zeros(len(rows), dtype=bool)
+    return np.all([rows[name].to_numpy(dtype=float, na_value=np.nan) > 0 for name in law.inputs], axis=0)
 
 
 def _left_out(fit: Fit, known: pd.DataFrame, last: pd.DataFrame) -> tuple[float, float] | None:
@@ -166,7 +179,7 @@ def _left_out(fit: Fit, known: pd.DataFrame, last: pd.DataFrame) -> tuple[float,
     log_KN, there_KNP = fit.law.evaluate(theta_KP, x_NF)
     error = float(np.mean(np.log(last["value"].to_numpy(dtype=float)) - log_KN[0]))
     noise, mean_P = fit.noise, there_KNP[0].mean(axis=0)
-    scale_N = fit.scale(fit.growth, known.sort_values([*fit.law.inputs, "value", "run"], kind="stable"))[0]
+    scale_N = fit.scale(fit.growth, known.iloc[order(fit.law, known)])[0]
     effect_N = mean_P @ np.linalg.pinv(jacobian_NP) * scale_N
     of_runs = pd.Series(effect_N).groupby(data.run_N).sum()
     variance = noise.run * float((of_runs**2).sum()) + noise.point * float((effect_N**2).sum())
@@ -203,9 +216,9 @@ def _sign_changes(fit: Fit, residual_KN: Array) -> Array | None:
         return None
     member_GN = (group_N == np.unique(group_N)[:, None]).astype(float)
     mean_KG = residual_KN @ member_GN.T / member_GN.sum(axis=1)
-    order = np.lexsort((x_N, group_N))
-    sign_KN = np.sign((residual_KN - mean_KG @ member_GN)[:, order])
-    same = group_N[order][1:] == group_N[order][:-1]
+    along = np.lexsort((x_N, group_N))
+    sign_KN = np.sign((residual_KN - mean_KG @ member_GN)[:, along])
+    same = group_N[along][1:] == group_N[along][:-1]
     return np.sum((sign_KN[:, 1:] != sign_KN[:, :-1])[:, same], axis=1)
 
 
