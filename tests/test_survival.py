@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 
+from fitscale.scaling.fit.answer import draws_KN, interval
 from fitscale.scaling.fit.coverage import ADDITIVE, DESIGNS, POWER, trial
 from fitscale.scaling.fit.fitting import fit_law
 from fitscale.scaling.fit.laws import LAWS, OFFSET
@@ -15,6 +15,7 @@ from fitscale.scaling.fit.study import divide, members, study, used_by
 from fitscale.scaling.fit.survival import dominated, groups, verdict, weights
 from fitscale.scaling.report.content import headline
 from fitscale.scaling.rows.table import validate
+from tests.programs import run_tool
 
 BENT = replace(ADDITIVE, seeds=2)
 
@@ -116,8 +117,6 @@ def test_an_interval_carries_every_survivor():
     rows = divide(rows, rows["size"] == "z5", "frontier")
     found, _ = members(rows, Question("loss", laws=("offset",), resamples=200), [f"z{index}" for index in range(5)])
     goal = rows.iloc[[-1]].assign(chosen=True)
-    from fitscale.scaling.fit.answer import draws_KN, interval
-
     halves = [replace(found[name], weight=0.5) for name in ("additive", "offset")]
     mixed = np.log(draws_KN(halves[0], halves, goal, 0, new_run=False)[:, 0])
     alone = [np.log(draws_KN(half, [half], goal, 0, new_run=False)[:, 0]) for half in halves]
@@ -138,9 +137,26 @@ def test_the_level_that_was_asked_for_is_everywhere(level):
     assert f"the {100 * level:g} % interval" in headline(answer, result)
 
 
+def test_a_simulation_that_was_killed_goes_on(tmp_path):
+    """What stands in the output is not computed again, and a torn last line is."""
+    out, design = tmp_path / "c.jsonl", "power, t3 noise"
+    command = ["check_coverage", "--designs", design, "--resamples", "20", "-o", out]
+    first = run_tool(*command, "--sweeps", "2")
+    assert first.returncode == 0 and f"| {design} | power | 2 | 0 |" in first.stdout
+    whole, lines = out.read_bytes(), out.read_bytes().splitlines(keepends=True)
+    marked = lines[0].replace(b'"asked": "power"', b'"asked": "marked"')
+    out.write_bytes(marked + lines[1][:50])
+    again = run_tool(*command, "--sweeps", "2")
+    assert again.returncode == 0 and f"| {design} | marked | 1 |" in again.stdout
+    assert out.read_bytes() == marked + lines[1] and whole == lines[0] + lines[1]
+    other = run_tool(*command, "--sweeps", "2", "--level", "0.8")
+    assert other.returncode == 2 and "made with other --resamples or --level" in other.stderr
+    unknown = run_tool("check_coverage", "--designs", "none", "-o", out)
+    assert unknown.returncode == 2 and "no such design; valid: power, AR(1) noise; " in unknown.stderr
+
+
 def test_a_trial_of_coverage_repeats_with_its_seed():
     design = DESIGNS["power, t3 noise"]
     first, again, other = (trial(design, seed, 50) for seed in (1, 1, 2))
     assert first == again != other
-    assert first["width"] > 0 and isinstance(first["new_run"], bool)
-    assert isinstance(pd.DataFrame([first]), pd.DataFrame)
+    assert [answer["asked"] for answer in first] == ["power", "auto"] and first[0]["width"] > 0

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import norm
 
 from fitscale.scaling.fit.fitting import ResidualLoss, fit_law
 from fitscale.scaling.fit.laws import OFFSET, POWER
@@ -216,15 +217,18 @@ def test_many_runs_are_drawn_with_replacement_and_spread_as_the_sandwich_says():
     assert resample(fit_law(POWER, rows.iloc[:29]), 20, 0).how == "parametric"
 
 
-def test_the_covariance_under_hubers_loss_is_that_of_refits():
+def test_the_covariance_under_hubers_loss_is_that_of_refits_and_of_theory():
     rng = np.random.default_rng(1)
-    rows = sweep(rng, sizes=12, run_noise=0.0)
-    for huber in (0.02, 0.005):
-        fit = fit_law(POWER, rows, ResidualLoss(huber=huber))
-        spread = resample(fit, 2000, 0).theta_KP.std(axis=0)
-        np.testing.assert_allclose(np.sqrt(np.diag(covariance(fit))), spread, rtol=0.25)
-    squares = np.sqrt(np.diag(covariance(fit_law(POWER, rows))))
-    assert (np.sqrt(np.diag(covariance(fit))) > 1.08 * squares).all()  # an efficiency of 2 / pi in the limit of L1
+    corner, ratios = POINT_NOISE / 3, []
+    for _ in range(20):
+        rows = sweep(rng, sizes=12, run_noise=0.0)
+        fit, squares = fit_law(POWER, rows, ResidualLoss(huber=corner)), fit_law(POWER, rows)
+        ratios.append(np.diag(covariance(fit)) / np.diag(covariance(squares)))
+    spread = resample(fit, 2000, 0).theta_KP.std(axis=0)
+    np.testing.assert_allclose(np.sqrt(np.diag(covariance(fit))), spread, rtol=0.25)
+    inner = 2 * norm.cdf(1 / 3) - 1  # Huber (1964): E psi^2 / (E psi')^2 of a normal law with its corner at sigma / 3
+    clipped = inner - 2 / 3 * norm.pdf(1 / 3) + 2 * norm.sf(1 / 3) / 9
+    np.testing.assert_allclose(np.mean(ratios, axis=0), clipped / inner**2, rtol=0.12)
 
 
 def test_stored_standard_errors_weigh_points():

@@ -80,8 +80,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Group:
-    """Sizes that are left out: the smaller ones, with what laws of compute are fitted to as `known`, and the last points
-    of their own runs, with what laws of compute speak of as `asked`."""
+    """Sizes that are left out: the smaller ones, `known` where laws of compute are fitted to them, and the last
+    points of their own runs, `asked` where laws of compute speak of them."""
 
     sizes: tuple[str, ...]
     smaller: pd.DataFrame
@@ -123,7 +123,7 @@ def verdict(fit: Fit, used: pd.DataFrame, left: list[Group], seed: int = 0) -> V
 
 
 def weights(verdicts: list[Verdict], survives: list[bool]) -> list[float]:
-    """How much each law counts in the answer: 0 if it does not survive, else by the sizes that all of those predicted."""
+    """How much each law counts in the answer: 0 if it does not survive, else by the sizes that all those predicted."""
     survives = survives if any(survives) else [True] * len(verdicts)
     alive = [verdict for verdict, lives in zip(verdicts, survives, strict=True) if lives]
     common = set.intersection(*(set(verdict.left_out) for verdict in alive))
