@@ -33,8 +33,7 @@ class Member:
         drawn_KN = new_run_KN(self.fit, self.resamples, rows, seed)
         if not new_run:
             drawn_KN = self.fit.metric(rows, self.resamples.theta_KP)
-        groups = max(len(self.verdict.left_out), 1)
-        off_K = np.random.default_rng([seed, 3]).standard_t(groups, len(drawn_KN)) * self.verdict.bias
+        off_K = np.random.default_rng([seed, 3]).normal(*self.verdict.bias, len(drawn_KN))
         return exp(np.log(drawn_KN) + off_K[:, None])
 
     def speaks(self, rows: pd.DataFrame) -> NDArray[np.bool_]:

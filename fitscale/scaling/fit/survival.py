@@ -8,7 +8,7 @@
 3. A law is dominated, and does not survive, if another law leaves much less scatter at the very points it is fitted to.
 4. Survivors weigh by how probable they made the sizes that were left out: the prequential likelihood (Dawid 1984), as
    in stacking, under Student's t with the degrees of freedom of the noise.
-5. A law that fails a test is off by as much as it was at the sizes left out beyond what noise explains: its `bias`.
+5. The errors of a law that fails a test go on as they went, size by size, beyond what noise explains: its `bias`.
 
 Shapes: N points, P parameters, K draws, J groups of sizes.
 """
@@ -65,12 +65,18 @@ class Verdict:
         return [f"{what} (p = {p:.2g})" for what, p in said.items() if p is not None and p < FAILED]
 
     @property
-    def bias(self) -> float:
-        """Standard deviation of ln(metric) that the noise does not explain; 0 for a law that passed."""
+    def bias(self) -> tuple[float, float]:
+        """How far ln(metric) is off at the next size, and the standard deviation of that; 0 for a law that passed.
+
+        The errors at the sizes left out go on as they went: by half a step more, give or take one, as far as they are
+        larger than noise explains (the share of their mean square, as James and Stein shrink, 1961).
+        """
         if not self.failed or not self.left_out:
-            return 0.0
-        excess = [group.error**2 - group.spread**2 for group in self.left_out.values()]
-        return float(np.sqrt(max(np.mean(excess), 0.0)))
+            return 0.0, 0.0
+        error_J, spread_J = np.array([(out.error, out.spread) for out in self.left_out.values()]).T
+        step = float(error_J[-1] - error_J[0]) / max(len(error_J) - 1, 1)
+        beyond = max(1 - float(np.mean(spread_J**2) / np.mean(error_J**2)), 0.0)
+        return beyond * (float(error_J[-1]) + step / 2), beyond * max(abs(step), abs(float(error_J[-1])) / 2)
 
     def log_score(self, groups: set[int]) -> float:
         """ln of how probable the law made these groups of sizes."""
