@@ -114,10 +114,11 @@ def _prediction(result: LawResult, whole: Study, goal: Target, tested: pd.Series
     row = pd.DataFrame([{name: float(getattr(goal, name)) for name in (*COMPUTE, *SURFACE)}])
     draws_K = result.draws_KN(row)[:, 0]
     levels = (INNER, whole.question.level)
+    intervals = [(float(low[0]), float(high[0])) for low, high in (result.interval(row, level) for level in levels)]
     return Prediction(
         law=result.name,
         median=float(np.median(draws_K)),
-        intervals={level: tuple(float(end[0]) for end in result.interval(row, level)) for level in levels},
+        intervals=dict(zip(levels, intervals, strict=True)),
         compute_ratio=goal.train_flops / float(whole.rows["train_flops"].max()),
         parameter_ratio=goal.parameters / float(whole.rows["parameters"].max()),
         held_out=None if tested is None else str(tested["size"]),

@@ -200,13 +200,12 @@ def _within(fit: Fit, used: pd.DataFrame, rng: np.random.Generator) -> tuple[flo
     log_N, jacobian_NP = fit.at_points()
     weighted_NP = jacobian_NP * points.weight_N[:, None]
     scale_N = fit.scale(fit.growth)[0]
-    variances = (np.full(SIMULATED, variance) for variance in (noise.run, noise.point))
-    noise_KN = scattered(rng, np.zeros(len(log_N)), points.run_N, *variances, scale_N)
+    run_K, point_K = (np.full(SIMULATED, variance) for variance in (noise.run, noise.point))
+    noise_KN = scattered(rng, np.zeros(len(log_N)), points.run_N, run_K, point_K, scale_N)
     left_KN = noise_KN - (noise_KN * points.weight_N) @ np.linalg.pinv(weighted_NP).T @ jacobian_NP.T
     residual_KN = np.vstack([points.y_N - log_N, left_KN]) / scale_N
     size_N = used.drop_duplicates("run").set_index("run")["size"].reindex(points.run_N).to_numpy(dtype=str)
-    found = (_sign_changes(fit, residual_KN), _between_sizes(residual_KN, points.run_N, size_N))
-    signs, sizes = (None if statistic is None else statistic for statistic in found)
+    signs, sizes = _sign_changes(fit, residual_KN), _between_sizes(residual_KN, points.run_N, size_N)
     p_signs = None if signs is None else float((1 + np.sum(signs[1:] <= signs[0])) / (1 + SIMULATED))
     p_sizes = None if sizes is None else float((1 + np.sum(sizes[1:] >= sizes[0])) / (1 + SIMULATED))
     return p_signs, p_sizes
@@ -228,7 +227,7 @@ def _sign_changes(fit: Fit, residual_KN: Array) -> Array | None:
     return np.sum((sign_KN[:, 1:] != sign_KN[:, :-1])[:, same], axis=1)
 
 
-def _between_sizes(residual_KN: Array, run_N: Array, size_N: Array) -> Array | None:
+def _between_sizes(residual_KN: Array, run_N: NDArray[np.str_], size_N: NDArray[np.str_]) -> Array | None:
     """Mean square between sizes over that between seeds of a size, of the runs' mean residuals."""
     names, group_N = np.unique(run_N, return_inverse=True)
     member_RN = (group_N == np.arange(len(names))[:, None]).astype(float)
