@@ -3,12 +3,15 @@
     python tools/check_coverage.py --sweeps 100 -o coverage.jsonl
     python tools/check_coverage.py --sweeps 200 --designs "power, t3 noise" additive -o coverage.jsonl
 
-Every simulated sweep is one line of the output as soon as it is analysed; a run that was stopped goes on where it was.
+Every sweep's answers are appended to the output as soon as it is analysed; what was stopped goes on where it was.
 """
 
 import argparse
+import statistics
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 from fitscale.config.errors import UserError
@@ -31,37 +34,43 @@ def check(options: argparse.Namespace) -> int:
     if unknown := [name for name in names if name not in DESIGNS]:
         raise UserError(f"--designs {unknown[0]}: no such design; valid: {'; '.join(DESIGNS)}")
     asked = {"resamples": options.resamples, "level": options.level}
-    done = read_jsonl(options.output, design=str, sweep=int, resamples=int)
+    done = read_jsonl(options.output, design=str, sweep=int, answers=list)
     if any({name: row.get(name) for name in asked} != asked for row in done):
         raise UserError(f"{options.output}: made with other --resamples or --level; give another -o")
     have = {(row["design"], row["sweep"]) for row in done}
-    for sweep in range(options.sweeps):
-        for name in names:
-            if (name, sweep) not in have:
-                row = {"design": name, "sweep": sweep} | asked | trial(DESIGNS[name], crc32(name.encode()) + sweep, **asked)
-                with writing(options.output):
-                    append_jsonl(options.output, row)
-    print(table([row for row in read_jsonl(options.output) if row["design"] in names], names))
+    for name, sweep in [(name, sweep) for sweep in range(options.sweeps) for name in names]:
+        if (name, sweep) not in have:
+            answers = trial(DESIGNS[name], crc32(name.encode()) + sweep, **asked)
+            with writing(options.output):
+                append_jsonl(options.output, {"design": name, "sweep": sweep} | asked | {"answers": answers})
+    print(table(read_jsonl(options.output), names))
     return 0
 
 
-def table(rows: list[dict], names: list[str]) -> str:
-    """Markdown: a line per design."""
-    lines = ["| design | sweeps | refused | a new run | the law | width of ln | law's error | answered by |", "|---|" + "---|" * 7]
+def table(rows: list[dict[str, Any]], names: list[str]) -> str:
+    """Markdown: a line per design and law that was asked for, with 90 % intervals of the shares (normal, binomial)."""
+    header = ["design", "asked", "sweeps", "refused", "a new run", "the law", "width", "law's error", "answered by"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name in names:
-        every = [row for row in rows if row["design"] == name]
-        of = [row for row in every if row["refused"] is None]
-        if not of:
-            continue
-        counts = [len(of), len(every) - len(of)]
-        shares = [f"{sum(row[what] for row in of) / len(of):.3f}" for what in ("new_run", "curve")]
-        width = sorted(row["width"] for row in of)[len(of) // 2]
-        error = sum(row["error"] for row in of) / len(of)
-        laws = sorted({row["law"] for row in of}, key=lambda law: -sum(row["law"] == law for row in of))
-        said = ", ".join(f"{law} {sum(row['law'] == law for row in of) / len(of):.2f}" for law in laws)
-        cells = [name, *map(str, counts), *shares, f"{width:.4f}", f"{error:+.4f}", said]
-        lines.append(f"| {' | '.join(cells)} |")
+        answers = [answer for row in rows if row["design"] == name for answer in row["answers"]]
+        for law in dict.fromkeys(answer["asked"] for answer in answers):
+            every = [answer for answer in answers if answer["asked"] == law]
+            lines.append(f"| {' | '.join([name, law, *_cells(every)])} |")
     return "\n".join(lines)
+
+
+def _cells(rows: list[dict[str, Any]]) -> list[str]:
+    answered = [row for row in rows if row["refused"] is None]
+    counts = [str(len(answered)), str(len(rows) - len(answered))]
+    if not answered:
+        return [*counts, "", "", "", "", ""]
+    shares = [statistics.fmean(row[what] for row in answered) for what in ("new_run", "curve")]
+    said = [f"{share:.2f} ± {1.64 * (share * (1 - share) / len(answered)) ** 0.5:.2f}" for share in shares]
+    width = statistics.median(row["width"] for row in answered)
+    error = statistics.fmean(row["error"] for row in answered)
+    laws = Counter(row["law"] for row in answered).most_common()
+    by = ", ".join(f"{law} {count / len(answered):.2f}" for law, count in laws)
+    return [*counts, *said, f"{width:.4f}", f"{error:+.4f}", by]
 
 
 def _parser() -> argparse.ArgumentParser:

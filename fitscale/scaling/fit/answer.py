@@ -1,8 +1,8 @@
 """What several laws say together of runs that nobody has made: draws that carry the laws' disagreement.
 
 Every draw comes from one law, picked by its weight (model averaging: Buckland, Burnham and Augustin 1997), refitted to
-one resample, off by its bias (survival.py), with a new run's noise. So the interval holds what any law says that the data
-do not rule out, and a law that fails its tests is as uncertain as it was wrong, however many seeds there are.
+one resample, off by its bias (survival.py), with a new run's noise. So the interval holds what any law says that the
+data do not rule out, and a law that fails its tests is as uncertain as it was wrong, however many seeds there are.
 Shapes: K draws, N rows, M laws.
 """
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fitscale.scaling.fit.fitting import Fit, exp
 from fitscale.scaling.fit.laws import COMPUTE
 from fitscale.scaling.fit.solver import Array
-from fitscale.scaling.fit.survival import Verdict
+from fitscale.scaling.fit.survival import Verdict, speaks
 from fitscale.scaling.fit.uncertainty import Resamples, central, new_run_KN
 
 
@@ -33,15 +33,12 @@ class Member:
         drawn_KN = new_run_KN(self.fit, self.resamples, rows, seed)
         if not new_run:
             drawn_KN = self.fit.metric(rows, self.resamples.theta_KP)
-        groups = max(len(self.verdict.left_out), 1)
-        off_K = np.random.default_rng([seed, 3]).standard_t(groups, len(drawn_KN)) * self.verdict.bias
+        off_K = np.random.default_rng([seed, 3]).normal(*self.verdict.bias, len(drawn_KN))
         return exp(np.log(drawn_KN) + off_K[:, None])
 
     def speaks(self, rows: pd.DataFrame) -> NDArray[np.bool_]:
         """True for the rows that the law says something of: it has their inputs and, of compute, they are `chosen`."""
-        if not set(self.fit.law.inputs) <= set(rows.columns):
-            return np.zeros(len(rows), dtype=bool)
-        known_N = (rows[list(self.fit.law.inputs)] > 0).fillna(False).all(axis=1).to_numpy(dtype=bool)
+        known_N = speaks(self.fit.law, rows)
         of_compute = self.fit.law.inputs == COMPUTE and "chosen" in rows
         return known_N & rows["chosen"].to_numpy(dtype=bool) if of_compute else known_N
 
@@ -65,7 +62,7 @@ def draws_KN(own: Member, members: list[Member], rows: pd.DataFrame, seed: int, 
 
 
 def interval(own: Member, members: list[Member], rows: pd.DataFrame, seed: int, level: float) -> tuple[Array, Array]:
-    """The interval of a new run at every row (low_N, high_N): that of the `members`, stretched to what `own` predicts."""
+    """The interval of a new run at every row, low_N and high_N: the `members'`, stretched to what `own` predicts."""
     low_N, high_N = central(draws_KN(own, members, rows, seed), level)
     predicted_N = own.fit.metric(rows)
     return np.minimum(low_N, predicted_N), np.maximum(high_N, predicted_N)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fitscale.scaling.fit.answer import draws_KN, interval
+from fitscale.scaling.fit.answer import Member, draws_KN, interval
 from fitscale.scaling.fit.question import AUTO, Question
 from fitscale.scaling.fit.solver import Array
 from fitscale.scaling.fit.study import divide, members
@@ -25,7 +25,7 @@ class Design:
     """A sweep, and what is asked of it. Noise is the standard deviation of ln(metric) at the smallest size."""
 
     truth: Truth
-    law: str = AUTO
+    laws: tuple[str, ...] = (AUTO,)  # each is an answer of its own
     points: str = "frontier"
     run_noise: float = 0.005
     point_noise: float = 0.003
@@ -92,41 +92,46 @@ def _broken(parameters: float, images_N: Array) -> Array:
     return 3 * (flops_N / 1e17) ** -0.05 * (1 + (flops_N / 3e18) ** 2) ** (-0.05 / 2)
 
 
-POWER = Design(_power, "power", run_noise=0.02, point_noise=0.015, images=(1e8, 1e10))
-ADDITIVE = Design(_additive, "additive", run_noise=0.002, point_noise=0.002)
-DISTANCE = Design(_distance, run_noise=0.01, point_noise=0.01, images_by_size=0.7)
+POWER = Design(_power, ("power", AUTO), "all", 0.02, 0.015, images=(1e8, 1e10))
+ADDITIVE = Design(_additive, ("additive", "offset", AUTO), run_noise=0.002, point_noise=0.002)
 DESIGNS = {
     "power, AR(1) noise": replace(POWER, correlation=0.6),
     "power, t3 noise": replace(POWER, t_freedom=3.0),
     "power, noise grows fourfold": replace(POWER, run_noise=0.01, point_noise=0.0075, growth=4.0),
+    "power, on a frontier of luck alone": replace(POWER, points="frontier"),
     "additive": ADDITIVE,
-    "additive, default law": replace(ADDITIVE, law=AUTO),
-    "additive, offset on the frontier": replace(ADDITIVE, law="offset"),
-    "additive, two seeds, default law": replace(ADDITIVE, law=AUTO, seeds=2),
-    "additive, two seeds, offset on the frontier": replace(ADDITIVE, law="offset", seeds=2),
-    "additive, noise grows fourfold": replace(ADDITIVE, growth=4.0),
-    "additive, last points, power": replace(ADDITIVE, law="power", points="last"),
-    "distance, images grow with size, default law": DISTANCE,
-    "anisotropic exponents, two seeds, default law": Design(_anisotropic, seeds=2),
-    "four sizes, longer runs, default law": Design(_additive, sizes=4, checkpoints=12, images=(1e8, 4e10)),
-    "broken power law, default law": Design(_broken, run_noise=0.005, point_noise=0.005, images=(1e8, 1e10)),
+    "additive, two seeds": replace(ADDITIVE, seeds=2),
+    "additive, noise grows fourfold": replace(ADDITIVE, laws=("additive", AUTO), growth=4.0),
+    "additive, last points": replace(ADDITIVE, laws=("power", AUTO), points="last"),
+    "distance, images grow with size": Design(_distance, ("offset", AUTO), "frontier", 0.01, 0.01, images_by_size=0.7),
+    "anisotropic exponents, two seeds": Design(_anisotropic, ("offset", AUTO), seeds=2),
+    "four sizes, longer runs": Design(_additive, sizes=4, checkpoints=12, images=(1e8, 4e10)),
+    "broken power law": Design(_broken, ("power", AUTO), "frontier", 0.005, 0.005, images=(1e8, 1e10)),
 }
 
 
-def trial(design: Design, seed: int, resamples: int, level: float = 0.9) -> dict[str, Any]:
-    """A sweep of the design: does the interval hold a new run, and the law; its width and error in ln(metric)."""
+def trial(design: Design, seed: int, resamples: int, level: float = 0.9) -> list[dict[str, Any]]:
+    """A sweep of the design, and per law: does the interval hold a new run, and the law; its width and error in ln."""
     rows = design.sweep(np.random.default_rng(seed))
     sizes = list(dict.fromkeys(rows["size"]))
-    question = Question(laws=(design.law,), points=design.points, resamples=resamples, level=level, seed=seed % 2**31)
+    question = Question(laws=design.laws, points=design.points, resamples=resamples, level=level, seed=seed % 2**31)
     rows = divide(rows, rows["size"] == sizes[-1], design.points)
     found, refused = members(rows, question, sizes[:-1])
     survivors = sorted((member for member in found.values() if member.weight), key=lambda member: -member.weight)
-    own = found.get(design.law) if design.law != AUTO else next(iter(survivors), None)
-    if own is None:
-        return {"refused": next(iter(refused.values())).code}
     goal = rows.iloc[[-1]].assign(chosen=True)
-    low, high = (float(np.log(end[0])) for end in interval(own, survivors, goal, question.seed, level))
-    law_low, law_high = central(draws_KN(own, survivors, goal, question.seed, new_run=False)[:, 0], level)
+    answers = []
+    for law in design.laws:
+        own = next(iter(survivors), None) if law == AUTO else found.get(law)
+        why = refused.get(law, next(iter(refused.values()), None))
+        said = _said(own, survivors, goal, question) if own else {"refused": getattr(why, "code", "")}
+        answers.append({"asked": law} | said)
+    return answers
+
+
+def _said(own: Member, survivors: list[Member], goal: pd.DataFrame, question: Question) -> dict[str, Any]:
+    low, high = (float(np.log(end[0])) for end in interval(own, survivors, goal, question.seed, question.level))
+    law_K = draws_KN(own, survivors, goal, question.seed, new_run=False)[:, 0]
+    law_low, law_high = central(law_K, question.level)
     measured, truth = (float(goal[name].iloc[0]) for name in ("value", "truth"))
     return {
         "refused": None,

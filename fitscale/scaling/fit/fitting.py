@@ -69,6 +69,12 @@ class ResidualLoss:
         return prediction
 
 
+def order(law: Law, rows: pd.DataFrame) -> NDArray[np.int64]:
+    """An order of the rows that does not depend on how they were given: by the law's inputs, value and run."""
+    numbers = [rows[name].to_numpy(dtype=float) for name in (*law.inputs, "value")]
+    return np.lexsort((rows["run"].to_numpy(dtype=str), *numbers[::-1]))
+
+
 @dataclass(frozen=True)
 class FittedPoints:
     """What a law is fitted to, in an order of its own: no result depends on how the rows were given."""
@@ -83,7 +89,7 @@ class FittedPoints:
     @classmethod
     def of(cls, law: Law, rows: pd.DataFrame, centre_F: Array | None = None) -> "FittedPoints":
         """The points of `rows`, around their own centre by default."""
-        rows = rows.sort_values([*law.inputs, "value", "run"], kind="stable")
+        rows = rows.iloc[order(law, rows)]
         x_NF, centre_F = law.centred(rows, centre_F)
         value_N = rows["value"].to_numpy(dtype=float)
         error_N = rows.get(STANDARD_ERROR, pd.Series(0.0, rows.index)).to_numpy(dtype=float) / value_N
@@ -263,7 +269,8 @@ def refit(
 ) -> tuple[Array, Array]:
     """K fits at the inputs of `points`, each from its own start: theta_KP, objective_K.
 
-    `y` is ln(metric), (N,) or (K, N); bounds are by default the law's own; `counts` (K, N) says how often a point counts.
+    `y` is ln(metric), (N,) or (K, N); bounds are by default the law's own; `counts` (K, N): how often a
+    point counts.
     """
     model = loss.model(law, points.x_NF, points.weight_N)
     target = loss.target(y) * points.weight_N

@@ -1,9 +1,10 @@
 """Does noise grow with the size of a run? How plausible each growth is, given the residuals of a fit.
 
-The standard deviation of ln(metric), between runs as between checkpoints, is taken as  s x exp(g z), z the run's size: the
-sum of the law's inputs at its last point (for N and D that is ln C but for a constant), centred over the runs. Every g on
-a grid is judged by its restricted likelihood (REML, Patterson and Thompson 1971), integrated over how the variance is
-shared between runs and checkpoints; noise that does not grow has half of the prior, so that the data have to show it.
+The standard deviation of ln(metric), between runs as between checkpoints, is taken as  s x exp(g z), z the run's size:
+the sum of the law's inputs at its last point (for N and D that is ln C but for a constant), centred over the runs.
+Every g on a grid is judged by its restricted likelihood (REML, Patterson and Thompson 1971), integrated over how the
+variance is shared between runs and checkpoints; noise that does not grow has half of the prior, so that the
+data have to show it.
 Shapes: N points, R runs, P parameters (in products also the residuals), G growths, Q shares.
 """
 

@@ -38,7 +38,7 @@ class HoldOut:
 
 
 def hold_out(rows: pd.DataFrame, by: str, laws: tuple[str, ...], points: str) -> HoldOut:
-    """Predict every fold of `rows` (one selection, rows/selection.py) with every law; `auto`: all that have their inputs.
+    """Predict every fold of `rows` (one selection, rows/selection.py) with every law, `auto` being all that can be.
 
     Raises:
         Refusal: there is no fold, or none tests any law.

@@ -75,7 +75,7 @@ class Law:
 
     def centred(self, rows: pd.DataFrame, centre_F: Array | None = None) -> tuple[Array, Array]:
         """The law's inputs as x_NF = ln(input) - centre, and the centre (by default the mean over the rows)."""
-        logs = np.log(rows[list(self.inputs)].to_numpy(dtype=float))
+        logs = np.log(np.column_stack([rows[name].to_numpy(dtype=float) for name in self.inputs]))
         centre = logs.mean(axis=0) if centre_F is None else centre_F
         return logs - centre, centre
 

@@ -187,6 +187,8 @@ def _prediction(
     draws_K = result.draws_KN(row)[:, 0]
     size, images, total = (row[name].iloc[0] for name in (*SURFACE, *COMPUTE))
     levels = (INNER, whole.question.level)
+    ratio = float(size) / float(whole.rows["parameters"].max())  # NaN where the table or the run has no parameters
+    intervals = [(float(low[0]), float(high[0])) for low, high in (result.interval(row, level) for level in levels)]
     return Prediction(
         law=result.name,
         parameters=None if np.isnan(size) else float(size),
@@ -194,18 +196,13 @@ def _prediction(
         train_flops=float(total),
         optimal=goal.parameters is None or goal.images is None,
         median=float(np.median(draws_K)),
-        intervals={level: _ends(result, row, level) for level in levels},
+        intervals=dict(zip(levels, intervals, strict=True)),
         compute_ratio=float(total) / float(whole.rows["train_flops"].max()),
-        parameter_ratio=None if np.isnan(size) else float(size) / float(whole.rows["parameters"].max()),
+        parameter_ratio=None if np.isnan(ratio) else ratio,
         held_out=None if tested is None else str(tested["size"]),
         held_out_error=None if tested is None else float(tested["error"]),
         without_a_run=_without_a_run(result, row),
     )
-
-
-def _ends(result: LawResult, row: pd.DataFrame, level: float) -> tuple[float, float]:
-    low_1, high_1 = result.interval(row, level)
-    return float(low_1[0]), float(high_1[0])
 
 
 def _settled(result: LawResult, goal: Target, whole: Study) -> pd.DataFrame:

@@ -17,6 +17,7 @@ from fitscale.scaling.rows.fitted_points import POINTS
 from fitscale.scaling.rows.selection import Selection, select
 
 MOST = 1e12  # of an option that counts something
+RESAMPLING = ("auto", "parametric", "runs")  # how runs are drawn anew
 LEVELS = (0.6, 0.999)  # of an interval
 AUTO = "auto"  # the laws that survive
 
@@ -37,6 +38,7 @@ class Question:
     floor: float | None = None  # of the laws that have one, held at this value
     optimum: str = "parameters"  # of isoflop: what is best at a budget, parameters or tokens
     resamples: int = 4000
+    resampling: str = "auto"  # of RESAMPLING
     level: float = 0.9  # of every interval
     seed: int = 0
 
@@ -81,10 +83,12 @@ def add_floor_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_draw_options(parser: argparse.ArgumentParser) -> None:
-    """--extrapolate, --level and --seed."""
+    """--extrapolate, --level, --resampling and --seed."""
     far = "agree to predictions at more than 10 times the fitted compute"
     parser.add_argument("--extrapolate", action="store_true", help=far)
     parser.add_argument("--level", type=float, default=0.9, help="of the intervals (default: 0.9)")
+    how = "parametric, or the runs themselves drawn with replacement (default: auto, runs where there are 30 of them)"
+    parser.add_argument("--resampling", choices=RESAMPLING, default="auto", help=how)
     parser.add_argument("--seed", type=int, default=0, help="seed of the resampling")
 
 

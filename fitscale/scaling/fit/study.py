@@ -41,8 +41,8 @@ REPORTED = ["run", "size", "step", "parameters", "images", "train_flops", "value
 class LawResult:
     """A fitted law, and the `members` that answer with it: the laws that survive.
 
-    `predictions` has one row per held-out point: value, predicted, low and high (at the question's level), error, inside,
-    chosen (it counts: a law of compute speaks of the chosen points alone, one of size and data of all).
+    `predictions` has one row per held-out point: value, predicted, low and high (at the question's level), error,
+    inside, chosen (it counts: a law of compute speaks of the chosen points alone, one of size and data of all).
     """
 
     own: Member
@@ -222,7 +222,7 @@ def members(rows: pd.DataFrame, question: Question, sizes: list[str]) -> tuple[d
     found = {}
     for fit, of_fit, share in zip(fits.values(), verdicts, weight, strict=True):
         if share or fit.law.name in question.laws:
-            draws = uncertainty.resample(fit, question.resamples, question.seed)
+            draws = uncertainty.resample(fit, question.resamples, question.seed, question.resampling)
             found[fit.law.name] = Member(fit, draws, of_fit, share)
     return found, refused
 
@@ -294,5 +294,6 @@ def _missed(result: LawResult) -> Iterator[Caution]:
     if len(missed):
         count = f"{len(missed)} of {len(result.claimed)} held-out points"
         worst = missed.loc[np.log1p(missed["error"]).abs().idxmax(), "error"]
-        text = f"{result.name} law: {count} lie outside the {100 * result.question.level:.3g} % interval, the worst by {worst:+.1%}"
+        where = f"outside the {100 * result.question.level:.3g} % interval"
+        text = f"{result.name} law: {count} lie {where}, the worst by {worst:+.1%}"
         yield Caution("missed", text)

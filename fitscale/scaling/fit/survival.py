@@ -8,19 +8,21 @@
 3. A law is dominated, and does not survive, if another law leaves much less scatter at the very points it is fitted to.
 4. Survivors weigh by how probable they made the sizes that were left out: the prequential likelihood (Dawid 1984), as
    in stacking, under Student's t with the degrees of freedom of the noise.
-5. A law that fails a test is off by as much as it was at the sizes left out, beyond what its noise explains: its `bias`.
+5. The errors of a law that fails a test go on as they went, size by size, beyond what noise explains: its `bias`.
 
 Shapes: N points, P parameters, K draws, J groups of sizes.
 """
 
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy import stats
 
-from fitscale.scaling.fit.fitting import Fit, FittedPoints, refit, told_apart
-from fitscale.scaling.fit.laws import COMPUTE
+from fitscale.scaling.fit.fitting import Fit, FittedPoints, order, refit, told_apart
+from fitscale.scaling.fit.laws import COMPUTE, Law
 from fitscale.scaling.fit.noise import scattered
 from fitscale.scaling.fit.solver import Array
 from fitscale.scaling.rows.fitted_points import chosen
@@ -35,7 +37,7 @@ SIMULATED = 400
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What a law said of sizes that it was not fitted to: mean ln(measured / predicted), and how far that may be off."""
+    """What a law said of sizes that it was not fitted to: mean ln(measured / predicted), and its standard deviation."""
 
     sizes: tuple[str, ...]
     error: float
@@ -63,12 +65,18 @@ class Verdict:
         return [f"{what} (p = {p:.2g})" for what, p in said.items() if p is not None and p < FAILED]
 
     @property
-    def bias(self) -> float:
-        """Standard deviation of ln(metric) that the noise does not explain; 0 for a law that passed."""
+    def bias(self) -> tuple[float, float]:
+        """How far ln(metric) is off at the next size, and the standard deviation of that; 0 for a law that passed.
+
+        The errors at the sizes left out go on as they went: by half a step more, give or take one, as far as they are
+        larger than noise explains (the share of their mean square, as James and Stein shrink, 1961).
+        """
         if not self.failed or not self.left_out:
-            return 0.0
-        excess = [group.error**2 - group.spread**2 for group in self.left_out.values()]
-        return float(np.sqrt(max(np.mean(excess), 0.0)))
+            return 0.0, 0.0
+        error_J, spread_J = np.array([(out.error, out.spread) for out in self.left_out.values()]).T
+        step = float(error_J[-1] - error_J[0]) / max(len(error_J) - 1, 1)
+        beyond = max(1 - float(np.mean(spread_J**2) / np.mean(error_J**2)), 0.0)
+        return beyond * (float(error_J[-1]) + step / 2), beyond * max(abs(step), abs(float(error_J[-1])) / 2)
 
     def log_score(self, groups: set[int]) -> float:
         """ln of how probable the law made these groups of sizes."""
@@ -78,7 +86,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Group:
-    """Sizes that are left out: what is known then, and the last points of their runs; for laws of compute in `chosen`."""
+    """Sizes that are left out: the smaller ones, `known` where laws of compute are fitted to them, and the last
+    points of their own runs, `asked` where laws of compute speak of them."""
 
     sizes: tuple[str, ...]
     smaller: pd.DataFrame
@@ -96,7 +105,7 @@ def groups(rows: pd.DataFrame, sizes: list[str], points: str) -> list[Group]:
     parts = [[str(size) for size in part] for part in np.array_split(np.array(sizes), min(len(sizes), GROUPS))]
     found = []
     for index in range(2, len(parts)):
-        smaller, unseen = (rows[rows["size"].isin(part)] for part in (sum(parts[:index], []), parts[index]))
+        smaller, unseen = (rows[rows["size"].isin(part)] for part in (chain(*parts[:index]), parts[index]))
         last = unseen[unseen["train_flops"] == unseen.groupby("run")["train_flops"].transform("max")]
         asked = pd.Series(True, last.index)
         if points == "frontier":
@@ -120,7 +129,8 @@ def verdict(fit: Fit, used: pd.DataFrame, left: list[Group], seed: int = 0) -> V
 
 
 def weights(verdicts: list[Verdict], survives: list[bool]) -> list[float]:
-    """How much each law counts in the answer: 0 if it does not survive, else by the sizes that all survivors predicted."""
+    """How much each law counts in the answer: 0 if it does not survive, else by the sizes that all those predicted."""
+    survives = survives if any(survives) else [True] * len(verdicts)
     alive = [verdict for verdict, lives in zip(verdicts, survives, strict=True) if lives]
     common = set.intersection(*(set(verdict.left_out) for verdict in alive))
     best = max(verdict.log_score(common) for verdict in alive)
@@ -142,18 +152,24 @@ def dominated(fit: Fit, used: pd.DataFrame, others: list[Fit]) -> bool:
     freedom = len(used) - used["run"].nunique()
     if freedom < LEAST_FREEDOM:
         return False
-    own = _scatter(fit, used)
-    least = stats.f.isf(DOMINATED, freedom, freedom)
-    return any(own > least * _scatter(other, used) for other in others if _speaks(other, used))
+    names, group_N = np.unique(used["run"].to_numpy(dtype=str), return_inverse=True)
+    member_RN = (group_N == np.arange(len(names))[:, None]).astype(float)
+    y_N = np.log(used["value"].to_numpy(dtype=float))
+
+    def scatter(each: Fit) -> float:
+        residual_N = y_N - each.log_metric(used)
+        mean_R = member_RN @ residual_N / member_RN.sum(axis=1)
+        return float(np.sum((residual_N - mean_R[group_N]) ** 2))
+
+    most = scatter(fit) / stats.f.isf(DOMINATED, freedom, freedom)
+    return any(scatter(other) < most for other in others if speaks(other.law, used).all())
 
 
-def _speaks(fit: Fit, rows: pd.DataFrame) -> bool:
-    return all((rows[name] > 0).fillna(False).all() for name in fit.law.inputs)
-
-
-def _scatter(fit: Fit, rows: pd.DataFrame) -> float:
-    residual = pd.Series(np.log(rows["value"].to_numpy(dtype=float)) - fit.log_metric(rows), rows.index)
-    return float(((residual - residual.groupby(rows["run"]).transform("mean")) ** 2).sum())
+def speaks(law: Law, rows: pd.DataFrame) -> NDArray[np.bool_]:
+    """True for the rows that have the law's inputs."""
+    if not set(law.inputs) <= set(rows.columns):
+        return np.zeros(len(rows), dtype=bool)
+    return np.all([rows[name].to_numpy(dtype=float, na_value=np.nan) > 0 for name in law.inputs], axis=0)
 
 
 def _left_out(fit: Fit, known: pd.DataFrame, last: pd.DataFrame) -> tuple[float, float] | None:
@@ -169,7 +185,7 @@ def _left_out(fit: Fit, known: pd.DataFrame, last: pd.DataFrame) -> tuple[float,
     log_KN, there_KNP = fit.law.evaluate(theta_KP, x_NF)
     error = float(np.mean(np.log(last["value"].to_numpy(dtype=float)) - log_KN[0]))
     noise, mean_P = fit.noise, there_KNP[0].mean(axis=0)
-    scale_N = fit.scale(fit.growth, known.sort_values([*fit.law.inputs, "value", "run"], kind="stable"))[0]
+    scale_N = fit.scale(fit.growth, known.iloc[order(fit.law, known)])[0]
     effect_N = mean_P @ np.linalg.pinv(jacobian_NP) * scale_N
     of_runs = pd.Series(effect_N).groupby(data.run_N).sum()
     variance = noise.run * float((of_runs**2).sum()) + noise.point * float((effect_N**2).sum())
@@ -184,13 +200,12 @@ def _within(fit: Fit, used: pd.DataFrame, rng: np.random.Generator) -> tuple[flo
     log_N, jacobian_NP = fit.at_points()
     weighted_NP = jacobian_NP * points.weight_N[:, None]
     scale_N = fit.scale(fit.growth)[0]
-    variances = (np.full(SIMULATED, variance) for variance in (noise.run, noise.point))
-    noise_KN = scattered(rng, np.zeros(len(log_N)), points.run_N, *variances, scale_N)
+    run_K, point_K = (np.full(SIMULATED, variance) for variance in (noise.run, noise.point))
+    noise_KN = scattered(rng, np.zeros(len(log_N)), points.run_N, run_K, point_K, scale_N)
     left_KN = noise_KN - (noise_KN * points.weight_N) @ np.linalg.pinv(weighted_NP).T @ jacobian_NP.T
     residual_KN = np.vstack([points.y_N - log_N, left_KN]) / scale_N
     size_N = used.drop_duplicates("run").set_index("run")["size"].reindex(points.run_N).to_numpy(dtype=str)
-    found = (_sign_changes(fit, residual_KN), _between_sizes(residual_KN, points.run_N, size_N))
-    signs, sizes = (None if statistic is None else statistic for statistic in found)
+    signs, sizes = _sign_changes(fit, residual_KN), _between_sizes(residual_KN, points.run_N, size_N)
     p_signs = None if signs is None else float((1 + np.sum(signs[1:] <= signs[0])) / (1 + SIMULATED))
     p_sizes = None if sizes is None else float((1 + np.sum(sizes[1:] >= sizes[0])) / (1 + SIMULATED))
     return p_signs, p_sizes
@@ -206,13 +221,13 @@ def _sign_changes(fit: Fit, residual_KN: Array) -> Array | None:
         return None
     member_GN = (group_N == np.unique(group_N)[:, None]).astype(float)
     mean_KG = residual_KN @ member_GN.T / member_GN.sum(axis=1)
-    order = np.lexsort((x_N, group_N))
-    sign_KN = np.sign((residual_KN - mean_KG @ member_GN)[:, order])
-    same = group_N[order][1:] == group_N[order][:-1]
+    along = np.lexsort((x_N, group_N))
+    sign_KN = np.sign((residual_KN - mean_KG @ member_GN)[:, along])
+    same = group_N[along][1:] == group_N[along][:-1]
     return np.sum((sign_KN[:, 1:] != sign_KN[:, :-1])[:, same], axis=1)
 
 
-def _between_sizes(residual_KN: Array, run_N: Array, size_N: Array) -> Array | None:
+def _between_sizes(residual_KN: Array, run_N: NDArray[np.str_], size_N: NDArray[np.str_]) -> Array | None:
     """Mean square between sizes over that between seeds of a size, of the runs' mean residuals."""
     names, group_N = np.unique(run_N, return_inverse=True)
     member_RN = (group_N == np.arange(len(names))[:, None]).astype(float)

@@ -88,8 +88,8 @@ def refits(fit: Fit, rng: np.random.Generator, run_K: Array, point_K: Array, gro
 def covariance(fit: Fit) -> Array:
     """Covariance of the parameters (P, P) to first order, with the correlation of checkpoints within runs.
 
-    With Huber's loss it is the sandwich of an M-estimator (Huber 1964): residuals count up to the corner, over the share
-    of them that a normal law with the residuals' own spread has within it.
+    With Huber's loss it is the sandwich of an M-estimator (Huber 1964): residuals count up to the corner, over the
+    share of them that a normal law with the residuals' own spread has within it.
     """
     weight_N = fit.points.weight_N
     log_N, jacobian_NP = fit.at_points()

@@ -35,8 +35,8 @@ A point that does not count lies above the frontier (or is not the run's last): 
 {% endcall %}
 {% for name, rows in predictions %}
 {{ heading(3, name | capitalize ~ " law") }}
-{{ table(["run", "step", "training FLOPs", "measured", "predicted", percent ~ " interval", "error", "inside", "counts"], rows)
-}}
+{% set interval = percent ~ " interval" %}
+{{ table(["run", "step", "training FLOPs", "measured", "predicted", interval, "error", "inside", "counts"], rows) }}
 {% endfor %}
 {% endif %}
 {{ figure("predictions", "predicted against measured") }}
