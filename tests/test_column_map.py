@@ -49,7 +49,7 @@ def test_a_wandb_export_becomes_a_runs_table(tmp_path):
     ("columns", "message"),
     [
         (MAP.replace("eval/fd", "eval/fid"), "no column 'eval/fid' for fd; it has: Name, _step"),
-        (MAP.replace("run: Name\n", ""), "columns run are missing"),
+        (MAP.replace("train_flops: [6.0e+9, gmacs, images]\n", ""), "columns train_flops are missing"),
         (MAP.replace("step: _step", "steps: _step"), "unknown columns steps; valid: run, family"),
         ("- 1", "a column map holds"),
         ("a: [", "not a readable column map"),

@@ -12,8 +12,8 @@ from fitscale.scaling.fit.laws import COMPUTE, SURFACE
 from fitscale.scaling.fit.study import LawResult, Study
 from fitscale.scaling.fit.uncertainty import central
 from fitscale.scaling.rows.fid import GUIDANCE
-from fitscale.scaling.rows.selection import ascending_sizes
-from fitscale.scaling.rows.table import KEY, data_hash
+from fitscale.scaling.rows.selection import size_order
+from fitscale.scaling.rows.table import KEY, data_column, data_hash
 
 NAMES = {"fd": "Fréchet distance", "fid": "FID", "validation_loss": "validation loss", "recognised": "share recognised"}
 SHOWN = (
@@ -30,6 +30,11 @@ OF_LAW = 200  # resamples that say how sure a compute-optimal size by a law is
 def readable(metric: str) -> str:
     """A metric's name for people; the name itself where there is no better one."""
     return NAMES.get(metric, metric)
+
+
+def data_of(study: Study) -> str:
+    """What the study's rows count their data in: images or tokens."""
+    return data_column(study.table[study.table["metric"] == study.question.metric])
 
 
 def report_content(study: Study) -> dict[str, Any]:
@@ -67,7 +72,7 @@ def size_table(study: Study) -> tuple[list[str], list[list[str]]]:
     rank = list(dict.fromkeys((*SHOWN, asked.split("/")[0])))
     metrics = sorted(wanted["label"].unique(), key=lambda label: (rank.index(re.split("[/,]", label)[0]), label))
     header = ["size", "parameters", "steps", "training FLOPs", "papers' FLOPs", "device-hours", *metrics, "status"]
-    order = [size for size in ascending_sizes(table) if size in set(wanted["size"])]
+    order = [size for size in size_order(table) if size in set(wanted["size"])]
     return header, [_size_row(wanted[wanted["size"] == size], metrics) for size in order]
 
 
@@ -144,11 +149,12 @@ def _law_lines(study: Study, result: LawResult) -> dict[str, Any]:
     if fit.noise.point == 0.0:
         unknown = "all taken for that from run to run (these points do not tell checkpoints' apart)"
         scatter = f"{fit.noise.total:.1%}, {unknown}"
+    reference = {data_of(study) if name == "images" else name: value for name, value in fit.reference().items()}
     return {
         "name": result.name,
         "fitted": f"Fitted by {how} on {what}, points weighted alike ({points} points)",
         "formula": fit.law.formula,
-        "reference": ", ".join(f"{name} = {value:.4g}" for name, value in fit.reference().items()),
+        "reference": ", ".join(f"{name} = {value:.4g}" for name, value in reference.items()),
         "lines": lines,
         "scatter": scatter,
         "reached": f"{fit.reached:.0%} of {fit.starts}",

@@ -11,7 +11,7 @@ from fitscale.scaling.fit.study import LawResult, Study
 from fitscale.scaling.fit.uncertainty import central, new_run_KN
 from fitscale.scaling.report import canvas
 from fitscale.scaling.report.content import readable
-from fitscale.scaling.rows.selection import ascending_sizes
+from fitscale.scaling.rows.selection import size_order
 
 HELD_OUT = ("crimson", "darkorange", "deeppink", "saddlebrown")
 MOST_NAMED = 12  # held-out points; more names would hide them
@@ -149,7 +149,7 @@ def _color(study: Study, rows: pd.DataFrame, size: str) -> Any:
 
     if size in study.held_out:
         return HELD_OUT[study.held_out.index(size) % len(HELD_OUT)]
-    sizes = ascending_sizes(rows)
+    sizes = size_order(rows)
     return colormaps["viridis"](0.85 * sizes.index(size) / max(len(sizes) - 1, 1))
 
 

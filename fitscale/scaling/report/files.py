@@ -18,7 +18,7 @@ from fitscale.config.files import replacing
 from fitscale.scaling.fit.compute_optimal import IsoFlop
 from fitscale.scaling.fit.study import LawResult, Study
 from fitscale.scaling.fit.uncertainty import covariance
-from fitscale.scaling.report.content import parameter_intervals, report_content
+from fitscale.scaling.report.content import data_of, parameter_intervals, report_content
 from fitscale.scaling.report.figures import figures
 from fitscale.scaling.report.samples import SampleFolder, placed, samples_along_the_curve
 from fitscale.scaling.report.templates import HTML, MARKDOWN, in_markdown, render
@@ -61,24 +61,26 @@ def write_report(study: Study, out: Path, folders: list[SampleFolder]) -> list[P
 
 def fit_record(study: Study) -> dict[str, Any]:
     """The question and its answer as plain numbers: enough to repeat it and to predict from it. Missing is null."""
+    data = data_of(study)
     return asdict(study.question) | {
+        "data": data,  # what D counts
         "held_out": study.held_out,
         "key": study.key,
         "data_sha256": data_hash(study.table),
         "versions": {name: _version(name) for name in ("fitscale", *PACKAGES)},
         "refusals": [{"code": refusal.code, "message": refusal.message} for refusal in study.refusals],
         "cautions": [vars(caution) for caution in study.cautions],
-        "laws": [_law_record(result) for result in study.results],
+        "laws": [_law_record(result, data) for result in study.results],
         "isoflop": [_isoflop_record(iso) for iso in study.isoflops],
     }
 
 
-def _law_record(result: LawResult) -> dict[str, Any]:
-    fit = result.fit
+def _law_record(result: LawResult, data: str) -> dict[str, Any]:
+    fit, predictions = result.fit, result.predictions.rename(columns={"images": data})
     return {
         "law": fit.law.name,
         "formula": fit.law.formula,
-        "reference": fit.reference(),
+        "reference": {data if name == "images" else name: value for name, value in fit.reference().items()},
         "parameters": fit.named(),
         "intervals_90": parameter_intervals(result),
         "covariance": {"parameters": list(fit.law.parameters), "matrix": covariance(fit).tolist()},
@@ -90,7 +92,7 @@ def _law_record(result: LawResult) -> dict[str, Any]:
         "starts_reached": fit.reached,
         "noise": {"run": fit.noise.run**0.5, "checkpoint": fit.noise.point**0.5},
         "mean_held_out_error": result.error,
-        "predictions": json.loads(result.predictions.to_json(orient="records", double_precision=15)),
+        "predictions": json.loads(predictions.to_json(orient="records", double_precision=15)),
     }
 
 
