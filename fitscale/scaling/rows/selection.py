@@ -124,8 +124,8 @@ def _filter(table: pd.DataFrame, metric: str, where: dict[str, str]) -> pd.DataF
 
 
 def _column(table: pd.DataFrame, name: str) -> str:
-    """The column of that name, or of that name with what a key or a label begins with."""
-    for column in (name, KEY + name, LABEL + name):
+    """The column of that name, or the label."""
+    for column in (name, LABEL + name):
         if column in table.columns:
             return column
     raise UserError(f"--where {name}: no such column; valid: {listed(list(table.columns), 50)}")
