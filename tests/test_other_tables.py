@@ -129,7 +129,9 @@ def test_a_chart_that_wandb_exported_joined_with_its_table_of_runs(tmp_path):
         curve[:1] = curve[:1] if name != "xl-0" else ""
         chart |= {f"{name} - eval/fd{end}": curve for end in ("", "__MIN", "__MAX")} | {f"{name} - _step": steps}
     pd.DataFrame(chart).to_csv(tmp_path / "chart.csv", index=False)
-    exported = pd.DataFrame({"Name": sizes, "State": "finished"}).assign(Name=list(sizes), params_m=list(sizes.values()))
+    exported = pd.DataFrame({"Name": sizes, "State": "finished"}).assign(
+        Name=list(sizes), params_m=list(sizes.values())
+    )
     exported.assign(model=list("smlx"), batch=64, images_per_step=64.0).to_csv(
         tmp_path / "exported_runs.csv", index=False
     )

@@ -74,14 +74,16 @@ def _question(options: argparse.Namespace) -> "Question":
 
 
 def _say(answer: "Study") -> None:
-    from fitscale.scaling.report.content import headline
+    """The sentence that answers, then what was refused, then what other laws say."""
+    from fitscale.scaling.report.content import answers
 
+    first, *others = answers(answer)
+    print(first, flush=True)
     for refusal in answer.refusals:
         print(f"refused ({refusal.code}): {refusal.message}", file=sys.stderr)
     for caution in answer.cautions:
         print(f"caution ({caution.code}): {caution.message}", file=sys.stderr)
-    for result in answer.results:
-        print(headline(answer, result))
+    print("\n".join(others), end="\n" * bool(others))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ from scipy import stats
 from fitscale.scaling.fit.fitting import Fit
 from fitscale.scaling.fit.solver import Array
 
+NAMES = {"train_flops": "compute", "images": "data"}
 SIGNIFICANT = 0.01  # chance to call a straight law bent, by each of the tests
 
 
@@ -26,7 +27,7 @@ class Bend:
 
     def __str__(self) -> str:
         shares = ", ".join(f"{share:+.0%}" if abs(share) >= 0.02 else f"{share:+.1%}" for share in self.fifths)
-        return f"residuals go {shares} from the least {self.input} to the most"
+        return f"residuals go {shares} from the least {NAMES.get(self.input, self.input)} to the most"
 
 
 def bend(fit: Fit) -> Bend | None:
@@ -36,7 +37,10 @@ def bend(fit: Fit) -> Bend | None:
     found = []
     for name, x_N in zip(fit.law.inputs, fit.points.x_NF.T, strict=True):
         square_N = (x_N - x_N.mean()) ** 2
-        chances = [_within(residual_N, jacobian_NP, square_N, run_N), _between(residual_N, jacobian_NP, square_N, run_N)]
+        chances = [
+            _within(residual_N, jacobian_NP, square_N, run_N),
+            _between(residual_N, jacobian_NP, square_N, run_N),
+        ]
         low, middle, high = _fifths(residual_N, x_N)
         if (middle - low) * (middle - high) > 0:
             found.append(Bend(name, (low, middle, high), min(chances)))

@@ -4,11 +4,13 @@ matplotlib is imported when a figure is drawn, and needs no display.
 """
 
 import io
+from itertools import product
 from typing import Any
 
 import pandas as pd
 
-COMPUTE_LABEL = "training compute (FLOPs: 6 x MACs x images)"
+COMPUTE_LABEL = "training compute (FLOPs)"
+OF_IMAGES = "training compute (FLOPs: 6 x MACs x images)"
 Images = dict[str, bytes]  # png, svg
 
 
@@ -62,13 +64,46 @@ def limits(values: pd.Series) -> tuple[float, float]:
 
 
 def decorate(axes: Any, title: str, x_label: str, y_label: str) -> None:
-    """Title and labels, all of them literal texts, grid, and the legend to the right."""
+    """Title and labels, all of them literal texts, grid, and the legend to the right, or below where a bar is there."""
     axes.set(xlabel=literal(x_label, 80), ylabel=literal(y_label, 80))
     axes.set_title(literal(title, 120), loc="left")
     axes.grid(which="major", color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
+    if not axes.get_legend_handles_labels()[0]:
+        return
+    if len(axes.figure.axes) > 1:
+        axes.figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    else:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+
+
+def label_beside(axes: Any, points: list[tuple[float, float]], texts: list[str], size: float = 8) -> None:
+    """Write a text beside each of the points, where it covers no mark, no error bar and no other text.
+
+    Call it last: it has to know where everything lies. A text that finds no free place is left out.
+    """
+    axes.figure.draw_without_rendering()
+    scale = axes.figure.dpi / 72
+    frame = axes.get_window_extent()
+    marks = [tuple(axes.transData.transform(point)) for point in points]
+    taken = [(x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale) for x, y in marks]
+    bars = [(x - scale, frame.y0, x + scale, frame.y1) for x, _ in marks]
+    for (x, y), point, text in zip(marks, points, map(literal, texts), strict=True):
+        width, height = 0.6 * size * len(text) * scale, 1.2 * size * scale
+        for side, rise in product((1, -1), (0, 11, -11, 22, -22)):
+            left = x + 8 * scale if side > 0 else x - 8 * scale - width
+            box = (left, y + rise * scale - height / 2, left + width, y + rise * scale + height / 2)
+            inside = frame.x0 <= box[0] and box[2] <= frame.x1 and frame.y0 <= box[1] and box[3] <= frame.y1
+            if inside and not any(_overlap(box, other) for other in [*taken, *bars]):
+                align = {"ha": "left" if side > 0 else "right", "va": "center"}
+                place = {"xytext": (8 * side, rise), "textcoords": "offset points", "fontsize": size, "color": "0.3"}
+                axes.annotate(text, point, **place, **align)
+                taken.append(box)
+                break
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def rendered(figure: Any) -> Images:

@@ -9,9 +9,12 @@ import pandas as pd
 
 from fitscale.scaling.fit.compute_optimal import IsoFlop, Optimum, optimal_sizes
 from fitscale.scaling.fit.laws import COMPUTE, SURFACE
+from fitscale.scaling.fit.residuals import bend
 from fitscale.scaling.fit.study import LawResult, Study
 from fitscale.scaling.fit.uncertainty import central
 from fitscale.scaling.rows.fid import GUIDANCE
+from fitscale.scaling.rows.fitted_points import SAME_COMPUTE
+from fitscale.scaling.rows.refusals import listed
 from fitscale.scaling.rows.selection import size_order
 from fitscale.scaling.rows.table import KEY, data_column, data_hash
 
@@ -46,11 +49,11 @@ def report_content(study: Study) -> dict[str, Any]:
     return {
         "study": study,
         "title": readable(study.question.metric),
-        "headlines": [headline(study, result) for result in study.results],
+        "answers": answers(study),
         "laws": [_law_lines(study, result) for result in study.results],
         "isoflops": [_isoflop_lines(iso) for iso in study.isoflops] + _surface_lines(study),
         "sizes": size_table(study),
-        "held_out": ", ".join(study.held_out),
+        "held_out": held_out_text(study),
         "predictions": [(result.name, _prediction_rows(result)) for result in study.results],
         "key": [f"{name}: {value}" for name, value in study.key.items()],
         "data_hash": data_hash(study.table)[:16],
@@ -120,18 +123,44 @@ def interval_text(low: Any, high: Any) -> str:
     return f"{number(low)} to {number(high)}"
 
 
+def held_out_text(study: Study) -> str:
+    """The held-out sizes, as many as a line holds."""
+    return listed(study.held_out)
+
+
+def answers(study: Study) -> list[str]:
+    """The sentence that answers, then what other laws say; the first of what was refused where nothing was fitted."""
+    said = [headline(study, result) for result in study.results]
+    said += [f"Compute-optimal size by isoFLOP, {iso['text']}." for iso in map(_isoflop_lines, study.isoflops)]
+    return said or [f"No law of {readable(study.question.metric)} could be fitted; what follows says why."]
+
+
 def headline(study: Study, result: LawResult) -> str:
-    """How the law fared at the largest held-out point that counts."""
+    """How the law fared at the largest held-out compute that counts; runs of equal compute are one measurement."""
     points = result.fit.points
+    bent = bend(result.fit)
     start = f"{result.name.capitalize()} law, fitted on {len(points.y_N)} points of {points.runs} runs"
+    start += f", and BENT against them ({bent})" if bent else ""
     if result.claimed.empty:
         return f"{start}: scatter of a new run {result.fit.noise.total:.1%}; no held-out point tests it."
-    last = result.claimed.sort_values("train_flops").iloc[-1]
-    where = "inside" if last["inside"] else "OUTSIDE"
+    flops = result.claimed["train_flops"]
+    tied = result.claimed[flops * SAME_COMPUTE >= flops.max()]
+    last = tied.sort_values(["train_flops", "size", "run"]).iloc[-1]
+    value = float(np.exp(np.log(tied["value"]).mean()))
+    where = {0: "OUTSIDE", len(tied): "inside"}.get(
+        inside := int(tied["inside"].sum()), f"{inside} of {len(tied)} inside"
+    )
+    measured = (
+        number(value)
+        if len(tied) == 1
+        else (
+            f"{interval_text(tied['value'].min(), tied['value'].max())} in {len(tied)} runs, {number(value)} in the mean"
+        )
+    )
     return (
         f"{start}: predicts a {readable(study.question.metric)} of {number(last['predicted'])} for the held-out size "
-        f"{last['size']} at {flops_text(last['train_flops'])} FLOPs; measured {number(last['value'])}: "
-        f"error {last['error']:+.1%}, {where} the 90 % interval {interval_text(last['low'], last['high'])}."
+        f"{listed(sorted(tied['size'].unique()))} at {flops_text(last['train_flops'])} FLOPs; measured {measured}: "
+        f"error {last['predicted'] / value - 1:+.1%}, {where} the 90 % interval {interval_text(last['low'], last['high'])}."
     )
 
 

@@ -20,7 +20,7 @@ from fitscale.scaling.fit.study import LawResult, Study
 from fitscale.scaling.fit.uncertainty import covariance
 from fitscale.scaling.report.content import data_of, parameter_intervals, report_content
 from fitscale.scaling.report.figures import figures
-from fitscale.scaling.report.samples import SampleFolder, placed, samples_along_the_curve
+from fitscale.scaling.report.samples import Place, SampleFolder, placed, samples_along_the_curve
 from fitscale.scaling.report.templates import HTML, MARKDOWN, in_markdown, render
 from fitscale.scaling.rows.files import read_bounded
 from fitscale.scaling.rows.table import data_hash
@@ -41,8 +41,7 @@ def write_report(study: Study, out: Path, folders: list[SampleFolder]) -> list[P
     places = placed(study, folders) if len(study.rows) else []
     if places:
         drawn["samples"] = samples_along_the_curve(study, places)
-    captions = [f"{row['size']} after {folder.step:,} steps, {folder.how}" for folder, row in places]
-    sheets = list(zip(captions, [_data_uri(folder.path / "contact_sheet.png") for folder, _ in places], strict=True))
+    sheets = [(_caption(place), _data_uri(place.folder.path / "contact_sheet.png")) for place in places]
     content = report_content(study)
     files: dict[str, str | bytes] = {"fit.json": json.dumps(fit_record(study), indent=2, allow_nan=False) + "\n"}
     files |= {f"{name}.{kind}": data for name, figure in drawn.items() for kind, data in figure.items()}
@@ -57,6 +56,11 @@ def write_report(study: Study, out: Path, folders: list[SampleFolder]) -> list[P
             temporary = all_or_none.enter_context(replacing(out / name))
             temporary.write_bytes(data.encode() if isinstance(data, str) else data)
     return [out / name for name in files]
+
+
+def _caption(place: Place) -> str:
+    measured = "not measured so" if place.value is None else f"measured {place.value:.4g} so"
+    return f"{place.row['size']} after {place.folder.step:,} steps, {place.folder.how}: {measured}"
 
 
 def fit_record(study: Study) -> dict[str, Any]:

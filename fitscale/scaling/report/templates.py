@@ -17,13 +17,16 @@ SIGNS = re.compile(r"(?=[\\`*\[\]{}|~$@#])|(?<!\w)(?=_)|(?=_(?!\w))|(?<=www)(?=\
 
 BODY = """\
 {{ heading(1, "Scaling of " ~ title ~ " with training compute") }}
+{{ answer(answers[0]) }}
 {% for refusal in study.refusals %}
 {{ note("Refused", "refusal", refusal) }}
 {% endfor %}
 {% for caution in study.cautions %}
 {{ note("Caution", "caution", caution) }}
 {% endfor %}
-{{ items(headlines) }}
+{% if answers[1:] %}
+{{ items(answers[1:]) }}
+{% endif %}
 {{ figure("curves", study.question.metric ~ " against training compute") }}
 {{ heading(2, "Sizes, at their last evaluation") }}
 {{ table(*sizes) }}
@@ -83,6 +86,9 @@ MARKDOWN_PARTS = """\
 {% macro note(word, kind, it) %}
 > **{{ word }} ({{ it.code }})**: {{ it.message }}
 {% endmacro %}
+{% macro answer(text) %}
+**{{ text }}**
+{% endmacro %}
 {% macro items(texts) %}
 {% for text in texts %}
 - {{ text }}
@@ -114,6 +120,7 @@ HTML_PARTS = """\
 {% macro note(word, kind, it) %}
 <p class="{{ kind }}"><strong>{{ word }} ({{ it.code }}).</strong> {{ it.message }}</p>
 {% endmacro %}
+{% macro answer(text) %}<p class="answer">{{ text }}</p>{% endmacro %}
 {% macro items(texts) %}
 <ul>{% for text in texts %}<li>{{ text }}</li>{% endfor %}</ul>
 {% endmacro %}
@@ -143,17 +150,20 @@ HTML_PARTS = """\
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Scaling of {{ title }}</title>
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222;
+  overflow-wrap: anywhere; }
+.answer { font-size: 1.15rem; padding: 0.6rem 0.9rem; border-left: 5px solid #2c6fbb; background: #eaf2fb; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap;
+  overflow-wrap: normal; }
 th { white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
 .wide { overflow-x: auto; }
 .refusal, .caution { padding: 0.5rem 0.9rem; margin: 0.5rem 0; border-left: 5px solid #c0392b; background: #fbeae8; }
 .caution { border-color: #d99a00; background: #fdf5e2; }
 img { max-width: 100%; height: auto; }
-figure { margin: 1rem 0; overflow-x: auto; } figure img { width: 60rem; min-width: 36rem; }
+figure { margin: 1rem 0; } figure img { width: 60rem; }
 .small { color: #555; font-size: 0.88rem; }
 </style>
 </head>

@@ -122,7 +122,9 @@ class ColumnMap:
         theirs = list(pairs.values())
         if other.duplicated(theirs).any():
             twice = other.loc[other.duplicated(theirs), theirs].iloc[0].astype("string").fillna("missing")
-            raise UserError(f"{name}: {listed(theirs)} {listed(list(twice))} stands in more than one row; one is joined")
+            raise UserError(
+                f"{name}: {listed(theirs)} {listed(list(twice))} stands in more than one row; one is joined"
+            )
         other = other.rename(columns={their: our for our, their in pairs.items()})
         if both := sorted(set(source) & set(other) - set(pairs)):
             other = other.drop(columns=both)  # ours stand
@@ -167,7 +169,9 @@ class ColumnMap:
             raise UserError(f"{self.path}: {name}: {by}: holds cells, and of each a number or a text")
         unknown = sorted(set(cells.dropna().astype(str)) - set(values))
         if unknown:
-            raise UserError(f"{self.path}: {name}: {by}: nothing is said of {listed([shown(cell) for cell in unknown])}")
+            raise UserError(
+                f"{self.path}: {name}: {by}: nothing is said of {listed([shown(cell) for cell in unknown])}"
+            )
         return cells.astype(object).map(lambda cell: None if pd.isna(cell) else values[str(cell)]).rename(name)
 
     def _filled(self, source: pd.DataFrame, name: str, text: str) -> pd.Series:

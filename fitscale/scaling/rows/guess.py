@@ -61,7 +61,9 @@ def guessed(source: pd.DataFrame) -> dict[str, Any]:
     for column in USUAL:
         if column not in mapping and (rule := _usual(column, source, words)) is not None:
             mapping[column] = rule
-    used = {name for rule in mapping.values() for name in words if name in (rule, *str(rule).split("`"), *str(rule).split())}
+    used = {
+        name for rule in mapping.values() for name in words if name in (rule, *str(rule).split("`"), *str(rule).split())
+    }
     if "metrics" not in mapping:
         found = [name for name in words if name not in used and _is_metric(words[name], source[name])]
         mapping["metrics"] = {_metric_name(name): name for name in found[:MOST_METRICS]}
@@ -143,5 +145,7 @@ def _is_label(cells: pd.Series) -> bool:
 def _chart(names: list[str]) -> str | None:
     """What follows the run in columns `RUN - METRIC`, as wandb exports a chart; None if there are not two of them."""
     ends = Counter(name.split(" - ", 1)[1] for name in names if " - " in name)
-    of_metrics = {end: count for end, count in ends.items() if count > 1 and not end.endswith(("__MIN", "__MAX", "_step"))}
+    of_metrics = {
+        end: count for end, count in ends.items() if count > 1 and not end.endswith(("__MIN", "__MAX", "_step"))
+    }
     return max(of_metrics, key=lambda end: of_metrics[end]) if of_metrics else None
