@@ -7,8 +7,10 @@ import io
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+DENSE = 200  # places along what a text must not cover
 COMPUTE_LABEL = "training compute (FLOPs)"
 OF_IMAGES = "training compute (FLOPs: 6 x MACs x images)"
 Images = dict[str, bytes]  # png, svg
@@ -78,32 +80,34 @@ def decorate(axes: Any, title: str, x_label: str, y_label: str) -> None:
 
 
 def label_beside(axes: Any, points: list[tuple[float, float]], texts: list[str], size: float = 8) -> None:
-    """Write a text beside each of the points, where it covers no mark, no error bar and no other text.
+    """Write a text beside each of the points, where it covers no mark, no line, no error bar and no other text.
 
     Call it last: it has to know where everything lies. A text that finds no free place is left out.
     """
     axes.figure.draw_without_rendering()
     scale = axes.figure.dpi / 72
     frame = axes.get_window_extent()
-    marks = [tuple(axes.transData.transform(point)) for point in points]
-    taken = [(x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale) for x, y in marks]
-    bars = [(x - scale, frame.y0, x + scale, frame.y1) for x, _ in marks]
-    for (x, y), point, text in zip(marks, points, map(literal, texts), strict=True):
-        width, height = 0.6 * size * len(text) * scale, 1.2 * size * scale
+    marks_N2 = axes.transData.transform(points)
+    bars = np.array([(x, y) for x, _ in marks_N2 for y in np.linspace(frame.y0, frame.y1, DENSE)])
+    taken_N2 = np.concatenate([marks_N2, bars, *(_along(axes, line) for line in axes.lines)])
+    for mark_2, point, text in zip(marks_N2, points, map(literal, texts), strict=True):
+        half_2 = np.array([0.6 * size * len(text), 1.2 * size]) * scale / 2
         for side, rise in product((1, -1), (0, 11, -11, 22, -22)):
-            left = x + 8 * scale if side > 0 else x - 8 * scale - width
-            box = (left, y + rise * scale - height / 2, left + width, y + rise * scale + height / 2)
-            inside = frame.x0 <= box[0] and box[2] <= frame.x1 and frame.y0 <= box[1] and box[3] <= frame.y1
-            if inside and not any(_overlap(box, other) for other in [*taken, *bars]):
-                align = {"ha": "left" if side > 0 else "right", "va": "center"}
+            centre_2 = mark_2 + np.array([side * (8 * scale + half_2[0]), rise * scale])
+            inside = frame.contains(*(centre_2 - half_2)) and frame.contains(*(centre_2 + half_2))
+            if inside and not (np.abs(taken_N2 - centre_2) < half_2 + 2 * scale).all(axis=1).any():
                 place = {"xytext": (8 * side, rise), "textcoords": "offset points", "fontsize": size, "color": "0.3"}
-                axes.annotate(text, point, **place, **align)
-                taken.append(box)
+                axes.annotate(text, point, ha="left" if side > 0 else "right", va="center", **place)
+                corners = np.linspace(centre_2 - half_2, centre_2 + half_2, DENSE)
+                taken_N2 = np.concatenate([taken_N2, corners, corners * [1, -1] + [0, 2 * centre_2[1]]])
                 break
 
 
-def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+def _along(axes: Any, line: Any) -> Any:
+    """Places along a line on the canvas, in its pixels."""
+    points_N2 = axes.transData.transform(line.get_xydata())
+    at = np.linspace(0, len(points_N2) - 1, DENSE)
+    return np.stack([np.interp(at, np.arange(len(points_N2)), side_N) for side_N in points_N2.T], axis=1)
 
 
 def rendered(figure: Any) -> Images:

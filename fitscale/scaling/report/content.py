@@ -53,7 +53,7 @@ def report_content(study: Study) -> dict[str, Any]:
         "laws": [_law_lines(study, result) for result in study.results],
         "isoflops": [_isoflop_lines(iso) for iso in study.isoflops] + _surface_lines(study),
         "sizes": size_table(study),
-        "held_out": held_out_text(study),
+        "held_out": held_out_text(study) if study.held_out else "",
         "predictions": [(result.name, _prediction_rows(result)) for result in study.results],
         "key": [f"{name}: {value}" for name, value in study.key.items()],
         "data_hash": data_hash(study.table)[:16],
@@ -124,8 +124,9 @@ def interval_text(low: Any, high: Any) -> str:
 
 
 def held_out_text(study: Study) -> str:
-    """The held-out sizes, as many as a line holds."""
-    return listed(study.held_out)
+    """The held-out sizes by name, or how many they are."""
+    few = len(study.held_out) <= 3
+    return f"held-out size {', '.join(study.held_out)}" if few else f"{len(study.held_out)} held-out sizes"
 
 
 def answers(study: Study) -> list[str]:

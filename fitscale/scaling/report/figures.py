@@ -61,6 +61,7 @@ def residuals(study: Study) -> canvas.Images:
         points = points.sort_values("train_flops")
         share = 100 * (points["value"].to_numpy() / result.fit.metric(points) - 1)
         style = {"color": colors.colors[size], "label": canvas.literal(size) if colors.listed else None}
+        style |= {"markersize": 6 if colors.listed else 3}
         for _, of_run in points.assign(share=share).groupby("run", sort=False):
             axes.plot(of_run["train_flops"], of_run["share"], "o-", linewidth=0.8, **style)
             style["label"] = None
@@ -89,7 +90,7 @@ def predictions(study: Study) -> canvas.Images:
         label = f"{result.name} law, 90 %"
         axes.errorbar(points["value"], points["predicted"], yerr=np.abs(errors), label=label, **style)
     axes.set(xlim=span, ylim=span, aspect="equal")
-    title = f"Held-out size {held_out_text(study)}: predicted against measured"
+    title = f"Predicted against measured: {held_out_text(study)}"
     canvas.decorate(axes, title, *(f"{what} {readable(study.question.metric)}" for what in ("measured", "predicted")))
     first = drawn[0].claimed
     if len(first) <= MOST_NAMED:
@@ -138,8 +139,10 @@ def draw_runs(axes: Any, study: Study, rows: pd.DataFrame) -> None:
             label = f"{label}, held out" if len(study.held_out) <= len(palette.HELD_OUT) else "held out"
             style = {"linestyle": ":", "marker": "D", "markersize": 6, "markerfacecolor": "white"}
         elif not colors.listed:
-            label, style["markersize"] = None, 4
+            label = None
         style |= {"color": colors.colors[size], "linewidth": 1.4, "zorder": 3}
+        if not colors.listed:
+            style |= {"markersize": 3, "linewidth": 0.7}
         axes.plot(points["train_flops"], points["value"], label=None if label in named else label, **style)
         named.add(label)
     colors.draw_bar(axes)
@@ -163,8 +166,9 @@ def _draw_fitted(axes: Any, study: Study, rows: pd.DataFrame) -> None:
     best = study.results[0] if study.results else None
     compute_law = best is None or best.fit.law.inputs == COMPUTE
     used = rows[rows["used"]] if best is None else best.used
-    if len(used):
-        ring = {"s": 95, "facecolors": "none", "edgecolors": "black", "linewidths": 0.9, "zorder": 4}
+    many = rows["size"].nunique() > palette.MOST_LISTED
+    if len(used) and not (many and len(used) == (~rows["held_out"]).sum()):  # rings around all would hide the marks
+        ring = {"s": 30 if many else 95, "facecolors": "none", "edgecolors": "black", "linewidths": 0.9, "zorder": 4}
         label = FITTED[study.question.points if compute_law else "all"]
         axes.scatter(used["train_flops"], used["value"], label=label, **ring)
 
@@ -198,13 +202,15 @@ def _draw_band(axes: Any, study: Study, result: LawResult, compute: Any, line: p
 
 
 def _draw_surface(axes: Any, study: Study, result: LawResult, rows: pd.DataFrame) -> None:
-    """The law along every size's own training, and the band of the held-out sizes."""
+    """The law along every size's own training (along some of many), and the band of the held-out sizes."""
     name, band = f"{result.name} law", "90 % for a new run"
-    for index, (size, points) in enumerate(_by_size(study, rows)):
+    sizes = _by_size(study, rows)
+    for index, (size, points) in enumerate(sizes[:: -(-len(sizes) // palette.MOST_LISTED)][:-1] + sizes[-1:]):
         longest = points.sort_values("train_flops").iloc[-1]
         images = np.geomspace(points["images"].min() / 1.3, points["images"].max() * 1.3, 60)
         line = pd.DataFrame({"parameters": float(longest["parameters"]), "images": images})
         compute = images * float(longest["train_flops"]) / float(longest["images"])
         axes.plot(compute, result.fit.metric(line), "k--", linewidth=1.0, zorder=2, label=None if index else name)
         if size in study.held_out:
-            _draw_band(axes, study, result, compute, line, band if size == study.held_out[0] else None)
+            _draw_band(axes, study, result, compute, line, band)
+            band = None

@@ -31,7 +31,7 @@ BODY = """\
 {{ heading(2, "Sizes, at their last evaluation") }}
 {{ table(*sizes) }}
 {% if predictions and held_out %}
-{{ heading(2, "Prediction and measurement of the held-out size " ~ held_out) }}
+{{ heading(2, "Prediction and measurement: " ~ held_out) }}
 {% call paragraph() %}
 The largest held-out compute is {{ extrapolation }} times the largest fitted one.
 A point that does not count lies above the frontier (or is not the run's last): the law makes no claim about it.
@@ -68,7 +68,8 @@ intervals from {{ study.question.resamples }} refits with the deviation of every
 {{ heading(2, "Samples along the curve") }}
 {{ figure("samples", "samples along the curve") }}
 {% call paragraph() %}
-Every folder's first images, drawn from the same noise and classes where the seed is the same.
+Every folder's first images, drawn from the same noise and classes where the seed is the same. The number over them was
+measured on images made as they were (of all sizes of the data set); a dashed line leads to a point measured otherwise.
 {% endcall %}
 {{ contact_sheets(sheets) }}
 {% endif %}
