@@ -132,7 +132,7 @@ def held_out_text(study: Study) -> str:
 def answers(study: Study) -> list[str]:
     """The sentence that answers, then what other laws say; the first of what was refused where nothing was fitted."""
     said = [headline(study, result) for result in study.results]
-    said += [f"Compute-optimal size by isoFLOP, {iso['text']}." for iso in map(_isoflop_lines, study.isoflops)]
+    said += [f"The best size grows as C^{iso.exponent:.3f} by {iso.method}, {_sure(iso)}." for iso in study.isoflops]
     return said or [f"No law of {readable(study.question.metric)} could be fitted; what follows says why."]
 
 
@@ -194,6 +194,12 @@ def _law_lines(study: Study, result: LawResult) -> dict[str, Any]:
 def parameter_intervals(result: LawResult) -> dict[str, tuple[float, float]]:
     """Central 90 % of the readable parameters over the resamples of whole runs."""
     return {name: central(draws_K) for name, draws_K in result.fit.named(result.resamples.theta_KP).items()}
+
+
+def _sure(iso: IsoFlop) -> str:
+    if iso.interval_90 is None:
+        return "how surely is not known"
+    return "90 %: {:.3f} to {:.3f}".format(*iso.interval_90)
 
 
 def _isoflop_lines(iso: IsoFlop) -> dict[str, Any]:
