@@ -64,7 +64,10 @@ def test_a_wandb_export_becomes_a_runs_table(tmp_path):
         (MAP.replace("seed: 3", "seed: [2, sampler]"), "line 2, column sampler: 'euler' is not a number"),
         (MAP.replace("fd: eval/fd", "1: eval/fd"), "a column map holds"),
         (MAP.replace("fd: eval/fd", "fd: [eval/fd, 1.0e+300]"), r"line 2, column value: 4\.05e\+301 is not a number"),
-        (MAP + "where: sampler = euler\n", "where: 'sampler = euler' is neither a column nor an expression; valid: col"),
+        (
+            MAP + "where: sampler = euler\n",
+            "where: 'sampler = euler' is neither a column nor an expression; valid: col",
+        ),
         (MAP + "where: [1]\n", "where: 1 is no text"),
         (MAP + "images_: _step.values\n", "images_: '_step.values' holds '_step.values', which is not a number"),
         (MAP.replace("seed: 3", "seed: {sampler: {euler: 1}}"), "seed: sampler: nothing is said of 'heun'"),

@@ -53,7 +53,20 @@ def test_conditions(text, expected):
     [
         *("N.__class__", "N.values", "(1).real", "`N`.size", "@N", "N @ N", "N[0]", "N[N > 1]", "[N for N in N]"),
         *("__import__('os')", "eval('1')", "open('x')", "N.to_csv('x')", "exec('1')", "print(N)", "(lambda: 1)()"),
-        *("log(N, N)", "log(x=N)", "log(*N)", "log", "sum(N)", "f'{N}'", "'x' * 9", "b'x'", "1j", "True", "None", "..."),
+        *(
+            "log(N, N)",
+            "log(x=N)",
+            "log(*N)",
+            "log",
+            "sum(N)",
+            "f'{N}'",
+            "'x' * 9",
+            "b'x'",
+            "1j",
+            "True",
+            "None",
+            "...",
+        ),
         *("N if N else N", "N := 1", "N; N", "N\nN", "import os", "lambda: N", "{N: 1}", "{1, 2}", "yield", "await N"),
         *("N == 1", "not N", "", " ", "(" * 400, "-" * 450 + "N", "N+" * 300 + "N", "`C", "'", "N is N", "9" * 400),
         *("9**9**9**9", "1 / 0", "0 ** -1", "'a' + model", "model * 2", "unknown + 1", "`un known` + 1", "_quoted_0_"),
@@ -70,7 +83,17 @@ def test_what_is_no_number_is_one_message(text):
 @pytest.mark.parametrize(
     "text",
     [
-        *("N", "1", "N + 1", "1 < N < 3", "model < 'x'", "model in 'S/2'", "model in N", "model in [N]", "N in ['x', 1]"),
+        *(
+            "N",
+            "1",
+            "N + 1",
+            "1 < N < 3",
+            "model < 'x'",
+            "model in 'S/2'",
+            "model in N",
+            "model in [N]",
+            "N in ['x', 1]",
+        ),
         *("'a' == 'a'", "model is None", "model == model", "model == 1", "N and N", "model.str == 'x'", "any(N == 1)"),
     ],
 )

@@ -55,7 +55,9 @@ def test_the_number_over_images_is_of_images_made_alike(sweep, tmp_path):
         read_folder(write_samples(tmp_path / name, sweep / f"{size}-seed0", 4000, guidance=guidance))
         for name, size, guidance in (("a", "l", 1.5), ("b", "xs", 1.5), ("c", "l", 1))
     )
-    values = {place.folder.path.name: (place.value, place.on_curve) for place in placed(answer, [guided_l, guided_xs, plain])}
+    values = {
+        place.folder.path.name: (place.value, place.on_curve) for place in placed(answer, [guided_l, guided_xs, plain])
+    }
     on_curve = answer.rows[(answer.rows["run"] == "l-seed0") & (answer.rows["step"] == 4000)]["value"].iloc[0]
     assert values == {"a": (7.25, False), "b": (None, False), "c": (on_curve, True)}
     drawn = samples_along_the_curve(answer, placed(answer, [guided_l, guided_xs, plain]))["svg"].decode()

@@ -82,17 +82,18 @@ def decorate(axes: Any, title: str, x_label: str, y_label: str) -> None:
 def label_beside(axes: Any, points: list[tuple[float, float]], texts: list[str], size: float = 8) -> None:
     """Write a text beside each of the points, where it covers no mark, no line, no error bar and no other text.
 
-    Call it last: it has to know where everything lies. A text that finds no free place is left out.
+    Call it last: it has to know where everything lies; collections are error bars. A text that finds no free place is left out.
     """
     axes.figure.draw_without_rendering()
     scale = axes.figure.dpi / 72
     frame = axes.get_window_extent()
     marks_N2 = axes.transData.transform(points)
-    bars = np.array([(x, y) for x, _ in marks_N2 for y in np.linspace(frame.y0, frame.y1, DENSE)])
-    taken_N2 = np.concatenate([marks_N2, bars, *(_along(axes, line) for line in axes.lines)])
+    bars = [bar_N2 for each in axes.collections for bar_N2 in each.get_segments()]
+    lines = [_along(axes, line_N2) for line_N2 in [*bars, *(line.get_xydata() for line in axes.lines)]]
+    taken_N2 = np.concatenate([marks_N2, *lines])
     for mark_2, point, text in zip(marks_N2, points, map(literal, texts), strict=True):
         half_2 = np.array([0.6 * size * len(text), 1.2 * size]) * scale / 2
-        for side, rise in product((1, -1), (0, 11, -11, 22, -22)):
+        for rise, side in product((0, 11, -11, 22, -22, 33, -33, 55, -55), (1, -1)):
             centre_2 = mark_2 + np.array([side * (8 * scale + half_2[0]), rise * scale])
             inside = frame.contains(*(centre_2 - half_2)) and frame.contains(*(centre_2 + half_2))
             if inside and not (np.abs(taken_N2 - centre_2) < half_2 + 2 * scale).all(axis=1).any():
@@ -103,9 +104,9 @@ def label_beside(axes: Any, points: list[tuple[float, float]], texts: list[str],
                 break
 
 
-def _along(axes: Any, line: Any) -> Any:
-    """Places along a line on the canvas, in its pixels."""
-    points_N2 = axes.transData.transform(line.get_xydata())
+def _along(axes: Any, line_N2: Any) -> Any:
+    """Places along a line of data on the canvas, in its pixels."""
+    points_N2 = axes.transData.transform(line_N2)
     at = np.linspace(0, len(points_N2) - 1, DENSE)
     return np.stack([np.interp(at, np.arange(len(points_N2)), side_N) for side_N in points_N2.T], axis=1)
 
