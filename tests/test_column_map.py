@@ -146,8 +146,8 @@ def test_a_joined_table_adds_columns_and_ours_stand(tmp_path):
 
 
 def test_few_signs_cannot_make_many_cells(tmp_path, monkeypatch):
-    monkeypatch.setattr("fitscale.scaling.rows.column_map.MOST_CELLS", 50)
-    with pytest.raises(UserError, match="makes 66 cells of .*; at most 50 are made"):
+    monkeypatch.setattr("fitscale.scaling.rows.reshaping.MOST_CELLS", 50)
+    with pytest.raises(UserError, match=r"makes 66 cells of .*; at most 50 are made"):
         read_mapped(*files(tmp_path))
     with pytest.raises(UserError, match="makes 72 cells"):
         read_mapped(*files(tmp_path, columns=MAP + "melt: [_step, images, gmacs, params_m]\n"))

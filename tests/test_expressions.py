@@ -107,5 +107,5 @@ def test_texts_are_compared_and_never_evaluated():
     cells = pd.DataFrame({"c0": ["@c0", "`x`", "1"], "__class__": ["1", "2", "3"]}, dtype="string")
     assert list(truth_of("c0 in ['@c0', '`x`']", cells, "t", "where")) == [True, True, False]
     assert list(numbers_of("`__class__` + __class__", cells, "t", "n")) == [2, 4, 6]
-    with pytest.raises(UserError, match="no column '@c0 \\+ 1' for n|neither a column"):
+    with pytest.raises(UserError, match="is neither a column nor an expression"):
         numbers_of("@c0 + 1", cells, "t", "n")

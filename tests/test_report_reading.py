@@ -1,4 +1,4 @@
-"""The report as a reader meets it: the first sentence, bent laws, figures with few and with many sizes, narrow screens."""
+"""The report as a reader meets it: the first sentence, bent laws, figures with few and many sizes, narrow screens."""
 
 import re
 from dataclasses import replace
@@ -103,7 +103,7 @@ def test_runs_of_equal_compute_are_one_headline():
     said = headline(answer, answer.results[0])
     last = table[(table["size"] == "size-3") & (table["train_flops"] == table["train_flops"].max())]
     mean = np.exp(np.log(last["value"]).mean())
-    assert f"measured {last['value'].min():.4g} to {last['value'].max():.4g} in 3 runs, {mean:.4g} in the mean" in said
+    assert f"measured {last['value'].min():.4g} to {last['value'].max():.4g} in 3 runs, in the mean {mean:.4g}" in said
     again = asked(table.iloc[::-1])
     assert headline(again, again.results[0]) == said
 

@@ -6,9 +6,9 @@
     python tools/collect_runs.py wandb_export.csv --guess > map.yaml
     python tools/collect_runs.py wandb_export.csv --columns map.yaml -o runs.parquet
 
---check lists the problems that the table has; the exit code is then 3 if there are any. --guess prints a column map to
-read, correct and use, and as comments the first rows as it understands them; the exit code is 3 if it does not work yet.
-What a column map can say: docs/scaling.md.
+--check lists the problems that the table has; the exit code is then 3 if there are any. --guess prints a column map
+(docs/scaling.md) to read, correct and use, and as comments the first rows as it understands them; the exit code is 3 if
+it does not work yet.
 """
 
 import argparse
@@ -106,6 +106,8 @@ def _guess(tables: list[Path]) -> int:
     first = known[known["metric"] == known["metric"].iloc[0]] if len(known) else known
     lines = first.head(FIRST_ROWS).to_string(index=False, max_colwidth=24).splitlines()
     lines += [f"problem: {problem}" for problem in problems(table)]
+    if not {"run", "step"} & set(mapping):
+        lines.append("every row is a run of its own; if some are checkpoints of one, say so with run: or step:")
     print(f"# {len(table)} evaluations of {table['run'].nunique()} runs, {table['size'].nunique()} sizes; the first:")
     print("\n".join(f"# {line}" for line in lines))
     return 0

@@ -9,6 +9,7 @@ the runs.
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from fitscale.scaling.fit.fitting import Fit
@@ -34,7 +35,7 @@ class Bend:
 def bend(fit: Fit) -> Bend | None:
     """The clearest bend of the law against its points; None if there is none that noise would not make."""
     log_N, jacobian_NP = fit.at_points()
-    residual_N, run_N = fit.points.y_N - log_N, np.unique(fit.points.run_N, return_inverse=True)[1]
+    residual_N, run_N = fit.points.y_N - log_N, np.unique(fit.points.run_N, return_inverse=True)[1].astype(np.int64)
     found = []
     for name, x_N in zip(fit.law.inputs, fit.points.x_NF.T, strict=True):
         square_N = (x_N - x_N.mean()) ** 2
@@ -55,12 +56,12 @@ def _fifths(residual_N: Array, x_N: Array) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def _within(residual_N: Array, jacobian_NP: Array, square_N: Array, run_N: Array) -> float | None:
+def _within(residual_N: Array, jacobian_NP: Array, square_N: Array, run_N: NDArray[np.int64]) -> float | None:
     member_NG = np.eye(run_N.max() + 1)[run_N]
     return _chance(np.column_stack([jacobian_NP, member_NG]), square_N, residual_N)
 
 
-def _between(residual_N: Array, jacobian_NP: Array, square_N: Array, run_N: Array) -> float | None:
+def _between(residual_N: Array, jacobian_NP: Array, square_N: Array, run_N: NDArray[np.int64]) -> float | None:
     member_NG = np.eye(run_N.max() + 1)[run_N]
     mean_GN = (member_NG / member_NG.sum(axis=0)).T
     return _chance(mean_GN @ jacobian_NP, mean_GN @ square_N, mean_GN @ residual_N)

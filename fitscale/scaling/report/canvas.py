@@ -82,7 +82,8 @@ def decorate(axes: Any, title: str, x_label: str, y_label: str) -> None:
 def label_beside(axes: Any, points: list[tuple[float, float]], texts: list[str], size: float = 8) -> None:
     """Write a text beside each of the points, where it covers no mark, no line, no error bar and no other text.
 
-    Call it last: it has to know where everything lies; collections are error bars. A text that finds no free place is left out.
+    Call it last: it has to know where everything lies; collections are error bars. A text without a free place is left
+    out.
     """
     axes.figure.draw_without_rendering()
     scale = axes.figure.dpi / 72

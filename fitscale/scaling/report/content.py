@@ -138,31 +138,27 @@ def answers(study: Study) -> list[str]:
 
 def headline(study: Study, result: LawResult) -> str:
     """How the law fared at the largest held-out compute that counts; runs of equal compute are one measurement."""
-    points = result.fit.points
-    bent = bend(result.fit)
-    start = f"{result.name.capitalize()} law, fitted on {len(points.y_N)} points of {points.runs} runs"
-    start += f", and BENT against them ({bent})" if bent else ""
     if result.claimed.empty:
-        return f"{start}: scatter of a new run {result.fit.noise.total:.1%}; no held-out point tests it."
+        return f"{_fitted(result)}: scatter of a new run {result.fit.noise.total:.1%}; no held-out point tests it."
     flops = result.claimed["train_flops"]
     tied = result.claimed[flops * SAME_COMPUTE >= flops.max()]
     last = tied.sort_values(["train_flops", "size", "run"]).iloc[-1]
     value = float(np.exp(np.log(tied["value"]).mean()))
-    where = {0: "OUTSIDE", len(tied): "inside"}.get(
-        inside := int(tied["inside"].sum()), f"{inside} of {len(tied)} inside"
-    )
-    measured = (
-        number(value)
-        if len(tied) == 1
-        else (
-            f"{interval_text(tied['value'].min(), tied['value'].max())} in {len(tied)} runs, {number(value)} in the mean"
-        )
-    )
+    several = f"{interval_text(tied['value'].min(), tied['value'].max())} in {len(tied)} runs, in the mean "
+    inside = int(tied["inside"].sum())
+    where = {0: "OUTSIDE", len(tied): "inside"}.get(inside, f"{inside} of {len(tied)} inside")
     return (
-        f"{start}: predicts a {readable(study.question.metric)} of {number(last['predicted'])} for the held-out size "
-        f"{listed(sorted(tied['size'].unique()))} at {flops_text(last['train_flops'])} FLOPs; measured {measured}: "
-        f"error {last['predicted'] / value - 1:+.1%}, {where} the 90 % interval {interval_text(last['low'], last['high'])}."
+        f"{_fitted(result)}: predicts a {readable(study.question.metric)} of {number(last['predicted'])} for the "
+        f"held-out size {listed(sorted(tied['size'].unique()))} at {flops_text(last['train_flops'])} FLOPs; "
+        f"measured {several * (len(tied) > 1)}{number(value)}: error {last['predicted'] / value - 1:+.1%}, {where} "
+        f"the 90 % interval {interval_text(last['low'], last['high'])}."
     )
+
+
+def _fitted(result: LawResult) -> str:
+    points, bent = result.fit.points, bend(result.fit)
+    fitted = f"{result.name.capitalize()} law, fitted on {len(points.y_N)} points of {points.runs} runs"
+    return f"{fitted}, and BENT against them ({bent})" if bent else fitted
 
 
 def _law_lines(study: Study, result: LawResult) -> dict[str, Any]:

@@ -138,12 +138,11 @@ def draw_runs(axes: Any, study: Study, rows: pd.DataFrame) -> None:
         if size in study.held_out:
             label = f"{label}, held out" if len(study.held_out) <= len(palette.HELD_OUT) else "held out"
             style = {"linestyle": ":", "marker": "D", "markersize": 6, "markerfacecolor": "white"}
-        elif not colors.listed:
-            label = None
         style |= {"color": colors.colors[size], "linewidth": 1.4, "zorder": 3}
         if not colors.listed:
             style |= {"markersize": 3, "linewidth": 0.7}
-        axes.plot(points["train_flops"], points["value"], label=None if label in named else label, **style)
+        unnamed = label in named or not (colors.listed or size in study.held_out)
+        axes.plot(points["train_flops"], points["value"], label=None if unnamed else label, **style)
         named.add(label)
     colors.draw_bar(axes)
 
@@ -203,7 +202,7 @@ def _draw_band(axes: Any, study: Study, result: LawResult, compute: Any, line: p
 
 def _draw_surface(axes: Any, study: Study, result: LawResult, rows: pd.DataFrame) -> None:
     """The law along every size's own training (along some of many), and the band of the held-out sizes."""
-    name, band = f"{result.name} law", "90 % for a new run"
+    name, unnamed = f"{result.name} law", True
     sizes = _by_size(study, rows)
     for index, (size, points) in enumerate(sizes[:: -(-len(sizes) // palette.MOST_LISTED)][:-1] + sizes[-1:]):
         longest = points.sort_values("train_flops").iloc[-1]
@@ -212,5 +211,5 @@ def _draw_surface(axes: Any, study: Study, result: LawResult, rows: pd.DataFrame
         compute = images * float(longest["train_flops"]) / float(longest["images"])
         axes.plot(compute, result.fit.metric(line), "k--", linewidth=1.0, zorder=2, label=None if index else name)
         if size in study.held_out:
-            _draw_band(axes, study, result, compute, line, band)
-            band = None
+            _draw_band(axes, study, result, compute, line, "90 % for a new run" if unnamed else None)
+            unnamed = False

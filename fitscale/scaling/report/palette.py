@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fitscale.scaling.report import canvas
@@ -29,7 +30,8 @@ class Palette:
         """The colour bar, if there is need of one."""
         if self.scale is not None:
             bar = axes.figure.colorbar(self.scale, ax=axes, pad=0.01, aspect=30)
-            canvas.logarithmic(bar.ax.yaxis, *self.scale.get_clim(), scientific=True)
+            least, most = self.scale.get_clim()
+            canvas.logarithmic(bar.ax.yaxis, least, most, scientific=True)
             bar.set_label(self.meaning)
             bar.outline.set_visible(False)
 
@@ -43,7 +45,9 @@ def of_values(values: dict[str, float], meaning: str, name: str = "viridis") -> 
         last = max(len(values) - 1, 1)
         return Palette({each: shades(index / last) for index, each in enumerate(values)}, None, meaning)
     scale = cm.ScalarMappable(colors.LogNorm(min(values.values()), max(values.values())), shades)
-    return Palette({each: scale.to_rgba(value) for each, value in values.items()}, scale, meaning)
+    return Palette(
+        dict(zip(values, map(tuple, scale.to_rgba(np.array(list(values.values())))), strict=True)), scale, meaning
+    )
 
 
 def of_sizes(rows: pd.DataFrame, held_out: list[str]) -> Palette:
@@ -53,6 +57,6 @@ def of_sizes(rows: pd.DataFrame, held_out: list[str]) -> Palette:
     by, meaning = "parameters", "parameters"
     if known[by].isna().any() or (known[by] <= 0).any():
         by, meaning = "train_flops", "largest training compute of the size (FLOPs)"
-    palette = of_values(known[by].to_dict(), meaning)
+    palette = of_values(dict(zip(order, known[by].tolist(), strict=True)), meaning)
     own = {size: HELD_OUT[index if len(held_out) <= len(HELD_OUT) else 0] for index, size in enumerate(held_out)}
     return Palette(palette.colors | own, palette.scale, meaning)

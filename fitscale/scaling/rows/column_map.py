@@ -30,16 +30,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from fitscale.config.errors import UserError
 from fitscale.scaling.rows.expressions import numbers_of, truth_of
 from fitscale.scaling.rows.made_names import run_names, size_names
 from fitscale.scaling.rows.refusals import listed, shown
+from fitscale.scaling.rows.reshaping import joined, melted, refuse_many
 from fitscale.scaling.rows.table import COLUMNS, MOST_COLUMNS, numbers, refuse, validate
 
-MOST_CELLS = 5 * 10**7  # that a map may make, however few it is written with
 ROUNDED = 1e-3  # of a number: so far from whole may it be where whole ones are meant, as C / (6 N) of tokens is
 NAME = re.compile(r"\{([^{}]*)\}")
 STEPS = ("melt", "join", "where", "metrics")
@@ -63,13 +62,13 @@ class ColumnMap:
             UserError: the map names a column that is not there, or the result breaks the schema.
         """
         if "melt" in self.steps:
-            source = self._melted(source, self.steps["melt"])
+            source = melted(source, self.steps["melt"], self.path, self.table)
         if "join" in self.steps:
-            source = self._joined(source, self.steps["join"])
+            source = joined(source, self.steps["join"], self.read, self.path, self.table)
         for condition in self._listed(self.steps.get("where", [])):
             source = source[truth_of(self._text(condition, "where"), source, self.table, "where")]
         metrics = self.steps.get("metrics")
-        self._refuse_many(len(source) * (len(self.columns) + 3) * max(len(metrics or {}), 1))
+        refuse_many(len(source) * (len(self.columns) + 3) * max(len(metrics or {}), 1), self.path, self.table)
         made = {name: self._cells(source, name, rule) for name, rule in self.columns.items()}
         shared = pd.DataFrame(made, index=source.index)
         if metrics is not None:
@@ -85,51 +84,6 @@ class ColumnMap:
         if "run" not in rows and "size" in rows:
             rows = rows.assign(run=run_names(rows))
         return rows
-
-    def _melted(self, source: pd.DataFrame, rule: Any) -> pd.DataFrame:
-        pattern = rule if isinstance(rule, str) else ""
-        before, star, after = pattern.partition("*")
-        if isinstance(rule, str) and star:
-            fits = [name for name in source if name.startswith(before) and name.endswith(after)]
-            columns = [name for name in fits if len(name) > len(before) + len(after)]
-        elif isinstance(rule, list) and all(isinstance(name, str) for name in rule):
-            columns = list(dict.fromkeys(rule))
-        else:
-            raise UserError(f"{self.path}: melt: holds names of columns with one * in them, or a list of columns")
-        if not columns or (missing := [name for name in columns if name not in source.columns]):
-            what = shown(rule) if not columns else shown(missing[0])
-            raise UserError(f"{self.table}: no column {what} to melt; it has: {listed(list(source.columns), 20)}")
-        kept = [name for name in source if name not in columns]
-        if taken := {"column", "cell"} & set(kept):
-            raise UserError(f"{self.table}: column {listed(sorted(taken))} is there, and melt makes one of that name")
-        self._refuse_many(len(source) * len(columns) * (len(kept) + 2))
-        rows = source.melt(kept, columns, "column", "cell", ignore_index=False)
-        names = {name: name[len(before) : len(name) - len(after)] for name in columns}
-        rows["column"] = rows["column"].map(names if star else str).astype("string")
-        return rows[rows["cell"].notna()]
-
-    def _joined(self, source: pd.DataFrame, rule: Any) -> pd.DataFrame:
-        name, by = (rule.get("table"), rule.get("by")) if isinstance(rule, dict) else (None, None)
-        pairs = {by: by} if isinstance(by, str) else by
-        texts = [name, *pairs, *pairs.values()] if isinstance(pairs, dict) and pairs else [None]
-        if not all(isinstance(text, str) for text in texts) or set(rule) != {"table", "by"}:
-            raise UserError(f"{self.path}: join: holds table: FILE.csv, and by: COLUMN or by: {{OURS: THEIRS}}")
-        other = self.read(name)
-        for table, path, columns in ((source, self.table, pairs), (other, name, pairs.values())):
-            if missing := [column for column in columns if column not in table.columns]:
-                has = listed(list(table.columns), 20)
-                raise UserError(f"{path}: no column {shown(missing[0])} to join by; it has: {has}")
-        theirs = list(pairs.values())
-        if other.duplicated(theirs).any():
-            twice = other.loc[other.duplicated(theirs), theirs].iloc[0].astype("string").fillna("missing")
-            raise UserError(
-                f"{name}: {listed(theirs)} {listed(list(twice))} stands in more than one row; one is joined"
-            )
-        other = other.rename(columns={their: our for our, their in pairs.items()})
-        if both := sorted(set(source) & set(other) - set(pairs)):
-            other = other.drop(columns=both)  # ours stand
-        self._refuse_many(len(source) * (source.shape[1] + other.shape[1]))
-        return source.merge(other, "left", on=list(pairs)).set_axis(source.index)
 
     def _cells(self, source: pd.DataFrame, name: str, rule: Any) -> pd.Series:
         """The cells that `rule` makes of the columns of `source`."""
@@ -192,10 +146,6 @@ class ColumnMap:
         if not isinstance(value, str):
             raise UserError(f"{self.path}: {name}: {shown(value)} is no text; valid: a condition, or a list of them")
         return value
-
-    def _refuse_many(self, cells: int) -> None:
-        if cells > MOST_CELLS:
-            raise UserError(f"{self.path}: makes {cells} cells of {self.table}; at most {MOST_CELLS} are made")
 
     @staticmethod
     def _listed(value: Any) -> list[Any]:

@@ -55,7 +55,7 @@ def truth_of(text: str, source: pd.DataFrame, table: str, name: str) -> pd.Serie
 
 @dataclass
 class _Reader:
-    """Rewrites one expression, and holds what its variables stand for. `table` and `name`, of what is made, are for messages."""
+    """Rewrites one expression, and holds what its variables stand for; messages begin with `table` and `name`."""
 
     text: str
     source: pd.DataFrame

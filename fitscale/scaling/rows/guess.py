@@ -19,8 +19,8 @@ USUAL = {  # column: usual names, best first; words of a name are joined by _
     "run": "run run_name run_id name id experiment exp trial",
     "family": "family model_family architecture arch",
     "size": "size model_size model model_name variant",
-    "parameters": "parameters params n_params num_params num_parameters nparams n_parameters param_count n model_params "
-    "non_embedding_params",
+    "parameters": "parameters params n_params num_params num_parameters nparams n_parameters param_count "
+    "model_params non_embedding_params n",
     "patch": "patch patch_size",
     "width": "width hidden_size d_model dim n_embd",
     "depth": "depth n_layers num_layers layers n_layer",
@@ -54,10 +54,11 @@ LONGEST_LABEL = 80  # characters
 def guessed(source: pd.DataFrame) -> dict[str, Any]:
     """A column map for the cells of a table, as YAML would hold it."""
     mapping: dict[str, Any] = {}
-    if chart := _chart(list(source)):
+    names = list(map(str, source.columns))
+    if chart := _chart(names):
         mapping |= {"melt": f"* - {chart}", "run": "column", "size": "column", "metrics": {_metric_name(chart): "cell"}}
-        source = source[[name for name in source if " - " not in name]]
-    words = {name: _words(name) for name in source}
+        names = [name for name in names if " - " not in name]
+    words = {name: _words(name) for name in names}
     for column in USUAL:
         if column not in mapping and (rule := _usual(column, source, words)) is not None:
             mapping[column] = rule

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from fitscale.scaling.rows.table import KEY
+from fitscale.scaling.rows.table import KEY, LABEL, numbers
 
 MEASURED = ("metric", "value", "standard_error", "samples", "nfe", "weights")
 GROWING = ("step", "images", "tokens", "train_flops", "paper_flops", "device_hours", "status")
@@ -23,12 +23,14 @@ def run_names(rows: pd.DataFrame) -> pd.Series:
     """The size, and a number where a size has several runs.
 
     Rows are of one run if they agree in all columns but those that are `MEASURED` and the key; and but those that are
-    `GROWING`, if there is a step. What then is said twice of one checkpoint comes from two runs.
+    `GROWING` or labels in numbers, if there is a step. What then is said twice of one checkpoint comes from two runs.
     """
-    own = [name for name in rows if name not in MEASURED and not name.startswith(KEY)]
-    still = [name for name in own if name not in GROWING] if "step" in rows else own
-    cells = rows.astype({name: "string" for name in rows})
-    of_checkpoint = [*own, *(name for name in rows if name.startswith(KEY) or name in ("metric", "weights"))]
+    names = list(map(str, rows.columns))
+    own = [name for name in names if name not in MEASURED and not name.startswith(KEY)]
+    counts = [name for name in own if name.startswith(LABEL) and numbers(rows[name]).notna().any()]  # as an epoch
+    still = [name for name in own if name not in (*GROWING, *counts)] if "step" in rows else own
+    cells = rows.astype("string")
+    of_checkpoint = [*own, *(name for name in names if name.startswith(KEY) or name in ("metric", "weights"))]
     again = cells.groupby(of_checkpoint, dropna=False, sort=False).cumcount()
     run = cells.assign(again=again).groupby([*still, "again"], dropna=False, sort=False).ngroup()
     number = run.groupby(cells["size"], dropna=False).transform(lambda runs: pd.factorize(runs)[0] + 1)
