@@ -68,6 +68,7 @@ def test_a_wandb_export_becomes_a_runs_table(tmp_path):
             MAP + "where: sampler = euler\n",
             "where: 'sampler = euler' is neither a column nor an expression; valid: col",
         ),
+        (MAP.split("metrics:")[0] + "metrics: {}\n", "metrics: names no column that holds a metric"),
         (MAP + "where: [1]\n", "where: 1 is no text"),
         (MAP + "images_: _step.values\n", "images_: '_step.values' holds '_step.values', which is not a number"),
         (MAP.replace("seed: 3", "seed: {sampler: {euler: 1}}"), "seed: sampler: nothing is said of 'heun'"),

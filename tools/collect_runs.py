@@ -102,9 +102,8 @@ def _guess(tables: list[Path]) -> int:
     except UserError as error:
         print(f"# does not work yet: {error}")
         return PROBLEMS
-    known = table.loc[:, table.notna().any()]
-    first = known[known["metric"] == known["metric"].iloc[0]] if len(known) else known
-    lines = first.head(FIRST_ROWS).to_string(index=False, max_colwidth=24).splitlines()
+    first = table[table["metric"] == table["metric"].iloc[0]] if len(table) else table
+    lines = first.loc[:, table.notna().any()].head(FIRST_ROWS).to_string(index=False, max_colwidth=24).splitlines()
     lines += [f"problem: {problem}" for problem in problems(table)]
     if not {"run", "step"} & set(mapping):
         lines.append("every row is a run of its own; if some are checkpoints of one, say so with run: or step:")

@@ -74,7 +74,7 @@ class ColumnMap:
         if metrics is not None:
             values = {metric: self._cells(source, metric, rule) for metric, rule in metrics.items()}
             parts = [shared.assign(metric=metric, value=cells)[cells.notna()] for metric, cells in values.items()]
-            shared = pd.concat(parts) if parts else shared.assign(metric=None, value=None)
+            shared = pd.concat(parts)
         return validate(self._named(shared), self.table).reset_index(drop=True)
 
     def _named(self, rows: pd.DataFrame) -> pd.DataFrame:
@@ -161,6 +161,8 @@ def checked(mapping: Any, path: str, table: str, read: Callable[[str], pd.DataFr
     metrics = mapping.get("metrics", {}) if isinstance(mapping, dict) else None
     if not isinstance(metrics, dict) or not all(isinstance(name, str) for name in [*mapping, *metrics]):
         raise UserError(f"{path}: a column map holds `column: source` pairs, and `metrics` pairs of its own")
+    if "metrics" in mapping and not metrics:
+        raise UserError(f"{path}: metrics: names no column that holds a metric")
     if len(mapping) + len(metrics) > MOST_COLUMNS:
         raise UserError(f"{path}: {len(mapping) + len(metrics)} entries; at most {MOST_COLUMNS} are read")
     steps = {name: mapping[name] for name in STEPS if name in mapping}
