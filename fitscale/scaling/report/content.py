@@ -49,7 +49,7 @@ def report_content(study: Study) -> dict[str, Any]:
     return {
         "study": study,
         "title": readable(study.question.metric),
-        "answers": answers(study),
+        "headlines": answers(study),
         "laws": [_law_lines(study, result) for result in study.results],
         "isoflops": [_isoflop_lines(iso) for iso in study.isoflops] + _surface_lines(study),
         "sizes": size_table(study),

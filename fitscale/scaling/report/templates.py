@@ -17,15 +17,15 @@ SIGNS = re.compile(r"(?=[\\`*\[\]{}|~$@#])|(?<!\w)(?=_)|(?=_(?!\w))|(?<=www)(?=\
 
 BODY = """\
 {{ heading(1, "Scaling of " ~ title ~ " with training compute") }}
-{{ answer(answers[0]) }}
+{{ answer(headlines[0]) }}
 {% for refusal in study.refusals %}
 {{ note("Refused", "refusal", refusal) }}
 {% endfor %}
 {% for caution in study.cautions %}
 {{ note("Caution", "caution", caution) }}
 {% endfor %}
-{% if answers[1:] %}
-{{ items(answers[1:]) }}
+{% if headlines[1:] %}
+{{ items(headlines[1:]) }}
 {% endif %}
 {{ figure("curves", study.question.metric ~ " against training compute") }}
 {{ heading(2, "Sizes, at their last evaluation") }}

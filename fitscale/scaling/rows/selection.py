@@ -60,6 +60,8 @@ def select(
     for fault in _faults(rows, needed):
         raise fault
     rows = rows.assign(images=rows[data_column(rows)])
+    if rows["parameters"].isna().any():
+        rows = rows.assign(parameters=rows["parameters"].astype(float))  # NaN, which can be counted with, for NA
     key = {name.removeprefix(KEY): rows[name].iloc[0] for name in key_columns(rows) if rows[name].notna().any()}
     return Selection(rows.reset_index(drop=True), key, cautions + _cautions(rows))
 
