@@ -18,7 +18,7 @@ from fitscale.config.files import replacing
 from fitscale.scaling.fit.compute_optimal import IsoFlop
 from fitscale.scaling.fit.study import LawResult, Study
 from fitscale.scaling.fit.uncertainty import covariance
-from fitscale.scaling.report.content import data_of, parameter_intervals, report_content
+from fitscale.scaling.report.content import data_of, parameter_intervals, readable, report_content
 from fitscale.scaling.report.figures import figures
 from fitscale.scaling.report.samples import Place, SampleFolder, placed, samples_along_the_curve
 from fitscale.scaling.report.templates import HTML, MARKDOWN, in_markdown, render
@@ -59,7 +59,8 @@ def write_report(study: Study, out: Path, folders: list[SampleFolder]) -> list[P
 
 
 def _caption(place: Place) -> str:
-    measured = "not measured so" if place.value is None else f"measured {place.value:.4g} so"
+    metric = readable(str(place.row["metric"]))
+    measured = f"no {metric} of such images" if place.value is None else f"{metric} {place.value:.4g}"
     return f"{place.row['size']} after {place.folder.step:,} steps, {place.folder.how}: {measured}"
 
 
