@@ -73,7 +73,7 @@ def _compare(options: argparse.Namespace) -> int:
     for caution in comparison.cautions:
         print(f"caution ({caution.code}): {caution.message}", file=sys.stderr)
     for difference in told(comparison):
-        print(sentence(difference, options.metric))
+        print(sentence(difference, comparison))
     print("\n".join(f"wrote {path}" for path in written))
     return CAUTIONS if options.strict and (comparison.cautions or comparison.refusals) else FITTED
 
@@ -101,16 +101,17 @@ def _question(options: argparse.Namespace) -> "Question":
 
 
 def _say(answer: "Study") -> None:
-    from fitscale.scaling.report.content import headline
+    """The sentence that answers, then what was refused, then what other laws say."""
+    from fitscale.scaling.report.content import answers
     from fitscale.scaling.report.optimal import isoflop_lines
 
+    first, *others = answers(answer)
+    print(first, flush=True)
     for refusal in answer.refusals:
         print(f"refused ({refusal.code}): {refusal.message}", file=sys.stderr)
     for caution in answer.cautions:
         print(f"caution ({caution.code}): {caution.message}", file=sys.stderr)
-    for result in answer.results:
-        print(headline(answer, result))
-    print("\n".join(isoflop_lines(answer)), end="\n" if answer.isoflops else "")
+    print("\n".join([*others, *isoflop_lines(answer)]), end="\n" * bool(others or answer.isoflops))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from fitscale.scaling.fit.compute_optimal import IsoFlop, isoflop
 from fitscale.scaling.fit.fitting import exp
 from fitscale.scaling.fit.frontier import Cost, frontier_of
 from fitscale.scaling.fit.laws import SURFACE
+from fitscale.scaling.fit.question import Question
 from fitscale.scaling.fit.slices import along, data_column, tokens_per_image, with_tokens
 from fitscale.scaling.fit.solver import Array
 from fitscale.scaling.fit.uncertainty import central
@@ -38,7 +39,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """coefficient x C^exponent; intervals at 90 %, None where they are not estimated."""
+    """coefficient x C^exponent; intervals at the question's level, None where they are not estimated."""
 
     exponent: float
     coefficient: float
@@ -46,7 +47,7 @@ class PowerLaw:
     coefficient_interval: Interval | None
 
     @classmethod
-    def of(cls, exponent: float, constant: float, draws_K2: Array | None, level: float = 0.9) -> "PowerLaw":
+    def of(cls, exponent: float, constant: float, draws_K2: Array | None, level: float) -> "PowerLaw":
         """From exponent and ln(coefficient), and draws of both."""
         coefficient = float(exp(np.asarray(constant)))
         if draws_K2 is None:
@@ -66,12 +67,14 @@ class Approach:
     refused: str | None = None
 
 
-def approaches(rows: pd.DataFrame, isoflops: list[IsoFlop], results: "list[LawResult]", seed: int) -> list[Approach]:
+def approaches(
+    rows: pd.DataFrame, isoflops: list[IsoFlop], results: "list[LawResult]", question: Question
+) -> list[Approach]:
     """All that the fitted rows allow: 1, 2 by the first of `isoflops`, 3 by every law of size and data."""
     answers: dict[str, Callable[[], tuple[PowerLaw, PowerLaw]]] = {
-        "1: envelope of training curves": partial(envelope, rows, seed)
+        "1: envelope of training curves": partial(envelope, rows, question.seed, question.level)
     }
-    answers |= {f"2: isoFLOP by {iso.method}": partial(_of_isoflop, iso, seed) for iso in isoflops[:1]}
+    answers |= {f"2: isoFLOP by {iso.method}": partial(_of_isoflop, iso, question.seed) for iso in isoflops[:1]}
     surfaces = [result for result in results if result.fit.law.inputs == SURFACE]
     answers |= {f"3: {result.name} law": partial(_of_law, result) for result in surfaces}
     found = []
@@ -83,7 +86,7 @@ def approaches(rows: pd.DataFrame, isoflops: list[IsoFlop], results: "list[LawRe
     return found
 
 
-def envelope(rows: pd.DataFrame, seed: int) -> tuple[PowerLaw, PowerLaw]:
+def envelope(rows: pd.DataFrame, seed: int, level: float = 0.9) -> tuple[PowerLaw, PowerLaw]:
     """Approach 1: N and D of the lowest run at each compute, where it is neither the smallest nor the largest there.
 
     The interval comes from runs drawn with replacement.
@@ -110,7 +113,7 @@ def envelope(rows: pd.DataFrame, seed: int) -> tuple[PowerLaw, PowerLaw]:
     enough = len(draws_K22) >= MOST_DRAWS * DRAWS
     (a, ln_k), (b, ln_h) = fitted_22.tolist()
     of_size, of_data = (draws_K22[:, 0], draws_K22[:, 1]) if enough else (None, None)
-    return PowerLaw.of(a, ln_k, of_size), PowerLaw.of(b, ln_h, of_data)
+    return PowerLaw.of(a, ln_k, of_size, level), PowerLaw.of(b, ln_h, of_data, level)
 
 
 def _regressed(grid: Array, size_R: Array, value_RG: Array, data_RG: Array) -> Array | None:
@@ -131,11 +134,11 @@ def _regressed(grid: Array, size_R: Array, value_RG: Array, data_RG: Array) -> A
 def _of_isoflop(iso: IsoFlop, seed: int) -> tuple[PowerLaw, PowerLaw]:
     """Approach 2: N as it is, D by the same method over data."""
     both = [
-        iso if iso.of == of else isoflop(iso.slices, iso.method, seed, of)
+        iso if iso.of == of else isoflop(iso.slices, iso.method, seed, of, iso.level)
         for of in ("parameters", data_column(iso.slices))
     ]
     size, data = (
-        PowerLaw(found.exponent, found.coefficient, found.interval_90, found.coefficient_90) for found in both
+        PowerLaw(found.exponent, found.coefficient, found.interval, found.coefficient_interval) for found in both
     )
     return size, data
 

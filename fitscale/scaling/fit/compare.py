@@ -36,7 +36,7 @@ MOST_LN = 690.0  # of a ratio: what no compute reaches
 class Difference:
     """What `first` and `second` differ by: first - second of an exponent, first / second of level and compute.
 
-    `at` is the compute of a level, or the metric of a multiplier. `told`: the interval (90 %) excludes no difference.
+    `at` is the compute of a level, or the metric of a multiplier. `told`: the interval, at the question's level, excludes no difference.
     """
 
     law: str

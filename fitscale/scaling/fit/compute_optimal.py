@@ -31,6 +31,8 @@ PREFER = 1.1  # an interpolation has to be better than a parabola by a tenth: ne
 BEYOND = 0.01  # a curve's minimum lies a little below the best size tried; by more than this, or its error, it is said
 DRAWS = 400
 
+Interval = tuple[float, float]
+
 
 @dataclass(frozen=True)
 class Optimum:
@@ -51,14 +53,15 @@ class Optimum:
 
 @dataclass(frozen=True)
 class IsoFlop:
-    """best(C) = coefficient x C^exponent, from the optima of all budgets that have one; intervals at 90 %."""
+    """best(C) = coefficient x C^exponent, from the optima of all budgets that have one; intervals hold `level`."""
 
     method: str
     of: str  # parameters, tokens or images
     exponent: float
     coefficient: float  # at C = 1
-    interval_90: tuple[float, float] | None  # None: not estimated, `no_interval` says why
-    coefficient_90: tuple[float, float] | None
+    level: float
+    interval: Interval | None  # of the exponent; None: not estimated, `no_interval` says why
+    coefficient_interval: Interval | None
     no_interval: str | None
     error: float  # root of the mean squared ln(measured / predicted) of sizes left out near the optima
     merged: int  # sizes that were taken together with another
@@ -77,7 +80,9 @@ class _Curve:
     merged: int
 
 
-def by_every_method(slices: pd.DataFrame, of: str, seed: int) -> tuple[list[IsoFlop], list[Refusal]]:
+def by_every_method(
+    slices: pd.DataFrame, of: str, seed: int, level: float
+) -> tuple[list[IsoFlop], list[Refusal]]:
     """`isoflop` by every method that differs from the others here, best first, and those that were refused."""
     most = slices.groupby("budget")["parameters"].nunique().max()
     found, refusals = [], []
@@ -85,13 +90,15 @@ def by_every_method(slices: pd.DataFrame, of: str, seed: int) -> tuple[list[IsoF
         if method == "parabola-7" and most <= NEAR:
             continue
         try:
-            found.append(isoflop(slices, method, seed, of))
+            found.append(isoflop(slices, method, seed, of, level))
         except Refusal as refusal:
             refusals.append(refusal)
     return sorted(found, key=lambda iso: iso.error * (PREFER if iso.method == "akima" else 1.0)), refusals
 
 
-def isoflop(slices: pd.DataFrame, method: str = "akima", seed: int = 0, of: str = "parameters") -> IsoFlop:
+def isoflop(
+    slices: pd.DataFrame, method: str = "akima", seed: int = 0, of: str = "parameters", level: float = 0.9
+) -> IsoFlop:
     """Fit the compute-optimal size to `slices`: columns budget, parameters, value, and run where it is known.
 
     `of`: the column whose best amount is looked for, parameters, tokens or images.
@@ -118,7 +125,7 @@ def isoflop(slices: pd.DataFrame, method: str = "akima", seed: int = 0, of: str 
     exponent, constant = fit_exponent(optima)
     no_interval = _no_interval(slices, noise)
     draws_BK = np.array([draws_K for _, draws_K in found])
-    of_exponent, of_coefficient = (None, None) if no_interval else _intervals(optima, draws_BK)
+    of_exponent, of_coefficient = (None, None) if no_interval else _intervals(optima, draws_BK, level)
     error = float(np.sqrt(np.mean(np.concatenate(misses) ** 2)))
     merged = sum(curve.merged for curve in curves)
     return IsoFlop(
@@ -126,6 +133,7 @@ def isoflop(slices: pd.DataFrame, method: str = "akima", seed: int = 0, of: str 
         of,
         float(exponent),
         float(np.exp(constant)),
+        level,
         of_exponent,
         of_coefficient,
         no_interval,
@@ -166,8 +174,8 @@ def isoflop_cautions(isoflops: list[IsoFlop]) -> Iterator[Caution]:
             yield Caution("outside_range", text)
 
 
-def _intervals(optima: list[Optimum], draws_BK: Array) -> tuple[tuple[float, float], tuple[float, float]]:
-    """90 % of exponent and coefficient."""
+def _intervals(optima: list[Optimum], draws_BK: Array, level: float) -> tuple[Interval, Interval]:
+    """The level's of exponent and coefficient."""
     fitted_2, draws_2K = fit_exponent(optima), fit_exponent(optima, draws_BK)
     residual_B = np.log([optimum.best for optimum in optima]) - np.polyval(
         fitted_2, np.log([optimum.budget for optimum in optima])
@@ -177,7 +185,7 @@ def _intervals(optima: list[Optimum], draws_BK: Array) -> tuple[tuple[float, flo
     freedom = len(optima) - 2
     by_noise = float(weight_B @ np.mean(expected_BK**2, axis=1)) * freedom / len(optima)
     birge = np.sqrt(float(weight_B @ residual_B**2) / by_noise) if freedom and by_noise > 0 else 1.0
-    low_2, high_2 = central((fitted_2[:, None] + (draws_2K - fitted_2[:, None]) * max(1.0, birge)).T)
+    low_2, high_2 = central((fitted_2[:, None] + (draws_2K - fitted_2[:, None]) * max(1.0, birge)).T, level)
     return (float(low_2[0]), float(high_2[0])), (float(np.exp(low_2[1])), float(np.exp(high_2[1])))
 
 

@@ -79,7 +79,7 @@ def quoted(study: "Study") -> Quoted:
     if not (study.isoflops or any(result.fit.law.inputs == SURFACE for result in study.results)):
         return Quoted(laws, [])
     rows = study.rows[~study.rows["held_out"]]
-    return Quoted(laws, approaches(rows, study.isoflops, study.results, study.question.seed))
+    return Quoted(laws, approaches(rows, study.isoflops, study.results, study.question))
 
 
 def constants(result: "LawResult") -> dict[str, Quantity]:

@@ -24,6 +24,7 @@ from fitscale.scaling.fit.fitting import Fit, fit_law
 from fitscale.scaling.fit.laws import COMPUTE, LAWS, Law
 from fitscale.scaling.fit.question import AUTO, Question
 from fitscale.scaling.fit.quoted import Quoted, quoted
+from fitscale.scaling.fit.residuals import bend
 from fitscale.scaling.fit.slices import data_column, slices_of_runs
 from fitscale.scaling.fit.solver import Array
 from fitscale.scaling.fit.survival import dominated, groups, verdict, weights
@@ -68,14 +69,16 @@ class LawResult:
         """low_N and high_N of a new run at every row, at the question's level by default."""
         return interval(self.own, self.members, rows, self.question.seed, level or self.question.level)
 
-    @property
+    @cached_property
     def lack_of_fit(self) -> str | None:
         """What speaks against the law, in a sentence; None if it passed every test."""
+        bent = bend(self.fit)
+        failed = [*self.own.verdict.failed, *([f"BENT against its points, {bent}"] if bent else [])]
         if self.own.weight == 0.0:
             best = max(self.members, key=lambda member: member.weight).fit.law.name
-            return f"does not fit: the {best} law leaves far less scatter at the same points"
-        failed = "; ".join(self.own.verdict.failed)
-        return f"does not fit well: {failed}" if failed else None
+            what = f"does not fit: the {best} law leaves far less scatter at the same points"
+            return f"{what}; {failed[-1]}" if bent else what
+        return f"does not fit well: {'; '.join(failed)}" if failed else None
 
     @property
     def name(self) -> str:
@@ -140,7 +143,7 @@ def study(table: pd.DataFrame, question: Question) -> Study:
         try:
             slices = slices_of_runs(rows[~rows["held_out"]])
             of = data_column(slices) if question.optimum == "tokens" else question.optimum
-            isoflops, unfit = by_every_method(slices, of, question.seed)
+            isoflops, unfit = by_every_method(slices, of, question.seed, question.level)
             refusals += unfit
         except Refusal as refusal:
             refusals.append(refusal)
@@ -242,7 +245,7 @@ def _result(own: Member, members: list[Member], rows: pd.DataFrame, question: Qu
     low, high = interval(own, members, rows.loc[unseen.index], question.seed, question.level)
     inside = (low <= unseen["value"]) & (unseen["value"] <= high)
     unseen = unseen.assign(low=low, high=high, inside=inside)
-    profile = uncertainty.floor_profile(fit) if fit.law.floor else None
+    profile = uncertainty.floor_profile(fit, question.level) if fit.law.floor else None
     return LawResult(own, members, question, used_by(fit.law, rows), profile, unseen)
 
 
@@ -285,7 +288,7 @@ def _floor_caution(result: LawResult) -> Iterator[Caution]:
         what = f"its floor {floor:.4g} lies above the best measurement {best:.4g}"
         yield Caution("misfit", f"{result.name} law: {what}: it does not fit")
     elif not result.floor.identified:
-        what = f"the floor E is not identified; at {result.floor.level:.0%} zero fits as well"
+        what = f"the floor E is not identified; at {100 * result.floor.level:.3g} % zero fits as well"
         yield Caution("floor", f"{result.name} law: {what}")
 
 

@@ -18,6 +18,7 @@ from fitscale.scaling.fit.solver import Array
 
 MANY_RUNS = 30  # from here on a bootstrap of runs says how they scatter
 MAD_TO_SIGMA = 1.4826  # of a normal law
+GRID, GRID_START = 150, 1e-3  # floors profiled, the highest that far below the best metric, of its range
 FEW_RUNS = 4  # with fewer the variance between runs is hardly known, and intervals are wide for it
 
 
@@ -124,16 +125,25 @@ def floor_profile(fit: Fit, level: float = 0.9) -> FloorProfile:
     correlation.
     """
     y_N = fit.points.y_N
-    floors_K = np.concatenate([[0.0], np.exp(y_N.min()) * np.linspace(0.01, 0.999, 100)])
-    start_KP, *bounds = (np.tile(row_P, (len(floors_K), 1)) for row_P in (fit.theta_P, *fit.law.bounds))
-    for held_KP in (start_KP, *bounds):
-        held_KP[:, -1] = floors_K
-    _, objective_K = fit.again(y_N, start_KP, bounds=(bounds[0], bounds[1]))
     freedom = max(len(y_N) - len(fit.theta_P), 1)
     correlation = fit.noise.run / (fit.noise.run + fit.noise.point)
     effect = 1 + (len(y_N) / fit.points.runs - 1) * correlation
-    allowed = stats.f.ppf(level, 1, freedom) / freedom * effect
-    fine_K = objective_K <= fit.objective * (1 + allowed)
-    inside = floors_K[fine_K] if fine_K.any() else fit.theta_P[-1:]
-    high = None if fine_K[-1] else float(inside.max())
-    return FloorProfile(float(inside.min()), high, level, identified=not fine_K[0])
+    limit = fit.objective * (1 + stats.f.ppf(level, 1, freedom) / freedom * effect)
+    best = float(np.exp(y_N.min()))
+    nearest = GRID_START * min(best, float(np.exp(y_N.max())) - best)
+    coarse_K = best - np.geomspace(best, nearest, GRID)  # as fine as the metric's own range, however high it lies
+    fine_K = _objectives(fit, coarse_K) <= limit
+    inside = coarse_K[fine_K] if fine_K.any() else fit.theta_P[-1:]
+    low, high = float(inside.min()), float(inside.max())
+    edges = (coarse_K[coarse_K < low].max(initial=0.0), coarse_K[coarse_K > high].min(initial=best))
+    closer_K = np.linspace(*edges, GRID)[:-1]
+    inside = np.append(inside, closer_K[_objectives(fit, closer_K) <= limit])
+    return FloorProfile(float(inside.min()), None if fine_K[-1] else float(inside.max()), level, not fine_K[0])
+
+
+def _objectives(fit: Fit, floors_K: Array) -> Array:
+    """objective_K of the law fitted with its floor held at each of these."""
+    start_KP, *bounds = (np.tile(row_P, (len(floors_K), 1)) for row_P in (fit.theta_P, *fit.law.bounds))
+    for held_KP in (start_KP, *bounds):
+        held_KP[:, -1] = floors_K
+    return fit.again(fit.points.y_N, start_KP, bounds=(bounds[0], bounds[1]))[1]

@@ -15,9 +15,8 @@ from fitscale.config.files import replacing
 from fitscale.scaling.fit.compare import Comparison, Difference
 from fitscale.scaling.fit.laws import COMPUTE
 from fitscale.scaling.fit.study import LawResult
-from fitscale.scaling.fit.uncertainty import central, new_run_KN
 from fitscale.scaling.report import canvas
-from fitscale.scaling.report.content import interval_text, number, readable
+from fitscale.scaling.report.content import interval_text, number, percent, readable
 from fitscale.scaling.report.files import png_uri
 from fitscale.scaling.report.optimal import Part, constants_part
 from fitscale.scaling.report.templates import HTML_PARTS, MARKDOWN_PARTS, in_markdown, render
@@ -49,7 +48,7 @@ def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
     content = {
         "comparison": comparison,
         "title": f"{readable(comparison.question.metric)} by {comparison.column}",
-        "lines": [sentence(difference, comparison.question.metric) for difference in told(comparison)],
+        "lines": [sentence(difference, comparison) for difference in told(comparison)],
         "parts": _parts(comparison),
     }
     linked = {name: f"{name}.png" for name in drawn}
@@ -72,22 +71,23 @@ def told(comparison: Comparison) -> list[Difference]:
     return [difference for difference in comparison.differences if difference.told]
 
 
-def sentence(difference: Difference, metric: str) -> str:
+def sentence(difference: Difference, comparison: Comparison) -> str:
     """One difference for people."""
-    value, interval = number(difference.value), interval_text(difference.low, difference.high)
+    value, metric = number(difference.value), comparison.question.metric
+    interval = f"{percent(comparison)}: {interval_text(difference.low, difference.high)}"
     start = f"{difference.law.capitalize()} law: {difference.first}"
     if difference.quantity == "compute":
-        what = f"needs {value} (90 %: {interval}) times {difference.second}'s FLOPs for the same {metric}"
+        what = f"needs {value} ({interval}) times {difference.second}'s FLOPs for the same {metric}"
         return f"{start} {what} of {number(difference.at)}"
     if difference.quantity == "level":
-        what = f"has {value} (90 %: {interval}) times {difference.second}'s {metric}"
+        what = f"has {value} ({interval}) times {difference.second}'s {metric}"
         return f"{start} {what} at {difference.at:.3g} training FLOPs"
-    what = f"has an exponent {difference.quantity} larger by {value} (90 %: {interval}) than {difference.second}"
+    what = f"has an exponent {difference.quantity} larger by {value} ({interval}) than {difference.second}"
     return f"{start} {what}"
 
 
 def comparison_figure(comparison: Comparison) -> canvas.Images:
-    """The fitted points of every group with its best law of compute, and the 90 % band of a new run."""
+    """The fitted points of every group with its best law of compute, and the band of a new run."""
     axes = canvas.new_figure().add_subplot()
     results = _compute_laws(comparison)
     canvas.over_compute(axes, pd.concat([result.used for result in results.values()]))
@@ -95,7 +95,7 @@ def comparison_figure(comparison: Comparison) -> canvas.Images:
         color, used = f"C{index}", result.used
         grid = np.geomspace(used["train_flops"].min(), used["train_flops"].max(), 40)
         line = pd.DataFrame({"train_flops": grid})
-        low, high = central(new_run_KN(result.fit, result.resamples, line, comparison.question.seed))
+        low, high = result.interval(line)
         axes.fill_between(grid, low, high, color=color, alpha=0.15, linewidth=0)
         axes.plot(grid, result.fit.metric(line), color=color, linewidth=1.3)
         label = canvas.literal(f"{group}: {result.name} law")
@@ -115,7 +115,7 @@ def _compute_laws(comparison: Comparison) -> dict[str, LawResult]:
 
 
 def _parts(comparison: Comparison) -> list[Part]:
-    header = ["law", "first", "second", "what", "at", "value", "90 % interval", "told"]
+    header = ["law", "first", "second", "what", "at", "value", f"{percent(comparison)} interval", "told"]
     rows = [
         [
             each.law,
@@ -137,7 +137,7 @@ def _parts(comparison: Comparison) -> list[Part]:
     parts = [Part("Differences", text, header, rows)]
     for group, answer in comparison.groups.items():
         for law in answer.quoted.laws:
-            part = constants_part(law)
+            part = constants_part(law, percent(comparison))
             parts.append(Part(f"{group}: {part.heading}", part.text, part.header, part.rows))
     return parts
 

@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fitscale.scaling.fit.compute_optimal import IsoFlop
 from fitscale.scaling.fit.laws import COMPUTE
 from fitscale.scaling.fit.study import LawResult, Study
 from fitscale.scaling.fit.uncertainty import central
 from fitscale.scaling.rows.fid import GUIDANCE
-from fitscale.scaling.rows.selection import ascending_sizes
-from fitscale.scaling.rows.table import KEY, data_hash
+from fitscale.scaling.rows.fitted_points import SAME_COMPUTE
+from fitscale.scaling.rows.refusals import listed
+from fitscale.scaling.rows.selection import size_order
+from fitscale.scaling.rows.table import KEY, data_column, data_hash
 
 NAMES = {"fd": "Fréchet distance", "fid": "FID", "validation_loss": "validation loss", "recognised": "share recognised"}
 SHOWN = (
@@ -30,6 +33,11 @@ def readable(metric: str) -> str:
     return NAMES.get(metric, metric)
 
 
+def data_of(study: Study) -> str:
+    """What the study's rows count their data in: images or tokens."""
+    return data_column(study.table[study.table["metric"] == study.question.metric])
+
+
 def report_content(study: Study) -> dict[str, Any]:
     """What the Markdown and the HTML page show: the study, and what of it is not yet text ready to print."""
     extrapolation = None
@@ -40,10 +48,10 @@ def report_content(study: Study) -> dict[str, Any]:
         "study": study,
         "title": readable(study.question.metric),
         "percent": percent(study),
-        "headlines": [headline(study, result) for result in study.results],
+        "headlines": answers(study),
         "laws": [_law_lines(study, result) for result in study.results],
         "sizes": size_table(study),
-        "held_out": ", ".join(study.held_out),
+        "held_out": held_out_text(study) if study.held_out else "",
         "predictions": [(result.name, _prediction_rows(result)) for result in study.results],
         "key": [f"{name}: {value}" for name, value in study.key.items()],
         "data_hash": data_hash(study.table)[:16],
@@ -65,7 +73,7 @@ def size_table(study: Study) -> tuple[list[str], list[list[str]]]:
     rank = list(dict.fromkeys((*SHOWN, asked.split("/")[0])))
     metrics = sorted(wanted["label"].unique(), key=lambda label: (rank.index(re.split("[/,]", label)[0]), label))
     header = ["size", "parameters", "steps", "training FLOPs", "papers' FLOPs", "device-hours", *metrics, "status"]
-    order = [size for size in ascending_sizes(table) if size in set(wanted["size"])]
+    order = [size for size in size_order(table) if size in set(wanted["size"])]
     return header, [_size_row(wanted[wanted["size"] == size], metrics) for size in order]
 
 
@@ -113,26 +121,47 @@ def interval_text(low: Any, high: Any) -> str:
     return f"{number(low)} to {number(high)}"
 
 
-def percent(study: Study) -> str:
-    """The level of the study's intervals."""
-    return f"{100 * study.question.level:.3g} %"
+def percent(answer: "Study | Comparison") -> str:
+    """The level of the intervals."""
+    return f"{100 * answer.question.level:.3g} %"
+
+
+def held_out_text(study: Study) -> str:
+    """The held-out sizes by name, or how many they are."""
+    few = len(study.held_out) <= 3
+    return f"held-out size {', '.join(study.held_out)}" if few else f"{len(study.held_out)} held-out sizes"
+
+
+def answers(study: Study) -> list[str]:
+    """The sentence that answers, then what other laws say; the first of what was refused where nothing was fitted."""
+    said = [headline(study, result) for result in study.results]
+    said += [f"The best {iso.of} grow as C^{iso.exponent:.3f} by {iso.method}, {sure(iso)}." for iso in study.isoflops[:1]]
+    return said or [f"No law of {readable(study.question.metric)} could be fitted; what follows says why."]
 
 
 def headline(study: Study, result: LawResult) -> str:
-    """Whether the law fits, and how it fared at the largest held-out point that counts."""
-    points = result.fit.points
-    start = f"{result.name.capitalize()} law, fitted on {len(points.y_N)} points of {points.runs} runs"
-    if result.lack_of_fit:
-        start = f"{result.name.capitalize()} law {result.lack_of_fit}. Fitted on {start.split(', fitted on ')[1]}"
+    """How the law fared at the largest held-out compute that counts; runs of equal compute are one measurement."""
     if result.claimed.empty:
-        return f"{start}: scatter of a new run {result.fit.noise.total:.1%}; no held-out point tests it."
-    last = result.claimed.sort_values("train_flops").iloc[-1]
-    where = "inside" if last["inside"] else "OUTSIDE"
+        return f"{_fitted(result)}: scatter of a new run {result.fit.noise.total:.1%}; no held-out point tests it."
+    flops = result.claimed["train_flops"]
+    tied = result.claimed[flops * SAME_COMPUTE >= flops.max()]
+    last = tied.sort_values(["train_flops", "size", "run"]).iloc[-1]
+    value = float(np.exp(np.log(tied["value"]).mean()))
+    several = f"{interval_text(tied['value'].min(), tied['value'].max())} in {len(tied)} runs, in the mean "
+    inside = int(tied["inside"].sum())
+    where = {0: "OUTSIDE", len(tied): "inside"}.get(inside, f"{inside} of {len(tied)} inside")
     return (
-        f"{start}: predicts a {readable(study.question.metric)} of {number(last['predicted'])} for the held-out size "
-        f"{last['size']} at {flops_text(last['train_flops'])} FLOPs; measured {number(last['value'])}: "
-        f"error {last['error']:+.1%}, {where} the {percent(study)} interval {interval_text(last['low'], last['high'])}."
+        f"{_fitted(result)}: predicts a {readable(study.question.metric)} of {number(last['predicted'])} for the "
+        f"held-out size {listed(sorted(tied['size'].unique()))} at {flops_text(last['train_flops'])} FLOPs; "
+        f"measured {several * (len(tied) > 1)}{number(value)}: error {last['predicted'] / value - 1:+.1%}, {where} "
+        f"the {percent(study)} interval {interval_text(last['low'], last['high'])}."
     )
+
+
+def _fitted(result: LawResult) -> str:
+    points, law = result.fit.points, f"{result.name.capitalize()} law"
+    fitted = f"itted on {len(points.y_N)} points of {points.runs} runs"
+    return f"{law} {result.lack_of_fit}. F{fitted}" if result.lack_of_fit else f"{law}, f{fitted}"
 
 
 def _law_lines(study: Study, result: LawResult) -> dict[str, Any]:
@@ -151,11 +180,12 @@ def _law_lines(study: Study, result: LawResult) -> dict[str, Any]:
         scatter = f"{fit.noise.total:.1%}, {unknown}"
     if fit.growth:
         scatter += f" in runs of middling size, {fit.growth:+.2g} of its logarithm per unit of ln(size)"
+    reference = {data_of(study) if name == "images" else name: value for name, value in fit.reference().items()}
     return {
         "name": result.name,
         "fitted": f"Fitted by {fit.loss} on {what}, points weighted {weighted} ({points} points)",
         "formula": fit.law.formula,
-        "reference": ", ".join(f"{name} = {value:.4g}" for name, value in fit.reference().items()),
+        "reference": ", ".join(f"{name} = {value:.4g}" for name, value in reference.items()),
         "lines": lines,
         "scatter": scatter,
         "reached": f"{fit.reached:.0%} of {fit.starts}",
@@ -166,6 +196,13 @@ def parameter_intervals(result: LawResult) -> dict[str, tuple[float, float]]:
     """Central intervals of the readable parameters over the resamples of whole runs, at the question's level."""
     level = result.question.level
     return {name: central(draws_K, level) for name, draws_K in result.fit.named(result.resamples.theta_KP).items()}
+
+
+def sure(iso: IsoFlop) -> str:
+    """The interval of its exponent, in words."""
+    if iso.interval is None:
+        return "how surely is not known"
+    return f"{100 * iso.level:.3g} %: {iso.interval[0]:.3f} to {iso.interval[1]:.3f}"
 
 
 def _prediction_rows(result: LawResult) -> list[list[str]]:

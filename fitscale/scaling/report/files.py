@@ -17,10 +17,10 @@ from fitscale.config.errors import UserError
 from fitscale.config.files import replacing
 from fitscale.scaling.fit.study import LawResult, Study
 from fitscale.scaling.fit.uncertainty import covariance
-from fitscale.scaling.report.content import parameter_intervals, report_content
+from fitscale.scaling.report.content import data_of, parameter_intervals, readable, report_content
 from fitscale.scaling.report.figures import figures
 from fitscale.scaling.report.optimal import isoflop_record, optimal_parts
-from fitscale.scaling.report.samples import SampleFolder, placed, samples_along_the_curve
+from fitscale.scaling.report.samples import Place, SampleFolder, placed, samples_along_the_curve
 from fitscale.scaling.report.templates import HTML, MARKDOWN, in_markdown, render
 from fitscale.scaling.rows.files import read_bounded
 from fitscale.scaling.rows.table import data_hash
@@ -41,8 +41,7 @@ def write_report(study: Study, out: Path, folders: list[SampleFolder]) -> list[P
     places = placed(study, folders) if len(study.rows) else []
     if places:
         drawn["samples"] = samples_along_the_curve(study, places)
-    captions = [f"{row['size']} after {folder.step:,} steps, {folder.how}" for folder, row in places]
-    sheets = list(zip(captions, [_data_uri(folder.path / "contact_sheet.png") for folder, _ in places], strict=True))
+    sheets = [(_caption(place), _data_uri(place.folder.path / "contact_sheet.png")) for place in places]
     content = report_content(study) | {"optimal": optimal_parts(study)}
     files: dict[str, str | bytes] = {"fit.json": json.dumps(fit_record(study), indent=2, allow_nan=False) + "\n"}
     files |= {f"{name}.{kind}": data for name, figure in drawn.items() for kind, data in figure.items()}
@@ -59,27 +58,35 @@ def write_report(study: Study, out: Path, folders: list[SampleFolder]) -> list[P
     return [out / name for name in files]
 
 
+def _caption(place: Place) -> str:
+    metric = readable(str(place.row["metric"]))
+    measured = f"no {metric} of such images" if place.value is None else f"{metric} {place.value:.4g}"
+    return f"{place.row['size']} after {place.folder.step:,} steps, {place.folder.how}: {measured}"
+
+
 def fit_record(study: Study) -> dict[str, Any]:
     """The question and its answer as plain numbers: enough to repeat it and to predict from it. Missing is null."""
+    data = data_of(study)
     return asdict(study.question) | {
+        "data": data,  # what D counts
         "held_out": study.held_out,
         "key": study.key,
         "data_sha256": data_hash(study.table),
         "versions": {name: _version(name) for name in ("fitscale", *PACKAGES)},
         "refusals": [{"code": refusal.code, "message": refusal.message} for refusal in study.refusals],
         "cautions": [vars(caution) for caution in study.cautions],
-        "laws": [_law_record(result) for result in study.results],
+        "laws": [_law_record(result, data) for result in study.results],
         "isoflop": [isoflop_record(iso) for iso in study.isoflops],
         "quoted": asdict(study.quoted),
     }
 
 
-def _law_record(result: LawResult) -> dict[str, Any]:
-    fit = result.fit
+def _law_record(result: LawResult, data: str) -> dict[str, Any]:
+    fit, predictions = result.fit, result.predictions.rename(columns={"images": data})
     return {
         "law": fit.law.name,
         "formula": fit.law.formula,
-        "reference": fit.reference(),
+        "reference": {data if name == "images" else name: value for name, value in fit.reference().items()},
         "parameters": fit.named(),
         "intervals": parameter_intervals(result),
         "covariance": {"parameters": list(fit.law.parameters), "matrix": covariance(fit).tolist()},
@@ -94,7 +101,7 @@ def _law_record(result: LawResult) -> dict[str, Any]:
         "weight": result.own.weight,
         "lack_of_fit": result.lack_of_fit,
         "mean_held_out_error": result.error,
-        "predictions": json.loads(result.predictions.to_json(orient="records", double_precision=15)),
+        "predictions": json.loads(predictions.to_json(orient="records", double_precision=15)),
     }
 
 

@@ -7,7 +7,7 @@ from fitscale.scaling.fit.approaches import Approach, PowerLaw
 from fitscale.scaling.fit.compute_optimal import IsoFlop, Optimum
 from fitscale.scaling.fit.quoted import LawQuoted, Quantity
 from fitscale.scaling.fit.study import Study
-from fitscale.scaling.report.content import flops_text, interval_text, number
+from fitscale.scaling.report.content import flops_text, interval_text, number, percent
 
 LETTER = {"parameters": "N", "tokens": "D", "images": "D"}
 
@@ -25,9 +25,9 @@ class Part:
 def optimal_parts(study: Study) -> list[Part]:
     """All tables of the study's isoFLOP fits and answers that have a row."""
     parts = [_isoflop_part(iso, index == 0) for index, iso in enumerate(study.isoflops)]
-    parts += [_approaches_part(study.quoted.approaches)]
+    parts += [_approaches_part(study.quoted.approaches, percent(study))]
     for law in study.quoted.laws:
-        parts += [constants_part(law), _frontier_part(law, study.question.metric)]
+        parts += [constants_part(law, percent(study)), _frontier_part(law, study)]
     return [part for part in parts if part.rows]
 
 
@@ -53,12 +53,12 @@ def isoflop_record(iso: IsoFlop) -> dict[str, Any]:
 def _isoflop_part(iso: IsoFlop, first: bool) -> Part:
     law = f"{LETTER[iso.of]}* = {iso.coefficient:.4g} C^{iso.exponent:.4f} ({iso.of})"
     intervals = f"not estimated ({iso.no_interval})"
-    if iso.interval_90 is not None and iso.coefficient_90 is not None:
-        exponent = "{:.4f} to {:.4f}".format(*iso.interval_90)
-        intervals = f"exponent {exponent}, coefficient {interval_text(*iso.coefficient_90)}"
+    if iso.interval is not None and iso.coefficient_interval is not None:
+        exponent = "{:.4f} to {:.4f}".format(*iso.interval)
+        intervals = f"exponent {exponent}, coefficient {interval_text(*iso.coefficient_interval)}"
     left_out = f"sizes left out are missed by {iso.error:.2%}" + (", the least: quote this one" if first else "")
     refused = f"; refused: {'; '.join(map(str, iso.refusals))}" if iso.refusals else ""
-    text = f"{law}, from {len(iso.optima)} budgets; 90 %: {intervals}; {left_out}{refused}"
+    text = f"{law}, from {len(iso.optima)} budgets; {100 * iso.level:.3g} %: {intervals}; {left_out}{refused}"
     header = ["budget (FLOPs)", f"best {iso.of}", "metric there", "least measured", "spread of ln(best)", "sizes"]
     return Part(f"isoFLOP by {iso.method}", text, header, [_optimum_cells(optimum) for optimum in iso.optima])
 
@@ -68,9 +68,9 @@ def _optimum_cells(optimum: Optimum) -> list[str]:
     return [flops_text(optimum.budget), *amounts, f"{optimum.spread:.1%}", str(optimum.sizes)]
 
 
-def _approaches_part(approaches: list[Approach]) -> Part:
+def _approaches_part(approaches: list[Approach], percent: str) -> Part:
     """Hoffmann et al. 2022, table 2, with the coefficients."""
-    header = ["approach", "a of N* = k C^a", "90 %", "k", "90 %", "b of D* = h C^b", "90 %", "h", "90 %"]
+    header = ["approach", *(cell for what in ("a of N* = k C^a", "k", "b of D* = h C^b", "h") for cell in (what, percent))]
     text = "; ".join(f"{each.name}: refused, {each.refused}" for each in approaches if each.refused)
     rows = [
         [each.name, *_power_law_cells(each.parameters), *_power_law_cells(each.data)]
@@ -91,21 +91,21 @@ def _power_law_cells(law: PowerLaw) -> list[str]:
     ]
 
 
-def constants_part(law: LawQuoted) -> Part:
+def constants_part(law: LawQuoted, percent: str) -> Part:
     """A, B, E, exponents, a, b and G of one law."""
     text = "Inputs counted from 1 (N parameters, D images, C training FLOPs)."
     if "G" in law.constants:
         text += " a = beta / (alpha + beta), b and G as Hoffmann et al. 2022 (equation 4) define them."
     rows = [[name, *_quantity_cells(quantity)] for name, quantity in law.constants.items()]
-    return Part(f"{law.law.capitalize()} law in the field's form", text, ["constant", "value", "90 % interval"], rows)
+    return Part(f"{law.law.capitalize()} law in the field's form", text, ["constant", "value", f"{percent} interval"], rows)
 
 
-def _frontier_part(law: LawQuoted, metric: str) -> Part:
+def _frontier_part(law: LawQuoted, study: Study) -> Part:
     heading = f"Compute-optimal frontier by the {law.law} law"
     cost = "" if law.cost is None else f"An image costs {law.cost.kappa:.3g} N^{law.cost.power:.3f} training FLOPs. "
     text = f"{cost}Sizes and compute beyond 1 are extrapolated; the metric's interval is that of a new run."
-    amounts = ["best parameters", "best data", f"{law.data} per parameter", metric]
-    header = ["FLOPs", *(cell for name in amounts for cell in (name, "90 %")), "x largest compute", "x largest size"]
+    amounts = ["best parameters", "best data", f"{law.data} per parameter", study.question.metric]
+    header = ["FLOPs", *(cell for name in amounts for cell in (name, percent(study))), "x largest compute", "x largest size"]
     rows = [
         [
             flops_text(point.train_flops),
