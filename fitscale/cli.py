@@ -137,7 +137,15 @@ def _plan(arguments: argparse.Namespace) -> None:
     run_plan(arguments)
 
 
+def _require_run(arguments: argparse.Namespace) -> None:
+    """Raises UserError where there is no run directory: before what takes seconds to load."""
+    from fitscale.run.layout import run_at
+
+    run_at(arguments.run)
+
+
 def _sample(arguments: argparse.Namespace) -> None:
+    _require_run(arguments)
     with loading("torch and megatron-core"):
         from fitscale.eval.commands import run_sample
 
@@ -145,6 +153,7 @@ def _sample(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    _require_run(arguments)
     with loading("torch and megatron-core"):
         from fitscale.eval.commands import run_evaluate
 
@@ -152,6 +161,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _tune(arguments: argparse.Namespace) -> None:
+    _require_run(arguments)
     with loading("torch and megatron-core"):
         from fitscale.eval.tune import run_tune
 

@@ -22,7 +22,8 @@ from fitscale.config.load import load_config
 from fitscale.config.program import aligned, exit_code
 from fitscale.jobs import launch
 from fitscale.run.chunks import chunk_progress
-from fitscale.run.layout import RunDir, find_runs
+from fitscale.run.comparability import is_as_configured
+from fitscale.run.layout import ATTEMPTS, EVALUATIONS, THROUGHPUT, RunDir, find_runs
 from fitscale.run.progress import progress
 
 COLUMNS = ("run", "state", "job", "attempts", "step", "loss", "fd", "images_per_s", "mfu", "left_h", "nodes", "chunks")
@@ -70,10 +71,12 @@ def live_or_unknown(runs: list[RunDir]) -> Sequence[list[launch.LiveJob] | None]
 
 def status(run: RunDir, live: list[launch.LiveJob] | None) -> dict[str, Any]:
     """What there is to know of a run with these live jobs (None: not known); a number that is not known is None."""
-    state, job = progress(load_config([str(run.config)]), run), leading(live or [])
-    speed = (read_jsonl(run.throughput) or [{}])[-1]
-    starts = [row for row in read_jsonl(run.attempts) if row["event"] == "start"]
-    distances = [row["value"] for row in read_jsonl(run.evaluations) if row["metric"] == "fd"]
+    config = load_config([str(run.config)])
+    state, job = progress(config, run), leading(live or [])
+    speed = (read_jsonl(run.throughput, **THROUGHPUT) or [{}])[-1]
+    starts = [row for row in read_jsonl(run.attempts, **ATTEMPTS) if row["event"] == "start"]
+    fd = [row for row in read_jsonl(run.evaluations, **EVALUATIONS) if row["metric"] == "fd"]
+    distances = [row["value"] for row in fd if is_as_configured(config, "fd", row["key"])]
     step_s, word = speed.get("step_s"), one_word(state.finished, job, run, queue_known=live is not None)
     return {
         "run": str(run.path),
@@ -87,7 +90,7 @@ def status(run: RunDir, live: list[launch.LiveJob] | None) -> dict[str, Any]:
         "images_per_s": speed.get("images_per_s"),
         "mfu": speed.get("mfu"),
         "left_h": None if step_s is None else (state.steps - state.step) * step_s / 3600,
-        "nodes": starts[-1]["nodes"] if starts else None,
+        "nodes": starts[-1].get("nodes") if starts else None,
         "evaluations": [asdict(work) for work in chunk_progress(run.evaluation_folder)],
         "error": last_lines(run.failed if run.failed.exists() else run.log) if word in ("FAILED", "STOPPED") else None,
     }
@@ -96,9 +99,8 @@ def status(run: RunDir, live: list[launch.LiveJob] | None) -> dict[str, Any]:
 def leading(live: list[launch.LiveJob]) -> launch.LiveJob | None:
     """The job that says most of its run: one that runs before one that waits, training before evaluations. A held one
     says nothing: it waits for a checkpoint."""
-    order = {"train": 0, "evaluate": 1}
     moving = [job for job in live if job.state != launch.HELD]
-    return min(moving, key=lambda job: (job.state != "RUNNING", order[job.kind]), default=None)
+    return min(moving, key=lambda job: (job.state != "RUNNING", job.kind != "train"), default=None)
 
 
 def one_word(finished: bool, job: launch.LiveJob | None, run: RunDir, queue_known: bool) -> str:

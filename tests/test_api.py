@@ -72,9 +72,13 @@ def test_mistakes_are_one_message(run, tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"nothing of the kind")
     with pytest.raises(UserError, match=r"broken.safetensors: cannot be read as safetensors weights"):
         api.load(tmp_path / "broken.safetensors")
-    save_file(load_file(next((run / "checkpoints").glob("*/weights/raw/*"))), tmp_path / "x", {"model": "{"})
-    with pytest.raises(UserError, match="x: its metadata is not JSON"):
-        api.load(tmp_path / "x")
-    save_file(load_file(next((run / "checkpoints").glob("*/weights/raw/*"))), tmp_path / "y", {"model": '{"dpth": 1}'})
-    with pytest.raises(UserError, match="dpth"):
-        api.load(tmp_path / "y")
+    tensors = load_file(next((run / "checkpoints").glob("*/weights/raw/*")))
+    for text, message in (
+        ("{", "x: model: not JSON"),
+        ("[" * 100_000, "x: model: not JSON"),
+        ("[]", "x: model: must hold a JSON object"),
+        ('{"dpth": 1}', "dpth"),
+    ):
+        save_file(tensors, tmp_path / "x", {"model": text})
+        with pytest.raises(UserError, match=message):
+            api.load(tmp_path / "x")

@@ -106,6 +106,46 @@ def test_a_command_speaks_before_it_loads_and_loads_what_it_needs(command, witho
     assert not at_last & without
 
 
+@pytest.mark.parametrize(
+    ("program", "arguments", "late"),
+    [
+        ("make_shards", "digits out --scales 0", {"sklearn"}),
+        ("train_digits_classifier", "--help", {"torch", "sklearn"}),
+        ("export_features", "dinov2 nowhere out.pt", {"torch", "transformers"}),
+        ("fit_scaling", "nowhere.csv --metric fd -o out", {"scipy.stats"}),
+    ],
+)
+def test_a_tool_speaks_before_it_loads(program, arguments, late, tmp_path):
+    start = f"sys.argv[0] = 'x'\nrunpy.run_path('{ROOT}/tools/{program}.py', run_name='__main__')"
+    code = WATCHED.replace('runpy.run_module("fitscale", run_name="__main__")', start)
+    subprocess.run(
+        [sys.executable, "-c", code, "modules.json", *arguments.split()],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+    )
+    at_first, at_last = map(set, json.loads((tmp_path / "modules.json").read_text()))
+    assert not at_first & late and at_last & late
+
+
+@pytest.mark.parametrize("command", ["sample --height 8 --width 8", "evaluate", "tune --over steps=1,2"])
+def test_a_run_that_is_none_is_told_before_anything_loads(command, tmp_path):
+    name, *options = command.split()
+    told = run("-X", "importtime", "-m", "fitscale", name, tmp_path, *options)
+    *imported, last = told.stderr.splitlines()
+    assert told.returncode == 2 and last == f"error: {tmp_path}: not a run directory (no config.yaml there)"
+    assert not {line.rpartition("|")[2].strip() for line in imported} & HEAVY
+
+
+@pytest.mark.parametrize("option", ["--out", "--weights", "--classes"])
+def test_a_null_character_is_one_line(option, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["sample", "run", "--height", "8", "--width", "8", option, "a\0b"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "fitscale: error: an argument holds a null character"
+
+
 def test_the_version_is_the_package_s():
     assert run("-m", "fitscale", "--version").stdout == f"fitscale {version('fitscale')}\n"
 

@@ -1,5 +1,7 @@
 """Tokens and arrays are each other's exact inverse; decoding gives back the stored pixels."""
 
+import logging.handlers
+
 import numpy as np
 import pytest
 import torch
@@ -84,6 +86,19 @@ def test_a_missing_vae_is_named(tmp_path):
         Decoder(LatentConfig())
     with pytest.raises(UserError, match=r"data.latent.vae: no AutoencoderKL at .*nowhere"):
         Decoder(LatentConfig(vae=str(tmp_path / "nowhere")))
+
+
+def test_notices_of_diffusers_are_not_shown(vae):
+    """Such as one of a package that is of no use here. They are records of its logger, which prints them."""
+    from diffusers.utils import logging as diffusers_logging
+
+    seen = logging.handlers.BufferingHandler(100)
+    diffusers_logging.add_handler(seen)
+    try:
+        Decoder(LatentConfig(vae=str(vae[0])))
+    finally:
+        diffusers_logging.remove_handler(seen)
+    assert [record.getMessage() for record in seen.buffer] == []
 
 
 def test_weights_in_a_pickle_are_not_loaded(vae, tmp_path):

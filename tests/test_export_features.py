@@ -123,3 +123,9 @@ def test_what_is_no_weights_is_told_in_a_line(tmp_path, network):
     done = run_tool("export_features", network, tmp_path / "text.pth", tmp_path / "out.pt")
     assert done.returncode == 2 and "text.pth" in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out.pt").exists()
+
+
+def test_a_folder_that_is_not_there_is_no_name_to_look_up(tmp_path):
+    done = run_tool("export_features", "dinov2", tmp_path / "dinov2-large", tmp_path / "out.pt")
+    assert done.returncode == 2 and "dinov2-large: no such folder; `hf download " in done.stderr
+    assert "huggingface.co" not in done.stderr and len(done.stderr.splitlines()) == 1

@@ -221,7 +221,7 @@ def run_directory(folder: Path, device: str, seconds: float) -> Path:
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(config_of("b")))
     (folder / "environment.json").write_text(json.dumps({"world_size": 1, "device": device}))
-    row = {"attempt": 1, "data_wait_s": 0.25, "step_s": seconds}
+    row = {"attempt": 1, "time_unix_s": 0.0, "data_wait_s": 0.25, "step_s": seconds}
     rows = [{**row, "step": 1, "step_s": 60.0}, *({**row, "step": step} for step in range(2, 6))]
     (folder / "throughput.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     return folder
@@ -260,6 +260,24 @@ def test_refusals(capsys, tmp_path):
     run = run_directory(tmp_path / "run", "cpu (x86_64)", 9.0)
     run.joinpath("environment.json").write_text(json.dumps({"world_size": 1, "device": "GeForce RTX 9090"}))
     assert "ran on 'GeForce RTX 9090', whose peak is not known" in refusal(capsys, "--measured", str(run))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("environment.json", b"[]", "must hold a JSON object"),
+        ("environment.json", b"[" * 100_000, "not JSON"),
+        ("environment.json", b'{"device": 1, "world_size": 1}', "device is 1"),
+        ("environment.json", b'{"device": "cpu"}', "world_size is missing"),
+        ("environment.json", b'{"device": "cpu", "world_size": 0}', "world_size: 0 is too small"),
+        ("throughput.jsonl", b'{"step": 1}\n', "line 1: time_unix_s is missing"),
+        ("throughput.jsonl", b'{"step": 1, "time_unix_s": 0, "step_s": "x", "data_wait_s": 0}\n', "step_s is 'x'"),
+    ],
+)
+def test_a_damaged_run_to_measure_by_is_one_line(capsys, tmp_path, name, content, message):
+    run = run_directory(tmp_path / "run", "NVIDIA H100 80GB HBM3", 0.45)
+    (run / name).write_bytes(content)
+    assert message in refusal(capsys, "--measured", str(run))
 
 
 def test_a_search_lists_what_fits_and_by_how_much_the_rest_does_not(capsys):

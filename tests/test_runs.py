@@ -119,7 +119,8 @@ def test_collect_runs_from_the_shell(tmp_path):
     assert len(read_table(tmp_path / "runs.csv")) == 30
     command[2] = str(tmp_path / "nothing")
     failed = subprocess.run(command, capture_output=True, text=True)
-    assert failed.returncode == 2 and failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr
+    assert [line.split()[0] for line in failed.stderr.splitlines()] == ["loading", "error:"]
 
 
 def test_run_directory_is_found_as_itself(tmp_path):

@@ -87,7 +87,7 @@ def test_a_plan_by_the_speed_of_a_run_on_the_same_shards_opens_their_index_once(
     data = (*OVERRIDES, f"data.shards={digits_shards}")
     run = claim(load_config([*data, f"run.dir={tmp_path}/run"]))
     run.environment.write_text(json.dumps({"world_size": 1, "device": "NVIDIA H100"}))
-    rows = [{"step": step, "step_s": 60.0, "data_wait_s": 0.0} for step in range(3)]
+    rows = [{"step": step, "time_unix_s": 0.0, "step_s": 60.0, "data_wait_s": 0.0} for step in range(3)]
     run.throughput.write_text("".join(json.dumps(row) + "\n" for row in rows))
     program = ROOT / "fitscale/__main__.py"
     assert opened(tmp_path, str(program), "plan", *data, "--measured", run.path) == {str(digits_shards): 1}

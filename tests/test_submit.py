@@ -1,5 +1,6 @@
 """slurm/submit.py where there is no Slurm: what it shows, what it refuses, and the same job on this machine."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fitscale.config.files import read_jsonl
-from fitscale.config.load import load_config
+from fitscale.config.load import load_config, load_schema
+from fitscale.jobs.profile import ClusterConfig
 from fitscale.run.claim import claim
 from fitscale.run.layout import RunDir
 from tests.tiny import OVERRIDES
@@ -30,6 +32,14 @@ def submit(run: Path, shards: Path, *arguments: str) -> subprocess.CompletedProc
     )
 
 
+def demo():
+    """slurm/demo.py as a module."""
+    spec = importlib.util.spec_from_file_location("slurm_demo", ROOT / "slurm" / "demo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_a_dry_run_shows_layout_and_script_and_writes_nothing(tmp_path, digits_shards):
     result = submit(tmp_path / "run", digits_shards, *DEMO, "--nodes", "2", "--dry-run")
     assert result.returncode == 0, result.stderr
@@ -45,6 +55,48 @@ def test_a_dry_run_shows_layout_and_script_and_writes_nothing(tmp_path, digits_s
     chain = result.stdout[result.stdout.rindex("job ") :].splitlines()
     assert chain[1].split()[:2] == ["train", "400000"] and chain[-1].startswith("1 jobs, ")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("profile", sorted((ROOT / "configs" / "cluster").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_of_a_profile_names_the_interface_of_gloo(profile):
+    """Without, gloo takes that of the host's name, which on a compute node is often one that no other node reaches."""
+    assert load_schema(ClusterConfig, [str(profile)]).environment.get("GLOO_SOCKET_IFNAME")
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"event": "start", "attempt": 1, "previous_ended": None, "lost_steps": 0}, "job 7, the first"),
+        (
+            {"event": "start", "attempt": 2, "previous_ended": "killed", "lost_steps": 3},
+            "job 7, the one before was killed, 3 steps lost",
+        ),
+        (
+            {"event": "start", "attempt": 3, "previous_ended": "SIGUSR2", "lost_steps": 0},
+            "job 7, the one before ended: SIGUSR2, 0 steps lost",
+        ),
+        ({"event": "end", "attempt": 3, "reason": "finished"}, "finished"),
+    ],
+)
+def test_the_demo_says_why_each_start_ended(row, told):
+    assert demo().why({"job": "7", **row}) == told
+
+
+def test_the_demo_says_how_to_look_at_it(monkeypatch, tmp_path, capsys):
+    """Before anything is waited for."""
+    program, commands = demo(), []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_CONF", "here/slurm.conf")
+    monkeypatch.setattr(program, "python", lambda command, *codes: commands.append(command))
+    monkeypatch.setattr(program, "boot", lambda folder: None)
+    monkeypatch.setattr(program, "disturb", lambda cluster: sys.exit(9))
+    monkeypatch.setattr(program.subprocess, "run", lambda *command, **options: commands.append("stop"))
+    with pytest.raises(SystemExit):
+        program.run_demo()
+    told = capsys.readouterr().out
+    assert "slurm/sweep.py" in commands[-2] and commands[-1] == "stop"
+    for line in ("export SLURM_CONF=here/slurm.conf ", "squeue", "python slurm/status.py demo/slurm/sweep --watch"):
+        assert line in told
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def run(tmp_path) -> RunDir:
     made = claim(config)
     for step in (1, 2):
         append_jsonl(made.metrics, {"step": step, "loss": step / 2, "tokens": 2**40 + step, "note": "text"})
-        append_jsonl(made.throughput, {"step": step, "time_unix_s": 1000.5 + step})
+        append_jsonl(made.throughput, {"step": step, "time_unix_s": 1000.5 + step, "step_s": 1.0, "data_wait_s": 0.0})
     append_jsonl(made.metrics, {"step": 3, "loss": None})
     record(config, 2, "validation_loss")
     return made
@@ -141,3 +141,34 @@ def test_two_runs_of_one_name_are_refused(run, tmp_path):
     done = run_tool("to_tensorboard", run.path, tmp_path / "other" / "run", tmp_path / "out")
     assert done.returncode == 2 and "several runs are called run" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", b'{"step": -1, "loss": 1.0}\n', "-1 is the number of no step"),
+        (
+            "metrics.jsonl",
+            b'{"step": 9223372036854775808, "loss": 1.0}\n',
+            "9223372036854775808 is the number of no step",
+        ),
+        ("throughput.jsonl", b'{"step": 1}\n', "line 1: time_unix_s is missing"),
+        ("samples/evaluated_x/step-1.png", b"none", "no contact sheet"),
+        ("samples/evaluated_x/step-one.png", b"none", "no contact sheet"),
+    ],
+)
+def test_what_is_no_event_is_one_line_and_nothing_is_written(run, tmp_path, name, content, message):
+    (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+    (run.path / name).write_bytes(content)
+    done = run_tool("to_tensorboard", run.path, tmp_path / "out")
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not list((tmp_path / "out").rglob("*.fitscale"))
+
+
+def test_numbers_that_no_event_holds_are_the_nearest_that_it_does(run, tmp_path):
+    row = f'{{"step": 1, "loss": 1e300, "tokens": -{10**400}, "images": NaN}}\n'
+    run.metrics.write_text(row)
+    run.throughput.write_text(f'{{"step": 1, "time_unix_s": {10**400}, "step_s": 1.0, "data_wait_s": 0.0}}\n')
+    assert run_tool("to_tensorboard", run.path, tmp_path / "out").returncode == 0
+    values = [value for _, _, value in shown(tmp_path / "out" / "run" / EVENTS)[:3]]
+    assert values[:2] == [2.0**127, -(2.0**127)] and values[2] != values[2]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fitscale.config.errors import UserError
-from fitscale.config.program import exit_code
+from fitscale.config.program import exit_code, loading
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,7 +28,9 @@ FIRST_ROWS = 6
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return exit_code(lambda: collect_runs(_parser().parse_args(arguments)))
+    with loading("pandas and scipy", "scipy.stats"):
+        parser = _parser()
+    return exit_code(lambda: collect_runs(parser.parse_args(arguments)))
 
 
 def collect_runs(options: argparse.Namespace) -> int:

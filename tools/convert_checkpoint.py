@@ -79,13 +79,12 @@ def published_source(options: argparse.Namespace) -> "Source":
 
 def _write_with_progress(out: Path, tensors: "dict[str, StoredTensor]", dtype: str, metadata: dict[str, str]) -> int:
     """Write the file; returns the bytes of its tensors."""
-    from tqdm import tqdm
-
+    from fitscale.config.bars import bar
     from fitscale.model.weights import num_bytes, write_tensors
 
     total = sum(num_bytes(tensor.shape, dtype) for tensor in tensors.values())
-    with tqdm(total=total, desc=out.name, unit="B", unit_scale=True) as bar:
-        write_tensors(out, tensors, metadata, dtype, bar.update)
+    with bar(total, out.name, "B", unit_scale=True) as shown:
+        write_tensors(out, tensors, metadata, dtype, shown.update)
     return total
 
 

@@ -22,13 +22,14 @@ from io import BytesIO
 from pathlib import Path
 from unittest.mock import patch
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
-
 from fitscale.config.errors import UserError
 from fitscale.config.files import write_atomic
-from fitscale.config.program import exit_code
+from fitscale.config.program import exit_code, loading
+
+with loading("torch"):
+    import torch
+    from torch import Tensor, nn
+    from torch.nn import functional
 
 SPATIAL_CHANNELS = 7
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -126,12 +127,16 @@ def export(network: str, weights: Path, out: Path) -> None:
     print(f"{out}: {network} from {weights}, {len(buffer.getvalue()):,} bytes")
 
 
+def _without_extra(network: str, error: ImportError) -> UserError:
+    return UserError(f"{network} needs the extra `features` ({error}): pip install -c constraints.txt -e .[features]")
+
+
 def inception(weights: Path) -> nn.Module:
     """pytorch-fid's own builder, which would fetch the weights, with those of the file."""
     try:
         from pytorch_fid import inception as library
     except ImportError as error:
-        raise UserError(f"export_features inception needs the extra `features`: {error}") from error
+        raise _without_extra("inception", error) from error
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
         with patch.object(library, "load_state_dict_from_url", lambda *_, **__: state):
@@ -143,10 +148,12 @@ def inception(weights: Path) -> nn.Module:
 
 
 def dinov2(weights: Path) -> nn.Module:
+    if not weights.is_dir():
+        raise UserError(f"{weights}: no such folder; `hf download facebook/dinov2-large --local-dir DIR` makes one")
     try:
         from transformers import Dinov2Model
     except ImportError as error:
-        raise UserError(f"export_features dinov2 needs the extra `features`: {error}") from error
+        raise _without_extra("dinov2", error) from error
     try:
         net = Dinov2Model.from_pretrained(weights, local_files_only=True, dtype=torch.float32).eval()
     except Exception as error:  # as above

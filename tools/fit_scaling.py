@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fitscale.config.errors import UserError
-from fitscale.config.program import exit_code
+from fitscale.config.program import exit_code, loading
 
 if TYPE_CHECKING:
     from fitscale.scaling.fit.question import Question
@@ -26,7 +26,9 @@ RESAMPLES = (20, 100_000)  # the least has one beyond either end of a 90 % inter
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return exit_code(lambda: fit_scaling(_parser().parse_args(arguments)))
+    with loading("pandas and scipy", "scipy.stats"):
+        parser = _parser()
+    return exit_code(lambda: fit_scaling(parser.parse_args(arguments)))
 
 
 def fit_scaling(options: argparse.Namespace) -> int:

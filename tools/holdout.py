@@ -8,11 +8,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from fitscale.config.program import exit_code
+from fitscale.config.program import exit_code, loading
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return exit_code(lambda: holdout(_parser().parse_args(arguments)))
+    with loading("pandas and scipy", "scipy.stats"):
+        parser = _parser()
+    return exit_code(lambda: holdout(parser.parse_args(arguments)))
 
 
 def holdout(options: argparse.Namespace) -> int:

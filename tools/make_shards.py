@@ -36,6 +36,7 @@ def make_digits(options: argparse.Namespace) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         _check_same(out, options)
         return
+    print(f"{out}: scikit-learn's digits, cropped and scaled", flush=True)
     with replacing(out) as temporary:
         write_digits(temporary, tuple(options.scales), options.images_per_shard)
     print(f"{out}: {_summary(out)}")

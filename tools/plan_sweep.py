@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fitscale.config.errors import UserError
-from fitscale.config.program import exit_code
+from fitscale.config.program import exit_code, loading
 
 if TYPE_CHECKING:
     from fitscale.scaling.fit.planner import Economics, Outlook, Prior, SweepPlan
@@ -25,7 +25,9 @@ RECIPE = "configs/recipe/fitv2_256.yaml"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return exit_code(lambda: run(_parser().parse_args(arguments)))
+    with loading("pandas and scipy", "scipy.stats"):
+        parser = _parser()
+    return exit_code(lambda: run(parser.parse_args(arguments)))
 
 
 def run(options: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fitscale.config.program import exit_code
+from fitscale.config.program import exit_code, loading
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +29,9 @@ MODELS = Path(__file__).parents[1] / "configs" / "model"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return exit_code(lambda: run(_parser().parse_args(arguments)))
+    with loading("pandas and scipy", "scipy.stats"):
+        parser = _parser()
+    return exit_code(lambda: run(parser.parse_args(arguments)))
 
 
 def run(options: argparse.Namespace) -> int:

@@ -25,10 +25,11 @@ from fitscale.config.files import parse_json, read_json, read_jsonl, require_kin
 from fitscale.config.load import load_config
 from fitscale.config.program import exit_code
 from fitscale.run.comparability import shown_name
-from fitscale.run.layout import EVALUATIONS, METRICS, RunDir, find_runs
+from fitscale.run.layout import EVALUATIONS, METRICS, THROUGHPUT, RunDir, find_runs
 
 EVENTS, READ = "events.out.tfevents.0000000000.fitscale", "read.json"
 VARINT, DOUBLE, BYTES, FLOAT = 0, 1, 2, 5  # how a field of a protocol buffer is written
+LARGEST, LATEST_S = float(2**127), float(2**63)  # of the numbers and times in an event
 RGB = 3  # TensorBoard's colorspace
 Place = tuple[int, str]  # how far a file has been read: bytes, and the line that ends there
 
@@ -107,12 +108,14 @@ def _events(
 ) -> Iterator[bytes]:
     """Events as protocol buffers; their time is that of the training step, where it is known."""
     config = load_config([str(run.config)])
-    times = {row["step"]: row["time_unix_s"] for row in read_jsonl(run.throughput)}
+    times = {row["step"]: row["time_unix_s"] for row in read_jsonl(run.throughput, **THROUGHPUT)}
 
     def event(step: int, values: list[bytes]) -> bytes:
+        if not 0 <= step < 2**63:
+            raise UserError(f"{run.path}: {step} is the number of no step; valid: 0 to {2**63 - 1}")
         summary = b"".join(_field(1, BYTES, value) for value in values)
         seconds = times.get(step, time.time())
-        return _field(1, DOUBLE, seconds) + _field(2, VARINT, step) + _field(5, BYTES, summary)
+        return _field(1, DOUBLE, _within(seconds, LATEST_S)) + _field(2, VARINT, step) + _field(5, BYTES, summary)
 
     for row in metrics:
         require_kinds(row, run.metrics, **METRICS)
@@ -122,7 +125,10 @@ def _events(
         require_kinds(row, run.evaluations, **EVALUATIONS)
         yield event(row["step"], [_scalar(shown_name(config, row["metric"], row["key"]), row["value"])])
     for path in sheets:
-        yield event(int(path.stem.removeprefix("step-")), [_image(f"{path.parent.name}/sheet", path.read_bytes())])
+        try:
+            yield event(int(path.stem.removeprefix("step-")), [_image(f"{path.parent.name}/sheet", path.read_bytes())])
+        except (ValueError, struct.error) as error:
+            raise UserError(f"{path}: no contact sheet of an evaluation ({error})") from error
 
 
 def _name(sheet: Path, run: RunDir) -> str:
@@ -130,7 +136,12 @@ def _name(sheet: Path, run: RunDir) -> str:
 
 
 def _scalar(tag: str, value: float) -> bytes:
-    return _field(1, BYTES, tag.encode()) + _field(2, FLOAT, value)
+    return _field(1, BYTES, tag.encode()) + _field(2, FLOAT, _within(value, LARGEST))
+
+
+def _within(value: float, most: float) -> float:
+    """`value`, or the nearer of +-`most`; not a number stays that."""
+    return -most if value < -most else most if value > most else value
 
 
 def _image(tag: str, png: bytes) -> bytes:

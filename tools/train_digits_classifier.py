@@ -13,14 +13,15 @@ import sys
 from io import BytesIO
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
-
 from fitscale.config.files import write_atomic
-from fitscale.config.program import exit_code
+from fitscale.config.program import exit_code, loading
 from fitscale.data.index import is_held_out
 from fitscale.prepare.digits import digit_variants
+
+with loading("torch and scikit-learn"):
+    import torch
+    from torch import Tensor, nn
+    from torch.nn import functional
 
 SIDE = 16  # images are letterboxed to this many pixels
 FEATURES = 48

@@ -73,13 +73,13 @@ def _report(error: UserError) -> None:
 
 
 @contextmanager
-def loading(what: str) -> Iterator[None]:
-    """Around imports that take seconds, of torch above all: says so at once, on rank 0, unless it is there already, and
+def loading(what: str, slowest: str = "torch") -> Iterator[None]:
+    """Around imports that take seconds: says so at once, on rank 0, unless the `slowest` module is there already, and
     keeps the garbage collector out of it.
 
     The collector would walk hundreds of thousands of new objects again and again, of which none is garbage.
     """
-    if os.environ.get("RANK", "0") == "0" and "torch" not in sys.modules:
+    if os.environ.get("RANK", "0") == "0" and slowest not in sys.modules:
         print(f"loading {what}", file=sys.stderr, flush=True)
     gc.disable()
     try:

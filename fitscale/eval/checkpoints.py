@@ -1,6 +1,5 @@
 """From a run directory to a network that can sample."""
 
-import json
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 
 from fitscale.config.errors import UserError
+from fitscale.config.files import parse_json
 from fitscale.config.load import load_config
 from fitscale.config.schema import Config, ModelConfig, ParallelConfig
 from fitscale.eval.draw import Networks
@@ -16,7 +16,7 @@ from fitscale.model.weights import load_weights, read_metadata
 from fitscale.parallel.groups import init_parallel
 from fitscale.run.checkpoint import Checkpoint, read_checkpoint
 from fitscale.run.comparability import full_weights_name
-from fitscale.run.layout import RunDir
+from fitscale.run.layout import RunDir, run_at
 
 ALIKE = ("patch_size", "in_channels", "num_classes", "objective")  # in a model and the weaker one that guides it
 
@@ -27,9 +27,7 @@ def open_run(path: Path) -> tuple[Config, RunDir]:
     Raises:
         UserError: it is no run directory.
     """
-    run = RunDir(path)
-    if not run.config.is_file():
-        raise UserError(f"{path}: not a run directory (no config.yaml there)")
+    run = run_at(path)
     return load_config([str(run.config)]), run
 
 
@@ -63,12 +61,13 @@ def weights_name(config: Config, checkpoint: Checkpoint, name: str) -> str:
 
 
 def stored_sections(path: Path) -> dict[str, Any]:
-    """What the metadata of a .safetensors file that fitscale exported says of its config; nothing of any other."""
-    names = {section.name for section in fields(Config)}
-    try:
-        return {name: json.loads(text) for name, text in read_metadata(path).items() if name in names}
-    except ValueError as error:
-        raise UserError(f"{path}: its metadata is not JSON: {error}") from error
+    """What the metadata of a .safetensors file that fitscale exported says of its config; nothing of any other.
+
+    Raises:
+        UserError: what stands there under a section's name is no JSON object.
+    """
+    names, metadata = {section.name for section in fields(Config)}, read_metadata(path)
+    return {name: parse_json(text.encode(), f"{path}: {name}") for name, text in metadata.items() if name in names}
 
 
 def load_networks(config: Config, weights: Path, device: str) -> Networks:

@@ -73,7 +73,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
         title = f"{config.run.name} step {checkpoint.step} {weights} {arguments.height}x{arguments.width}"
         nfe = write_samples(out, _generated(folder), [request.label for request in requests], settings, title)
         drawn_in = f"{len(nfe)} images, {sum(nfe) / len(nfe):g} function evaluations each, in {out}"
-        print(f"{drawn_in}; the first on {out / 'contact_sheet.png'}", flush=True)
+        print(f"{drawn_in}; contact_sheet.png there shows the first", flush=True)
 
     on_rank_zero(partial(folder.open, {"step": checkpoint.step, "what": "sample"}))
     carry_out(folder, compute, fold, len(requests), "samples")

@@ -56,11 +56,10 @@ class FeatureNet:
     ) -> None:
         self.path, self.device, self.name = Path(path), torch.device(device), name
         self.key = f"evaluation.features.{name}" if name else "evaluation.features"
-        if not self.path.is_file() or self.path.stat().st_size > MOST_BYTES:
-            raise UserError(
-                f"{self.key}: {path}: no such file of up to {MOST_BYTES >> 30} GiB; it must be a TorchScript "
-                "feature network"
-            )
+        if not self.path.is_file():
+            raise UserError(f"{self.key}: {path}: no such file; it must be a TorchScript feature network")
+        if self.path.stat().st_size > MOST_BYTES:
+            raise UserError(f"{self.key}: {path}: larger than {MOST_BYTES >> 30} GiB, so it is no feature network")
         program = self.path.read_bytes()  # once: what is loaded is what was hashed
         self.identity = hashlib.sha256(program).hexdigest()
         if trusted and self.identity not in trusted:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from fitscale.config.bars import bar
 from fitscale.parallel.groups import tp_broadcast, tp_place
 from fitscale.run.chunks import POLL_S, ChunkFolder, DamagedChunkError
 
@@ -44,15 +44,15 @@ def carry_out(
         return
     per_chunk = images / folder.count
     initial = round((folder.count - len(folder.unfinished())) * per_chunk)
-    with tqdm(total=images, initial=initial, desc=title, unit="image", mininterval=5, disable=not is_first()) as bar:
+    with bar(images, title, "image", 5.0, initial=initial, disable=not is_first()) as shown:
 
         def show(finished: int) -> None:
-            bar.update(round(finished * per_chunk) - bar.n)
+            shown.update(round(finished * per_chunk) - shown.n)
             tell(_IDLE)  # so that those who wait for word do not wait for too long
 
         def shared(number: int) -> Mapping[str, np.ndarray]:
             tell(number)
-            return compute(number, bar.update)
+            return compute(number, shown.update)
 
         while folder.exists:
             folder.work(shared, show)

@@ -22,7 +22,7 @@ from fitscale.config.files import append_jsonl, read_jsonl
 from fitscale.jobs.job import StepJob
 from fitscale.jobs.profile import ClusterConfig
 from fitscale.jobs.submission import Allocation
-from fitscale.run.layout import RunDir
+from fitscale.run.layout import JOBS, RunDir
 
 # Time limits at which submitit has a job queued again: what ends one is starts that bring it no further
 # (run/attempt.py, run/evaluation_start.py).
@@ -185,7 +185,7 @@ def live_jobs(runs: list[RunDir]) -> list[list[LiveJob]]:
     Raises:
         QueueUnknownError: Slurm is not there, or not configured.
     """
-    rows = [read_jsonl(run.jobs) for run in runs]
+    rows = [read_jsonl(run.jobs, **JOBS) for run in runs]
     try:
         states = job_states([row["job"] for of_run in rows for row in of_run])
     except UserError as error:

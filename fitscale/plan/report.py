@@ -5,7 +5,6 @@ line does not give are searched: a table of the fastest layouts that fit, what d
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -13,7 +12,7 @@ from functools import cache
 
 from fitscale.config.checks import at_least
 from fitscale.config.errors import UserError
-from fitscale.config.files import read_jsonl
+from fitscale.config.files import read_json, read_jsonl, require_kinds
 from fitscale.config.load import load_config
 from fitscale.config.schema import Config
 from fitscale.data.encoding import load_run
@@ -24,7 +23,7 @@ from fitscale.plan.evaluation import plan_evaluation
 from fitscale.plan.layout import GIB, Machine, in_words, layouts
 from fitscale.plan.memory import Moment, rank_parameters
 from fitscale.plan.step import RunPlan, measured_utilisation, plan, simplest, typical_images
-from fitscale.run.layout import RunDir
+from fitscale.run.layout import THROUGHPUT, RunDir
 
 _PARTS = {"optimizer": "fp32 weights, moments", "ema": "EMA", "buffers": "buffers, temporaries"}
 
@@ -55,10 +54,13 @@ def run_plan(arguments: argparse.Namespace) -> None:
 
 def _measured(arguments: argparse.Namespace, opened: OpenIndex) -> float:
     run = RunDir(arguments.measured)
-    rows = [row for row in read_jsonl(run.throughput) if row.get("step_s") is not None][1:]  # the first warms up
+    rows = [row for row in read_jsonl(run.throughput, **THROUGHPUT) if row["step_s"] is not None]
+    rows = rows[1:]  # the first warms up
     if not rows or not run.environment.exists():
         raise UserError(f"--measured: {run.path} holds no throughput.jsonl of two rows and environment.json")
-    there = json.loads(run.environment.read_text())
+    there = read_json(run.environment)
+    require_kinds(there, run.environment, device=str, world_size=int)
+    at_least(f"{run.environment}: world_size", there["world_size"], 1)
     device = device_reported_as(there["device"])
     if device is None:
         raise UserError(f"--measured: {run.path} ran on {there['device']!r}, whose peak is not known")

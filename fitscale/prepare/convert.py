@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from fitscale.config.bars import bar
 from fitscale.config.checks import at_least, choice
 from fitscale.config.errors import UserError
 from fitscale.config.files import parse_json, read_json, replacing, write_atomic
@@ -126,12 +127,12 @@ class Converter:
         per_shard = self.job.images_per_shard
         images = sum(min(per_shard, len(self.source) - chunk * per_shard) for chunk in mine)
         with (
-            tqdm(total=images, desc=f"worker {worker}/{workers}", unit="image", mininterval=1.0) as bar,
+            bar(images, f"worker {worker}/{workers}", "image") as shown,
             ThreadPoolExecutor(self.threads) as pool,
         ):
             for chunk in mine:
                 if not self._done(chunk):
-                    self._convert(chunk, pool, bar)
+                    self._convert(chunk, pool, shown)
         missing = sum(not self._part(chunk).is_file() for chunk in range(self.chunks))
         if self._finished:  # another worker joined the parts in the meantime
             return 0
@@ -176,26 +177,26 @@ class Converter:
     def _part(self, chunk: int) -> Path:
         return self.out / ".parts" / f"{chunk:06d}.npz"
 
-    def _convert(self, chunk: int, pool: ThreadPoolExecutor, bar: tqdm) -> None:  # type: ignore[type-arg]
+    def _convert(self, chunk: int, pool: ThreadPoolExecutor, shown: tqdm) -> None:  # type: ignore[type-arg]
         """Write one shard and then its part, unless another worker has done so meanwhile."""
         good: list[tuple[Item, list[Variant]]] = []
         rejected = []
         size = self.job.images_per_shard
         for item, found in pool.map(self._prepare, self.source.items(chunk * size, (chunk + 1) * size)):
-            bar.update()
+            shown.update()
             if isinstance(found, Rejected):
                 rejected.append({"name": item.name, "key": item.key, "reason": str(found)})
             else:
                 good.append((item, found))
         shard = shard_path(self.out, chunk)
-        bar.set_postfix_str(f"encoding {shard.name}")
+        shown.set_postfix_str(f"encoding {shard.name}")
         samples = self._samples(good)
         if self._done(chunk):  # another worker was faster
             return
-        bar.set_postfix_str(f"writing {shard.name}")
+        shown.set_postfix_str(f"writing {shard.name}")
         if good:
             write_shard(shard, samples, self.meta)
-        bar.set_postfix_str(f"checking {shard.name}")
+        shown.set_postfix_str(f"checking {shard.name}")
         _save_part(self._part(chunk), scan_shard(shard, self.meta) if good else None, rejected)
 
     def _prepare(self, item: Item) -> tuple[Item, list[Variant] | Rejected]:
@@ -245,7 +246,7 @@ class Converter:
             for left in self.out.glob(".*.tmp*"):  # by workers that were killed
                 left.unlink()
             images, rejected = 0, []
-            for scanned, reasons in map(_load_part, tqdm(parts, desc="joining", unit="shard", mininterval=1.0)):
+            for scanned, reasons in map(_load_part, bar(len(parts), "joining", "shard", iterable=parts)):
                 images += len(scanned.images) if scanned else 0
                 rejected += reasons
             if images + len(rejected) != len(self.source):
@@ -260,7 +261,7 @@ class Converter:
                     f"{self.job.source}: all {len(rejected)} images were rejected, the reasons are in {where}"
                 )
             write_meta(self.out, self.meta)
-            listed = tqdm(parts, desc="index", unit="shard", mininterval=1.0)
+            listed = bar(len(parts), "index", "shard", iterable=parts)
             build_index(self.out, (scanned for scanned, _ in map(_load_part, listed) if scanned))
             shutil.rmtree(self.out / ".parts")
             (self.out / ".lock").unlink()

@@ -46,6 +46,7 @@ def run_data(arguments: argparse.Namespace) -> None:
     for name, one in found.items():
         print(f"  {name:<24}{one.padding_share:7.1%}{one.time_lost:9.1%}")
     out: Path = arguments.out or index.storage.folder / "report"
+    print(f"drawing pictures for {out}", flush=True)
     plot_histogram(out / "tokens.png", drawn.tokens, drawn.draws, "tokens per image", "draws an epoch")
     if index.meta.kind == "vae" and arguments.vae is None:
         print(f"{out}: tokens.png; for a contact sheet of latents name their VAE with --vae")
@@ -81,7 +82,7 @@ def _counts(index: Index, drawn: DrawnSizes) -> str:
         f"{index.storage.folder}\n"
         f"  {meta.num_images:,} images in {meta.num_variants:,} variants, {len(meta.shards):,} shards, "
         f"{sum(shard.bytes for shard in meta.shards) / 1e9:.3f} GB\n"
-        f"  {stored}{' (mean and deviation)' if meta.moments else ''}, {meta.channels} channels\n"
+        f"  {stored}{' (mean and deviation)' if meta.moments else ''}, channels: {meta.channels}\n"
         f"  {len(meta.sizes):,} sizes; most drawn, in patches (rows x cols): {common}\n"
         f"  tokens: least {drawn.tokens.min()}, mean {mean:.1f}, most {drawn.tokens.max()}"
     )

@@ -6,8 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from fitscale.config.bars import bar
 from fitscale.config.errors import UserError
 from fitscale.data.build_index import Scanned, scan_shard
 from fitscale.data.index import Index
@@ -27,7 +27,7 @@ def verify(index: Index) -> str:
     meta, damaged, first_variant = index.meta, [], 0
     counts = Counter[tuple[int, int]]()
     problems = list(_wrong_files(index))
-    for number, shard in enumerate(tqdm(meta.shards, desc="verify", unit="shard", mininterval=1, disable=None)):
+    for number, shard in enumerate(bar(len(meta.shards), "verify", "shard", iterable=meta.shards)):
         path, rows = index.shard_path(number), index.images[shard.first_image : shard.first_image + shard.images]
         if checksum_of(path) != shard.checksum:
             damaged.append(shard.name)

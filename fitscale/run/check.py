@@ -9,7 +9,7 @@ from fitscale.config.files import read_json, read_jsonl, require_kinds
 from fitscale.config.load import load_config
 from fitscale.config.program import USER_ERROR
 from fitscale.run.checkpoint import MARKER, TOTALS, lines_checksum, read_checkpoint
-from fitscale.run.layout import ROWS, RunDir
+from fitscale.run.layout import ROWS, RunDir, run_at
 
 UNVERIFIED = "unverified: an earlier version saved it without checksums, only sizes can be compared"
 
@@ -20,10 +20,7 @@ def run_check(path: Path) -> int:
     Raises:
         UserError: it is no run directory.
     """
-    run = RunDir(path)
-    if not run.config.is_file():
-        raise UserError(f"{path}: not a run directory (no config.yaml there)")
-    code = 0
+    run, code = run_at(path), 0
     for part, examine in _parts(run):
         try:
             verdict, remark = "ok", examine(part)

@@ -12,7 +12,20 @@ from fitscale.run.checkpoint import Checkpoint, read_checkpoint
 METRICS: dict[str, Any] = {"step": int, "loss": int | float | None}
 ATTEMPTS: dict[str, Any] = {"attempt": int, "event": str, "step": int}
 EVALUATIONS: dict[str, Any] = {"step": int, "metric": str, "value": int | float, "key": dict}
-ROWS = {"metrics.jsonl": METRICS, "attempts.jsonl": ATTEMPTS, "evaluations.jsonl": EVALUATIONS | {"weights": str}}
+THROUGHPUT: dict[str, Any] = {
+    "step": int,
+    "time_unix_s": int | float,
+    "step_s": int | float | None,
+    "data_wait_s": int | float,
+}
+JOBS: dict[str, Any] = {"job": str, "kind": str, "step": int}
+ROWS = {
+    "metrics.jsonl": METRICS,
+    "throughput.jsonl": THROUGHPUT,
+    "attempts.jsonl": ATTEMPTS,
+    "jobs.jsonl": JOBS,
+    "evaluations.jsonl": EVALUATIONS | {"weights": str},
+}
 
 
 class _Inside:
@@ -73,6 +86,14 @@ class RunDir:
             with suppress(UserError):
                 found.append(read_checkpoint(path))
         return found
+
+
+def run_at(path: Path) -> RunDir:
+    """The run directory `path`; raises UserError if it is none."""
+    run = RunDir(path)
+    if not run.config.is_file():
+        raise UserError(f"{path}: not a run directory (no config.yaml there)")
+    return run
 
 
 def find_runs(paths: list[Path]) -> list[RunDir]:
