@@ -45,14 +45,14 @@ def test_the_exponent_of_a_known_surface(method):
 
 def test_noise_widens_the_interval_which_covers_the_truth():
     quiet, noisy = isoflop(curves(noise=0.0001)), isoflop(curves(noise=0.002))
-    assert np.ptp(noisy.interval_90) > 2 * np.ptp(quiet.interval_90)
-    assert noisy.interval_90[0] < BETA / (ALPHA + BETA) < noisy.interval_90[1]
+    assert np.ptp(noisy.interval) > 2 * np.ptp(quiet.interval)
+    assert noisy.interval[0] < BETA / (ALPHA + BETA) < noisy.interval[1]
 
 
 def test_four_sizes_do_not_tell_noise_from_shape():
     four, five = isoflop(curves(sizes=4, noise=0.002)), isoflop(curves(sizes=5, noise=0.002))
-    assert four.interval_90 is None and "no budget has more than 4 sizes" in four.no_interval
-    assert np.ptp(five.interval_90) > 0 and five.no_interval is None
+    assert four.interval is None and "no budget has more than 4 sizes" in four.no_interval
+    assert np.ptp(five.interval) > 0 and five.no_interval is None
 
 
 def test_order_and_seed():
@@ -94,7 +94,7 @@ def ladder(sizes, images):
 def test_slices_through_the_curves_of_runs():
     found = isoflop(slices_of_runs(ladder(np.geomspace(1e8, 8e9, 9), np.geomspace(0.02, 60, 30) * 1e10)))
     assert found.exponent == pytest.approx(BETA / (ALPHA + BETA), abs=0.03)
-    assert found.interval_90 is None and "the budgets share runs" in found.no_interval
+    assert found.interval is None and "the budgets share runs" in found.no_interval
 
 
 @pytest.mark.parametrize(("sizes", "points"), [(5, 16), (6, 12), (7, 14), (8, 16)])
@@ -111,7 +111,7 @@ def test_runs_made_for_common_budgets_are_taken_as_they_are():
     rows["train_flops"] = rows["budget"] * np.random.default_rng(0).uniform(0.99, 1.01, len(rows))
     slices = slices_of_runs(rows)
     assert len(slices) == len(rows) and slices["budget"].nunique() == len(BUDGETS)
-    assert np.ptp(isoflop(slices).interval_90) > 0
+    assert np.ptp(isoflop(slices).interval) > 0
 
 
 def test_runs_that_do_not_overlap_cannot_be_sliced():
@@ -196,9 +196,9 @@ def test_the_interval_of_the_exponent_holds_the_truth():
     inside = []
     for seed in range(60):
         found = isoflop(curves(sizes=7, noise=0.003, seed=seed), "parabola")
-        low, high = found.coefficient_90
+        low, high = found.coefficient_interval
         assert low < found.coefficient < high
-        inside.append(found.interval_90[0] < BETA / (ALPHA + BETA) < found.interval_90[1])
+        inside.append(found.interval[0] < BETA / (ALPHA + BETA) < found.interval[1])
     assert 0.82 <= np.mean(inside) <= 0.99  # .90 within two standard errors of 60 draws
 
 

@@ -162,11 +162,11 @@ def test_porian_exponents(config):
     assert fit_exponent(theirs)[0] == pytest.approx(exponent, abs=1e-4)
     ours = isoflop(PORIAN[PORIAN["config"] == config])
     assert ours.exponent == pytest.approx(exponent, abs=0.008)
-    assert ours.interval_90[0] < exponent < ours.interval_90[1]
+    assert ours.interval[0] < exponent < ours.interval[1]
     tokens = isoflop(PORIAN[PORIAN["config"] == config], of="tokens")
     assert tokens.exponent == pytest.approx(published["tokens_exponent"].iloc[0], abs=0.009)
     coefficient = published["coefficient"].iloc[0]
-    assert ours.coefficient_90[0] < coefficient < ours.coefficient_90[1]
+    assert ours.coefficient_interval[0] < coefficient < ours.coefficient_interval[1]
 
 
 def test_sizes_left_out_choose_akima_where_it_is_nearer_to_the_published_exponents():

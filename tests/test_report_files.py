@@ -41,7 +41,7 @@ def test_an_exponent_without_an_interval_is_reported_as_such(tmp_path):
     write_report(answer, tmp_path, [])
     said = "90 %: not estimated (the budgets share runs, "
     assert (tmp_path / "report.md").read_text().count(said) == len(answer.isoflops) == 2
-    assert json.loads((tmp_path / "fit.json").read_text())["isoflop"][0]["interval_90"] is None
+    assert json.loads((tmp_path / "fit.json").read_text())["isoflop"][0]["interval"] is None
     assert "not estimated" in (tmp_path / "isoflop.svg").read_text()
 
 

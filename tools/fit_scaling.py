@@ -75,7 +75,7 @@ def _compare(options: argparse.Namespace) -> int:
     for caution in comparison.cautions:
         print(f"caution ({caution.code}): {caution.message}", file=sys.stderr)
     for difference in told(comparison):
-        print(sentence(difference, comparison))
+        print(sentence(difference, comparison.question))
     print("\n".join(f"wrote {path}" for path in written))
     return CAUTIONS if options.strict and (comparison.cautions or comparison.refusals) else FITTED
 

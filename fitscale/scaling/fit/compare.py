@@ -19,7 +19,7 @@ import pandas as pd
 from fitscale.config.errors import UserError
 from fitscale.scaling.fit.frontier import ComputeLaw, compute_law
 from fitscale.scaling.fit.laws import COMPUTE
-from fitscale.scaling.fit.question import Question
+from fitscale.scaling.fit.question import AUTO, Question
 from fitscale.scaling.fit.solver import Array
 from fitscale.scaling.fit.study import FAR, LawResult, Study, study
 from fitscale.scaling.fit.uncertainty import central
@@ -36,7 +36,8 @@ MOST_LN = 690.0  # of a ratio: what no compute reaches
 class Difference:
     """What `first` and `second` differ by: first - second of an exponent, first / second of level and compute.
 
-    `at` is the compute of a level, or the metric of a multiplier. `told`: the interval, at the question's level, excludes no difference.
+    `at` is the compute of a level, or the metric of a multiplier. `told`: the interval (at the question's level)
+    excludes no difference.
     """
 
     law: str
@@ -120,8 +121,14 @@ def compare(table: pd.DataFrame, question: Question, column: str) -> Comparison:
         why = "; ".join(str(refusal) for refusal in refusals) or f"the groups are {listed(found) or 'none'}"
         raise Refusal("too_few_points", f"--compare {column}: {len(groups)} groups have a law, two are needed: {why}")
     _refuse_other_keys(groups, column)
+    laws = [name for name in question.laws if name != AUTO]
+    if AUTO in question.laws:  # the law that answers best for each group, of every group
+        laws = list(dict.fromkeys([*laws, *(answer.results[0].name for answer in groups.values())]))
+        for name, answer in groups.items():
+            if not set(laws) <= {result.name for result in answer.results}:
+                groups[name] = study(answer.table, replace(answer.question, laws=(AUTO, *laws)))
     differences = []
-    for name in question.laws:
+    for name in laws:
         sides, refused = _sides(groups, name)
         refusals += refused
         for first, second in combinations(sides, 2):
@@ -196,7 +203,7 @@ def _differences(first: _Side, second: _Side) -> tuple[list[Difference], list[Re
                     found.append(_multiplier(first, second, metric, who))
                 except Refusal as refusal:
                     refusals.append(refusal)
-    return found, refusals + [_refusal(each, who) for each in found if not each.told]
+    return found, refusals + [_refusal(each, who, first.result.question.level) for each in found if not each.told]
 
 
 def _level(first: _Side, second: _Side, flops: float) -> Difference:
@@ -231,9 +238,9 @@ def _difference(
     return Difference(first.result.name, first.group, second.group, quantity, at, value, float(low), float(high))
 
 
-def _refusal(difference: Difference, who: str) -> Refusal:
+def _refusal(difference: Difference, who: str, level: float) -> Refusal:
     interval = f"{difference.low:.3g} to {difference.high:.3g}"
     what = {"level": "which is better at the same compute", "compute": "which needs less compute for the same metric"}
     which = what.get(difference.quantity, f"whose exponent {difference.quantity} is larger")
     at = "" if difference.at is None else f" at {difference.at:.4g}"
-    return Refusal("cannot_tell", f"{who}: these data cannot tell {which}{at} (90 %: {interval})")
+    return Refusal("cannot_tell", f"{who}: these data cannot tell {which}{at} ({100 * level:.3g} %: {interval})")

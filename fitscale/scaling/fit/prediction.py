@@ -274,6 +274,6 @@ def describe(prediction: Prediction, metric: str) -> str:
         best = f" at its compute-optimal {amounts}"
     return (
         f"{prediction.law} law{best}: {metric} {prediction.median:.4g}, 50 % {inner_low:.4g} to {inner_high:.4g}, "
-        f"{100 * outer:.3g} % {low:.4g} to {high:.4g}; {prediction.compute_ratio:.2g} times the largest fitted compute{size}; "
-        f"{tested}{influence}"
+        f"{100 * outer:.3g} % {low:.4g} to {high:.4g}; {prediction.compute_ratio:.2g} times the largest fitted "
+        f"compute{size}; {tested}{influence}"
     )

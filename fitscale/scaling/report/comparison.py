@@ -14,9 +14,11 @@ from fitscale.config.errors import UserError
 from fitscale.config.files import replacing
 from fitscale.scaling.fit.compare import Comparison, Difference
 from fitscale.scaling.fit.laws import COMPUTE
+from fitscale.scaling.fit.question import Question
 from fitscale.scaling.fit.study import LawResult
 from fitscale.scaling.report import canvas
 from fitscale.scaling.report.content import interval_text, number, percent, readable
+from fitscale.scaling.report.figures import compute_label
 from fitscale.scaling.report.files import png_uri
 from fitscale.scaling.report.optimal import Part, constants_part
 from fitscale.scaling.report.templates import HTML_PARTS, MARKDOWN_PARTS, in_markdown, render
@@ -48,7 +50,7 @@ def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
     content = {
         "comparison": comparison,
         "title": f"{readable(comparison.question.metric)} by {comparison.column}",
-        "lines": [sentence(difference, comparison) for difference in told(comparison)],
+        "lines": [sentence(difference, comparison.question) for difference in told(comparison)],
         "parts": _parts(comparison),
     }
     linked = {name: f"{name}.png" for name in drawn}
@@ -71,10 +73,10 @@ def told(comparison: Comparison) -> list[Difference]:
     return [difference for difference in comparison.differences if difference.told]
 
 
-def sentence(difference: Difference, comparison: Comparison) -> str:
+def sentence(difference: Difference, question: Question) -> str:
     """One difference for people."""
-    value, metric = number(difference.value), comparison.question.metric
-    interval = f"{percent(comparison)}: {interval_text(difference.low, difference.high)}"
+    value, metric = number(difference.value), question.metric
+    interval = f"{percent(question)}: {interval_text(difference.low, difference.high)}"
     start = f"{difference.law.capitalize()} law: {difference.first}"
     if difference.quantity == "compute":
         what = f"needs {value} ({interval}) times {difference.second}'s FLOPs for the same {metric}"
@@ -101,7 +103,9 @@ def comparison_figure(comparison: Comparison) -> canvas.Images:
         label = canvas.literal(f"{group}: {result.name} law")
         axes.plot(used["train_flops"], used["value"], "os^Dv"[index % 5], color=color, markersize=5, label=label)
     metric = readable(comparison.question.metric)
-    canvas.decorate(axes, f"{metric} by {comparison.column}", canvas.COMPUTE_LABEL, metric)
+    canvas.decorate(
+        axes, f"{metric} by {comparison.column}", compute_label(next(iter(comparison.groups.values()))), metric
+    )
     return canvas.rendered(axes.figure)
 
 
@@ -115,7 +119,7 @@ def _compute_laws(comparison: Comparison) -> dict[str, LawResult]:
 
 
 def _parts(comparison: Comparison) -> list[Part]:
-    header = ["law", "first", "second", "what", "at", "value", f"{percent(comparison)} interval", "told"]
+    header = ["law", "first", "second", "what", "at", "value", f"{percent(comparison.question)} interval", "told"]
     rows = [
         [
             each.law,
@@ -137,7 +141,7 @@ def _parts(comparison: Comparison) -> list[Part]:
     parts = [Part("Differences", text, header, rows)]
     for group, answer in comparison.groups.items():
         for law in answer.quoted.laws:
-            part = constants_part(law, percent(comparison))
+            part = constants_part(law, percent(comparison.question))
             parts.append(Part(f"{group}: {part.heading}", part.text, part.header, part.rows))
     return parts
 

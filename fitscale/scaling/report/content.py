@@ -9,6 +9,7 @@ import pandas as pd
 
 from fitscale.scaling.fit.compute_optimal import IsoFlop
 from fitscale.scaling.fit.laws import COMPUTE
+from fitscale.scaling.fit.question import Question
 from fitscale.scaling.fit.study import LawResult, Study
 from fitscale.scaling.fit.uncertainty import central
 from fitscale.scaling.rows.fid import GUIDANCE
@@ -47,7 +48,7 @@ def report_content(study: Study) -> dict[str, Any]:
     return {
         "study": study,
         "title": readable(study.question.metric),
-        "percent": percent(study),
+        "percent": percent(study.question),
         "headlines": answers(study),
         "laws": [_law_lines(study, result) for result in study.results],
         "sizes": size_table(study),
@@ -121,9 +122,9 @@ def interval_text(low: Any, high: Any) -> str:
     return f"{number(low)} to {number(high)}"
 
 
-def percent(answer: "Study | Comparison") -> str:
+def percent(question: Question) -> str:
     """The level of the intervals."""
-    return f"{100 * answer.question.level:.3g} %"
+    return f"{100 * question.level:.3g} %"
 
 
 def held_out_text(study: Study) -> str:
@@ -135,7 +136,9 @@ def held_out_text(study: Study) -> str:
 def answers(study: Study) -> list[str]:
     """The sentence that answers, then what other laws say; the first of what was refused where nothing was fitted."""
     said = [headline(study, result) for result in study.results]
-    said += [f"The best {iso.of} grow as C^{iso.exponent:.3f} by {iso.method}, {sure(iso)}." for iso in study.isoflops[:1]]
+    said += [
+        f"The best {iso.of} grow as C^{iso.exponent:.3f} by {iso.method}, {sure(iso)}." for iso in study.isoflops[:1]
+    ]
     return said or [f"No law of {readable(study.question.metric)} could be fitted; what follows says why."]
 
 
@@ -154,7 +157,7 @@ def headline(study: Study, result: LawResult) -> str:
         f"{_fitted(result)}: predicts a {readable(study.question.metric)} of {number(last['predicted'])} for the "
         f"held-out size {listed(sorted(tied['size'].unique()))} at {flops_text(last['train_flops'])} FLOPs; "
         f"measured {several * (len(tied) > 1)}{number(value)}: error {last['predicted'] / value - 1:+.1%}, {where} "
-        f"the {percent(study)} interval {interval_text(last['low'], last['high'])}."
+        f"the {percent(study.question)} interval {interval_text(last['low'], last['high'])}."
     )
 
 

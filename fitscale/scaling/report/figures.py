@@ -86,7 +86,7 @@ def predictions(study: Study) -> canvas.Images:
         points = result.claimed
         errors = [points["predicted"] - points["low"], points["high"] - points["predicted"]]
         style = {"fmt": "os^Dv"[index % 5], "color": f"C{index}", "markersize": 5, "linewidth": 0.9, "capsize": 2}
-        label = f"{result.name} law, {percent(study)}"
+        label = f"{result.name} law, {percent(study.question)}"
         axes.errorbar(points["value"], points["predicted"], yerr=np.abs(errors), label=label, **style)
     axes.set(xlim=span, ylim=span, aspect="equal")
     title = f"Predicted against measured: {held_out_text(study)}"
@@ -172,7 +172,7 @@ def _draw_compute_law(axes: Any, study: Study, result: LawResult, rows: pd.DataF
 
 
 def _band(study: Study) -> str:
-    return f"{percent(study)} for a new run"
+    return f"{percent(study.question)} for a new run"
 
 
 def _draw_band(axes: Any, result: LawResult, compute: Any, line: pd.DataFrame, label: str | None) -> None:
@@ -183,7 +183,8 @@ def _draw_band(axes: Any, result: LawResult, compute: Any, line: pd.DataFrame, l
 
 def _draw_surface(axes: Any, study: Study, result: LawResult, rows: pd.DataFrame) -> None:
     """The law along every size's own training (along some of many), and the band of the held-out sizes."""
-    name, band = f"{result.name} law", _band(study)
+    name = f"{result.name} law"
+    band: str | None = _band(study)
     sizes = _by_size(study, rows)
     for index, (size, points) in enumerate(sizes[:: -(-len(sizes) // palette.MOST_LISTED)][:-1] + sizes[-1:]):
         longest = points.sort_values("train_flops").iloc[-1]

@@ -25,9 +25,9 @@ class Part:
 def optimal_parts(study: Study) -> list[Part]:
     """All tables of the study's isoFLOP fits and answers that have a row."""
     parts = [_isoflop_part(iso, index == 0) for index, iso in enumerate(study.isoflops)]
-    parts += [_approaches_part(study.quoted.approaches, percent(study))]
+    parts += [_approaches_part(study.quoted.approaches, percent(study.question))]
     for law in study.quoted.laws:
-        parts += [constants_part(law, percent(study)), _frontier_part(law, study)]
+        parts += [constants_part(law, percent(study.question)), _frontier_part(law, study)]
     return [part for part in parts if part.rows]
 
 
@@ -70,7 +70,10 @@ def _optimum_cells(optimum: Optimum) -> list[str]:
 
 def _approaches_part(approaches: list[Approach], percent: str) -> Part:
     """Hoffmann et al. 2022, table 2, with the coefficients."""
-    header = ["approach", *(cell for what in ("a of N* = k C^a", "k", "b of D* = h C^b", "h") for cell in (what, percent))]
+    header = [
+        "approach",
+        *(cell for what in ("a of N* = k C^a", "k", "b of D* = h C^b", "h") for cell in (what, percent)),
+    ]
     text = "; ".join(f"{each.name}: refused, {each.refused}" for each in approaches if each.refused)
     rows = [
         [each.name, *_power_law_cells(each.parameters), *_power_law_cells(each.data)]
@@ -97,7 +100,9 @@ def constants_part(law: LawQuoted, percent: str) -> Part:
     if "G" in law.constants:
         text += " a = beta / (alpha + beta), b and G as Hoffmann et al. 2022 (equation 4) define them."
     rows = [[name, *_quantity_cells(quantity)] for name, quantity in law.constants.items()]
-    return Part(f"{law.law.capitalize()} law in the field's form", text, ["constant", "value", f"{percent} interval"], rows)
+    return Part(
+        f"{law.law.capitalize()} law in the field's form", text, ["constant", "value", f"{percent} interval"], rows
+    )
 
 
 def _frontier_part(law: LawQuoted, study: Study) -> Part:
@@ -105,7 +110,12 @@ def _frontier_part(law: LawQuoted, study: Study) -> Part:
     cost = "" if law.cost is None else f"An image costs {law.cost.kappa:.3g} N^{law.cost.power:.3f} training FLOPs. "
     text = f"{cost}Sizes and compute beyond 1 are extrapolated; the metric's interval is that of a new run."
     amounts = ["best parameters", "best data", f"{law.data} per parameter", study.question.metric]
-    header = ["FLOPs", *(cell for name in amounts for cell in (name, percent(study))), "x largest compute", "x largest size"]
+    header = [
+        "FLOPs",
+        *(cell for name in amounts for cell in (name, percent(study.question))),
+        "x largest compute",
+        "x largest size",
+    ]
     rows = [
         [
             flops_text(point.train_flops),
