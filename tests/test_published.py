@@ -112,7 +112,7 @@ def test_olmo_ladder_is_repeated_and_shown_as_a_miss(tmp_path):
             "--huber",
             "0.001",
         ),
-        *("--hold-out", "7B-4T", "13B-5T", "--extrapolate", "-o", tmp_path),
+        *("--hold-out", "7B-4T", "13B-5T", "--extrapolate", "--resamples", "1000", "-o", tmp_path),
     )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "fit.json").read_text())
@@ -139,7 +139,7 @@ def test_gadre_over_training_is_repeated(tmp_path):
             "--linear",
             "--extrapolate",
         ),
-        *("--hold-out", "open_lm_1b", "open_lm_7b", "-o", tmp_path),
+        *("--hold-out", "open_lm_1b", "open_lm_7b", "--resamples", "100", "-o", tmp_path),
     )
     assert done.returncode == 0, done.stderr
     (law,) = json.loads((tmp_path / "fit.json").read_text())["laws"]

@@ -71,12 +71,12 @@ def test_few_points_say_nothing_of_a_bend():
 
 def test_the_answer_comes_first_and_calls_a_bent_law_bent(bent, tmp_path):
     (first,) = answers(bent)
-    assert re.search(
-        r"BENT against them \(residuals go \+\d+.*, -\d.*, \+\d+.* from the least compute to the most\)", first
-    )
+    said = r"BENT against its points, residuals go \+\d+.*, -\d.*, \+\d+.* from the least compute to the most"
+    assert re.search(said, first)
+    assert [re.search(said, each.message) is not None for each in bent.cautions if each.code == "lack_of_fit"] == [True]
     write_report(bent, tmp_path, [])
     page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
-    assert text.splitlines()[2].startswith("**Power law, fitted on 16 points of 4 runs, and BENT")
+    assert text.splitlines()[2].startswith("**Power law does not fit")
     assert page.index('class="answer"') < page.index('class="caution"')
     straight = asked(rows_of(power, 5))
     assert "BENT" not in answers(straight)[0]

@@ -80,7 +80,9 @@ class _Curve:
     merged: int
 
 
-def by_every_method(slices: pd.DataFrame, of: str, seed: int, level: float) -> tuple[list[IsoFlop], list[Refusal]]:
+def by_every_method(
+    slices: pd.DataFrame, of: str, seed: int, level: float = 0.9
+) -> tuple[list[IsoFlop], list[Refusal]]:
     """`isoflop` by every method that differs from the others here, best first, and those that were refused."""
     most = slices.groupby("budget")["parameters"].nunique().max()
     found, refusals = [], []

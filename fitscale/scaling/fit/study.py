@@ -131,7 +131,10 @@ def study(table: pd.DataFrame, question: Question) -> Study:
             refuse_far(seen, unseen, question.extrapolate)
     except Refusal as refusal:
         return Study(question, table, table.iloc[:0], refusals=[refusal])
-    found, refused = members(rows, question, [size for size in sizes if size not in held_out])
+    found: dict[str, Member] = {}
+    refused: dict[str, Refusal] = {}
+    if set(question.laws) != {ISOFLOP}:  # which asks no law
+        found, refused = members(rows, question, [size for size in sizes if size not in held_out])
     survivors = [member for member in found.values() if member.weight]
     asked = [name for name in question.laws if name in LAWS]
     if AUTO in question.laws:

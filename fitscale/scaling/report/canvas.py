@@ -121,5 +121,6 @@ def rendered(figure: Any) -> Images:
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
+            figure.set_layout_engine("none")  # found once, it is the same for both
             images[kind] = buffer.getvalue()
     return images

@@ -203,9 +203,8 @@ def parameter_intervals(result: LawResult) -> dict[str, tuple[float, float]]:
 
 def sure(iso: IsoFlop) -> str:
     """The interval of its exponent, in words."""
-    if iso.interval is None:
-        return "how surely is not known"
-    return f"{100 * iso.level:.3g} %: {iso.interval[0]:.3f} to {iso.interval[1]:.3f}"
+    interval = "not estimated" if iso.interval is None else "{:.3f} to {:.3f}".format(*iso.interval)
+    return f"{100 * iso.level:.3g} %: {interval}"
 
 
 def _prediction_rows(result: LawResult) -> list[list[str]]:
