@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fitscale.scaling.fit.compute_optimal import Optimum, fit_exponent, isoflop
+from fitscale.scaling.fit.compute_optimal import Optimum, by_every_method, fit_exponent, isoflop
 from fitscale.scaling.fit.holdout import hold_out
 from fitscale.scaling.rows.files import read_mapped
 from fitscale.scaling.rows.selection import correlation
@@ -112,7 +112,7 @@ def test_olmo_ladder_is_repeated_and_shown_as_a_miss(tmp_path):
             "--huber",
             "0.001",
         ),
-        *("--hold-out", "7B-4T", "13B-5T", "--extrapolate", "-o", tmp_path),
+        *("--hold-out", "7B-4T", "13B-5T", "--extrapolate", "--resamples", "1000", "-o", tmp_path),
     )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "fit.json").read_text())
@@ -139,7 +139,7 @@ def test_gadre_over_training_is_repeated(tmp_path):
             "--linear",
             "--extrapolate",
         ),
-        *("--hold-out", "open_lm_1b", "open_lm_7b", "-o", tmp_path),
+        *("--hold-out", "open_lm_1b", "open_lm_7b", "--resamples", "100", "-o", tmp_path),
     )
     assert done.returncode == 0, done.stderr
     (law,) = json.loads((tmp_path / "fit.json").read_text())["laws"]
@@ -162,12 +162,22 @@ def test_porian_exponents(config):
     assert fit_exponent(theirs)[0] == pytest.approx(exponent, abs=1e-4)
     ours = isoflop(PORIAN[PORIAN["config"] == config])
     assert ours.exponent == pytest.approx(exponent, abs=0.008)
-    assert ours.interval_90[0] < exponent < ours.interval_90[1]
+    assert ours.interval[0] < exponent < ours.interval[1]
+    tokens = isoflop(PORIAN[PORIAN["config"] == config], of="tokens")
+    assert tokens.exponent == pytest.approx(published["tokens_exponent"].iloc[0], abs=0.009)
+    coefficient = published["coefficient"].iloc[0]
+    assert ours.coefficient_interval[0] < coefficient < ours.coefficient_interval[1]
 
 
-def test_a_parabola_moves_exponents_further():
-    worst = 0.0
+def test_sizes_left_out_choose_akima_where_it_is_nearer_to_the_published_exponents():
+    errors, chosen = {}, []
     for config, rows in PORIAN.groupby("config"):
         exponent = OPTIMA.loc[OPTIMA["config"] == config, "exponent"].iloc[0]
-        worst = max(worst, abs(isoflop(rows, "parabola").exponent - exponent))
-    assert 0.02 < worst < 0.04
+        found, _ = by_every_method(rows, "parameters", 0)
+        chosen.append(found[0].method)
+        for iso in found:
+            errors.setdefault(iso.method, []).append(abs(iso.exponent - exponent))
+        errors.setdefault("chosen", []).append(abs(found[0].exponent - exponent))
+    assert chosen.count("akima") >= 10 and "parabola" not in chosen
+    assert 0.02 < max(errors["parabola-7"]) < 0.04 and 0.05 < max(errors["parabola"]) < 0.07
+    assert max(errors["chosen"]) < 0.02

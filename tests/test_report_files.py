@@ -37,11 +37,11 @@ def table(sweep):
 
 
 def test_an_exponent_without_an_interval_is_reported_as_such(tmp_path):
-    answer = study(surface_rows(miss=1), Question(metric="loss", laws=("isoflop",), extrapolate=True))
+    answer = study(surface_rows(miss=1), Question(metric="loss", laws=("isoflop",), hold_out=()))
     write_report(answer, tmp_path, [])
-    said = "90 % interval of the exponent not estimated (the budgets share runs, "
+    said = "90 %: not estimated (the budgets share runs, "
     assert (tmp_path / "report.md").read_text().count(said) == len(answer.isoflops) == 2
-    assert json.loads((tmp_path / "fit.json").read_text())["isoflop"][0]["interval_90"] is None
+    assert json.loads((tmp_path / "fit.json").read_text())["isoflop"][0]["interval"] is None
     assert "not estimated" in (tmp_path / "isoflop.svg").read_text()
 
 
@@ -57,7 +57,7 @@ def test_the_report_says_how_each_law_was_fitted(table, tmp_path):
         assert "on fd itself, points weighted alike (frontier points)" in text and "on ln(fd)" not in text
         assert "loss with its corner at 0.5" in text
     record = fit_record(linear)
-    assert record["loss"] == {"space": "linear", "huber": 0.5} and record["drop_missing"] is False
+    assert record["loss"] == {"space": "linear", "huber": 0.5, "above": 0.5} and record["drop_missing"] is False
 
 
 def test_table_of_sizes(table):

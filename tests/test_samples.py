@@ -1,6 +1,7 @@
 """Samples along the curve: which checkpoint a folder belongs to, and what is drawn of it."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -10,6 +11,7 @@ from fitscale.scaling.fit.study import study
 from fitscale.scaling.report.files import write_report
 from fitscale.scaling.report.samples import find_folders, mosaic, placed, read_folder, samples_along_the_curve
 from fitscale.scaling.rows.runs import collect
+from fitscale.scaling.rows.table import validate
 from tests.programs import run_tool
 from tests.sample_folders import write_samples
 from tests.synthetic_runs import write_sweep
@@ -31,15 +33,40 @@ def answer(sweep):
 
 def test_folders_are_placed_at_their_checkpoints_in_order_of_compute(sweep, answer):
     places = placed(answer, [read_folder(path) for path in find_folders([sweep])])
-    assert [(row["run"], row["step"]) for _, row in places] == [
+    assert [(place.row["run"], place.row["step"]) for place in places] == [
         ("xs-seed0", 400),
         ("xs-seed0", 4000),
         ("l-seed0", 4000),
     ]
-    assert all(folder.step == row["step"] and folder.run.name == row["run"] for folder, row in places)
+    assert all(place.folder.step == place.row["step"] for place in places)
+    assert all(place.folder.run.name == place.row["run"] for place in places)
     drawn = samples_along_the_curve(answer, places)
     assert drawn["png"].startswith(b"\x89PNG") and drawn["svg"].count(b"<image") == len(places)
     assert drawn == samples_along_the_curve(answer, places), "the same data must give the same bytes"
+
+
+def test_the_number_over_images_is_of_images_made_alike(sweep, tmp_path):
+    """Guidance 1.5 under a curve of guidance 1: its own number where it was measured, else none."""
+    table = collect([sweep])
+    guided = table[(table["metric"] == "fd") & (table["size"] == "l")].assign(key_guidance="1.50", value=7.25)
+    resized = guided.assign(key_resolution="10x8", value=6.5)
+    answer = study(validate(pd.concat([table, guided])), Question(laws=("power",), where={"key_guidance": "1"}))
+    guided_l, guided_xs, plain = (
+        read_folder(write_samples(tmp_path / name, sweep / f"{size}-seed0", 4000, guidance=guidance))
+        for name, size, guidance in (("a", "l", 1.5), ("b", "xs", 1.5), ("c", "l", 1))
+    )
+    values = {
+        place.folder.path.name: (place.value, place.on_curve) for place in placed(answer, [guided_l, guided_xs, plain])
+    }
+    on_curve = answer.rows[(answer.rows["run"] == "l-seed0") & (answer.rows["step"] == 4000)]["value"].iloc[0]
+    assert values == {"a": (7.25, False), "b": (None, False), "c": (on_curve, True)}
+    drawn = samples_along_the_curve(answer, placed(answer, [guided_l, guided_xs, plain]))["svg"].decode()
+    assert "measured 7.25" in drawn and "not measured so" in drawn and f"measured {on_curve:.4g}" in drawn
+    assert guided_l.made_as(resized.iloc[0]) and not guided_l.made_as(resized.assign(key_resolution="9x7").iloc[0])
+    for part, other in {"sampler": "heun", "steps": "20", "weights": "raw", "rope": "yarn"}.items():
+        row = guided.assign(**{f"key_{part}": other}).iloc[0]
+        told = read_folder(write_samples(tmp_path / part, sweep / "l-seed0", 4000, **{part: "other"}))
+        assert guided_l.made_as(row) and not told.made_as(row), "what a record does not say is not held against it"
 
 
 @pytest.mark.parametrize("shape", [(10, 8), (120, 90, 3)])

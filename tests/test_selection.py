@@ -4,10 +4,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fitscale.config.errors import UserError
+from fitscale.scaling.fit.question import Question
+from fitscale.scaling.fit.study import study
 from fitscale.scaling.rows.refusals import Refusal
 from fitscale.scaling.rows.runs import collect
-from fitscale.scaling.rows.selection import correlation, problems, select
-from fitscale.scaling.rows.table import validate
+from fitscale.scaling.rows.selection import correlation, problems, select, size_order
+from fitscale.scaling.rows.table import data_column, validate
 from tests.programs import run_tool
 from tests.synthetic_runs import write_sweep
 
@@ -87,3 +90,42 @@ def test_check_from_the_shell(tmp_path):
     nothing = run_tool("collect_runs", tmp_path / "runs.csv")
     assert nothing.returncode == 2 and "nothing to do" in nothing.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"runs.csv"}
+
+
+def test_rows_are_chosen_by_any_column(table):
+    labelled = validate(table.assign(label_role=np.where(table["size"] == "l", "test", "fit"), tokens=None))
+    of_s, of_m = (str(table.loc[table["size"] == size, "parameters"].iloc[0]) for size in ("s", "m"))
+    for where, sizes in (
+        ({"role": "test"}, {"l"}),
+        ({"label_role!": "fit"}, {"l"}),
+        ({"size!": "l"}, {"xs", "s", "m"}),
+        ({"step>": "2e4", "parameters<": of_s}, {"xs", "s"}),
+        ({"parameters >": f" {of_m}.0 "}, {"m", "l"}),
+        ({"key_guidance": "1"}, {"xs", "s", "m", "l"}),
+        ({"train_flops": str(table["train_flops"].iloc[0])}, {table["size"].iloc[0]}),
+    ):
+        assert set(select(labelled, "fd", where).rows["size"]) == sizes, where
+    with pytest.raises(UserError, match="--where step>=many: give a number"):
+        select(table, "fd", {"step>": "many"})
+    with pytest.raises(UserError, match="--where steps: no such column; valid: run"):
+        select(table, "fd", {"steps>": "1"})
+
+
+def test_parameters_are_needed_where_a_law_needs_them(table):
+    unknown = table.assign(parameters=None)
+    selection = select(validate(unknown), "fd", {})
+    assert size_order(selection.rows) == ["xs", "s", "m", "l"]
+    assert [caution.code for caution in selection.cautions] == ["no_parameters"]
+    answer = study(validate(unknown), Question(laws=("power", "additive"), resamples=20))
+    assert answer.held_out == ["l"] and [result.name for result in answer.results] == ["power"]
+    assert "column parameters is missing" in answer.refusals[0].message
+
+
+def test_tokens_are_the_data_of_language_models_and_never_mixed_with_images(table):
+    language = validate(table.assign(tokens=table["images"] * 7, images=None))
+    assert data_column(language) == "tokens" and data_column(table) == "images"
+    assert list(select(language, "fd", {}).rows["images"]) == list(7 * table.loc[table["metric"] == "fd", "images"])
+    mixed = table.assign(images=table["images"].where(table["size"] != "s"), tokens=table["images"])
+    with pytest.raises(Refusal, match="data are counted in images, but in tokens in: s-seed0") as caught:
+        select(validate(mixed), "fd", {})
+    assert caught.value.code == "mixed_models"

@@ -3,8 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import norm
 
-from fitscale.scaling.fit.fitting import fit_law
+from fitscale.scaling.fit.fitting import ResidualLoss, fit_law
 from fitscale.scaling.fit.laws import OFFSET, POWER
 from fitscale.scaling.fit.noise import estimate
 from fitscale.scaling.fit.uncertainty import covariance, new_run_KN, resample
@@ -192,3 +193,55 @@ def test_repeated_seeds_leave_the_frontier_unbiased_and_its_intervals_honest(see
     assert 0.85 <= new_run <= 0.96
     assert 0.8 <= law <= 0.96
     assert abs(np.mean(errors)) < 0.005
+
+
+def single_checkpoints(rng, runs=240, growth=0.0):
+    """Runs with one measurement each, whose noise grows with compute."""
+    flops = np.exp(rng.uniform(np.log(1e17), np.log(1e20), runs))
+    noise = 0.02 * (flops / 1e17) ** growth * rng.normal(size=runs)
+    return pd.DataFrame(
+        {"run": [f"r{i}" for i in range(runs)], "train_flops": flops, "value": truth(flops) * np.exp(noise)}
+    )
+
+
+def test_many_runs_are_drawn_with_replacement_and_spread_as_the_sandwich_says():
+    """White's covariance (1980), in closed form for a law that is a line in logarithms."""
+    rows = single_checkpoints(np.random.default_rng(0), growth=0.4)
+    fit = fit_law(POWER, rows)
+    draws = resample(fit, 2000, 0)
+    assert draws.how == "runs" and resample(fit, 20, 0, "parametric").how == "parametric"
+    log, jacobian = fit.at_points()
+    inverse = np.linalg.pinv(jacobian)
+    white = inverse @ np.diag((fit.points.y_N - log) ** 2) @ inverse.T
+    np.testing.assert_allclose(draws.theta_KP.std(axis=0), np.sqrt(np.diag(white)), rtol=0.06)
+    assert resample(fit_law(POWER, rows.iloc[:29]), 20, 0).how == "parametric"
+
+
+def test_the_covariance_under_hubers_loss_is_that_of_refits_and_of_theory():
+    rng = np.random.default_rng(1)
+    corner, variances = POINT_NOISE / 3, []
+    for index in range(20):
+        rows = sweep(rng, sizes=12, run_noise=0.0)
+        fit, squares = fit_law(POWER, rows, ResidualLoss(huber=corner)), fit_law(POWER, rows)
+        spread = resample(fit, 200, index).theta_KP.var(axis=0)
+        variances.append((np.diag(covariance(fit)), np.diag(covariance(squares)), spread))
+    huber, squares, refitted = np.mean(variances, axis=0)
+    np.testing.assert_allclose(huber, refitted, rtol=0.25)
+    inner = 2 * norm.cdf(1 / 3) - 1  # Huber (1964): E psi^2 / (E psi')^2 of a normal law with its corner at sigma / 3
+    clipped = inner - 2 / 3 * norm.pdf(1 / 3) + 2 * norm.sf(1 / 3) / 9
+    np.testing.assert_allclose(huber / squares, clipped / inner**2, rtol=0.15)
+
+
+def test_stored_standard_errors_weigh_points():
+    """With errors that are the whole noise the fit is the weighted least squares of numpy."""
+    rng = np.random.default_rng(2)
+    rows = single_checkpoints(rng, runs=40)
+    error = np.where(np.arange(40) % 2, 0.3, 0.01)
+    rows["value"] = truth(rows["train_flops"]) * np.exp(rng.normal(size=40) * error)
+    alike, weighed = (fit_law(POWER, each) for each in (rows, rows.assign(standard_error=error * rows["value"])))
+    x, y = np.log(rows["train_flops"]), np.log(rows["value"])
+    slope = np.polyfit(x, y, 1, w=1 / error)[0]
+    assert weighed.named()["b"] == pytest.approx(-slope, abs=0.1 * abs(alike.named()["b"] + slope))
+    assert abs(weighed.named()["b"] - 0.35) < abs(alike.named()["b"] - 0.35)
+    same = fit_law(POWER, rows.assign(standard_error=0.1 * rows["value"]))
+    np.testing.assert_array_equal(same.theta_P, alike.theta_P)

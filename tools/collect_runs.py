@@ -3,9 +3,12 @@
     python tools/collect_runs.py runs/sweep -o runs.csv
     python tools/collect_runs.py runs/a runs/b --check
     python tools/collect_runs.py runs/sweep --ema-share 0.1 --infinity fd --tuned fd -o runs.csv
+    python tools/collect_runs.py wandb_export.csv --guess > map.yaml
     python tools/collect_runs.py wandb_export.csv --columns map.yaml -o runs.parquet
 
---check lists the problems that the table has; the exit code is then 3 if there are any.
+--check lists the problems that the table has; the exit code is then 3 if there are any. --guess prints a column map
+(docs/scaling.md) to read, correct and use, and as comments the first rows as it understands them; the exit code is 3 if
+it does not work yet.
 """
 
 import argparse
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 PROBLEMS = 3
 MOST_NAMED = 12  # sizes in the closing line
+FIRST_ROWS = 6
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,8 +40,10 @@ def collect_runs(options: argparse.Namespace) -> int:
     from fitscale.scaling.rows.refusals import listed
     from fitscale.scaling.rows.selection import problems, summary
 
+    if options.guess:
+        return _guess(options.runs)
     if not options.output and not options.check:
-        raise UserError("nothing to do: give -o FILE, or --check")
+        raise UserError("nothing to do: give -o FILE, --check or --guess")
     table = _derived(_table(options.runs, options.columns), options)
     if options.output:
         with writing(options.output):
@@ -75,8 +81,37 @@ def _table(runs: list[Path], columns: Path | None) -> "pd.DataFrame":
     if columns is None:
         return load_table(runs)
     if len(runs) > 1:
-        raise UserError("--columns goes with one CSV file")
+        raise UserError("--columns goes with one CSV or parquet file")
     return read_mapped(runs[0], columns)
+
+
+def _guess(tables: list[Path]) -> int:
+    """Print a column map for one table, and its first rows by it."""
+    import yaml
+
+    from fitscale.scaling.rows.files import mapped, read_cells
+    from fitscale.scaling.rows.guess import guessed
+    from fitscale.scaling.rows.selection import problems
+
+    if len(tables) > 1:
+        raise UserError("--guess goes with one CSV or parquet file")
+    source = read_cells(tables[0])
+    mapping = guessed(source)
+    print(f"# {tables[0].name}: {len(source)} rows; columns: {', '.join(source)}")
+    print(yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True, width=1000), end="")
+    try:
+        table = mapped(source, mapping, tables[0], tables[0])
+    except UserError as error:
+        print(f"# does not work yet: {error}")
+        return PROBLEMS
+    first = table[table["metric"] == table["metric"].iloc[0]] if len(table) else table
+    lines = first.loc[:, table.notna().any()].head(FIRST_ROWS).to_string(index=False, max_colwidth=24).splitlines()
+    lines += [f"problem: {problem}" for problem in problems(table)]
+    if not {"run", "step"} & set(mapping):
+        lines.append("every row is a run of its own; if some are checkpoints of one, say so with run: or step:")
+    print(f"# {len(table)} evaluations of {table['run'].nunique()} runs, {table['size'].nunique()} sizes; the first:")
+    print("\n".join(f"# {line}" for line in lines))
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,7 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_runs_option(parser)
     add = parser.add_argument
-    add("--columns", type=Path, help="column map (YAML) that says what the columns of a CSV are")
+    add("--columns", type=Path, help="column map (YAML) that says what the columns of a table are")
+    add("--guess", action="store_true", help="print a column map for a table with other columns")
     add("--infinity", metavar="METRIC", help="add FID-infinity of this metric, from its sample counts")
     add("--tuned", metavar="METRIC", help="add this metric at every checkpoint's best guidance")
     add("--ema-share", type=float, metavar="F", help="keep the EMA whose length is nearest F of training")

@@ -2,6 +2,7 @@
 
     python tools/fit_scaling.py runs/sweep --law offset power --metric fd --hold-out largest -o report
     python tools/fit_scaling.py runs.csv --law power --metric fd --where key_guidance=1.0 -o report
+    python tools/fit_scaling.py runs.csv --law power --compare family -o comparison
 
 Exit code: 0 fitted, 2 refused (the report says why), 3 fitted with cautions under --strict.
 """
@@ -39,10 +40,13 @@ def fit_scaling(options: argparse.Namespace) -> int:
     from fitscale.scaling.rows.runs import load_table
 
     require_within(options, resamples=RESAMPLES, seed=0)
+    require_within(options, above=(0.01, 0.99))
     if options.huber is not None and not 0 < options.huber < math.inf:
         raise UserError(f"--huber: {options.huber:g} must be a number above 0")
     if options.output.exists() and not options.output.is_dir():
         raise UserError(f"{options.output}: is a file; -o names the folder of the report")
+    if options.compare is not None:
+        return _compare(options)
     answer = study(load_table(options.runs), _question(options))
     folders = _sample_folders(options, answer)
     with writing(options.output):
@@ -52,6 +56,28 @@ def fit_scaling(options: argparse.Namespace) -> int:
     if not (answer.results or answer.isoflops):
         return REFUSED
     return CAUTIONS if options.strict and (answer.cautions or answer.refusals) else FITTED
+
+
+def _compare(options: argparse.Namespace) -> int:
+    """One law for each group of a column, and what they differ by; the exit codes are the same."""
+    from fitscale.config.errors import writing
+    from fitscale.scaling.fit.compare import compare
+    from fitscale.scaling.report.comparison import sentence, told, write_comparison
+    from fitscale.scaling.rows.runs import load_table
+
+    if options.samples or options.hold_out != ["largest"] or "isoflop" in options.laws:
+        raise UserError("--compare: compares fitted laws of all sizes; leave out --samples, --hold-out and isoflop")
+    comparison = compare(load_table(options.runs), _question(options), options.compare)
+    with writing(options.output):
+        written = write_comparison(comparison, options.output)
+    for refusal in comparison.refusals:
+        print(f"refused ({refusal.code}): {refusal.message}", file=sys.stderr)
+    for caution in comparison.cautions:
+        print(f"caution ({caution.code}): {caution.message}", file=sys.stderr)
+    for difference in told(comparison):
+        print(sentence(difference, comparison.question))
+    print("\n".join(f"wrote {path}" for path in written))
+    return CAUTIONS if options.strict and (comparison.cautions or comparison.refusals) else FITTED
 
 
 def _sample_folders(options: argparse.Namespace, answer: "Study") -> list["SampleFolder"]:
@@ -72,31 +98,38 @@ def _question(options: argparse.Namespace) -> "Question":
     from fitscale.scaling.fit.question import question
 
     hold_out = () if options.hold_out == ["none"] else tuple(options.hold_out)
-    return question(options, hold_out=hold_out, loss=ResidualLoss("linear" if options.linear else "log", options.huber))
+    loss = ResidualLoss("linear" if options.linear else "log", options.huber, options.above)
+    return question(options, hold_out=hold_out, loss=loss)
 
 
 def _say(answer: "Study") -> None:
-    from fitscale.scaling.report.content import headline
+    """The sentence that answers, then what was refused, then what other laws say."""
+    from fitscale.scaling.report.content import answers
+    from fitscale.scaling.report.optimal import isoflop_lines
 
+    first, *others = answers(answer)
+    print(first, flush=True)
     for refusal in answer.refusals:
         print(f"refused ({refusal.code}): {refusal.message}", file=sys.stderr)
     for caution in answer.cautions:
         print(f"caution ({caution.code}): {caution.message}", file=sys.stderr)
-    for result in answer.results:
-        print(headline(answer, result))
+    print("\n".join([*others, *isoflop_lines(answer)]), end="\n" * bool(others or answer.isoflops))
 
 
 def _parser() -> argparse.ArgumentParser:
-    from fitscale.scaling.fit.question import add_draw_options, add_law_options
+    from fitscale.scaling.fit.question import add_draw_options, add_floor_option, add_law_options
     from fitscale.scaling.fit.study import CHOICES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_law_options(parser, CHOICES)
+    add_floor_option(parser)
     add_draw_options(parser)
     add = parser.add_argument
     add("--hold-out", nargs="+", default=["largest"], metavar="SIZE", help="sizes to predict: largest, none or names")
     add("--resamples", type=int, default=4000, help="times that all runs are drawn anew (default: 4000)")
     add("--huber", type=float, metavar="DELTA", help="Huber's loss with this corner instead of squares")
+    above = "residuals above the law count T / (1 - T) times: below .5 the law leans to the lowest (default: .5)"
+    add("--above", type=float, default=0.5, metavar="T", help=above)
     add("--linear", action="store_true", help="residuals of the metric itself instead of its logarithm")
     add(
         "--samples",
@@ -106,6 +139,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="folders that `fitscale sample` wrote, for the report (default: those inside the run directories)",
     )
+    optimum = "what isoflop finds the best of at a budget (tokens: images where no row says their tokens)"
+    add("--optimum", choices=("parameters", "tokens"), default="parameters", help=optimum)
+    add("--compare", metavar="COLUMN", help="fit one law for each value of this column, and say what they differ by")
     add("--strict", action="store_true", help="exit with 3 if there is any caution")
     add("-o", "--output", required=True, type=Path, help="folder for the report")
     return parser

@@ -1,6 +1,7 @@
 """How a law is fitted to the rows of a runs table.
 
-1. Residuals are those of ln(metric), all weighted alike: noise is proportional to the metric, so relative weights.
+1. Residuals are those of ln(metric), weighted alike: noise is proportional to the metric, so relative weights. Where
+   the table holds standard errors that differ, a point weighs by them and by the scatter beyond them.
    (Residuals of the metric itself, and Huber's loss, serve to repeat published fits.)
 2. Many starting points run to their minimum at once (solver.py); the best is polished by scipy's least_squares.
 3. What is not a fit is refused: at a bound, at its start, reached from under 5 % of the starts, no improvement, or a
@@ -9,7 +10,7 @@
 Shapes: K parameter sets, N points, P parameters, F inputs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,37 +19,60 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
+from fitscale.scaling.fit.growth import plausible_growths, size_of_runs
 from fitscale.scaling.fit.laws import Law
 from fitscale.scaling.fit.noise import Noise, estimate
 from fitscale.scaling.fit.solver import Array, Model, solve
 from fitscale.scaling.rows.refusals import OfAFit, Refusal
 
 LEAST_REACHED = 0.05
+STANDARD_ERROR = "standard_error"
+SAME_ERRORS = 1.1  # standard errors that differ by less weigh alike
+MOST_WEIGHT = 100.0  # of a residual over another
+LARGEST_GROWTH = 7.0  # ln of a factor between the noise of runs: beyond, the data say nothing
 SAME_DIRECTION = 1e-10  # a smaller singular value of the scaled Jacobian is a direction that changes nothing
 
 
 @dataclass(frozen=True)
 class ResidualLoss:
-    """What is minimised: squares, or Huber's function with `huber` as its corner, of residuals in `space`."""
+    """What is minimised: squares, or Huber's function with `huber` as its corner, of residuals in `space`.
+
+    Residuals above the law count `above` / (1 - `above`) times those below: below 1/2 the law leans to the lowest
+    measurements. Of squares that is the expectile of Newey and Powell 1987 (asymmetric least squares); with Huber's
+    function the quantile Huber loss of Dabney et al. 2018, with a small corner the quantile (pinball loss).
+    """
 
     space: str = "log"  # log: ln(metric); linear: the metric
     huber: float | None = None
+    above: float = 0.5
+
+    def __str__(self) -> str:
+        how = "least squares" if self.huber is None else f"Huber's loss with its corner at {self.huber:g}"
+        if self.above == 0.5:
+            return how
+        return f"asymmetric {how}, what is above the law counting {self.above / (1 - self.above):.3g} times"
 
     def target(self, log: Array) -> Array:
         """What is to be met, from ln(metric)."""
         return log if self.space == "log" else np.exp(log)
 
-    def model(self, law: Law, x_NF: Array) -> Model:
-        """What meets it, with its derivatives, as a function of the law's parameters."""
+    def model(self, law: Law, x_NF: Array, weight_N: Array) -> Model:
+        """What meets it, with its derivatives, times the points' weights, as a function of the law's parameters."""
 
         def prediction(theta_KP: Array) -> tuple[Array, Array]:
             log_KN, jacobian_KNP = law.evaluate(theta_KP, x_NF)
             if self.space == "log":
-                return log_KN, jacobian_KNP
-            metric_KN = np.exp(log_KN)
+                return log_KN * weight_N, jacobian_KNP * weight_N[:, None]
+            metric_KN = np.exp(log_KN) * weight_N
             return metric_KN, metric_KN[:, :, None] * jacobian_KNP
 
         return prediction
+
+
+def order(law: Law, rows: pd.DataFrame) -> NDArray[np.int64]:
+    """An order of the rows that does not depend on how they were given: by the law's inputs, value and run."""
+    numbers = [rows[name].to_numpy(dtype=float) for name in (*law.inputs, "value")]
+    return np.lexsort((rows["run"].to_numpy(dtype=str), *numbers[::-1]))
 
 
 @dataclass(frozen=True)
@@ -59,13 +83,19 @@ class FittedPoints:
     y_N: Array  # ln(metric)
     run_N: NDArray[np.str_]
     centre_F: Array
+    error_N: Array  # standard error of ln(metric), as the table has it
+    weight_N: Array  # what a residual is multiplied by; the mean square is 1
 
     @classmethod
     def of(cls, law: Law, rows: pd.DataFrame, centre_F: Array | None = None) -> "FittedPoints":
         """The points of `rows`, around their own centre by default."""
-        rows = rows.sort_values([*law.inputs, "value", "run"], kind="stable")
+        rows = rows.iloc[order(law, rows)]
         x_NF, centre_F = law.centred(rows, centre_F)
-        return cls(x_NF, np.log(rows["value"].to_numpy(dtype=float)), rows["run"].to_numpy(dtype=str), centre_F)
+        value_N = rows["value"].to_numpy(dtype=float)
+        error_N = rows.get(STANDARD_ERROR, pd.Series(0.0, rows.index)).to_numpy(dtype=float) / value_N
+        error_N = np.where(np.isfinite(error_N).all() & (error_N >= 0), error_N, 0.0)  # of every point, or of none
+        run_N, one_N = rows["run"].to_numpy(dtype=str), np.ones(len(rows))
+        return cls(x_NF, np.log(value_N), run_N, centre_F, error_N, one_N)
 
     @property
     def runs(self) -> int:
@@ -101,13 +131,66 @@ class Fit:
 
     @cached_property
     def noise(self) -> Noise:
-        """How far the fitted points scatter around the law."""
-        log_N, jacobian_NP = self.at_points()
-        return estimate(self.points.y_N - log_N, jacobian_NP, self.points.run_N)
+        """How far the fitted points scatter around the law: runs of middling size, at the most plausible growth."""
+        return self.noise_at(self.growth)
 
-    def again(self, y: Array, theta_KP: Array, bounds: tuple[Array, Array] | None = None) -> tuple[Array, Array]:
+    @property
+    def offset(self) -> float:
+        """How far the points' middle lies above the law in ln(metric): not at all, but for an asymmetric loss."""
+        return 0.0 if self.loss.above == 0.5 else float(np.mean(self.points.y_N - self.at_points()[0]))
+
+    @property
+    def growth(self) -> float:
+        """Of the noise, the most plausible: its standard deviation goes as exp(growth x ln(size of the run))."""
+        growth_G, probability_G = self.growths
+        return float(growth_G[np.argmax(probability_G)])
+
+    @cached_property
+    def growths(self) -> tuple[Array, Array]:
+        """Growths of the noise with the runs' size, and how plausible each is."""
+        log_N, jacobian_NP = self.at_points()
+        weight_N = self.points.weight_N
+        residual_N = (self.points.y_N - log_N - self.offset) * weight_N
+        return plausible_growths(residual_N, jacobian_NP * weight_N[:, None], self.points.run_N, self._size_N)
+
+    def noise_at(self, growth: float) -> Noise:
+        """The scatter, if the noise grows so."""
+        log_N, jacobian_NP = self.at_points()
+        scale_N = self.scale(growth)[0]
+        return estimate(
+            (self.points.y_N - log_N - self.offset) / scale_N, jacobian_NP / scale_N[:, None], self.points.run_N
+        )
+
+    def scale(self, growth: Array | float, rows: pd.DataFrame | None = None) -> Array:
+        """Noise of the fitted points, or of a new run at every row, over that of a run of middling size: (K, N).
+
+        A row's run is as large as the largest of its rows; a row of no run stands for a run that ends there.
+        """
+        growth_K = np.atleast_1d(np.asarray(growth, dtype=float))
+        if rows is None:
+            return np.exp(growth_K[:, None] * self._size_N) / self.points.weight_N
+        x_NF, _ = self.law.centred(rows, self.points.centre_F)
+        run_N = rows["run"].to_numpy(dtype=str) if "run" in rows else np.arange(len(rows)).astype(str)
+        size_N = size_of_runs(x_NF, run_N) - self._middle
+        return np.exp(np.clip(growth_K[:, None] * size_N, -LARGEST_GROWTH, LARGEST_GROWTH))
+
+    @property
+    def _middle(self) -> float:
+        return float(size_of_runs(self.points.x_NF, self.points.run_N).mean())
+
+    @property
+    def _size_N(self) -> Array:
+        return size_of_runs(self.points.x_NF, self.points.run_N) - self._middle
+
+    def again(
+        self,
+        y: Array,
+        theta_KP: Array,
+        bounds: tuple[Array, Array] | None = None,
+        counts: Array | float = 1.0,
+    ) -> tuple[Array, Array]:
         """K fits of the law to other ln(metric), (N,) or (K, N), at the same inputs: see `refit`."""
-        return refit(self.law, self.points.x_NF, y, theta_KP, self.loss, bounds)
+        return refit(self.law, self.points, y, theta_KP, self.loss, bounds, counts)
 
     def named(self, theta: Array | None = None) -> dict[str, Any]:
         """Parameters by name, (K,) of each for theta_KP; for `ln_a` stands `a`: the term's value at the reference."""
@@ -141,8 +224,22 @@ def fit_law(law: Law, rows: pd.DataFrame, loss: ResidualLoss = ResidualLoss(), s
         if not (rows[name] > 0).fillna(False).all():
             text = f"{law.name} law: column {name} is missing or not above 0 in some rows"
             raise Refusal("missing_values", text)
+    if law.fixed_floor is not None and law.fixed_floor >= (best := float(rows["value"].min())):
+        raise _refusal(law, "at_bound", f"the floor is held at {law.fixed_floor:g}, but {best:.4g} was measured")
     points = FittedPoints.of(law, rows)
-    return best_of(law, points, law.starts(points.x_NF, points.y_N), loss)
+    start_KP = law.starts(points.x_NF, points.y_N)
+    fit = best_of(law, points, start_KP, loss)
+    if points.error_N.max() <= SAME_ERRORS * points.error_N.min():
+        return fit
+    return best_of(law, replace(points, weight_N=_weights(fit)), start_KP, loss)
+
+
+def _weights(fit: Fit) -> Array:
+    """What residuals weigh by their stored standard errors and by the scatter that those do not explain."""
+    error_N = fit.points.error_N
+    beyond = max(fit.noise_at(0.0).total ** 2 - float(np.mean(error_N**2)), 0.0)
+    variance_N = beyond + np.maximum(error_N, error_N.max() / MOST_WEIGHT) ** 2
+    return np.sqrt(1 / variance_N / np.mean(1 / variance_N))
 
 
 def best_of(law: Law, points: FittedPoints, start_KP: Array, loss: ResidualLoss) -> Fit:
@@ -151,7 +248,7 @@ def best_of(law: Law, points: FittedPoints, start_KP: Array, loss: ResidualLoss)
     Raises:
         Refusal: the best minimum is no fit.
     """
-    end_KP, objective_K = refit(law, points.x_NF, points.y_N, start_KP, loss)
+    end_KP, objective_K = refit(law, points, points.y_N, start_KP, loss)
     best = int(np.nanargmin(objective_K))
     tolerance = 1e-4 * objective_K[best] + 1e-10 * float(np.var(points.y_N))
     reached = float(np.mean(objective_K <= objective_K[best] + tolerance))
@@ -162,13 +259,22 @@ def best_of(law: Law, points: FittedPoints, start_KP: Array, loss: ResidualLoss)
 
 
 def refit(
-    law: Law, x_NF: Array, y: Array, start_KP: Array, loss: ResidualLoss, bounds: tuple[Array, Array] | None = None
+    law: Law,
+    points: FittedPoints,
+    y: Array,
+    start_KP: Array,
+    loss: ResidualLoss,
+    bounds: tuple[Array, Array] | None = None,
+    counts: Array | float = 1.0,
 ) -> tuple[Array, Array]:
-    """K fits at once, each from its own start: theta_KP, objective_K.
+    """K fits at the inputs of `points`, each from its own start: theta_KP, objective_K.
 
-    `y` is ln(metric), (N,) or (K, N); bounds are by default the law's own.
+    `y` is ln(metric), (N,) or (K, N); bounds are by default the law's own; `counts` (K, N): how often a
+    point counts.
     """
-    return solve(loss.model(law, x_NF), start_KP, loss.target(y), *(bounds or law.bounds), loss.huber)
+    model = loss.model(law, points.x_NF, points.weight_N)
+    target = loss.target(y) * points.weight_N
+    return solve(model, start_KP, target, *(bounds or law.bounds), loss.huber, loss.above, counts)
 
 
 def at_bound(law: Law, theta_P: Array) -> list[str]:
@@ -181,10 +287,13 @@ def at_bound(law: Law, theta_P: Array) -> list[str]:
 def _polish(
     law: Law, points: FittedPoints, theta_P: Array, objective: float, loss: ResidualLoss
 ) -> tuple[Array, float]:
-    """scipy's answer from there, if it is better; on a bound its interior method cannot start."""
-    if at_bound(law, theta_P):
+    """scipy's answer from there, if it is better; on a bound its interior method cannot start.
+
+    It knows no asymmetric loss.
+    """
+    if at_bound(law, theta_P) or loss.above != 0.5:
         return theta_P, objective
-    target, model = loss.target(points.y_N), loss.model(law, points.x_NF)
+    target, model = loss.target(points.y_N) * points.weight_N, loss.model(law, points.x_NF, points.weight_N)
     result = least_squares(
         lambda theta: model(theta[None])[0][0] - target,
         theta_P,
@@ -219,14 +328,18 @@ def _refuse_no_fit(law: Law, start_P: Array, theta_P: Array, reached: float) -> 
 
 def _refuse_valley(law: Law, theta_P: Array, x_NF: Array) -> None:
     """Refuse parameters that could move without any change to the fit, as with two sizes for a law of three."""
-    jacobian_NP = law.evaluate(theta_P[None], x_NF)[1][0]
-    scaled_NP = jacobian_NP / np.maximum(np.linalg.norm(jacobian_NP, axis=0), 1e-300)
-    told_apart = int(np.linalg.matrix_rank(scaled_NP, tol=SAME_DIRECTION))
-    if told_apart < len(theta_P):
+    rank = told_apart(law.evaluate(theta_P[None], x_NF)[1][0])
+    if rank < len(theta_P):
         different = ", ".join(f"{len(np.unique(x_N))} of {name}" for name, x_N in zip(law.inputs, x_NF.T, strict=True))
         what = f"other parameters fit these points exactly as well (different values: {different})"
-        left = f"the points tell {told_apart} of {len(theta_P)} parameters apart"
+        left = f"the points tell {rank} of {len(theta_P)} parameters apart"
         raise _refusal(law, "not_identified", f"{what}, so what it says elsewhere is arbitrary; {left}")
+
+
+def told_apart(jacobian_NP: Array) -> int:
+    """How many parameters the points tell apart."""
+    scaled_NP = jacobian_NP / np.maximum(np.linalg.norm(jacobian_NP, axis=0), 1e-300)
+    return int(np.linalg.matrix_rank(scaled_NP, tol=SAME_DIRECTION))
 
 
 def _refusal(law: Law, code: OfAFit, text: str) -> Refusal:

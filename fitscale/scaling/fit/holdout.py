@@ -14,7 +14,8 @@ import pandas as pd
 
 from fitscale.scaling.fit.fitting import fit_law
 from fitscale.scaling.fit.laws import LAWS
-from fitscale.scaling.fit.study import divide, predicted, used_by
+from fitscale.scaling.fit.question import AUTO
+from fitscale.scaling.fit.study import admissible, divide, predicted, used_by
 from fitscale.scaling.rows.refusals import Refusal
 from fitscale.scaling.rows.selection import size_order
 
@@ -37,12 +38,14 @@ class HoldOut:
 
 
 def hold_out(rows: pd.DataFrame, by: str, laws: tuple[str, ...], points: str) -> HoldOut:
-    """Predict every fold of `rows` (one selection, rows/selection.py) with every law.
+    """Predict every fold of `rows` (one selection, rows/selection.py) with every law, `auto` being all that can be.
 
     Raises:
         Refusal: there is no fold, or none tests any law.
     """
     found, refusals, fitted = [], [], Counter[str]()
+    if AUTO in laws:
+        laws = tuple(law.name for law in admissible(rows))
     parts = folds(rows, by)
     if not parts:
         raise Refusal("too_few_points", f"hold-out by {by}: nothing can be held out and still leave enough to fit")

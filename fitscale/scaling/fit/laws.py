@@ -10,13 +10,12 @@ A law is evaluated at x = ln(input / reference), so units do not matter.
 Shapes: K parameter sets, N points, P parameters, F inputs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from itertools import product
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import nnls
 
 from fitscale.scaling.fit.solver import Array
 
@@ -33,6 +32,7 @@ class Law:
     name: str
     formula: str
     terms: dict[str, dict[str, str]]  # amplitude: {input, a column of the runs table: exponent}
+    fixed_floor: float | None = None  # held at this value: no parameter
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
@@ -46,7 +46,16 @@ class Law:
 
     @property
     def floor(self) -> bool:
+        """Whether the floor e is a parameter."""
         return self.formula.endswith("+ e")
+
+    def with_floor(self, value: float) -> "Law":
+        """The law with its floor held at `value`."""
+        return replace(self, formula=f"{self.formula.removesuffix('e')}{value:g}", fixed_floor=value)
+
+    @property
+    def exponent_names(self) -> list[str]:
+        return [self.parameters[index] for index in self.exponents]
 
     @property
     def exponents(self) -> list[int]:
@@ -66,7 +75,7 @@ class Law:
 
     def centred(self, rows: pd.DataFrame, centre_F: Array | None = None) -> tuple[Array, Array]:
         """The law's inputs as x_NF = ln(input) - centre, and the centre (by default the mean over the rows)."""
-        logs = np.log(rows[list(self.inputs)].to_numpy(dtype=float))
+        logs = np.log(np.column_stack([rows[name].to_numpy(dtype=float) for name in self.inputs]))
         centre = logs.mean(axis=0) if centre_F is None else centre_F
         return logs - centre, centre
 
@@ -78,6 +87,8 @@ class Law:
         logs = [self._log_term(amplitude, theta_KP, x_NF) for amplitude in self.terms]
         if self.floor:
             logs.append(np.log(np.maximum(theta_KP[:, -1:], NO_FLOOR)))
+        elif self.fixed_floor:
+            logs.append(np.full((len(theta_KP), 1), np.log(self.fixed_floor)))
         largest = reduce(np.maximum, logs)
         total = largest + np.log(reduce(np.add, [np.exp(log - largest) for log in logs]))
         jacobian = np.zeros((*total.shape, len(self.parameters)))
@@ -98,21 +109,18 @@ class Law:
         count = len(self.exponents)
         grid = EXPONENTS[count] if exponents is None else exponents
         shares = floors if self.floor else np.zeros(1)
-        starts = product(product(grid, repeat=count), shares)
-        return np.array([self._start(x_NF, np.exp(y_N), slopes, share) for slopes, share in starts])
-
-    def _start(self, x_NF: Array, metric_N: Array, slopes: tuple[float, ...], share: float) -> Array:
-        theta = np.zeros(len(self.parameters))
-        theta[self.exponents] = slopes
-        floor = share * metric_N.min()
+        starts = list(product(product(grid, repeat=count), shares))
+        theta_KP, metric_N = np.zeros((len(starts), len(self.parameters))), np.exp(y_N)
+        theta_KP[:, self.exponents] = [slopes for slopes, _ in starts]
+        shares_K = np.array([share for _, share in starts])
+        floor_K = shares_K * metric_N.min() if self.fixed_floor is None else np.full(len(starts), self.fixed_floor)
         if self.floor:
-            theta[-1] = floor
-        columns = np.exp(np.stack([self._log_term(name, theta[None], x_NF)[0] for name in self.terms], axis=1))
-        amplitudes, _ = nnls(columns / metric_N[:, None], (metric_N - floor) / metric_N)
-        least = 1e-3 * metric_N.mean()
-        for name, amplitude in zip(self.terms, amplitudes, strict=True):
-            theta[self.parameters.index(name)] = np.log(max(amplitude, least))
-        return theta
+            theta_KP[:, -1] = floor_K
+        columns_KNT = np.exp(np.stack([self._log_term(name, theta_KP, x_NF) for name in self.terms], axis=2))
+        amplitude_KT = _not_negative(columns_KNT / metric_N[:, None], (metric_N - floor_K[:, None]) / metric_N)
+        amplitude_KT = np.log(np.maximum(amplitude_KT, 1e-3 * metric_N.mean()))
+        theta_KP[:, [self.parameters.index(name) for name in self.terms]] = amplitude_KT
+        return theta_KP
 
     def _log_term(self, amplitude: str, theta_KP: Array, x_NF: Array) -> Array:
         power = theta_KP[:, self.parameters.index(amplitude), None]
@@ -124,6 +132,25 @@ class Law:
         """(input, exponent) of a term, as numbers."""
         slopes = self.terms[amplitude].items()
         return [(self.inputs.index(column), self.parameters.index(exponent)) for column, exponent in slopes]
+
+
+def _not_negative(columns_KNT: Array, right_KN: Array) -> Array:
+    """K least-squares problems in one or two unknowns that are not below 0: the best of all whose others are 0."""
+    products_KTT = np.swapaxes(columns_KNT, 1, 2) @ columns_KNT
+    right_KT = np.einsum("knt,kn->kt", columns_KNT, right_KN)
+    squares_KT = np.einsum("ktt->kt", products_KTT)
+    alone_KT = np.maximum(right_KT / squares_KT, 0.0)
+    best = np.argmax(alone_KT * right_KT, axis=1)[:, None]
+    alone_KT = np.where(np.arange(alone_KT.shape[1]) == best, alone_KT, 0.0)
+    if alone_KT.shape[1] == 1:
+        return alone_KT
+    scale_KT = np.sqrt(squares_KT)
+    cosine_K = products_KTT[:, 0, 1] / scale_KT.prod(axis=1)
+    scaled_KT = right_KT / scale_KT
+    both_KT = (
+        (scaled_KT - cosine_K[:, None] * scaled_KT[:, ::-1]) / np.maximum(1 - cosine_K**2, 1e-12)[:, None] / scale_KT
+    )
+    return np.where((both_KT >= 0).all(axis=1, keepdims=True), both_KT, alone_KT)
 
 
 C, N, D = "train_flops", "parameters", "images"

@@ -3,7 +3,8 @@
 Residuals of ln(metric) are taken as  r = u[run] + v[point]. Both variances come from the scatter between and within
 runs, corrected for what the fit absorbed (method of moments); few runs say little about u, so every resample draws the
 variances anew: the observed sums of squares over chi-squared draws, with Satterthwaite's degrees of freedom (1946), and
-no variance below 0 (generalized inference, Weerahandi 1993).
+no variance below 0 (generalized inference, Weerahandi 1993). Where noise grows with size (growth.py), all of this is of
+residuals divided by their `scale_N`.
 """
 
 from dataclasses import dataclass
@@ -73,14 +74,21 @@ def estimate(residual_N: Array, jacobian_NP: Array, run_N: NDArray[np.str_]) -> 
     return Noise(run, point, sums_22, squares_2, degrees)
 
 
-def scattered(rng: np.random.Generator, log_N: Array, run_N: NDArray[np.str_], run_K: Array, point_K: Array) -> Array:
+def scattered(
+    rng: np.random.Generator,
+    log_N: Array,
+    run_N: NDArray[np.str_],
+    run_K: Array,
+    point_K: Array,
+    scale: Array | float = 1.0,
+) -> Array:
     """ln(metric)_KN of K measurements of points at `log_N`: a deviation for every run, and one for every point.
 
-    `run_K` and `point_K` are the variances of each measurement.
+    `run_K` and `point_K` are the variances of each measurement, `scale` (K, N) a factor to its standard deviations.
     """
     names, group_N = np.unique(run_N, return_inverse=True)
     of_runs_KN = rng.normal(size=(len(run_K), len(names)))[:, group_N] * np.sqrt(run_K)[:, None]
-    return log_N + of_runs_KN + rng.normal(size=of_runs_KN.shape) * np.sqrt(point_K)[:, None]
+    return log_N + scale * (of_runs_KN + rng.normal(size=of_runs_KN.shape) * np.sqrt(point_K)[:, None])
 
 
 def _of_runs_alone(residual_N: Array, left_NN: Array, shared_NN: Array) -> Noise:

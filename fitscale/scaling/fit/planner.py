@@ -105,7 +105,8 @@ def assumed() -> Prior:
 
     Noise: 2 % between runs and 1.5 % between checkpoints of a run.
     """
-    none = FittedPoints(np.zeros((0, 1)), np.zeros(0), np.zeros(0, dtype=str), np.log([1e20]))
+    empty = np.zeros(0)
+    none = FittedPoints(np.zeros((0, 1)), empty, empty.astype(str), np.log([1e20]), empty, empty)
     theta_P = np.array([np.log(9.54), 0.518, 5.74])
     return Prior(Fit(OFFSET, ResidualLoss(), none, theta_P, objective=0.0, starts=0, reached=1.0), 0.02, 0.015)
 
@@ -177,7 +178,9 @@ def outlook(cells: list[PlannedRun], economics: Economics, prior: Prior, target:
     law, centre_F = prior.fit.law, prior.fit.points.centre_F
     fit = replace(prior.fit, points=FittedPoints.of(law, rows.assign(value=prior.fit.metric(rows)), centre_F))
     rng = np.random.default_rng(seed)
-    theta_KP = refits(fit, rng, np.full(SWEEPS, prior.run_noise**2), np.full(SWEEPS, prior.point_noise**2))
+    theta_KP = refits(
+        fit, rng, np.full(SWEEPS, prior.run_noise**2), np.full(SWEEPS, prior.point_noise**2), np.zeros(SWEEPS)
+    )
     goal = pd.DataFrame({"train_flops": [target]})
     new_K = rng.normal(0, np.hypot(prior.run_noise, prior.point_noise), SWEEPS)
     ratio_K = new_K - (fit.log_metric(goal, theta_KP)[:, 0] - fit.log_metric(goal)[0])

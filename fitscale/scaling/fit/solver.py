@@ -22,38 +22,57 @@ class Problems:
     """K problems that share a model: data, and the box that holds the parameters.
 
     Where the box has no width the parameter is held fixed. The loss rho(r) is Huber's with its corner at d: r^2 up to
-    |r| = d, then 2 d |r| - d^2; with an infinite d it is r^2.
+    |r| = d, then 2 d |r| - d^2; with an infinite d it is r^2. It counts 2 t times where y is above the prediction, and
+    2 (1 - t) times where it is below: with t = 1/2 both alike. `count_KN` is how often each point
+    counts.
     """
 
     y_KN: Array
+    count_KN: Array
     lower_KP: Array
     upper_KP: Array
     corner: float
+    above: float  # t
 
     def take(self, indices: NDArray[np.int64]) -> "Problems":
         """Those of the problems."""
-        return Problems(self.y_KN[indices], self.lower_KP[indices], self.upper_KP[indices], self.corner)
+        bounds = self.lower_KP[indices], self.upper_KP[indices]
+        return Problems(self.y_KN[indices], self.count_KN[indices], *bounds, self.corner, self.above)
 
     def objective(self, prediction_KN: Array) -> Array:
         """Mean of rho over the points, for every problem."""
-        size = np.abs(self.y_KN - prediction_KN)
+        residual_KN = self.y_KN - prediction_KN
+        size = np.abs(residual_KN)
         inner = np.minimum(size, self.corner)
-        return np.mean(inner * (2 * size - inner), axis=1)
+        return np.mean(self.count_KN * self.side(residual_KN) * inner * (2 * size - inner), axis=1)
+
+    def side(self, residual_KN: Array) -> Array:
+        """How often a residual counts for its sign."""
+        return np.ones(1) if self.above == 0.5 else np.where(residual_KN > 0, 2 * self.above, 2 * (1 - self.above))
 
 
 def solve(
-    model: Model, theta_KP: Array, y: Array, lower: Array, upper: Array, huber: float | None = None
+    model: Model,
+    theta_KP: Array,
+    y: Array,
+    lower: Array,
+    upper: Array,
+    huber: float | None = None,
+    above: float = 0.5,
+    counts: Array | float = 1.0,
 ) -> tuple[Array, Array]:
-    """Minimise the mean of rho(y - prediction) inside the box [lower, upper], for every k on its own.
+    """Minimise the mean of count x rho(y - prediction) inside the box [lower, upper], for every k on its own.
 
-    `y` is (N,) or (K, N); `lower` and `upper` are (P,) or (K, P).
+    `y` is (N,) or (K, N), `counts` that or one number; `lower` and `upper` are (P,) or (K, P); `huber` is the corner of
+    rho, `above` its t.
 
     Returns:
         theta_KP at the minimum, and its objective_K (in units of y^2).
     """
     count, corner = len(theta_KP), np.inf if huber is None else huber
     lower_KP, upper_KP = (np.broadcast_to(bound, theta_KP.shape) for bound in (lower, upper))
-    problems = Problems(np.broadcast_to(y, (count, y.shape[-1])), lower_KP, upper_KP, corner)
+    y_KN, count_KN = (np.broadcast_to(values, (count, y.shape[-1])) for values in (y, np.asarray(counts, dtype=float)))
+    problems = Problems(y_KN, count_KN, lower_KP, upper_KP, corner, above)
     theta_KP = np.clip(theta_KP, lower_KP, upper_KP)
     objective_K, damping_K = np.full(count, np.nan), np.full(count, 1e-2)
     active = np.arange(count)
@@ -85,7 +104,8 @@ def _iterate(
 def _step(problems: Problems, theta_KP: Array, residual_KN: Array, jacobian_KNP: Array, damping_K: Array) -> Array:
     """Solve the damped normal equations, scaled to a unit diagonal; parameters pushed against a bound stay."""
     slope_KN = np.minimum(1.0, problems.corner / np.maximum(np.abs(residual_KN), 1e-300))  # r's: the gradient of rho(r)
-    weighted_KPN = np.swapaxes(jacobian_KNP, 1, 2) * slope_KN[:, None, :]
+    slope_KN = slope_KN * problems.side(residual_KN)
+    weighted_KPN = np.swapaxes(jacobian_KNP, 1, 2) * (slope_KN * problems.count_KN)[:, None, :]
     gradient_KP = np.einsum("kpn,kn->kp", weighted_KPN, residual_KN)
     hessian_KPP = weighted_KPN @ jacobian_KNP
     below_KP = (theta_KP <= problems.lower_KP) & (gradient_KP < 0)

@@ -3,44 +3,82 @@
 1. Select the rows of one metric that may be compared (rows/selection.py).
 2. Set the held-out sizes aside; choose the points that a law of compute speaks of (rows/fitted_points.py) among the
    rest. Laws of size and data are fitted to all of the rest.
-3. Fit every law, draw whole runs anew, and predict each held-out point. A law that cannot be fitted is refused by name.
-4. Rank the laws that were fitted by their error on the held-out points that count for all of them.
+3. Fit every law that the columns allow, asked for or not, and judge each by sizes left out of those fitted
+   (survival.py). A law that was asked for and cannot be fitted is refused by name; `auto` asks for those that survive.
+4. Predict each held-out point. The interval carries what the surviving laws disagree about (answer.py).
+5. Rank the laws: by their weight if `auto` chose them, else by their error on the held-out points that count for all.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
 from fitscale.config.errors import UserError
 from fitscale.scaling.fit import uncertainty
-from fitscale.scaling.fit.compute_optimal import METHODS, IsoFlop, isoflop, slices_of_runs
+from fitscale.scaling.fit.answer import Member, draws_KN, interval
+from fitscale.scaling.fit.compute_optimal import IsoFlop, by_every_method, isoflop_cautions
 from fitscale.scaling.fit.fitting import Fit, fit_law
 from fitscale.scaling.fit.laws import COMPUTE, LAWS, Law
-from fitscale.scaling.fit.question import Question
+from fitscale.scaling.fit.question import AUTO, Question
+from fitscale.scaling.fit.quoted import Quoted, quoted
+from fitscale.scaling.fit.residuals import bend
+from fitscale.scaling.fit.slices import data_column, slices_of_runs
+from fitscale.scaling.fit.solver import Array
+from fitscale.scaling.fit.survival import dominated, groups, verdict, weights
 from fitscale.scaling.rows.fitted_points import chosen
 from fitscale.scaling.rows.refusals import Caution, Refusal, listed
 from fitscale.scaling.rows.selection import size_order
 
 FAR = 10.0  # a prediction at more than this many times the fitted compute must be asked for
-CHOICES = (*LAWS, "isoflop")
+ISOFLOP = "isoflop"
+CHOICES = (AUTO, *LAWS, ISOFLOP)
 REPORTED = ["run", "size", "step", "parameters", "images", "train_flops", "value", "chosen"]  # of a held-out point
 
 
 @dataclass(frozen=True)
 class LawResult:
-    """A fitted law.
+    """A fitted law, and the `members` that answer with it: the laws that survive.
 
-    `predictions` has one row per held-out point: value, predicted, low and high (90 %), error, inside, chosen (it
-    counts: a law of compute speaks of the chosen points alone, one of size and data of all).
+    `predictions` has one row per held-out point: value, predicted, low and high (at the question's level), error,
+    inside, chosen (it counts: a law of compute speaks of the chosen points alone, one of size and data of all).
     """
 
-    fit: Fit
+    own: Member
+    members: list[Member]
+    question: Question
     used: pd.DataFrame
-    resamples: uncertainty.Resamples
     floor: uncertainty.FloorProfile | None
     predictions: pd.DataFrame
+
+    @property
+    def fit(self) -> Fit:
+        return self.own.fit
+
+    @property
+    def resamples(self) -> uncertainty.Resamples:
+        return self.own.resamples
+
+    def draws_KN(self, rows: pd.DataFrame, new_run: bool = True) -> Array:
+        """Draws of the metric at every row, of a new run or of the law itself, with the laws' disagreement."""
+        return draws_KN(self.own, self.members, rows, self.question.seed, new_run)
+
+    def interval(self, rows: pd.DataFrame, level: float | None = None) -> tuple[Array, Array]:
+        """low_N and high_N of a new run at every row, at the question's level by default."""
+        return interval(self.own, self.members, rows, self.question.seed, level or self.question.level)
+
+    @cached_property
+    def lack_of_fit(self) -> str | None:
+        """What speaks against the law, in a sentence; None if it passed every test."""
+        bent = bend(self.fit)
+        failed = [*self.own.verdict.failed, *([f"BENT against its points, {bent}"] if bent else [])]
+        if self.own.weight == 0.0:
+            best = max(self.members, key=lambda member: member.weight).fit.law.name
+            what = f"does not fit: the {best} law leaves far less scatter at the same points"
+            return f"{what}; {failed[-1]}" if bent else what
+        return f"does not fit well: {'; '.join(failed)}" if failed else None
 
     @property
     def name(self) -> str:
@@ -72,6 +110,11 @@ class Study:
     refusals: list[Refusal] = field(default_factory=list)
     cautions: list[Caution] = field(default_factory=list)
 
+    @cached_property
+    def quoted(self) -> Quoted:
+        """What is quoted of it."""
+        return quoted(self)
+
 
 def study(table: pd.DataFrame, question: Question) -> Study:
     """Answer `question` from a validated runs table.
@@ -88,19 +131,35 @@ def study(table: pd.DataFrame, question: Question) -> Study:
             refuse_far(seen, unseen, question.extrapolate)
     except Refusal as refusal:
         return Study(question, table, table.iloc[:0], refusals=[refusal])
-    results, isoflops, refusals = [], [], []
-    for name in question.laws:
+    found: dict[str, Member] = {}
+    refused: dict[str, Refusal] = {}
+    if set(question.laws) != {ISOFLOP}:  # which asks no law
+        found, refused = members(rows, question, [size for size in sizes if size not in held_out])
+    survivors = [member for member in found.values() if member.weight]
+    asked = [name for name in question.laws if name in LAWS]
+    if AUTO in question.laws:
+        asked = list(dict.fromkeys([*asked, *(member.fit.law.name for member in survivors)]))
+    refusals = [refused[name] for name in LAWS if name in refused and (name in asked or AUTO in question.laws)]
+    results = [_result(found[name], survivors, rows, question) for name in asked if name in found]
+    isoflops: list[IsoFlop] = []
+    if ISOFLOP in question.laws:
         try:
-            if name == "isoflop":
-                slices = slices_of_runs(rows)
-                isoflops += [isoflop(slices, method, question.seed) for method in METHODS]
-            else:
-                results.append(_result(LAWS[name], rows, question))
+            slices = slices_of_runs(rows[~rows["held_out"]])
+            of = data_column(slices) if question.optimum == "tokens" else question.optimum
+            isoflops, unfit = by_every_method(slices, of, question.seed, question.level)
+            refusals += unfit
         except Refusal as refusal:
             refusals.append(refusal)
-    results = _ranked(results)
+    results = _ranked(results) if AUTO not in question.laws else sorted(results, key=lambda law: -law.own.weight)
     cautions = selection.cautions + list(_cautions(rows, results, isoflops, held_out))
     return Study(question, table, rows, sizes, held_out, selection.key, results, isoflops, refusals, cautions)
+
+
+def admissible(rows: pd.DataFrame, asked: tuple[str, ...] = ()) -> list[Law]:
+    """Laws whose inputs every row has, and those that were asked for."""
+    return [
+        law for law in LAWS.values() if law.name in asked or (rows[list(law.inputs)] > 0).fillna(False).all(axis=None)
+    ]
 
 
 def divide(rows: pd.DataFrame, held_out: pd.Series, points: str) -> pd.DataFrame:
@@ -149,20 +208,48 @@ def _held_out(sizes: list[str], asked: tuple[str, ...]) -> list[str]:
     return held_out
 
 
-def _result(law: Law, rows: pd.DataFrame, question: Question) -> LawResult:
-    used = used_by(law, rows)
+def members(rows: pd.DataFrame, question: Question, sizes: list[str]) -> tuple[dict[str, Member], dict[str, Refusal]]:
+    """Every law that can be fitted to the divided rows, with its weight; and why the others cannot."""
+    fits, refused = {}, {}
+    known = rows[~rows["held_out"]].drop(columns=["held_out", "chosen", "used"])
+    for law in admissible(known, question.laws):
+        try:
+            fits[law.name] = _fit(question.law(law.name), used_by(law, rows), question)
+        except Refusal as refusal:
+            refused[law.name] = refusal
+    used = {name: used_by(fit.law, rows) for name, fit in fits.items()}
+    left = groups(known, sizes, question.points)
+    verdicts = [verdict(fit, used[name], left, question.seed) for name, fit in fits.items()]
+    survives = [
+        not dominated(fit, used[name], [other for other in fits.values() if other is not fit])
+        for name, fit in fits.items()
+    ]
+    weight = weights(verdicts, survives) if fits else []
+    found = {}
+    for fit, of_fit, share in zip(fits.values(), verdicts, weight, strict=True):
+        if share or fit.law.name in question.laws:
+            draws = uncertainty.resample(fit, question.resamples, question.seed, question.resampling)
+            found[fit.law.name] = Member(fit, draws, of_fit, share)
+    return found, refused
+
+
+def _fit(law: Law, used: pd.DataFrame, question: Question) -> Fit:
     if used["size"].nunique() < 2:  # one can own the frontier: then nothing says how the law carries over to another
         where = " on the frontier" if question.points == "frontier" else ""
         what = f"{law.name} law: all {len(used)} points{where} are of size {used['size'].iloc[0]}"
         advice = "try --points last or all, or train the other sizes longer"
         raise Refusal("one_size", f"{what}, so they do not tell how much runs differ; {advice}")
-    fit = fit_law(law, used, question.loss)
-    draws = uncertainty.resample(fit, question.resamples, question.seed)
+    return fit_law(law, used, question.loss)
+
+
+def _result(own: Member, members: list[Member], rows: pd.DataFrame, question: Question) -> LawResult:
+    fit = own.fit
     unseen = predicted(fit, rows).sort_values(["run", "train_flops"])
-    low, high = uncertainty.central(uncertainty.new_run_KN(fit, draws, unseen, question.seed))
+    low, high = interval(own, members, rows.loc[unseen.index], question.seed, question.level)
     inside = (low <= unseen["value"]) & (unseen["value"] <= high)
     unseen = unseen.assign(low=low, high=high, inside=inside)
-    return LawResult(fit, used, draws, uncertainty.floor_profile(fit) if law.floor else None, unseen)
+    profile = uncertainty.floor_profile(fit, question.level) if fit.law.floor else None
+    return LawResult(own, members, question, used_by(fit.law, rows), profile, unseen)
 
 
 def _ranked(results: list[LawResult]) -> list[LawResult]:
@@ -185,10 +272,11 @@ def _cautions(
         text = f"only {runs} runs are fitted: the variance between runs is hardly known, so intervals are wide"
         yield Caution("few_runs", text)
     for result in results:
+        if result.lack_of_fit:
+            yield Caution("lack_of_fit", f"{result.name} law: {result.lack_of_fit}")
         yield from _floor_caution(result)
         yield from _missed(result)
-    for budget in [refusal for iso in isoflops[:1] for refusal in iso.refusals]:
-        yield Caution(budget.code, budget.message)
+    yield from isoflop_cautions(isoflops)
     of_compute = any(result.fit.law.inputs == COMPUTE for result in results)
     if held_out and of_compute and not rows.loc[rows["held_out"], "chosen"].any():
         text = f"no point of {', '.join(held_out)} is on the frontier, so it does not test a law of compute"
@@ -203,7 +291,7 @@ def _floor_caution(result: LawResult) -> Iterator[Caution]:
         what = f"its floor {floor:.4g} lies above the best measurement {best:.4g}"
         yield Caution("misfit", f"{result.name} law: {what}: it does not fit")
     elif not result.floor.identified:
-        what = f"the floor E is not identified; at {result.floor.level:.0%} zero fits as well"
+        what = f"the floor E is not identified; at {100 * result.floor.level:.3g} % zero fits as well"
         yield Caution("floor", f"{result.name} law: {what}")
 
 
@@ -212,5 +300,6 @@ def _missed(result: LawResult) -> Iterator[Caution]:
     if len(missed):
         count = f"{len(missed)} of {len(result.claimed)} held-out points"
         worst = missed.loc[np.log1p(missed["error"]).abs().idxmax(), "error"]
-        text = f"{result.name} law: {count} lie outside the 90 % interval, the worst by {worst:+.1%}"
+        where = f"outside the {100 * result.question.level:.3g} % interval"
+        text = f"{result.name} law: {count} lie {where}, the worst by {worst:+.1%}"
         yield Caution("missed", text)

@@ -4,11 +4,15 @@ matplotlib is imported when a figure is drawn, and needs no display.
 """
 
 import io
+from itertools import product
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-COMPUTE_LABEL = "training compute (FLOPs: 6 x MACs x images)"
+DENSE = 200  # places along what a text must not cover
+COMPUTE_LABEL = "training compute (FLOPs)"
+OF_IMAGES = "training compute (FLOPs: 6 x MACs x images)"
 Images = dict[str, bytes]  # png, svg
 
 
@@ -62,13 +66,50 @@ def limits(values: pd.Series) -> tuple[float, float]:
 
 
 def decorate(axes: Any, title: str, x_label: str, y_label: str) -> None:
-    """Title and labels, all of them literal texts, grid, and the legend to the right."""
+    """Title and labels, all of them literal texts, grid, and the legend to the right, or below where a bar is there."""
     axes.set(xlabel=literal(x_label, 80), ylabel=literal(y_label, 80))
     axes.set_title(literal(title, 120), loc="left")
     axes.grid(which="major", color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
+    if not axes.get_legend_handles_labels()[0]:
+        return
+    if len(axes.figure.axes) > 1:
+        axes.figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    else:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+
+
+def label_beside(axes: Any, points: list[tuple[float, float]], texts: list[str], size: float = 8) -> None:
+    """Write a text beside each of the points, where it covers no mark, no line, no error bar and no other text.
+
+    Call it last: it has to know where everything lies; collections are error bars. A text without a free place is left
+    out.
+    """
+    axes.figure.draw_without_rendering()
+    scale = axes.figure.dpi / 72
+    frame = axes.get_window_extent()
+    marks_N2 = axes.transData.transform(points)
+    bars = [bar_N2 for each in axes.collections for bar_N2 in each.get_segments()]
+    lines = [_along(axes, line_N2) for line_N2 in [*bars, *(line.get_xydata() for line in axes.lines)]]
+    taken_N2 = np.concatenate([marks_N2, *lines])
+    for mark_2, point, text in zip(marks_N2, points, map(literal, texts), strict=True):
+        half_2 = np.array([0.6 * size * len(text), 1.2 * size]) * scale / 2
+        for rise, side in product((0, 11, -11, 22, -22, 33, -33, 55, -55), (1, -1)):
+            centre_2 = mark_2 + np.array([side * (8 * scale + half_2[0]), rise * scale])
+            inside = frame.contains(*(centre_2 - half_2)) and frame.contains(*(centre_2 + half_2))
+            if inside and not (np.abs(taken_N2 - centre_2) < half_2 + 2 * scale).all(axis=1).any():
+                place = {"xytext": (8 * side, rise), "textcoords": "offset points", "fontsize": size, "color": "0.3"}
+                axes.annotate(text, point, ha="left" if side > 0 else "right", va="center", **place)
+                corners = np.linspace(centre_2 - half_2, centre_2 + half_2, DENSE)
+                taken_N2 = np.concatenate([taken_N2, corners, corners * [1, -1] + [0, 2 * centre_2[1]]])
+                break
+
+
+def _along(axes: Any, line_N2: Any) -> Any:
+    """Places along a line of data on the canvas, in its pixels."""
+    points_N2 = axes.transData.transform(line_N2)
+    at = np.linspace(0, len(points_N2) - 1, DENSE)
+    return np.stack([np.interp(at, np.arange(len(points_N2)), side_N) for side_N in points_N2.T], axis=1)
 
 
 def rendered(figure: Any) -> Images:
@@ -80,5 +121,6 @@ def rendered(figure: Any) -> Images:
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
+            figure.set_layout_engine("none")  # found once, it is the same for both
             images[kind] = buffer.getvalue()
     return images

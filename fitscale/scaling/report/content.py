@@ -7,13 +7,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fitscale.scaling.fit.compute_optimal import IsoFlop, Optimum, optimal_sizes
-from fitscale.scaling.fit.laws import COMPUTE, SURFACE
+from fitscale.scaling.fit.compute_optimal import IsoFlop
+from fitscale.scaling.fit.laws import COMPUTE
+from fitscale.scaling.fit.question import Question
 from fitscale.scaling.fit.study import LawResult, Study
 from fitscale.scaling.fit.uncertainty import central
 from fitscale.scaling.rows.fid import GUIDANCE
-from fitscale.scaling.rows.selection import ascending_sizes
-from fitscale.scaling.rows.table import KEY, data_hash
+from fitscale.scaling.rows.fitted_points import SAME_COMPUTE
+from fitscale.scaling.rows.refusals import listed
+from fitscale.scaling.rows.selection import size_order
+from fitscale.scaling.rows.table import KEY, data_column, data_hash
 
 NAMES = {"fd": "Fréchet distance", "fid": "FID", "validation_loss": "validation loss", "recognised": "share recognised"}
 SHOWN = (
@@ -24,12 +27,16 @@ SHOWN = (
     "recognised",
 )  # with a column in the table of sizes, if evaluated
 BESIDE = ("precision", "recall")  # of them, those shown if they are of the images and the network of the study's metric
-OF_LAW = 200  # resamples that say how sure a compute-optimal size by a law is
 
 
 def readable(metric: str) -> str:
     """A metric's name for people; the name itself where there is no better one."""
     return NAMES.get(metric, metric)
+
+
+def data_of(study: Study) -> str:
+    """What the study's rows count their data in: images or tokens."""
+    return data_column(study.table[study.table["metric"] == study.question.metric])
 
 
 def report_content(study: Study) -> dict[str, Any]:
@@ -41,11 +48,11 @@ def report_content(study: Study) -> dict[str, Any]:
     return {
         "study": study,
         "title": readable(study.question.metric),
-        "headlines": [headline(study, result) for result in study.results],
+        "percent": percent(study.question),
+        "headlines": answers(study),
         "laws": [_law_lines(study, result) for result in study.results],
-        "isoflops": [_isoflop_lines(iso) for iso in study.isoflops] + _surface_lines(study),
         "sizes": size_table(study),
-        "held_out": ", ".join(study.held_out),
+        "held_out": held_out_text(study) if study.held_out else "",
         "predictions": [(result.name, _prediction_rows(result)) for result in study.results],
         "key": [f"{name}: {value}" for name, value in study.key.items()],
         "data_hash": data_hash(study.table)[:16],
@@ -67,7 +74,7 @@ def size_table(study: Study) -> tuple[list[str], list[list[str]]]:
     rank = list(dict.fromkeys((*SHOWN, asked.split("/")[0])))
     metrics = sorted(wanted["label"].unique(), key=lambda label: (rank.index(re.split("[/,]", label)[0]), label))
     header = ["size", "parameters", "steps", "training FLOPs", "papers' FLOPs", "device-hours", *metrics, "status"]
-    order = [size for size in ascending_sizes(table) if size in set(wanted["size"])]
+    order = [size for size in size_order(table) if size in set(wanted["size"])]
     return header, [_size_row(wanted[wanted["size"] == size], metrics) for size in order]
 
 
@@ -115,19 +122,49 @@ def interval_text(low: Any, high: Any) -> str:
     return f"{number(low)} to {number(high)}"
 
 
+def percent(question: Question) -> str:
+    """The level of the intervals."""
+    return f"{100 * question.level:.3g} %"
+
+
+def held_out_text(study: Study) -> str:
+    """The held-out sizes by name, or how many they are."""
+    few = len(study.held_out) <= 3
+    return f"held-out size {', '.join(study.held_out)}" if few else f"{len(study.held_out)} held-out sizes"
+
+
+def answers(study: Study) -> list[str]:
+    """The sentence that answers, then what other laws say; the first of what was refused where nothing was fitted."""
+    said = [headline(study, result) for result in study.results]
+    said += [
+        f"The best {iso.of} grow as C^{iso.exponent:.3f} by {iso.method}, {sure(iso)}." for iso in study.isoflops[:1]
+    ]
+    return said or [f"No law of {readable(study.question.metric)} could be fitted; what follows says why."]
+
+
 def headline(study: Study, result: LawResult) -> str:
-    """How the law fared at the largest held-out point that counts."""
-    points = result.fit.points
-    start = f"{result.name.capitalize()} law, fitted on {len(points.y_N)} points of {points.runs} runs"
+    """How the law fared at the largest held-out compute that counts; runs of equal compute are one measurement."""
     if result.claimed.empty:
-        return f"{start}: scatter of a new run {result.fit.noise.total:.1%}; no held-out point tests it."
-    last = result.claimed.sort_values("train_flops").iloc[-1]
-    where = "inside" if last["inside"] else "OUTSIDE"
+        return f"{_fitted(result)}: scatter of a new run {result.fit.noise.total:.1%}; no held-out point tests it."
+    flops = result.claimed["train_flops"]
+    tied = result.claimed[flops * SAME_COMPUTE >= flops.max()]
+    last = tied.sort_values(["train_flops", "size", "run"]).iloc[-1]
+    value = float(np.exp(np.log(tied["value"]).mean()))
+    several = f"{interval_text(tied['value'].min(), tied['value'].max())} in {len(tied)} runs, in the mean "
+    inside = int(tied["inside"].sum())
+    where = {0: "OUTSIDE", len(tied): "inside"}.get(inside, f"{inside} of {len(tied)} inside")
     return (
-        f"{start}: predicts a {readable(study.question.metric)} of {number(last['predicted'])} for the held-out size "
-        f"{last['size']} at {flops_text(last['train_flops'])} FLOPs; measured {number(last['value'])}: "
-        f"error {last['error']:+.1%}, {where} the 90 % interval {interval_text(last['low'], last['high'])}."
+        f"{_fitted(result)}: predicts a {readable(study.question.metric)} of {number(last['predicted'])} for the "
+        f"held-out size {listed(sorted(tied['size'].unique()))} at {flops_text(last['train_flops'])} FLOPs; "
+        f"measured {several * (len(tied) > 1)}{number(value)}: error {last['predicted'] / value - 1:+.1%}, {where} "
+        f"the {percent(study.question)} interval {interval_text(last['low'], last['high'])}."
     )
+
+
+def _fitted(result: LawResult) -> str:
+    points, law = result.fit.points, f"{result.name.capitalize()} law"
+    fitted = f"itted on {len(points.y_N)} points of {points.runs} runs"
+    return f"{law} {result.lack_of_fit}. F{fitted}" if result.lack_of_fit else f"{law}, f{fitted}"
 
 
 def _law_lines(study: Study, result: LawResult) -> dict[str, Any]:
@@ -137,18 +174,21 @@ def _law_lines(study: Study, result: LawResult) -> dict[str, Any]:
     if result.floor is not None and not result.floor.identified:
         upper = "no upper limit" if result.floor.high is None else f"at most {number(result.floor.high)}"
         lines[-1] = ["e", "not identified", upper]
-    how = "least squares" if fit.loss.huber is None else f"Huber's loss with its corner at {fit.loss.huber:g}"
     what = f"ln({question.metric})" if fit.loss.space == "log" else f"{question.metric} itself"
     points = question.points if fit.law.inputs == COMPUTE else "all"
+    weighted = "alike" if np.ptp(fit.points.weight_N) == 0 else "by their standard errors"
     scatter = f"{fit.noise.run**0.5:.1%} from run to run and {fit.noise.point**0.5:.1%} from checkpoint to checkpoint"
     if fit.noise.point == 0.0:
         unknown = "all taken for that from run to run (these points do not tell checkpoints' apart)"
         scatter = f"{fit.noise.total:.1%}, {unknown}"
+    if fit.growth:
+        scatter += f" in runs of middling size, {fit.growth:+.2g} of its logarithm per unit of ln(size)"
+    reference = {data_of(study) if name == "images" else name: value for name, value in fit.reference().items()}
     return {
         "name": result.name,
-        "fitted": f"Fitted by {how} on {what}, points weighted alike ({points} points)",
+        "fitted": f"Fitted by {fit.loss} on {what}, points weighted {weighted} ({points} points)",
         "formula": fit.law.formula,
-        "reference": ", ".join(f"{name} = {value:.4g}" for name, value in fit.reference().items()),
+        "reference": ", ".join(f"{name} = {value:.4g}" for name, value in reference.items()),
         "lines": lines,
         "scatter": scatter,
         "reached": f"{fit.reached:.0%} of {fit.starts}",
@@ -156,34 +196,15 @@ def _law_lines(study: Study, result: LawResult) -> dict[str, Any]:
 
 
 def parameter_intervals(result: LawResult) -> dict[str, tuple[float, float]]:
-    """Central 90 % of the readable parameters over the resamples of whole runs."""
-    return {name: central(draws_K) for name, draws_K in result.fit.named(result.resamples.theta_KP).items()}
+    """Central intervals of the readable parameters over the resamples of whole runs, at the question's level."""
+    level = result.question.level
+    return {name: central(draws_K, level) for name, draws_K in result.fit.named(result.resamples.theta_KP).items()}
 
 
-def _isoflop_lines(iso: IsoFlop) -> dict[str, Any]:
-    interval = f"not estimated ({iso.no_interval})"
-    if iso.interval_90 is not None:
-        interval = "{:.4f} to {:.4f}".format(*iso.interval_90)
-    law = f"best size = {iso.coefficient:.3g} C^{iso.exponent:.4f}, from {len(iso.optima)} budgets"
-    text = f"{iso.method}: {law}; 90 % interval of the exponent {interval}"
-    return {"text": text, "optima": [_optimum_cells(optimum) for optimum in iso.optima]}
-
-
-def _surface_lines(study: Study) -> list[dict[str, Any]]:
-    """Compute-optimal sizes by each fitted law of size and data, at budgets within the fitted compute."""
-    lines = []
-    for result in [result for result in study.results if result.fit.law.inputs == SURFACE]:
-        flops = result.used["train_flops"]
-        budgets = np.geomspace(flops.min() * 2, flops.max(), 5)
-        optima, refusals = optimal_sizes(result.fit, result.used, result.resamples.theta_KP[:OF_LAW], budgets)
-        text = "; ".join([f"by the {result.name} law", *map(str, refusals)])
-        lines.append({"text": text, "optima": [_optimum_cells(optimum) for optimum in optima]})
-    return lines
-
-
-def _optimum_cells(optimum: Optimum) -> list[str]:
-    cells = [flops_text(optimum.budget), number(optimum.parameters), number(optimum.metric)]
-    return [*cells, f"{optimum.spread:.1%}"]
+def sure(iso: IsoFlop) -> str:
+    """The interval of its exponent, in words."""
+    interval = "not estimated" if iso.interval is None else "{:.3f} to {:.3f}".format(*iso.interval)
+    return f"{100 * iso.level:.3g} %: {interval}"
 
 
 def _prediction_rows(result: LawResult) -> list[list[str]]:

@@ -17,26 +17,29 @@ SIGNS = re.compile(r"(?=[\\`*\[\]{}|~$@#])|(?<!\w)(?=_)|(?=_(?!\w))|(?<=www)(?=\
 
 BODY = """\
 {{ heading(1, "Scaling of " ~ title ~ " with training compute") }}
+{{ answer(headlines[0]) }}
 {% for refusal in study.refusals %}
 {{ note("Refused", "refusal", refusal) }}
 {% endfor %}
 {% for caution in study.cautions %}
 {{ note("Caution", "caution", caution) }}
 {% endfor %}
-{{ items(headlines) }}
+{% if headlines[1:] %}
+{{ items(headlines[1:]) }}
+{% endif %}
 {{ figure("curves", study.question.metric ~ " against training compute") }}
 {{ heading(2, "Sizes, at their last evaluation") }}
 {{ table(*sizes) }}
 {% if predictions and held_out %}
-{{ heading(2, "Prediction and measurement of the held-out size " ~ held_out) }}
+{{ heading(2, "Prediction and measurement: " ~ held_out) }}
 {% call paragraph() %}
 The largest held-out compute is {{ extrapolation }} times the largest fitted one.
 A point that does not count lies above the frontier (or is not the run's last): the law makes no claim about it.
 {% endcall %}
 {% for name, rows in predictions %}
 {{ heading(3, name | capitalize ~ " law") }}
-{{ table(["run", "step", "training FLOPs", "measured", "predicted", "90 % interval", "error", "inside", "counts"], rows)
-}}
+{% set interval = percent ~ " interval" %}
+{{ table(["run", "step", "training FLOPs", "measured", "predicted", interval, "error", "inside", "counts"], rows) }}
 {% endfor %}
 {% endif %}
 {{ figure("predictions", "predicted against measured") }}
@@ -47,25 +50,26 @@ A point that does not count lies above the frontier (or is not the run's last): 
 Scatter {{ law.scatter }}; best fit reached from {{ law.reached }} starts;
 intervals from {{ study.question.resamples }} refits with the deviation of every run drawn anew.
 {% endcall %}
-{{ table(["parameter", "value", "90 % interval"], law.lines) }}
+{{ table(["parameter", "value", percent ~ " interval"], law.lines) }}
 {% endfor %}
 {{ figure("residuals", "residuals") }}
-{% if isoflops %}
-{% set there = study.question.metric ~ " there" %}
-{{ heading(2, "Compute-optimal size") }}
+{% if optimal %}
+{{ heading(2, "Constants and compute-optimal training") }}
 {{ figure("isoflop", "isoFLOP curves") }}
-{% for iso in isoflops %}
+{% for part in optimal %}
+{{ heading(3, part.heading) }}
 {% call paragraph() %}
-{{ iso.text }}
+{{ part.text }}
 {% endcall %}
-{{ table(["budget (FLOPs)", "best parameters", there, "spread of ln(parameters)"], iso.optima) }}
+{{ table(part.header, part.rows) }}
 {% endfor %}
 {% endif %}
 {% if "samples" in figures %}
 {{ heading(2, "Samples along the curve") }}
 {{ figure("samples", "samples along the curve") }}
 {% call paragraph() %}
-Every folder's first images, drawn from the same noise and classes where the seed is the same.
+Every folder's first images, drawn from the same noise and classes where the seed is the same. The number over them was
+measured on images made as they were (of all sizes of the data set); a dashed line leads to a point measured otherwise.
 {% endcall %}
 {{ contact_sheets(sheets) }}
 {% endif %}
@@ -82,6 +86,9 @@ MARKDOWN_PARTS = """\
 {% endmacro %}
 {% macro note(word, kind, it) %}
 > **{{ word }} ({{ it.code }})**: {{ it.message }}
+{% endmacro %}
+{% macro answer(text) %}
+**{{ text }}**
 {% endmacro %}
 {% macro items(texts) %}
 {% for text in texts %}
@@ -114,6 +121,7 @@ HTML_PARTS = """\
 {% macro note(word, kind, it) %}
 <p class="{{ kind }}"><strong>{{ word }} ({{ it.code }}).</strong> {{ it.message }}</p>
 {% endmacro %}
+{% macro answer(text) %}<p class="answer">{{ text }}</p>{% endmacro %}
 {% macro items(texts) %}
 <ul>{% for text in texts %}<li>{{ text }}</li>{% endfor %}</ul>
 {% endmacro %}
@@ -143,17 +151,20 @@ HTML_PARTS = """\
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Scaling of {{ title }}</title>
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222;
+  overflow-wrap: anywhere; }
+.answer { font-size: 1.15rem; padding: 0.6rem 0.9rem; border-left: 5px solid #2c6fbb; background: #eaf2fb; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap;
+  overflow-wrap: normal; }
 th { white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
 .wide { overflow-x: auto; }
 .refusal, .caution { padding: 0.5rem 0.9rem; margin: 0.5rem 0; border-left: 5px solid #c0392b; background: #fbeae8; }
 .caution { border-color: #d99a00; background: #fdf5e2; }
 img { max-width: 100%; height: auto; }
-figure { margin: 1rem 0; overflow-x: auto; } figure img { width: 60rem; min-width: 36rem; }
+figure { margin: 1rem 0; } figure img { width: 60rem; }
 .small { color: #555; font-size: 0.88rem; }
 </style>
 </head>

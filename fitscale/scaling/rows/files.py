@@ -1,19 +1,7 @@
-"""Runs tables as files: CSV or parquet with our columns, or anybody's CSV (a paper's table, a wandb export) by a map.
-
-A column map is YAML; left a column of the runs table, right where it comes from:
-
-    run: Name                          # a column
-    size: "=XL"                        # the same text in every row
-    parameters: [1.0e6, params_m]      # a product of numbers and columns
-    train_flops: [6.0e9, gmacs, images]
-    metrics: {fd: eval/fd, validation_loss: eval/loss}     # one row per metric where its cell is not empty
-
-With `metrics`, the columns metric and value come from it; without, they are mapped like the others.
-"""
+"""Runs tables as files: CSV or parquet with our columns, or anybody's (a paper's table, a wandb export) by a map."""
 
 import csv
 import io
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +11,9 @@ import yaml
 
 from fitscale.config.errors import UserError
 from fitscale.config.files import replacing
+from fitscale.scaling.rows.column_map import checked
 from fitscale.scaling.rows.refusals import listed, shown
-from fitscale.scaling.rows.table import check_names, numbers, refuse, validate
+from fitscale.scaling.rows.table import check_names, validate
 
 FORMATS: dict[str, Callable[..., None]] = {".csv": pd.DataFrame.to_csv, ".parquet": pd.DataFrame.to_parquet}
 MISSING = frozenset(["", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "-nan", "NULL", "null", "None"])  # of cells
@@ -48,21 +37,29 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def read_mapped(path: Path, column_map: Path) -> pd.DataFrame:
-    """The runs table in the CSV at `path`, as `column_map` names its columns; a missing cell stays missing.
+    """The runs table in the CSV or parquet at `path`, as `column_map` names its columns; a missing cell stays missing.
 
     Raises:
         UserError: a file cannot be read, the map names a column that is not there, or the result breaks the schema.
     """
-    mapping = _read_map(column_map)
-    source = _cells(path).drop(columns="", errors="ignore")  # where exports have their index
-    metrics = mapping.pop("metrics", None)
-    columns = {name: _column(source, name, rule, path, column_map) for name, rule in mapping.items()}
-    shared = pd.DataFrame(columns, index=source.index)
-    if metrics is None:
-        return validate(shared, str(path)).reset_index(drop=True)
-    values = {metric: _column(source, metric, rule, path, column_map) for metric, rule in metrics.items()}
-    parts = [shared.assign(metric=metric, value=cells)[cells.notna()] for metric, cells in values.items()]
-    return validate(pd.concat(parts), str(path)).reset_index(drop=True)
+    return mapped(read_cells(path), _yaml(column_map), path, column_map)
+
+
+def mapped(source: pd.DataFrame, mapping: Any, path: Path, column_map: Path) -> pd.DataFrame:
+    """`read_mapped` of what both files hold; a table to join lies beside `column_map`."""
+
+    def beside(name: str) -> pd.DataFrame:
+        if Path(name).name != name:
+            raise UserError(f"{column_map}: join: {shown(name)} is no name of a file beside the map")
+        return read_cells(column_map.parent / name)
+
+    return checked(mapping, str(column_map), str(path), beside).applied(source)
+
+
+def read_cells(path: Path) -> pd.DataFrame:
+    """The columns of anybody's CSV, as text, or parquet; the index is the line, or the row."""
+    source = _parquet(path) if path.suffix == ".parquet" else _cells(path)
+    return source.drop(columns="", errors="ignore")  # where exports have their index
 
 
 def _cells(path: Path) -> pd.DataFrame:
@@ -143,30 +140,10 @@ def _parquet(path: Path) -> pd.DataFrame:
         raise UserError(f"{path}: not a readable parquet file: {shown(str(error))}") from error
 
 
-def _read_map(path: Path) -> dict[str, Any]:
+def _yaml(path: Path) -> Any:
     try:
-        mapping = yaml.safe_load(_text(path, MOST_MAP_BYTES))
+        return yaml.safe_load(_text(path, MOST_MAP_BYTES))
     except UserError:
         raise
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: not a readable column map: {error}") from error
-    metrics = mapping.get("metrics", {}) if isinstance(mapping, dict) else None
-    if not isinstance(metrics, dict) or not all(isinstance(name, str) for name in [*mapping, *metrics]):
-        raise UserError(f"{path}: a column map holds `column: source` pairs, and `metrics` pairs of its own")
-    return mapping
-
-
-def _column(source: pd.DataFrame, name: str, rule: Any, path: Path, column_map: Path) -> pd.Series:
-    """The cells that `rule` makes of the columns of `source`."""
-    if isinstance(rule, list) and not any(isinstance(factor, list) for factor in rule):
-        factors = [_column(source, name, factor, path, column_map) for factor in rule]
-        for cells in factors:
-            refuse(cells, (numbers(cells).isna() & cells.notna()).to_numpy(), "a number", str(path))
-        return math.prod(map(numbers, factors), start=pd.Series(1.0, source.index))
-    if isinstance(rule, int | float) or (isinstance(rule, str) and rule.startswith("=")):
-        return pd.Series(rule[1:] if isinstance(rule, str) else rule, source.index, name=name)
-    if not isinstance(rule, str):
-        raise UserError(f"{column_map}: {name}: {type(rule).__name__} is no column, number, =text or list of them")
-    if rule not in source.columns:
-        raise UserError(f"{path}: no column {shown(rule)} for {name}; it has: {listed(list(source.columns), 20)}")
-    return source[rule]

@@ -13,13 +13,14 @@ from fitscale.config.errors import UserError
 
 OfRows = Literal["no_rows", "mixed_keys", "mixed_models", "missing_values", "non_positive", "conflicting_rows"]
 OfAFit = Literal["too_few_points", "no_improvement", "at_bound", "at_start", "unstable_fit", "not_identified"]
-OfSizes = Literal["one_size", "edge_optimum", "concave_optimum", "not_on_frontier", "extrapolation"]
+OfSizes = Literal["one_size", "edge_optimum", "concave_optimum", "outside_range", "not_on_frontier", "extrapolation"]
+OfGroups = Literal["cannot_tell", "no_overlap"]
 
 
 class Refusal(UserError):
     """The data do not hold what was asked: a code, and a text that says why and what would help."""
 
-    def __init__(self, code: OfRows | OfAFit | OfSizes, message: str) -> None:
+    def __init__(self, code: OfRows | OfAFit | OfSizes | OfGroups, message: str) -> None:
         super().__init__(message)
         self.code = code
         self.message = str(self)

@@ -3,7 +3,9 @@
 What stops a fit is found in one place, `_faults`: `select` refuses at the first, `problems` lists all of them.
 """
 
-from collections.abc import Iterator
+import math
+import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,10 +13,10 @@ import pandas as pd
 
 from fitscale.config.errors import UserError
 from fitscale.scaling.rows.refusals import Caution, Refusal, listed
-from fitscale.scaling.rows.table import COLUMNS, KEY, key_columns
+from fitscale.scaling.rows.table import COLUMNS, KEY, LABEL, data_column, key_columns, number, numbers
 
 NEEDED = ["run", "size", "value", "train_flops"]
-OF_SOME_LAWS = ("parameters", "step", "images")  # a table without them serves laws of compute alone
+OPERATORS: dict[str, Callable[[pd.Series, float], pd.Series]] = {">": operator.ge, "<": operator.le}  # before the =
 HIGHER_IS_BETTER = ("recognised",)
 
 
@@ -32,8 +34,13 @@ def select(
 ) -> Selection:
     """The rows of `metric` that satisfy every `column = value` of `where`, from `from_step` on.
 
+    A column that ends in !, > or < makes of it: unequal, at least, at most. Of rows that count their data in tokens
+    (`data_column`), `images` is what laws of size and data take for D: those tokens.
+
     Raises:
-        Refusal: no such rows, missing or non-positive values, conflicting rows, mixed keys, families or patch sizes.
+        Refusal: no such rows, missing or non-positive values, conflicting rows, mixed keys, families, patch sizes or
+            units of data.
+        UserError: no such column, or no number where one is compared.
     """
     rows = _filter(table, metric, where)
     cautions: list[Caution] = []
@@ -52,6 +59,9 @@ def select(
         rows = rows[~repeated]
     for fault in _faults(rows, needed):
         raise fault
+    rows = rows.assign(images=rows[data_column(rows)])
+    if rows["parameters"].isna().any():
+        rows = rows.assign(parameters=rows["parameters"].astype(float))  # NaN, which can be counted with, for NA
     key = {name.removeprefix(KEY): rows[name].iloc[0] for name in key_columns(rows) if rows[name].notna().any()}
     return Selection(rows.reset_index(drop=True), key, cautions + _cautions(rows))
 
@@ -63,7 +73,9 @@ def problems(table: pd.DataFrame) -> list[str]:
         of_metric = [fault.message for fault in _faults(rows, NEEDED)]
         if (repeated := _repeated(rows)).any():
             of_metric.append(f"identical rows: {_named(rows[repeated])}")
-        missing = {name: int(rows[name].isna().sum()) for name in OF_SOME_LAWS}
+        of_some_laws = ["parameters", data_column(rows)]  # without them a table serves laws of compute alone
+        of_some_laws += ["step"] * bool(rows.duplicated(["run", *key_columns(rows)]).any())  # else no run has two
+        missing = {name: int(rows[name].isna().sum()) for name in of_some_laws}
         of_metric += [f"{name} is missing in {n} of {len(rows)} rows" for name, n in missing.items() if n]
         if metric not in HIGHER_IS_BETTER and (rising := _rising(rows)):
             of_metric.append(f"the last checkpoint is not the best in {listed(rising)}")
@@ -90,21 +102,11 @@ def correlation(rows: pd.DataFrame) -> float:
     return float(np.corrcoef(np.log(whole["train_flops"]), whole["value"])[0, 1])
 
 
-def ascending_sizes(rows: pd.DataFrame) -> list[str]:
-    """Sizes from the fewest parameters to the most; those of unknown parameters last."""
-    return list(rows.groupby("size")["parameters"].max().sort_values(kind="stable").index)
-
-
 def size_order(rows: pd.DataFrame) -> list[str]:
-    """`ascending_sizes`, where that order has to be right.
-
-    Raises:
-        UserError: the table does not say how many parameters a size has.
-    """
-    parameters = rows.groupby("size")["parameters"].max()
-    if parameters.isna().any():
-        raise UserError(f"column parameters is missing for size {listed(list(parameters[parameters.isna()].index))}")
-    return ascending_sizes(rows)
+    """Sizes from the fewest parameters to the most; where some are not known, from the least compute to the most."""
+    known = rows.groupby("size")[["parameters", "train_flops"]].max()
+    by = "parameters" if known["parameters"].notna().all() else "train_flops"
+    return list(known.sort_values(by, kind="stable").index)
 
 
 def _filter(table: pd.DataFrame, metric: str, where: dict[str, str]) -> pd.DataFrame:
@@ -112,15 +114,31 @@ def _filter(table: pd.DataFrame, metric: str, where: dict[str, str]) -> pd.DataF
     if rows.empty:
         known = listed(sorted(table["metric"].dropna().unique()), 20) or "none"
         raise Refusal("no_rows", f"no row has metric {metric}; the table holds: {known}")
-    for column, value in where.items():
-        if column not in table.columns:
-            raise UserError(f"--where {column}: no such column; valid: {listed(list(table.columns), 50)}")
-        kept = rows[_equals(rows[column], value)]
+    for name, value in where.items():
+        sign = name.rstrip()[-1:] if name.rstrip()[-1:] in ("!", *OPERATORS) else ""
+        column = _column(table, name.rstrip().removesuffix(sign).strip())
+        kept = rows[_satisfies(rows[column], sign, value.strip())]
         if kept.empty:
             present = listed(sorted(rows[column].dropna().astype(str).unique()), 20) or "nothing"
-            raise Refusal("no_rows", f"no {metric} row has {column} = {value}; there is: {present}")
+            raise Refusal("no_rows", f"no {metric} row has {column} {sign}= {value}; there is: {present}")
         rows = kept
     return rows
+
+
+def _column(table: pd.DataFrame, name: str) -> str:
+    """The column of that name, or the label."""
+    for column in (name, LABEL + name):
+        if column in table.columns:
+            return column
+    raise UserError(f"--where {name}: no such column; valid: {listed(list(table.columns), 50)}")
+
+
+def _satisfies(column: pd.Series, sign: str, value: str) -> pd.Series:
+    if sign not in OPERATORS:
+        return _equals(column, value) != (sign == "!")
+    if math.isnan(limit := number(value)):
+        raise UserError(f"--where {column.name}{sign}={value}: give a number")
+    return OPERATORS[sign](numbers(column), limit)
 
 
 def _equals(column: pd.Series, value: str) -> pd.Series:
@@ -151,6 +169,9 @@ def _faults(rows: pd.DataFrame, needed: list[str]) -> Iterator[Refusal]:
         if len(values := _values(rows, column)) > 1:
             what = f"rows of different {column} ({listed(values)}) follow different laws"
             yield Refusal("mixed_models", f"{what}; choose one with --where {column}={values[0]}")
+    of_tokens = rows["images"].isna() & rows["tokens"].notna()
+    if of_tokens.any() and rows["images"].notna().any():
+        yield Refusal("mixed_models", f"data are counted in images, but in tokens in: {_named(rows[of_tokens])}")
     differing = {name: values for name in key_columns(rows) if len(values := _values(rows, name)) > 1}
     if differing:
         text = "; ".join(f"{name}: {listed(values)}" for name, values in differing.items())
@@ -163,6 +184,10 @@ def _cautions(rows: pd.DataFrame) -> list[Caution]:
     found = []
     if names := _unfinished(rows):
         found.append(Caution("unfinished", f"runs with steps left: {listed(names)}"))
+    if (unknown := rows["parameters"].isna()).any():
+        of_sizes = listed(sorted(rows.loc[unknown, "size"].unique()))
+        text = f"parameters is missing for size {of_sizes}: sizes are put in order by their largest compute"
+        found.append(Caution("no_parameters", text))
     for column in ("batch", "lr"):
         if len(values := _values(rows, column)) > 1:
             text = f"{column} ({COLUMNS[column].meaning}) differs between runs: {listed(values)}"

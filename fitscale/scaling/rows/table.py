@@ -1,7 +1,8 @@
 """The runs table: one row per evaluated metric of one checkpoint, as a checked pandas DataFrame.
 
 Missing stays missing (NaN, NA, an empty CSV cell), never 0. Columns whose name starts with `key_` are the comparability
-key: how the number was measured. Rows whose keys differ must not be fitted together.
+key: how the number was measured. Rows whose keys differ must not be fitted together. Columns `label_` say anything else
+that rows may be chosen by (`--where`), and keep no fit from being made.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from pandas.api.types import is_bool_dtype, is_numeric_dtype
 from fitscale.config.errors import UserError
 from fitscale.scaling.rows.refusals import listed, shown
 
-KEY = "key_"
+KEY, LABEL = "key_", "label_"
 MOST_COLUMNS = 1000
 LONGEST_TEXT = 250  # characters of a name
 LARGEST, LEAST = 1e30, 1e-30  # of a number but 0: what is beyond is a mistake, and would overflow in what follows
@@ -50,6 +51,7 @@ COLUMNS = {
     "batch": Column("Int64", "images per step"),
     "step": Column("Int64", "optimizer steps"),
     "images": Column("Int64", "images trained on"),
+    "tokens": Column("Int64", "tokens trained on: the data of a language model, which has no images"),
     "train_flops": Column("float64", "true training FLOPs: 6 x MACs x images"),
     "paper_flops": Column("float64", "the papers' convention: 3 x G x images, G = linear MACs at 256 tokens"),
     "device_hours": Column("float64", "devices x hours of training"),
@@ -73,22 +75,26 @@ VALID = {
 
 
 def validate(table: pd.DataFrame, source: str = "runs table") -> pd.DataFrame:
-    """`table` with every column of `COLUMNS`, in order and typed, then its `key_` columns as strings, sorted by name.
+    """`table` with every column of `COLUMNS`, in order and typed, then `key_` and `label_` columns as strings, sorted.
 
     Raises:
         UserError: an unknown, missing or repeated column, or a value that is none of its type; the text names the row
             by the index of `table`, and what it counts by the index's name.
     """
     check_names(list(table.columns), source)
-    unknown = [name for name in table.columns if name not in COLUMNS and not name.startswith(KEY)]
+    unknown = [name for name in table.columns if name not in COLUMNS and not name.startswith((KEY, LABEL))]
     if unknown:
-        raise UserError(f"{source}: unknown columns {listed(unknown)}; valid: {', '.join(COLUMNS)} and {KEY}<name>")
+        valid = f"{', '.join(COLUMNS)}, {KEY}<name> and {LABEL}<name>"
+        advice = "collect_runs.py --guess proposes a column map for a table with other columns"
+        raise UserError(f"{source}: unknown columns {listed(unknown)}; valid: {valid}; {advice}")
     missing = [name for name in REQUIRED if name not in table.columns]
     if missing:
         raise UserError(f"{source}: columns {', '.join(missing)} are missing")
     keys = {name: Column("string", "how the value was measured") for name in sorted(key_columns(table))}
-    whole = table.reindex(columns=[*COLUMNS, *keys])
-    return pd.DataFrame({name: _typed(whole[name], column, source) for name, column in (COLUMNS | keys).items()})
+    labels = sorted(name for name in table.columns if name.startswith(LABEL))
+    wanted = COLUMNS | keys | {name: Column("string", "what rows are chosen by") for name in labels}
+    whole = table.reindex(columns=list(wanted))
+    return pd.DataFrame({name: _typed(whole[name], column, source) for name, column in wanted.items()})
 
 
 def check_names(names: list[Any], source: str) -> None:
@@ -105,6 +111,11 @@ def check_names(names: list[Any], source: str) -> None:
 def key_columns(table: pd.DataFrame) -> list[str]:
     """Names of the comparability key's columns."""
     return [name for name in table.columns if str(name).startswith(KEY)]
+
+
+def data_column(rows: pd.DataFrame) -> str:
+    """What the rows count their data in: `tokens` where they have no images, as language models, else `images`."""
+    return "tokens" if rows["images"].isna().all() and rows["tokens"].notna().any() else "images"
 
 
 def data_hash(table: pd.DataFrame) -> str:
