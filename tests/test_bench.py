@@ -4,8 +4,10 @@ import argparse
 import json
 import threading
 
+import pytest
 import torch
 
+from fitscale.model.common.compiler import lacks_for_compiling
 from tests.programs import run_tool
 
 
@@ -45,6 +47,25 @@ def test_the_sampling_benchmark_compares_the_same_images(tmp_path):
     packs, alone = json.loads((tmp_path / "rows.json").read_text())
     assert done.stdout.count("\n") == 6 and packs["images_per_s"] > 0 and alone["ratio"] == 1 and alone["moved"] == 0
     assert min(packs["least_nfe"], alone["least_nfe"]) >= 8
+
+
+STEP = ("model.depth=1", "model.hidden_size=96", "model.num_heads=2", "model.num_classes=10", "--batch", 6)
+
+
+def test_the_benchmark_of_the_step_compares_with_a_padded_batch(tmp_path):
+    options = ("--sizes", "64-256", "--steps", 1, "--ways", "baseline", "eager", "--traffic", "none")
+    done = run_tool("bench_step", *STEP, *options, "--json", tmp_path / "step.json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "step.json").read_text())["sizes"]["64-256"]["baseline_over_eager"] > 0
+    assert run_tool("bench_step", "--sizes", "257").returncode == 2
+
+
+@pytest.mark.skipif(lacks_for_compiling(torch.device("cpu")) is not None, reason="needs g++ and Python.h")
+def test_a_compiled_block_moves_at_most_a_hundred_vectors_in_45_kernels(tmp_path):
+    done = run_tool("bench_step", *STEP, "--sizes", "--ways", "fused", "--json", tmp_path / "step.json")
+    assert done.returncode == 0, done.stderr
+    counted = json.loads((tmp_path / "step.json").read_text())["bf16"]
+    assert 50 < counted["passes"] <= 100 and 20 < counted["kernels"] <= 45
 
 
 def test_ranks_of_the_benchmark_from_noise_to_features_share_the_images(tmp_path):

@@ -1,5 +1,7 @@
 """parallel.compile: what auto means, its words in YAML, and a machine that cannot compile."""
 
+import os
+
 import pytest
 import torch
 
@@ -48,3 +50,14 @@ def test_a_machine_with_one_says_nothing(word, compiled, capsys, request):
     choose_compiler(ParallelConfig(compile=word), init_parallel(ParallelConfig(), "cpu"))
     assert is_compiled() == compiled
     assert capsys.readouterr().err == ""
+
+
+def test_what_is_compiled_is_kept_in_a_folder_of_the_users_own(monkeypatch, tmp_path, request):
+    request.addfinalizer(lambda: use_compiler(False))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "given")
+    use_compiler(True)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "given"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    use_compiler(True)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / ".cache" / "fitscale" / "compiled")

@@ -30,6 +30,7 @@ from unittest import mock
 
 import numpy as np
 
+from fitscale.config.checks import choice
 from fitscale.config.load import load_config
 from fitscale.config.program import exit_code
 from fitscale.config.schema import Config
@@ -66,7 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "config", nargs="*", metavar="FILE|KEY=VALUE", help="of the model, the optimizer and the layout"
     )
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="tokens of an image (all)")
+    parser.add_argument(
+        "--sizes", nargs="*", default=list(SIZES), help="tokens of an image; nothing = only count (all)"
+    )
     parser.add_argument("--batch", type=int, default=16, help="images of a step (16)")
     parser.add_argument("--steps", type=int, default=5, help="steps of each way that are timed (5)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to compare (all)")
@@ -81,13 +84,18 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     import torch
 
+    from fitscale.parallel.groups import init_parallel
+
+    for name in options.sizes:
+        choice("--sizes", name, tuple(SIZES))
     torch.set_num_threads(options.threads)
     config = load_config([*MODEL, *options.config, f"run.device={options.device}"])
-    runners = _runners(config, options.ways)
+    runners = _runners(config, options.ways) if options.sizes else {}
     figures: dict[str, Any] = {"sizes": {}}
     for name in options.sizes:
         figures["sizes"][name] = report_sizes(name, config, runners, options)
     if options.traffic != "none":
+        init_parallel(config.parallel, options.device)
         figures[options.traffic] = report_traffic(config, options)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
@@ -334,16 +342,20 @@ def report_traffic(config: Config, options: argparse.Namespace) -> dict[str, flo
 
 
 def _of_a_block(config: Config, way: str, options: argparse.Namespace) -> tuple[float, float]:
-    one, two = (_counted(config, way, depth, options) for depth in (1, 2))
+    from fitscale.model.common.compiler import use_compiler
+
+    use_compiler(way == "fused")
+    with counting() as count:
+        one, two = (_counted(count, config, depth, options) for depth in (1, 2))
+    use_compiler(False)
     return two[0] - one[0], two[1] - one[1]
 
 
-def _counted(config: Config, way: str, depth: int, options: argparse.Namespace) -> tuple[float, float]:
+def _counted(count: Any, config: Config, depth: int, options: argparse.Namespace) -> tuple[float, float]:
     """Passes and kernels of the forward and the backward pass of a model of `depth` blocks."""
     import torch
 
     from fitscale.model.build import build_network
-    from fitscale.model.common.compiler import use_compiler
     from fitscale.model.common.layout import pack_layout
 
     model = replace(config.model, depth=depth)
@@ -354,17 +366,10 @@ def _counted(config: Config, way: str, depth: int, options: argparse.Namespace) 
     bounds = torch.tensor([0, *np.cumsum(images.lengths)], dtype=torch.int32)
     layout = pack_layout(sizes, bounds, torch.device(options.device))
     inputs = [x.to(options.device) for x in (images.tokens_TC, torch.rand(options.batch), images.labels_S)]
-    use_compiler(way == "fused")
-
-    def pass_through() -> None:
-        sum(out.square().mean() for out in network(*inputs, layout)).backward()
-
-    with counting() as count:
-        pass_through()  # makes tables, compiles
+    for _ in range(2):  # the first makes tables and compiles
         network.zero_grad()  # as of a step's first pack
         count.bytes = count.kernels = 0
-        pass_through()
-    use_compiler(False)
+        sum(out.square().mean() for out in network(*inputs, layout)).backward()
     return count.bytes / (len(images.tokens_TC) * model.hidden_size * dtype.itemsize), count.kernels
 
 

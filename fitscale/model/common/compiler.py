@@ -25,7 +25,13 @@ compiled: dict[Callable[..., Any], Callable[..., Any]] = {}  # of each formula t
 
 
 def use_compiler(on: bool) -> None:
-    """From now on, in this process, compile formulas or run them as they are written."""
+    """From now on, in this process, compile formulas or run them as they are written.
+
+    What is compiled is kept in a folder of the user's own, unless TORCHINDUCTOR_CACHE_DIR names another: torch's own
+    choice is a name in the shared /tmp that anybody can guess and make first, and it runs what it finds there.
+    """
+    if on:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path("~/.cache/fitscale/compiled").expanduser()))
     _state["compiled"] = on
 
 
