@@ -31,7 +31,7 @@ def size_of_runs(x_NF: Array, run_N: NDArray[np.str_]) -> Array:
 def plausible_growths(
     residual_N: Array, jacobian_NP: Array, run_N: NDArray[np.str_], size_N: Array
 ) -> tuple[Array, Array]:
-    """Growths g_G of the noise per unit of `size_N`, and the probability_G of each; 0 alone for few runs or one size."""
+    """Growths g_G of the noise per unit of `size_N`, probability_G of each; 0 alone for few runs, or of one size."""
     spread = float(np.ptp(size_N))
     if spread == 0.0 or len(np.unique(run_N)) < LEAST_RUNS or len(residual_N) - jacobian_NP.shape[1] < 3:
         return np.zeros(1), np.ones(1)
