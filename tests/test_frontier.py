@@ -118,7 +118,7 @@ def test_the_three_approaches_agree_where_the_data_are_good():
     rows = validate(surface(sizes=14, points=40)).assign(tokens_per_image=256.0)
     asked = Question(metric="loss", laws=("additive", "isoflop"), resamples=50, hold_out=())
     answer = study(rows, asked)
-    found = {each.name[0]: each for each in approaches(answer.rows, answer.isoflops, answer.results, seed=0)}
+    found = {each.name[0]: each for each in approaches(answer.rows, answer.isoflops, answer.results, answer.question)}
     best = frontier_of(answer.results[0].fit, answer.results[0].fit.theta_P[None], Cost.of(rows))
     for number, close in (("1", 0.04), ("2", 0.03), ("3", 1e-6)):
         size, data = found[number].parameters, found[number].data

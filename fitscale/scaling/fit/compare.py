@@ -24,6 +24,7 @@ from fitscale.scaling.fit.solver import Array
 from fitscale.scaling.fit.study import FAR, LawResult, Study, study
 from fitscale.scaling.fit.uncertainty import central
 from fitscale.scaling.rows.refusals import Caution, Refusal, listed
+from fitscale.scaling.rows.selection import filtered
 from fitscale.scaling.rows.table import key_columns
 
 MOST_GROUPS = 8  # every pair is compared
@@ -105,7 +106,7 @@ def compare(table: pd.DataFrame, question: Question, column: str) -> Comparison:
         UserError: no such column, or too many groups.
     """
     column = _column(table, column)
-    rows = table[table["metric"] == question.metric]
+    rows = filtered(table, question.metric, question.where)
     names = rows[column].astype("string")
     found = sorted(names.dropna().unique())
     if len(found) > MOST_GROUPS:

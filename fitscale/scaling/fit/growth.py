@@ -15,6 +15,7 @@ from fitscale.scaling.fit.solver import Array
 
 FACTORS = np.arange(-3.0, 4.25, 0.5)  # ln of how much larger the noise of the largest fitted run is than the smallest's
 LEAST = 0.01  # what is less plausible is left out
+LEAST_RUNS = 4  # fewer do not tell a growth from how much runs differ
 LIKELY = 1.5  # standard deviation of that before any data
 SHARES = np.array([0.0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97])  # of the variance that is between runs
 
@@ -30,9 +31,9 @@ def size_of_runs(x_NF: Array, run_N: NDArray[np.str_]) -> Array:
 def plausible_growths(
     residual_N: Array, jacobian_NP: Array, run_N: NDArray[np.str_], size_N: Array
 ) -> tuple[Array, Array]:
-    """Growths g_G of the noise per unit of `size_N`, and the probability_G of each; 0 alone for runs of one size."""
+    """Growths g_G of the noise per unit of `size_N`, probability_G of each; 0 alone for few runs, or of one size."""
     spread = float(np.ptp(size_N))
-    if spread == 0.0 or len(residual_N) - jacobian_NP.shape[1] < 3:
+    if spread == 0.0 or len(np.unique(run_N)) < LEAST_RUNS or len(residual_N) - jacobian_NP.shape[1] < 3:
         return np.zeros(1), np.ones(1)
     likelihood_G = _log_likelihoods(residual_N, jacobian_NP, run_N, np.exp(FACTORS[:, None] / spread * size_N))
     none = FACTORS == 0.0

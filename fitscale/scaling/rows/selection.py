@@ -42,7 +42,7 @@ def select(
             units of data.
         UserError: no such column, or no number where one is compared.
     """
-    rows = _filter(table, metric, where)
+    rows = filtered(table, metric, where)
     cautions: list[Caution] = []
     needed = NEEDED
     if from_step:
@@ -109,7 +109,8 @@ def size_order(rows: pd.DataFrame) -> list[str]:
     return list(known.sort_values(by, kind="stable").index)
 
 
-def _filter(table: pd.DataFrame, metric: str, where: dict[str, str]) -> pd.DataFrame:
+def filtered(table: pd.DataFrame, metric: str, where: dict[str, str]) -> pd.DataFrame:
+    """The rows of `metric` that `where` keeps; raises Refusal where there is none, UserError for no such column."""
     rows = table[table["metric"] == metric]
     if rows.empty:
         known = listed(sorted(table["metric"].dropna().unique()), 20) or "none"
