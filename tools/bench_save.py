@@ -1,5 +1,6 @@
 """How long training waits for a save: copying what each rank keeps, against gathering every tensor over the ranks.
 
+python tools/bench_save.py
 torchrun --nproc-per-node 2 tools/bench_save.py
 torchrun --nproc-per-node 2 tools/bench_save.py configs/model/s.yaml parallel.zero_stage=3 --saves 5
 

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,13 @@ def claim(config: Config) -> RunDir:
 
 
 def _record(run: RunDir, config: Config) -> None:
+    """Write the config; what `auto` became when the run was trained stays."""
+    if run.config.exists():
+        there = load_config([str(run.config)]).parallel
+        chosen = {
+            key: getattr(there, key) for key in ("precision", "compile") if getattr(config.parallel, key) == "auto"
+        }
+        config = replace(config, parallel=replace(config.parallel, **chosen))
     with writing(f"run.dir: {run.path}"):
         write_atomic(run.config, to_yaml(config))
 

@@ -220,7 +220,7 @@ def _heads_backward(
     for number, grad in enumerate(turned):
         grad = _turn(grad, cos, -sin)
         if qkv is not None:
-            x = biased(qkv[:, :, number], None if bias is None else bias[:, number]).float()
+            x = at_least_fp32(biased(qkv[:, :, number], None if bias is None else bias[:, number]))
             normed, mean, rstd = _layer_norm(x)
             if weights is not None:
                 by_weight.append((grad * normed).to(grad_v.dtype))
@@ -231,11 +231,16 @@ def _heads_backward(
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (first half, second half of the last dimension) by their angles, in fp32."""
-    pairs = x.float().unflatten(-1, (2, -1))
+    """Turn the pairs (first half, second half of the last dimension) by their angles, in fp32 or more."""
+    pairs = at_least_fp32(x).unflatten(-1, (2, -1))
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     signed = torch.where(torch.arange(2, device=sin.device)[:, None] == 0, -sin, sin)
     return torch.addcmul(pairs * cos, pairs.flip(-2), signed).flatten(-2)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """In fp32, or in fp64 if it is so."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _layer_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,7 +250,7 @@ def _layer_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     if not torch.compiler.is_compiling():
         return torch.native_layer_norm(x, x.shape[-1:], None, None, NORM_EPS)
-    x = x.float()
+    x = at_least_fp32(x)
     mean = x.mean(-1, keepdim=True)
     centred = x - mean
     rstd = (centred.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
@@ -258,7 +263,7 @@ def _layer_norm_backward(grad: Tensor, x: Tensor, normed: Tensor, mean: Tensor, 
         return torch.ops.aten.native_layer_norm_backward(
             grad, x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
         )[0]
-    grad = grad.float()
+    grad = at_least_fp32(grad)
     by_mean, by_spread = grad.mean(-1, keepdim=True), (grad * normed).mean(-1, keepdim=True)
     return rstd * (grad - by_mean - normed * by_spread)
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from fitscale.config.schema import ParallelConfig
 from fitscale.model.common.attention import packed_attention
 from fitscale.model.common.embedders import ClassEmbedder, TimeEmbedder, TokenEmbedder
-from fitscale.model.common.fused import Biased, gate, gate_modulate, modulate, swiglu, turned_heads
+from fitscale.model.common.fused import Biased, at_least_fp32, gate, gate_modulate, modulate, swiglu, turned_heads
 from fitscale.model.common.layout import PackLayout
 from fitscale.model.common.rope import Rope, pack_rope
 from fitscale.model.fit.config import TIME_CHANNELS, FitConfig
@@ -58,7 +58,7 @@ class FiT(nn.Module):
         x_TD = self.x_embedder(tokens_TC)
         c_SD = F.silu(self.t_embedder(t_S) + self.y_embedder(labels_S))  # once for all: nn.Identity is where it was
         x_TD = self._blocks(scatter_tokens(x_TD) if split_tokens else x_TD, c_SD, layout, rope)
-        return (self.final_layer(gather_tokens(x_TD) if split_tokens else x_TD, c_SD, layout).float(),)
+        return (at_least_fp32(self.final_layer(gather_tokens(x_TD) if split_tokens else x_TD, c_SD, layout)),)
 
     def _blocks(self, x_TD: Tensor, c_SD: Tensor, layout: PackLayout, rope: Rope) -> Tensor:
         shared_S6D = None if self.global_adaLN_modulation is None else self.global_adaLN_modulation(c_SD)
