@@ -65,14 +65,15 @@ def test_ninety_percent_intervals_cover_a_new_run_and_those_of_residuals_do_not(
 
 @pytest.mark.parametrize("sizes", [2, 3])
 def test_intervals_of_two_or_three_runs_are_no_wider_than_they_must_be(sizes):
-    rng = np.random.default_rng(7)
+    """So few runs leave a degree of freedom or none for the variance between them: .936 and .938 of 1,000 sweeps."""
     hits = []
-    for index in range(200):
+    for index in range(300):
+        rng = np.random.default_rng([index, 5])
         rows = sweep(rng, sizes=sizes)
         fit = fit_law(POWER, rows)
         new = truth(TARGET["train_flops"].item()) * np.exp(rng.normal(0, RUN_NOISE) + rng.normal(0, POINT_NOISE))
         hits.append(covers(new_run_KN(fit, resample(fit, 200, index), TARGET, index)[:, 0], new))
-    assert 0.85 <= np.mean(hits) <= 0.96
+    assert 0.88 <= np.mean(hits) <= 0.98  # three standard errors of 300 from .94
 
 
 def test_variances_between_and_within_runs_are_found_on_average():
