@@ -4,9 +4,10 @@ python tools/bench_step.py
 python tools/bench_step.py --sizes 256 64-256 --steps 5 --json step.json
 python tools/bench_step.py --device cuda --precision bf16 --sizes 256 configs/model/xl.yaml
 
-Three ways take a step in turns, on the same images: (a) the baseline: a batch padded to its longest image, with an
-attention mask, plain modules, torch's AdamW and EMA, as FiTv2 is published; (b) fitscale with `parallel.compile=off`;
-(c) with `on`. The model is FiTv2 of width 384 and depth 6 unless further arguments (files, key=value) say otherwise.
+Three ways take a step in turns, on the same images, drawn anew for every step: (a) the baseline: a batch padded to its
+longest image, with an attention mask, plain modules, torch's AdamW and EMA, as FiTv2 is published; (b) fitscale with
+`parallel.compile=off`; (c) with `on`. The model is FiTv2 of width 384 and depth 6 unless further arguments (files,
+key=value) say otherwise.
 
 Prints, for each distribution of sizes, medians of the ratios of times, tokens/s, and the share of matrix products and
 attention in the step. For one block in `--traffic` precision: what flows besides those, forward and backward, in reads
@@ -19,7 +20,7 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -52,11 +53,16 @@ def sides(low: int, high: int) -> Callable[[np.random.Generator, int], np.ndarra
     return lambda rng, count: rng.integers(low, high + 1, (count, 2))
 
 
+def octaves(low: int, high: int) -> Callable[[np.random.Generator, int], np.ndarray]:
+    """Rows and columns in low..high, as many in every octave."""
+    return lambda rng, count: np.exp(rng.uniform(np.log(low), np.log(high + 1), (count, 2))).astype(np.int64)
+
+
 SIZES = {
     "256": sides(16, 16),
     "fit256": photograph_sizes,
     "64-256": sides(8, 16),
-    "16-1024": sides(4, 32),
+    "16-1024": octaves(4, 32),
 }
 WAYS = ("baseline", "eager", "fused")
 PAIRS = (("baseline", "fused"), ("baseline", "eager"), ("eager", "fused"))
@@ -114,10 +120,10 @@ class Images:
         return [int(rows * cols) for rows, cols in self.sizes_S2]
 
 
-def draw_images(name: str, config: Config, count: int) -> Images:
+def draw_images(name: str, config: Config, count: int, seed: int = SEED) -> Images:
     import torch
 
-    rng, generator = np.random.default_rng(SEED), torch.Generator().manual_seed(SEED)
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     sizes = SIZES[name](rng, count)
     tokens = torch.randn(int(sizes.prod(axis=1).sum()), config.model.token_channels, generator=generator)
     return Images(sizes, tokens, torch.from_numpy(rng.integers(0, config.model.num_classes, count)))
@@ -309,26 +315,26 @@ def _runners(config: Config, ways: list[str]) -> dict[str, Any]:
 def report_sizes(name: str, config: Config, runners: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:
     from fitscale.model.common.compiler import use_compiler
 
-    images = draw_images(name, config, options.batch)
-    batches = {way: runner.prepare(images) for way, runner in runners.items()}
+    drawn = [draw_images(name, config, options.batch, seed) for seed in range(options.steps + 1)]
     times: dict[str, list[float]] = {way: [] for way in runners}
-    for number in range(options.steps + 1):  # the first of each is not counted: it compiles, fills caches, makes states
+    for number, images in enumerate(drawn):  # the first is not counted: it compiles, fills caches, makes states
         for way, runner in runners.items():
             use_compiler(way == "fused")
+            batch = runner.prepare(images)
             begun = time.perf_counter()
-            runner.step(batches[way])  # ends with the loss on the host
+            runner.step(batch)  # ends with the loss on the host
             if number:
                 times[way].append(time.perf_counter() - begun)
     ratios = {f"{a}_over_{b}": _ratio(times[a], times[b]) for a, b in PAIRS if a in times and b in times}
-    real = sum(images.lengths)
-    padded = max(images.lengths) * len(images.lengths) / real
-    speeds = ", ".join(f"{way} {real / median(seconds):,.0f}" for way, seconds in times.items())
+    real_N = [sum(images.lengths) for images in drawn[1:]]
+    padded = _ratio([max(images.lengths) * len(images.lengths) for images in drawn[1:]], real_N)
+    speeds = ", ".join(f"{way} {_ratio(real_N, seconds):,.0f}" for way, seconds in times.items())
     compared = ", ".join(f"{pair} {ratio:.2f}" for pair, ratio in ratios.items())
     print(f"{name}: padded/real {padded:.2f}; tokens/s: {speeds}; {compared}", flush=True)
     return ratios
 
 
-def _ratio(slow: list[float], fast: list[float]) -> float:
+def _ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
     return median(a / b for a, b in zip(slow, fast, strict=True))
 
 
