@@ -59,8 +59,9 @@ class Model:
         """
         from PIL import Image
 
+        from fitscale.data.encoding import patches
         from fitscale.eval.generate import Images, generate
-        from fitscale.eval.requests import Request, patches
+        from fitscale.eval.requests import Request
 
         most = self.config.model.num_classes
         if wrong := [label for label in labels if not 0 <= label <= most]:

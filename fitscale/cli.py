@@ -1,4 +1,4 @@
-"""The `fitscale` program: config, data, train, plan, sample, evaluate, tune, check, doctor.
+"""The `fitscale` program: config, describe, data, train, plan, sample, evaluate, tune, check, doctor.
 
 Only argparse and the arguments are imported before a command is known, so that `--help` answers at once; torch and
 everything above it are imported by the command that needs them, which says so first.
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The program's commands with their arguments; `command` of the parsed arguments runs the one that was named."""
     parser = _Parser(
         prog="fitscale",
-        description="Train FiTv2 at any size, sample it at any resolution, measure it.",
+        description="Train diffusion transformers at any size, sample them at any resolution, measure them.",
         epilog="example: fitscale train configs/model/b.yaml configs/recipe/fitv2_256.yaml run.dir=runs/b",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print fitscale's version")
@@ -66,9 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
         own.set_defaults(command=command)
         arguments(own)
 
-    example = "configs/demo/digits.yaml configs/demo/s.yaml data.shards=demo/shards run.dir=runs/digits"
     add(_config, _add_config, "print a resolved config as YAML", "configs/model/b.yaml optim.lr=2e-4")
+    example = "configs/model/xl.yaml --height 512 --width 512"
+    add(_describe, _add_describe_arguments, "a model's parameters and MACs, part by part", example)
     add(_data, add_data_arguments, "show what is in a shard set", "data/in1k_256 --verify")
+    example = "configs/demo/digits.yaml configs/demo/s.yaml data.shards=demo/shards run.dir=runs/digits"
     add(_train, _add_config, "train a model, or go on with its newest checkpoint", example)
     example = "configs/model/xxl.yaml configs/recipe/fitv2_256.yaml --gpus 8 --gpu h100"
     add(_plan, _add_plan_arguments, "memory, communication and time of a run before it is started", example)
@@ -88,6 +90,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _add_config(parser: argparse.ArgumentParser) -> None:
     help = "YAML files, merged left to right, and dotted key=value overrides, which win over the files"
     parser.add_argument("config", nargs="+", metavar="CONFIG|KEY=VALUE", help=help)
+
+
+def _add_describe_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    for side in ("--height", "--width"):
+        parser.add_argument(side, type=int, default=256, metavar="PIXELS", help="of the image (default: 256)")
 
 
 def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,6 +122,12 @@ def _config(arguments: argparse.Namespace) -> None:
     from fitscale.data.encoding import load_run
 
     sys.stdout.write(to_yaml(load_run(arguments.config)))
+
+
+def _describe(arguments: argparse.Namespace) -> None:
+    from fitscale.plan.describe import run_describe
+
+    run_describe(arguments)
 
 
 def _data(arguments: argparse.Namespace) -> None:

@@ -11,13 +11,14 @@ from PIL import Image
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
 from fitscale.config.schema import ParallelConfig, SamplingConfig
+from fitscale.data.encoding import patches
 from fitscale.data.pictures import write_contact_sheet
 from fitscale.eval import generate as generation
 from fitscale.eval.commands import parse_classes
 from fitscale.eval.draw import Networks
 from fitscale.eval.folder import SHEET_IMAGES, Generated, write_samples
 from fitscale.eval.generate import Images, Seen, generate
-from fitscale.eval.requests import Request, chunk_ranges, patches
+from fitscale.eval.requests import Request, chunk_ranges
 from fitscale.model.build import build_network
 from fitscale.parallel.groups import init_parallel
 from tests.photographs import tiny_vae

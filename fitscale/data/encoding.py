@@ -21,6 +21,7 @@ from fitscale.data.storage import Cache, checksum_of
 from fitscale.run.layout import RunDir
 
 LATENT = ("kind", "factor", "scaling")  # of a shard set, and of data.latent
+MOST_TOKENS = 1 << 24  # of an image, to draw
 
 
 def load_run(arguments: Sequence[str], open_index: OpenIndex = open_index) -> Config:
@@ -47,6 +48,26 @@ def load_run(arguments: Sequence[str], open_index: OpenIndex = open_index) -> Co
 
 def _defaults(latent: dict[str, Any], channels: int, classes: int) -> dict[str, Any]:
     return {"data": {"latent": latent}, "model": {"in_channels": channels, "num_classes": classes}}
+
+
+def patches(config: Config, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of patches of a height x width pixel image.
+
+    Raises:
+        UserError: a side is no multiple of the patch, and names the nearest that are; or an image is too large.
+    """
+    multiple = config.model.patch_size * config.data.latent.factor
+    for name, side in (("--height", height), ("--width", width)):
+        if side < 1 or side % multiple:
+            low = max(side // multiple, 1) * multiple
+            raise UserError(
+                f"{name}: {side} is not a multiple of {multiple} (model.patch_size {config.model.patch_size} x "
+                f"data.latent.factor {config.data.latent.factor}); the nearest are {low} and {low + multiple}"
+            )
+    rows, cols = height // multiple, width // multiple
+    if rows * cols > MOST_TOKENS:
+        raise UserError(f"--height, --width: {height} x {width} pixels are more than {MOST_TOKENS} tokens")
+    return rows, cols
 
 
 def indices_of(data: DataConfig, open_index: OpenIndex = open_index) -> list[Index]:

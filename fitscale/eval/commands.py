@@ -13,13 +13,14 @@ import numpy as np
 from fitscale.config.checks import given
 from fitscale.config.errors import UserError
 from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, ModelConfig, SamplingConfig
+from fitscale.data.encoding import patches
 from fitscale.data.index import open_index
 from fitscale.eval.checkpoints import find_checkpoint, load_networks, open_run, weights_name
 from fitscale.eval.evaluate import EvaluationOptions, Evaluator
 from fitscale.eval.folder import Generated, check_samples_folder, write_samples
 from fitscale.eval.generate import Images, generate
 from fitscale.eval.ranks import carry_out, is_first
-from fitscale.eval.requests import Request, chunk_ranges, patches
+from fitscale.eval.requests import Request, chunk_ranges
 from fitscale.eval.validation import has_validation
 from fitscale.parallel.groups import on_rank_zero
 from fitscale.run.chunks import ChunkFolder

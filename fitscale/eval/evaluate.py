@@ -25,6 +25,7 @@ from fitscale.config.errors import UserError, writing
 from fitscale.config.files import append_jsonl, read_jsonl, require_kinds
 from fitscale.config.schema import Config, ModelConfig, ParallelConfig, SamplingConfig
 from fitscale.data.batch_plan import BatchPlan
+from fitscale.data.encoding import patches
 from fitscale.data.index import OpenIndex, open_index
 from fitscale.eval.checkpoints import find_checkpoint, load_networks, weights_name
 from fitscale.eval.draw import Networks
@@ -34,7 +35,7 @@ from fitscale.eval.images import data_identity
 from fitscale.eval.mirror import mirror_evaluation
 from fitscale.eval.ranks import Compute, carry_out
 from fitscale.eval.reference import load_reference, reference_cache
-from fitscale.eval.requests import Request, patches
+from fitscale.eval.requests import Request
 from fitscale.eval.samples import Eye, Samples
 from fitscale.eval.validation import ValidationLoss, has_validation, plan_of
 from fitscale.parallel.groups import init_parallel, on_rank_zero, tp_broadcast
