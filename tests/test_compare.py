@@ -174,3 +174,15 @@ def test_families_of_published_models_are_compared(tmp_path):
     record = json.loads((tmp_path / "out" / "comparison.json").read_text())
     (level,) = [each for each in record["differences"] if each["quantity"] == "level"]
     assert (level["first"], level["second"]) == ("DiT", "SiT") and level["value"] > 1
+
+
+def test_keys_that_are_part_of_what_is_compared_are_named_and_told():
+    rows = groups((1.0, 3.0))
+    rows = rows.assign(key_sampler=np.where(rows["family"] == "family1", "ddpm", "euler"))
+    with pytest.raises(Refusal, match=r"key_sampler is family0: euler, family1: ddpm.*--own sampler"):
+        compare(rows, POWER, "family")
+    comparison = compare(rows, POWER, "family", own=["sampler"])
+    assert comparison.differences == compare(groups((1.0, 3.0)), POWER, "family").differences
+    assert any("differ in key_sampler too (family0: euler" in str(caution) for caution in comparison.cautions)
+    with pytest.raises(UserError, match=r"--own steps: no such key; valid: guidance, sampler"):
+        compare(rows, POWER, "family", own=["steps"])

@@ -108,6 +108,18 @@ def test_help_shows_an_example(main, verb, capsys):
     assert f"example: python tools/make_shards.py {verb}" in capsys.readouterr().out
 
 
+def test_sides_are_the_nearest_multiples_where_patches_of_several_pixels_need_them(main, tmp_path):
+    main("digits", tmp_path / "even", "--multiple", 2)
+    sizes = [(height, width) for height, width, _ in open_index(tmp_path / "even").meta.sizes]
+    assert len(sizes) > 5 and not any(height % 2 or width % 2 for height, width in sizes)
+    for own, even in zip(digit_variants()[:20], digit_variants(multiple=2)[:20], strict=True):
+        for one, other in zip(own.variants, even.variants, strict=True):
+            assert np.abs(np.subtract(one.array_CHW.shape, other.array_CHW.shape)).max() <= 1
+    assert main("digits", tmp_path / "even") == 2  # holds other shards
+    with pytest.raises(UserError, match="--multiple"):
+        digit_variants(multiple=0)
+
+
 def test_scales_must_make_sense():
     with pytest.raises(UserError, match="above 0"):
         digit_variants(())

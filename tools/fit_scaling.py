@@ -47,6 +47,8 @@ def fit_scaling(options: argparse.Namespace) -> int:
         raise UserError(f"{options.output}: is a file; -o names the folder of the report")
     if options.compare is not None:
         return _compare(options)
+    if options.own:
+        raise UserError("--own: names keys of groups that --compare compares, which is not given")
     answer = study(load_table(options.runs), _question(options))
     folders = _sample_folders(options, answer)
     with writing(options.output):
@@ -67,7 +69,7 @@ def _compare(options: argparse.Namespace) -> int:
 
     if options.samples or options.hold_out != ["largest"] or "isoflop" in options.laws:
         raise UserError("--compare: compares fitted laws of all sizes; leave out --samples, --hold-out and isoflop")
-    comparison = compare(load_table(options.runs), _question(options), options.compare)
+    comparison = compare(load_table(options.runs), _question(options), options.compare, options.own)
     with writing(options.output):
         written = write_comparison(comparison, options.output)
     for refusal in comparison.refusals:
@@ -142,6 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     optimum = "what isoflop finds the best of at a budget (tokens: images where no row says their tokens)"
     add("--optimum", choices=("parameters", "tokens"), default="parameters", help=optimum)
     add("--compare", metavar="COLUMN", help="fit one law for each value of this column, and say what they differ by")
+    own = "(--compare) keys in which the groups may differ, as part of what is compared: sampler steps ..."
+    add("--own", nargs="+", default=[], metavar="KEY", help=own)
     add("--strict", action="store_true", help="exit with 3 if there is any caution")
     add("-o", "--output", required=True, type=Path, help="folder for the report")
     return parser

@@ -38,7 +38,7 @@ def make_digits(options: argparse.Namespace) -> None:
         return
     print(f"{out}: scikit-learn's digits, cropped and scaled", flush=True)
     with replacing(out) as temporary:
-        write_digits(temporary, tuple(options.scales), options.images_per_shard)
+        write_digits(temporary, tuple(options.scales), options.images_per_shard, options.multiple)
     print(f"{out}: {_summary(out)}")
 
 
@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     digits.add_argument("out", type=Path, metavar="OUT", help="folder to write: new, empty, or finished before")
     digits.add_argument("--scales", type=float, nargs="+", default=SCALES, help="of the 8-pixel scans")
+    digits.add_argument("--multiple", type=int, default=1, help="sides are multiples of so many pixels (1)")
     digits.add_argument("--images-per-shard", type=int, default=256)
     digits.set_defaults(run=make_digits)
     _add_images(verbs)
@@ -170,7 +171,7 @@ def _check_same(out: Path, options: argparse.Namespace) -> None:
     if not (out / "index.json").is_file():
         raise UserError(f"{out}: is not empty and holds no finished shards; choose another folder, or remove it")
     meta = open_index(out).meta
-    wanted = digits_meta(tuple(options.scales)).recipe
+    wanted = digits_meta(tuple(options.scales), options.multiple).recipe
     per_shard = max(shard.images for shard in meta.shards)
     if meta.recipe != wanted or per_shard != min(options.images_per_shard, meta.num_images):
         raise UserError(

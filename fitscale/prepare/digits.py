@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fitscale.config.checks import at_least
 from fitscale.config.errors import UserError
 from fitscale.data.build_index import build_index
 from fitscale.data.index import Index
@@ -17,25 +18,27 @@ from fitscale.data.shards import Sample, ShardSetMeta, Variant, write_shards
 SCALES = (0.75, 1.0, 1.25)  # at patch size 1 this gives 12 to 100 tokens
 
 
-def digit_variants(scales: tuple[float, ...] = SCALES) -> list[Sample]:
+def digit_variants(scales: tuple[float, ...] = SCALES, multiple: int = 1) -> list[Sample]:
     """Every digit, cropped to its ink, as a uint8 (1, height, width) variant for each of `scales`.
 
-    Whether a digit is held out is `index.is_held_out(sample.key, fraction)`, as in the batch plan.
+    Height and width are the nearest multiples of `multiple`, as patches of several pixels need them. Whether a digit is
+    held out is `index.is_held_out(sample.key, fraction)`, as in the batch plan.
     """
     from sklearn.datasets import load_digits
 
     if not scales or min(scales) <= 0:
         raise UserError(f"scales: {scales} must be one or more numbers above 0")
+    at_least("--multiple", multiple, 1)
     digits = load_digits()
     samples = []
     for number, (scan, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         ink = _crop(scan)
-        variants = [Variant(_resize(ink, scale)[None]) for scale in scales]
+        variants = [Variant(_resize(ink, scale, multiple)[None]) for scale in scales]
         samples.append(Sample(f"digit-{number:04d}", int(label), variants))
     return samples
 
 
-def digits_meta(scales: tuple[float, ...] = SCALES) -> ShardSetMeta:
+def digits_meta(scales: tuple[float, ...] = SCALES, multiple: int = 1) -> ShardSetMeta:
     """The description of the digits' shards."""
     recipe = {
         "source": "sklearn.datasets.load_digits",
@@ -43,12 +46,15 @@ def digits_meta(scales: tuple[float, ...] = SCALES) -> ShardSetMeta:
         "resize": "Pillow bicubic, antialiased",
         "scales": list(scales),
     }
+    recipe |= {"multiple": multiple} if multiple > 1 else {}  # shards of earlier versions do not name it
     return ShardSetMeta("pixels", factor=1, scaling=1.0, channels=1, num_classes=10, recipe=recipe)
 
 
-def write_digits(out: Path, scales: tuple[float, ...] = SCALES, images_per_shard: int = 256) -> Index:
+def write_digits(
+    out: Path, scales: tuple[float, ...] = SCALES, images_per_shard: int = 256, multiple: int = 1
+) -> Index:
     """Write the digits' shards and index into the empty or new folder `out`."""
-    write_shards(out, digit_variants(scales), digits_meta(scales), images_per_shard)
+    write_shards(out, digit_variants(scales, multiple), digits_meta(scales, multiple), images_per_shard)
     return build_index(out)
 
 
@@ -59,6 +65,6 @@ def _crop(scan: np.ndarray) -> np.ndarray:
     return (ink * (255 / 16)).round().astype(np.uint8)
 
 
-def _resize(image: np.ndarray, scale: float) -> np.ndarray:
-    height, width = (max(1, round(side * scale)) for side in image.shape)
+def _resize(image: np.ndarray, scale: float, multiple: int) -> np.ndarray:
+    height, width = (multiple * max(1, round(side * scale / multiple)) for side in image.shape)
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))

@@ -1,7 +1,8 @@
 """Groups of runs compared: one law for each, and what the laws differ by.
 
 1. The rows of every value of a column (family, label_backbone, key_guidance ...) are a study of their own, without
-   held-out sizes: the same metric, laws, filters. Everything else about the measurements has to be alike.
+   held-out sizes: the same metric, laws, filters. Everything else about the measurements has to be alike, but for keys
+   that are named as the groups' own (a family that learns another objective has another sampler).
 2. Of every pair and law: the difference of each exponent; the ratio of the metrics at one compute (level); and the
    compute multiplier, how many times the second's FLOPs the first needs for the same metric. A law of size and data is
    compared along its compute-optimal frontier.
@@ -9,7 +10,7 @@
    ratio of 1) is refused as an answer: the data cannot tell.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -25,7 +26,7 @@ from fitscale.scaling.fit.study import FAR, LawResult, Study, study
 from fitscale.scaling.fit.uncertainty import central
 from fitscale.scaling.rows.refusals import Caution, Refusal, listed
 from fitscale.scaling.rows.selection import filtered
-from fitscale.scaling.rows.table import key_columns
+from fitscale.scaling.rows.table import KEY, key_columns
 
 MOST_GROUPS = 8  # every pair is compared
 PREFIXES = ("", "key_", "label_")
@@ -98,13 +99,17 @@ class _Side:
         return float(values.min()), float(values.max())
 
 
-def compare(table: pd.DataFrame, question: Question, column: str) -> Comparison:
+def compare(table: pd.DataFrame, question: Question, column: str, own: Sequence[str] = ()) -> Comparison:
     """Compare the groups of `table` (validated) that `column` makes.
+
+    Args:
+        own: keys (with or without key_) in which groups may differ, as part of what is compared.
 
     Raises:
         Refusal: fewer than two groups have a law, or they were measured in different ways.
-        UserError: no such column, or too many groups.
+        UserError: no such column or key, or too many groups.
     """
+    own_keys = [_key(table, name) for name in own]
     column = _column(table, column)
     rows = filtered(table, question.metric, question.where)
     names = rows[column].astype("string")
@@ -121,7 +126,7 @@ def compare(table: pd.DataFrame, question: Question, column: str) -> Comparison:
     if len(groups) < 2:
         why = "; ".join(str(refusal) for refusal in refusals) or f"the groups are {listed(found) or 'none'}"
         raise Refusal("too_few_points", f"--compare {column}: {len(groups)} groups have a law, two are needed: {why}")
-    _refuse_other_keys(groups, column)
+    _refuse_other_keys(groups, {column, *own_keys})
     laws = [name for name in question.laws if name != AUTO]
     if AUTO in question.laws:  # the law that answers best for each group, of every group
         laws = list(dict.fromkeys([*laws, *(answer.results[0].name for answer in groups.values())]))
@@ -136,7 +141,7 @@ def compare(table: pd.DataFrame, question: Question, column: str) -> Comparison:
             pair, refused = _differences(first, second)
             differences += pair
             refusals += refused
-    return Comparison(question, column, groups, differences, refusals, list(_cautions(groups, column, names)))
+    return Comparison(question, column, groups, differences, refusals, list(_cautions(groups, column, own_keys, names)))
 
 
 def _column(table: pd.DataFrame, name: str) -> str:
@@ -146,29 +151,50 @@ def _column(table: pd.DataFrame, name: str) -> str:
     raise UserError(f"--compare {name}: no such column; valid: {listed(list(table.columns), 50)}")
 
 
-def _refuse_other_keys(groups: dict[str, Study], column: str) -> None:
-    """Refuse groups that were measured differently in anything but the column that they are compared by."""
+def _key(table: pd.DataFrame, name: str) -> str:
+    column = f"{KEY}{name.removeprefix(KEY)}"
+    if column in table.columns:
+        return column
+    valid = [key.removeprefix(KEY) for key in key_columns(table)]
+    raise UserError(f"--own {name}: no such key; valid: {listed(valid)}")
+
+
+def _refuse_other_keys(groups: dict[str, Study], allowed: set[str]) -> None:
+    """Refuse groups that were measured differently in anything but the columns `allowed`."""
     for name in key_columns(next(iter(groups.values())).rows):
-        values = {group: answer.key.get(name.removeprefix("key_"), "missing") for group, answer in groups.items()}
-        if name != column and len(set(values.values())) > 1:
-            text = ", ".join(f"{group}: {value}" for group, value in values.items())
-            what = f"--compare {column}: the groups were measured in different ways, {name} is {text}"
-            raise Refusal("mixed_keys", f"{what}; choose with --where {name}={next(iter(values.values()))}")
+        values = _keys(groups, name)
+        if name not in allowed and len(set(values.values())) > 1:
+            what = f"--compare: the groups were measured in different ways, {name} is {_each(values)}"
+            choose = f"choose with --where {name}={next(iter(values.values()))}"
+            own = f"or, if it is part of what is compared, say --own {name.removeprefix(KEY)}"
+            raise Refusal("mixed_keys", f"{what}; {choose}, {own}")
 
 
-def _cautions(groups: dict[str, Study], column: str, names: pd.Series) -> Iterator[Caution]:
+def _keys(groups: dict[str, Study], name: str) -> dict[str, str]:
+    return {group: answer.key.get(name.removeprefix(KEY), "missing") for group, answer in groups.items()}
+
+
+def _each(values: dict[str, str]) -> str:
+    return ", ".join(f"{group}: {value}" for group, value in values.items())
+
+
+def _cautions(groups: dict[str, Study], column: str, own_keys: list[str], names: pd.Series) -> Iterator[Caution]:
     if names.isna().any():
         yield Caution("left_out", f"{int(names.isna().sum())} rows without {column} are in no group")
-    for name in RECIPE:
-        values = {
-            group: listed(sorted(answer.rows[name].astype("string").fillna("missing").unique()))
-            for group, answer in groups.items()
-        }
+    recipes = {name: _recipe(groups, name) for name in RECIPE} | {name: _keys(groups, name) for name in own_keys}
+    for name, values in recipes.items():
         if name != column and len(set(values.values())) > 1:
-            text = ", ".join(f"{group}: {value}" for group, value in values.items())
-            yield Caution("confounded", f"groups differ in {name} too ({text}): what they differ by may be due to that")
+            text = f"groups differ in {name} too ({_each(values)}): what they differ by may be due to that"
+            yield Caution("confounded", text)
     for group, answer in groups.items():
         yield from (Caution(caution.code, f"{column} {group}: {caution.message}") for caution in answer.cautions)
+
+
+def _recipe(groups: dict[str, Study], name: str) -> dict[str, str]:
+    return {
+        group: listed(sorted(answer.rows[name].astype("string").fillna("missing").unique()))
+        for group, answer in groups.items()
+    }
 
 
 def _sides(groups: dict[str, Study], name: str) -> tuple[list[_Side], list[Refusal]]:
