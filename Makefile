@@ -1,14 +1,17 @@
-# make demo | slurm-demo | test | test-slurm | lint | format. Each makes .venv first if it is missing or out of date.
+# make demo | demo-backbones | slurm-demo | test | test-slurm | lint | format. Each makes .venv first if it is missing or out of date.
 PYTHON311 ?= python3.11
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 SHELL_FILES := .ci/run $(shell find fitscale slurm tools -name '*.sh')
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo slurm-demo test test-slurm lint format
+.PHONY: demo demo-backbones slurm-demo test test-slurm lint format
 
 demo: $(INSTALLED)
 	$(PYTHON) tools/demo.py
+
+demo-backbones: $(INSTALLED)
+	$(PYTHON) tools/demo.py backbones
 
 slurm-demo: $(INSTALLED)
 	$(PYTHON) slurm/demo.py

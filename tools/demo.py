@@ -1,16 +1,19 @@
-"""The whole chain on handwritten digits, from nothing to a scaling law, on two CPU cores: what `make demo` runs.
+"""The whole chain on handwritten digits, from nothing to a scaling law, on two CPU cores.
+
+What `make demo` and `make demo-backbones` run:
 
 1. Shards: scikit-learn's digits, cropped to their ink, at several scales.
 2. A classifier: the eye of the Frechet distance, as Inception is for FID.
-3. A sweep: four sizes of FiTv2, trained, and evaluated at log-spaced steps.
-4. Guided samples of every size, and the share that the classifier recognises.
-5. Contact sheets of every size of model, and of the largest at image sizes that no training image has.
+3. A sweep, trained, and evaluated at log-spaced steps: four sizes of FiTv2, or three of every backbone at equal FLOPs.
+4. Guided samples, and the share that the classifier recognises.
+5. Contact sheets; of the largest FiTv2 also at image sizes that no training image has.
 6. One table of all evaluations.
-7. The law, with the largest size held out, and its report.
+7. The law, with the largest size held out, and its report; or the backbones compared, each with a law of its own.
 
 Every step is a command that a person could type. A step is skipped if it succeeded after the steps before it last did.
 
     python tools/demo.py
+    python tools/demo.py backbones
 """
 
 import argparse
@@ -32,9 +35,7 @@ from fitscale.jobs.sweep import SweepConfig
 from fitscale.model import flops
 from fitscale.run.layout import RunDir
 
-SWEEP = "configs/sweep/digits.yaml"
-OUT = Path("demo")
-SHARDS, CLASSIFIER, TABLE, REPORT = OUT / "shards", OUT / "classifier.pt", OUT / "runs.csv", OUT / "report"
+CLASSIFIER = Path("demo/classifier.pt")
 GUIDANCE = 2.0
 # Height and width in pixels; the unseen ones are those of no training image.
 SHEETS = {"trained": (10, 8), "unseen-between": (9, 7), "unseen-larger": (12, 9)}
@@ -52,9 +53,37 @@ PROGRAMS = {"python": [sys.executable], "fitscale": [sys.executable, "-m", "fits
 
 
 @dataclass(frozen=True)
+class Study:
+    """What is studied: a sweep, the digits that it needs, and the question asked of its runs."""
+
+    sweep: str
+    out: Path
+    digits: str  # options of its shards
+    asked: str  # of the runs table
+    answer: Path  # the figure that shows the answer, under `out`
+    largest: str  # cells that end so are drawn and guided as well ("" = all)
+    unseen: bool  # whether the last of them is drawn at sizes of no training image
+
+
+STUDIES = {
+    "digits": Study("configs/sweep/digits.yaml", Path("demo"), "", "", Path("report/curves.png"), "", True),
+    "backbones": Study(
+        "configs/sweep/backbones_digits.yaml",
+        Path("demo/backbones"),
+        " --multiple 2",
+        " --law power --compare family --own sampler steps rope",
+        Path("report/comparison.png"),
+        "-m",
+        False,
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Step:
     """One command, as a person would type it; a stamp says when it last succeeded."""
 
+    out: Path
     title: str
     command: str
     outputs: tuple[Path, ...]
@@ -62,7 +91,7 @@ class Step:
 
     @property
     def stamp(self) -> Path:
-        return OUT / ".done" / re.sub(r"\W+", "-", self.title)
+        return self.out / ".done" / re.sub(r"\W+", "-", self.title)
 
     def finished(self, since: float) -> bool:
         """Whether it succeeded after `since` (the last success of the steps before it), and its outputs are there."""
@@ -88,20 +117,21 @@ class Step:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args(argv)
-    return exit_code(run_demo)
+    parser.add_argument("study", nargs="?", choices=STUDIES, default="digits", help="what is studied (digits)")
+    name = parser.parse_args(argv).study
+    return exit_code(lambda: run_demo(STUDIES[name]))
 
 
-def run_demo() -> None:
+def run_demo(study: Study) -> None:
     """Take every step that is not finished, then show what came out."""
     start = time.perf_counter()
-    sweep = load_schema(SweepConfig, [SWEEP])
+    sweep = load_schema(SweepConfig, [study.sweep])
     runs = {name: RunDir(Path(sweep.dir) / name) for name in reversed(sweep.cells)}  # smallest first
-    last = {name: load_config([*sweep.base, *files]).run.steps for name, files in sweep.cells.items()}
-    configs = (SWEEP, *sweep.base, *(file for files in sweep.cells.values() for file in files))
-    take(all_steps(runs, last, tuple(map(Path, configs))))
+    last = {name: load_config([*sweep.base, *overrides]).run.steps for name, overrides in sweep.cells.items()}
+    files = {name for names in [sweep.base, *sweep.cells.values()] for name in names if name.endswith(".yaml")}
+    take(all_steps(study, runs, last, tuple(map(Path, [study.sweep, *sorted(files)]))))
     print(f"\n{aligned([COLUMNS, *(result(name, run, last[name]) for name, run in runs.items())])}\n")
-    for name, path in products(list(runs.values())[-1]).items():
+    for name, path in products(study, drawn(study, runs)).items():
         print(f"{name:<28}{path}")
     print(f"{'time':<28}{time.perf_counter() - start:.0f} s")
 
@@ -121,37 +151,50 @@ def take(steps: list[Step]) -> None:
         since = max(since, step.stamp.stat().st_mtime)
 
 
-def all_steps(runs: dict[str, RunDir], last: dict[str, int], configs: tuple[Path, ...]) -> list[Step]:
+def all_steps(study: Study, runs: dict[str, RunDir], last: dict[str, int], configs: tuple[Path, ...]) -> list[Step]:
     """The chain."""
+    out, shards, table = study.out, study.out / "shards", study.out / "runs.csv"
     finished = tuple(run.checkpoint_path(last[name]) / "COMPLETE" for name, run in runs.items())
     guided = [
         Step(
+            out,
             f"guided samples of size {name}",
             f"fitscale evaluate {run.path} --step {last[name]} --guidance {GUIDANCE:g}",
             (run.evaluations,),
         )
         for name, run in runs.items()
+        if name.endswith(study.largest)
     ]
-    largest = list(runs.values())[-1]
-    drawn = [(run, "trained") for run in runs.values()] + [(largest, kind) for kind in SHEETS if kind != "trained"]
-    sheets = [sheet_step(run, kind) for run, kind in drawn]
+    sheets = drawn(study, runs)
     folders = " ".join(str(run.path) for run in runs.values())
-    samples = " ".join(str(sheet(run, kind).parent) for run, kind in drawn)
-    fit = f"python tools/fit_scaling.py {TABLE} --metric fd --where key_guidance=1.0 --samples {samples} -o {REPORT}"
+    samples = "" if study.asked else f" --samples {' '.join(str(sheet(*one).parent) for one in sheets)}"
+    fit = f"python tools/fit_scaling.py {table} --metric fd --where key_guidance=1.0{study.asked}{samples}"
     return [
-        Step("shards of cropped digits", f"python tools/make_shards.py digits {SHARDS}", (SHARDS / "index.json",)),
-        Step("classifier", f"python tools/train_digits_classifier.py {CLASSIFIER}", (CLASSIFIER,)),
-        Step("sweep over the sizes", f"python slurm/sweep.py {SWEEP}", finished, configs),
+        Step(
+            out,
+            "shards of cropped digits",
+            f"python tools/make_shards.py digits {shards}{study.digits}",
+            (shards / "index.json",),
+        ),
+        Step(out, "classifier", f"python tools/train_digits_classifier.py {CLASSIFIER}", (CLASSIFIER,)),
+        Step(out, "sweep over the sizes", f"python slurm/sweep.py {study.sweep}", finished, configs),
         *guided,
-        *sheets,
-        Step("one table of all evaluations", f"python tools/collect_runs.py {folders} -o {TABLE}", (TABLE,)),
-        Step("the law, the largest size held out", fit, (REPORT / "report.html", REPORT / "curves.png")),
+        *(sheet_step(out, *one) for one in sheets),
+        Step(out, "one table of all evaluations", f"python tools/collect_runs.py {folders} -o {table}", (table,)),
+        Step(out, "what the runs say", f"{fit} -o {out / study.answer.parent}", (out / study.answer,)),
     ]
 
 
-def sheet_step(run: RunDir, kind: str) -> Step:
+def drawn(study: Study, runs: dict[str, RunDir]) -> list[tuple[RunDir, str]]:
+    """Contact sheets of a study: of which run, of which of `SHEETS`."""
+    chosen = [run for name, run in runs.items() if name.endswith(study.largest)]
+    return [(run, "trained") for run in chosen] + [(chosen[-1], kind) for kind in [*SHEETS][1:] if study.unseen]
+
+
+def sheet_step(out: Path, run: RunDir, kind: str) -> Step:
     height, width = SHEETS[kind]
     return Step(
+        out,
         f"samples of {height} x {width} pixels, {kind}, by size {run.path.name}",
         f"fitscale sample {run.path} --height {height} --width {width} --count 40 --guidance {GUIDANCE:g} "
         f"--out {sheet(run, kind).parent}{STRETCH.get(kind, '')}",
@@ -173,18 +216,19 @@ def result(name: str, run: RunDir, step: int) -> tuple[str, ...]:
         f"{flops.parameters(load_config([str(run.config)]).model):,}",
         f"{plain['fd']['train_flops']:.3g}",
         *(f"{plain[name]['value']:{how}}" if name in plain else "-" for name, (how, _) in METRICS.items()),
-        f"{guided[-1]['value']:.1%}",
+        f"{guided[-1]['value']:.1%}" if guided else "-",
     )
 
 
-def products(largest: RunDir) -> dict[str, Path | str]:
+def products(study: Study, sheets: list[tuple[RunDir, str]]) -> dict[str, Path | str]:
     """What there is to look at."""
     accuracy = json.loads(CLASSIFIER.with_suffix(".json").read_text())["accuracy"]
+    figure = study.out / study.answer
     return {
         "classifier, held-out digits": f"{accuracy:.1%} recognised",
-        "report": REPORT / "report.html",
-        "curves": REPORT / "curves.png",
-        **{f"sheet {height} x {width}, {kind}": sheet(largest, kind) for kind, (height, width) in SHEETS.items()},
+        "report": figure.with_name("comparison.html" if study.asked else "report.html"),
+        "figure": figure,
+        **{f"sheet {run.path.name}, {kind}": sheet(run, kind) for run, kind in sheets},
     }
 
 
