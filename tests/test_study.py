@@ -186,6 +186,16 @@ def test_refused_extrapolation_unless_agreed_to(table):
     assert study(far, Question(extrapolate=True, resamples=10)).results
 
 
+def test_laws_that_nobody_named_and_that_cannot_be_fitted_are_no_refusals(table):
+    few = table[table["size"].isin(["xs", "s", "m"])]
+    answer = study(few, Question(laws=("auto",), hold_out=("largest",), resamples=50))
+    assert answer.results and not answer.refusals
+    assert {"additive", "offset"} & {str(refusal).split()[0] for refusal in answer.unfitted}
+    named = study(few, Question(laws=("auto", "additive"), hold_out=("largest",), resamples=50))
+    assert ["additive" in str(refusal) for refusal in named.refusals] == [True]
+    assert "additive" not in " ".join(map(str, named.unfitted))
+
+
 def test_refused_law_leaves_the_other(table):
     last = study(table, Question(points="last", laws=("offset", "power"), resamples=10))
     assert [result.fit.law.name for result in last.results] == ["power"]

@@ -115,7 +115,10 @@ def _say(answer: "Study") -> None:
         print(f"refused ({refusal.code}): {refusal.message}", file=sys.stderr)
     for caution in answer.cautions:
         print(f"caution ({caution.code}): {caution.message}", file=sys.stderr)
-    print("\n".join([*others, *isoflop_lines(answer)]), end="\n" * bool(others or answer.isoflops))
+    others += isoflop_lines(answer)
+    if answer.unfitted:
+        others.append(f"{len(answer.unfitted)} more laws could not be fitted; the report says why")
+    print("\n".join(others), end="\n" * bool(others))
 
 
 def _parser() -> argparse.ArgumentParser:

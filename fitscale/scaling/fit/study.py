@@ -109,6 +109,7 @@ class Study:
     isoflops: list[IsoFlop] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     cautions: list[Caution] = field(default_factory=list)
+    unfitted: list[Refusal] = field(default_factory=list)  # laws that nobody named, and that the data do not hold
 
     @cached_property
     def quoted(self) -> Quoted:
@@ -139,7 +140,10 @@ def study(table: pd.DataFrame, question: Question) -> Study:
     asked = [name for name in question.laws if name in LAWS]
     if AUTO in question.laws:
         asked = list(dict.fromkeys([*asked, *(member.fit.law.name for member in survivors)]))
-    refusals = [refused[name] for name in LAWS if name in refused and (name in asked or AUTO in question.laws)]
+    silent = [name for name in LAWS if name in refused]
+    told = set(silent) if AUTO in question.laws and not found else set(question.laws)
+    refusals = [refused[name] for name in silent if name in told]
+    unfitted = [refused[name] for name in silent if name not in told and AUTO in question.laws]
     results = [_result(found[name], survivors, rows, question) for name in asked if name in found]
     isoflops: list[IsoFlop] = []
     if ISOFLOP in question.laws:
@@ -152,7 +156,7 @@ def study(table: pd.DataFrame, question: Question) -> Study:
             refusals.append(refusal)
     results = _ranked(results) if AUTO not in question.laws else sorted(results, key=lambda law: -law.own.weight)
     cautions = selection.cautions + list(_cautions(rows, results, isoflops, held_out))
-    return Study(question, table, rows, sizes, held_out, selection.key, results, isoflops, refusals, cautions)
+    return Study(question, table, rows, sizes, held_out, selection.key, results, isoflops, refusals, cautions, unfitted)
 
 
 def admissible(rows: pd.DataFrame, asked: tuple[str, ...] = ()) -> list[Law]:

@@ -23,6 +23,7 @@ from fitscale.scaling.report.optimal import isoflop_record, optimal_parts
 from fitscale.scaling.report.samples import Place, SampleFolder, placed, samples_along_the_curve
 from fitscale.scaling.report.templates import HTML, MARKDOWN, in_markdown, render
 from fitscale.scaling.rows.files import read_bounded
+from fitscale.scaling.rows.refusals import Refusal
 from fitscale.scaling.rows.table import data_hash
 
 PACKAGES = ("numpy", "scipy", "pandas")
@@ -73,12 +74,17 @@ def fit_record(study: Study) -> dict[str, Any]:
         "key": study.key,
         "data_sha256": data_hash(study.table),
         "versions": {name: _version(name) for name in ("fitscale", *PACKAGES)},
-        "refusals": [{"code": refusal.code, "message": refusal.message} for refusal in study.refusals],
+        "refusals": _records(study.refusals),
+        "unfitted": _records(study.unfitted),
         "cautions": [vars(caution) for caution in study.cautions],
         "laws": [_law_record(result, data) for result in study.results],
         "isoflop": [isoflop_record(iso) for iso in study.isoflops],
         "quoted": asdict(study.quoted),
     }
+
+
+def _records(refusals: list[Refusal]) -> list[dict[str, str]]:
+    return [{"code": refusal.code, "message": refusal.message} for refusal in refusals]
 
 
 def _law_record(result: LawResult, data: str) -> dict[str, Any]:

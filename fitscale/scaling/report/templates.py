@@ -27,6 +27,9 @@ BODY = """\
 {% if headlines[1:] %}
 {{ items(headlines[1:]) }}
 {% endif %}
+{% for refusal in study.unfitted %}
+{{ note("Not fitted", "small", refusal) }}
+{% endfor %}
 {{ figure("curves", study.question.metric ~ " against training compute") }}
 {{ heading(2, "Sizes, at their last evaluation") }}
 {{ table(*sizes) }}
