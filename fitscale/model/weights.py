@@ -191,7 +191,7 @@ def _reordered(entry: Parameter, full: Tensor, shape: tuple[int, int]) -> Tensor
     """The rows of each rotary head seen as a matrix of this shape, transposed."""
     if not entry.rotary:
         return full
-    parts = full.unflatten(0, (1, 1, -1) if entry.qkv_heads is None else (entry.qkv_heads, 3, -1))
+    parts = full.unflatten(0, (entry.rotary, 1 if entry.qkv_heads is None else 3, -1))
     turned = parts[:, :2].unflatten(2, shape).transpose(2, 3).flatten(2, 3)
     return torch.cat((turned, parts[:, 2:]), dim=1).flatten(0, 2)
 
