@@ -9,11 +9,11 @@
 A weight W is sign and zero by gamma = mean |W| of the whole matrix, all tensor-parallel ranks' parts included:
 T = clip(round(W / (gamma + 1e-6)), -1, 1), and what is applied is alpha T.
 
-A byte holds four consecutive output rows here, so that tensor parallelism cuts it in one piece, the first in bits 7-6;
-published, it holds rows r, r + out/4, r + out/2 and r + 3 out/4 (`pack` takes the quarters apart).
+A byte holds -1, 0 or 1, plus one, of four output rows, the first in bits 7-6: consecutive rows here, so that tensor
+parallelism cuts the bytes in one piece; published, rows r, r + out/4, r + out/2 and r + 3 out/4.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -104,18 +104,39 @@ def _make_ternary(layer: nn.Module, packed: bool) -> None:
     layer.alphas = nn.Parameter(torch.ones(1))
     if packed:
         whole = layer.get_parameter("weight")
-        layer.weight = nn.Parameter(pack(torch.zeros(whole.shape, dtype=torch.int8)), requires_grad=False)
+        layer.weight = nn.Parameter(torch.zeros(len(whole) // 4, whole.shape[1], dtype=torch.uint8), requires_grad=False)
+        vars(layer.weight).update(vars(whole))  # how megatron-core splits it
 
 
 def pack(values: Tensor) -> Tensor:
     """-1, 0 and 1 (out, in) as uint8 (out / 4, in): of each byte, four consecutive rows."""
-    quads = (values + 1).to(torch.uint8).unflatten(0, (-1, 4))
-    return sum((quads[:, i] << shift for i, shift in enumerate(_SHIFTS)), torch.zeros_like(quads[:, 0]))
+    return _packed((values + 1).to(torch.uint8).unflatten(0, (-1, 4)).unbind(1))
 
 
 def unpack(packed: Tensor) -> Tensor:
     """The inverse of `pack`, int8 (out, in)."""
-    return torch.stack([(packed >> shift) & 3 for shift in _SHIFTS], dim=1).flatten(0, 1).to(torch.int8) - 1
+    return torch.stack(_parts(packed), dim=1).flatten(0, 1)
+
+
+def pack_quarters(values: Tensor) -> Tensor:
+    """-1, 0 and 1 (out, in) as uint8 (out / 4, in), as published: of each byte, a row of each quarter."""
+    return _packed((values + 1).to(torch.uint8).chunk(4))
+
+
+def unpack_quarters(packed: Tensor) -> Tensor:
+    """The inverse of `pack_quarters`, int8 (out, in)."""
+    return torch.cat(_parts(packed))
+
+
+def _packed(parts: Sequence[Tensor]) -> Tensor:
+    packed = torch.zeros_like(parts[0])
+    for part, shift in zip(parts, _SHIFTS, strict=True):
+        packed |= part << shift
+    return packed
+
+
+def _parts(packed: Tensor) -> list[Tensor]:
+    return [((packed >> shift) & 3).to(torch.int8) - 1 for shift in _SHIFTS]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,11 @@ class FlagConfig(ModelConfig):
                 f"model.hidden_size: {self.hidden_size} / model.num_heads {self.num_heads} gives a head dimension of "
                 f"{self.head_dim}; RoPE needs an even one (pairs)"
             )
+        if self.quantise != "none" and (self.head_dim % 4 or self.mlp_hidden_size % 4):
+            raise UserError(
+                f"model.quantise: {self.quantise} packs four rows in a byte; the head dimension is {self.head_dim}, the "
+                f"MLP's width {self.mlp_hidden_size}; valid: multiples of 4"
+            )
 
     @property
     def mlp_hidden_size(self) -> int:
@@ -54,7 +59,11 @@ class FlagConfig(ModelConfig):
 
     @property
     def tp_divides(self) -> dict[str, int]:
-        return {"num_heads": self.num_heads, "mlp_hidden_size": self.mlp_hidden_size}
+        packed = {} if self.quantise == "none" else {"mlp_hidden_size / 4": self.mlp_hidden_size // 4}
+        return {"num_heads": self.num_heads, "mlp_hidden_size": self.mlp_hidden_size, **packed}
+
+    def to_sample(self) -> "FlagConfig":
+        return replace(self, quantise="packed") if self.quantise == "ternary" else self
 
     @property
     def positions(self) -> str:
