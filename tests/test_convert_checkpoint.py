@@ -55,10 +55,10 @@ def published(tmp_path, weights):
     return tmp_path / "weights.safetensors", tmp_path / "model.yaml"
 
 
-def make_run(path: Path, sets: dict[str, dict[str, torch.Tensor]], files: int = 1, steps=(4,)) -> Path:
+def make_run(path: Path, sets: dict[str, dict[str, torch.Tensor]], files: int = 1, steps=(4,), config=None) -> Path:
     """A run directory whose checkpoints hold `sets`, each dealt over `files` files."""
     run = RunDir(path)
-    write_atomic(run.config, to_yaml(tiny_config(path, Path("shards"))))
+    write_atomic(run.config, to_yaml(config or tiny_config(path, Path("shards"))))
     for step in steps:
         folder, checksums = run.checkpoint_path(step), {}
         for name, tensors in sets.items():
@@ -66,7 +66,7 @@ def make_run(path: Path, sets: dict[str, dict[str, torch.Tensor]], files: int = 
                 part = {name: stored(tensor) for name, tensor in list(tensors.items())[rank::files]}
                 file = f"weights/{name}/{rank:05d}.safetensors"
                 checksums[file] = write_tensors(folder / file, part, {"rank": str(rank)})
-        complete(folder, {"step": step, "model": asdict(CONFIG.model)}, checksums)
+        complete(folder, {"step": step, "model": asdict((config or CONFIG).model)}, checksums)
     return path
 
 

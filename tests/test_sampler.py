@@ -251,11 +251,11 @@ def test_ddpm_samplers_reach_the_data_distribution(method, steps):
     assert stats.kstest((values - values.mean()) / values.std(), "norm").pvalue > 1e-3
 
 
-def test_every_image_and_step_has_a_generator_of_its_own():
-    noise = ImageNoise(3, (4, 9), (1, 1))
-    drawn = [torch.randn(4, generator=g) for step in (0, 1) for g in noise.generators(step)]
-    assert len(torch.cat(drawn).unique()) == 16
-    assert torch.equal(drawn[0], torch.randn(4, generator=noise.generators(0)[0]))
+def test_every_image_and_step_has_noise_of_its_own():
+    noise, x_TC = ImageNoise(3, (4, 9), (1, 2)), torch.zeros(3, 4)
+    drawn = [noise.of_each_image(step, x_TC) for step in (0, 1)]
+    assert len(torch.cat(drawn).unique()) == 24
+    assert torch.equal(drawn[1][1:], ImageNoise(3, (9,), (2,)).of_each_image(1, x_TC[1:]))
 
 
 def test_ddpm_uses_the_learned_variance():

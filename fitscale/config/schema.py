@@ -76,6 +76,10 @@ class ModelConfig(Section, path="model"):
         """Where the network's knowledge of positions comes from, for the comparability key."""
         return "own"
 
+    def to_sample(self) -> "ModelConfig":
+        """The form in which a network that only samples holds this model's weights."""
+        return self
+
     def with_positions(self, method: str, decouple: bool) -> "ModelConfig":
         """The same weights with RoPE stretched by `method`, to generate at sizes beyond those trained on."""
         raise UserError(f"--rope: models of family {self.family} have no RoPE to stretch")

@@ -9,7 +9,8 @@ from fitscale.model.common.rope_config import ROPE_METHODS
 
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     """What to draw, from which checkpoint, and how; what is not given comes from the run's config."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    text = "run directory, or .safetensors file of tools/convert_checkpoint.py"
+    parser.add_argument("run", type=Path, metavar="RUN", help=text)
     parser.add_argument("--height", type=int, required=True, help="of the images, in pixels")
     parser.add_argument("--width", type=int, required=True, help="of the images, in pixels")
     parser.add_argument("--count", type=int, default=16, help="number of images (default: 16)")
@@ -17,7 +18,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         "--classes", default="all", help="labels, dealt out in turn: 0,7,3 or 0-9 or all (default: all)"
     )
     parser.add_argument("--seed", type=int, default=0, help="image i depends on this seed and on i alone (default: 0)")
-    parser.add_argument("--out", type=Path, help="folder for the images (default: a new one in RUN/samples)")
+    parser.add_argument("--out", type=Path, help="folder for the images (default: a new one in RUN/samples, FILE_samples)")
     _add_checkpoint(parser)
     _add_sampler(parser)
 

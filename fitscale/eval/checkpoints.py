@@ -1,6 +1,6 @@
 """From a run directory to a network that can sample."""
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,44 @@ def stored_sections(path: Path) -> dict[str, Any]:
     return {name: parse_json(text.encode(), f"{path}: {name}") for name, text in metadata.items() if name in names}
 
 
+@dataclass(frozen=True)
+class Source:
+    """Weights to draw from, of a run's checkpoint or in a file that fitscale wrote."""
+
+    config: Config
+    path: Path  # the run directory, or the file
+    weights: Path
+    about: dict[str, Any]  # step and weights of a run's
+    content: Any  # changes when the weights do
+
+    @property
+    def title(self) -> str:
+        if not self.about:
+            return self.path.name
+        return f"{self.config.run.name} step {self.about['step']} {self.about['weights']}"
+
+
+def open_source(path: Path, step: int | None, weights: str | None) -> Source:
+    """The weights of a run directory, or of a .safetensors file, whose metadata says which model they are.
+
+    Raises:
+        UserError: there are none, or none such; or the file does not say what they are.
+    """
+    if path.is_file():
+        for name, value in (("--step", step), ("--weights", weights)):
+            if value is not None:
+                raise UserError(f"{name}: goes with a run directory, not with a file, {path}")
+        sections, found = stored_sections(path), path.stat()
+        if "model" not in sections:
+            raise UserError(f"{path}: does not say which model it is; tools/convert_checkpoint.py --config writes that")
+        return Source(load_config([sections]), path, path, {}, [found.st_size, found.st_mtime_ns])
+    config, run = open_run(path)
+    checkpoint = find_checkpoint(run, step)
+    name = weights_name(config, checkpoint, weights or config.evaluation.weights)
+    about = {"step": checkpoint.step, "weights": name}
+    return Source(config, run.path, checkpoint.weights(name), about, checkpoint.meta)
+
+
 def load_networks(config: Config, weights: Path, device: str) -> Networks:
     """What draws: the network of `weights`, and the guide that `config.sampling.guidance` names, ready to sample.
 
@@ -124,7 +162,7 @@ def load_model(config: Config, weights: Path, device: str) -> torch.nn.Module:
     layout = ParallelConfig(tensor_parallel_size=config.evaluation.tensor_parallel_size)
     topology = init_parallel(layout, device)
     use_compiler(config.parallel.compile == "on" and lacks_for_compiling(topology.device) is None)
-    model = build_network(config.model, layout)
+    model = build_network(config.model.to_sample(), layout)
     load_weights(model, weights)
     bf16 = config.parallel.precision == "bf16" and topology.device.type == "cuda"
     dtype = torch.bfloat16 if bf16 else torch.float32

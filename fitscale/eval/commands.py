@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import cache, partial
+from pathlib import Path
 from re import fullmatch
 from typing import Any
 from zlib import crc32
@@ -15,7 +16,7 @@ from fitscale.config.errors import UserError
 from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, ModelConfig, SamplingConfig
 from fitscale.data.encoding import patches
 from fitscale.data.index import open_index
-from fitscale.eval.checkpoints import find_checkpoint, load_networks, open_run, weights_name
+from fitscale.eval.checkpoints import Source, find_checkpoint, load_networks, open_run, open_source
 from fitscale.eval.evaluate import EvaluationOptions, Evaluator
 from fitscale.eval.folder import Generated, check_samples_folder, write_samples
 from fitscale.eval.generate import Images, generate
@@ -33,9 +34,8 @@ MOST_SEED = 2**63 - 1
 
 def run_sample(arguments: argparse.Namespace) -> None:
     """Draw the images that `arguments` ask for and write them."""
-    config, run = open_run(arguments.run)
-    checkpoint = find_checkpoint(run, arguments.step)
-    weights = weights_name(config, checkpoint, arguments.weights or config.evaluation.weights)
+    source = open_source(arguments.run, arguments.step, arguments.weights)
+    config = source.config
     evaluation = given(config.evaluation, tensor_parallel_size=arguments.tensor_parallel_size)
     sampling, model = _sampling(config.sampling, arguments), _model(config, arguments)
     config = replace(config, sampling=sampling, model=model, evaluation=evaluation)
@@ -44,21 +44,20 @@ def run_sample(arguments: argparse.Namespace) -> None:
     within("--count", arguments.count, 1, MOST_IMAGES)
     within("--seed", arguments.seed, 0, MOST_SEED)
     requests = [Request(i, labels[i % len(labels)], rows, cols) for i in range(arguments.count)]
-    out = arguments.out or run.samples / _name(arguments, checkpoint.step, weights, config.sampling)
+    out = arguments.out or _folder(source) / _name(arguments, source, config.sampling)
     check_samples_folder(out)
     settings = {
-        "run": str(run.path),
-        "step": checkpoint.step,
-        "weights": weights,
+        "run": str(source.path),
+        **source.about,
         "height": arguments.height,
         "width": arguments.width,
         "seed": arguments.seed,
         "model": asdict(config.model),
         "sampling": asdict(config.sampling),
     }
-    networks = load_networks(config, checkpoint.weights(weights), arguments.device)
+    networks = load_networks(config, source.weights, arguments.device)
     ranges = chunk_ranges(len(requests))
-    drawn = digest([settings, labels, len(requests), checkpoint.meta])  # chunks of anything else are of no use here
+    drawn = digest([settings, labels, len(requests), source.content])  # chunks of anything else are of no use here
     folder = ChunkFolder(out.with_name(f".{out.name}.chunks-{drawn}"), len(ranges))
 
     def compute(number: int, show: Callable[[int], Any]) -> Mapping[str, np.ndarray]:
@@ -71,12 +70,12 @@ def run_sample(arguments: argparse.Namespace) -> None:
         }
 
     def fold() -> None:
-        title = f"{config.run.name} step {checkpoint.step} {weights} {arguments.height}x{arguments.width}"
+        title = f"{source.title} {arguments.height}x{arguments.width}"
         nfe = write_samples(out, _generated(folder), [request.label for request in requests], settings, title)
         drawn_in = f"{len(nfe)} images, {sum(nfe) / len(nfe):g} function evaluations each, in {out}"
         print(f"{drawn_in}; contact_sheet.png there shows the first", flush=True)
 
-    on_rank_zero(partial(folder.open, {"step": checkpoint.step, "what": "sample"}))
+    on_rank_zero(partial(folder.open, {"step": source.about.get("step", 0), "what": "sample"}))
     carry_out(folder, compute, fold, len(requests), "samples")
 
 
@@ -118,13 +117,18 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
     return labels
 
 
-def _name(arguments: argparse.Namespace, step: int, weights: str, sampling: SamplingConfig) -> str:
-    """Of the folder in RUN/samples: what decides the images, but for their number."""
+def _folder(source: Source) -> Path:
+    return source.path.with_name(f"{source.path.stem}_samples") if source.path.is_file() else RunDir(source.path).samples
+
+
+def _name(arguments: argparse.Namespace, source: Source, sampling: SamplingConfig) -> str:
+    """Of the folder of the samples: what decides the images, but for their number."""
     guidance = sampling.guidance
     sampler = f"{sampling.method}-{sampling.steps}-{'points' if sampling.method in ADAPTIVE_SAMPLERS else 'steps'}"
     sampler += "".join(f"-{word}" for word in (sampling.spacing, sampling.last_step) if word)
     sampler += f"-shift-{sampling.shift_base_tokens}" if sampling.shift_base_tokens else ""
-    parts = [f"step-{step:08d}", weights, f"{arguments.height}x{arguments.width}", sampler]
+    parts = [f"step-{source.about['step']:08d}", source.about["weights"]] if source.about else []
+    parts += [f"{arguments.height}x{arguments.width}", sampler]
     parts += [f"guidance-{guidance.scale:g}", *([f"power-{guidance.power:g}"] if guidance.power else [])]
     parts += [] if guidance.interval == (0.0, 1.0) else ["interval-{:g}-{:g}".format(*guidance.interval)]
     guide = (guidance.guide, guidance.guide_step, guidance.guide_weights)

@@ -15,13 +15,14 @@ tensor-parallel split, and import and export.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from typing import Any
 
 from fitscale.config.schema import MODEL_CONFIGS, ModelConfig
 
+QUANTISE = ("none", "ternary", "packed")  # valid for `model.quantise` of backbones that have it
 ROWS, COLUMNS = 0, 1  # the dimension of a weight that tensor parallelism splits: output or input features
 
 
@@ -31,16 +32,22 @@ class Parameter:
 
     name: str
     shape: tuple[int, ...]
-    init: str = "zero"  # zero | one | xavier (uniform) | normal (0, 0.02)
+    init: str = "zero"  # zero | one | xavier (uniform) | normal (0, 0.02) | unit_normal (0, 1)
     split: int | None = None  # ROWS or COLUMNS over the tensor-parallel ranks; None = every rank has all of it
     per_token: int = 0  # how often a weight is applied to each token of an image,
     per_image: int = 0  # and to each image besides
     qkv_heads: int | None = None  # rows are 3 x heads x head_dim; the network's are heads x 3 x head_dim
-    rotary: bool = False  # a head's rows are pairs that RoPE turns; the network has all first ones, then all second
+    packed: bool = False  # ternary, four rows a byte (`common.ternary`); `shape` is what it stands for
+    rotary: int = 0  # heads whose rows are pairs that RoPE turns; the network has all first ones, then all second
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of the tensor that holds it."""
+        return (self.shape[0] // 4, *self.shape[1:]) if self.packed else self.shape
 
     @property
     def is_weight(self) -> bool:
@@ -119,3 +126,12 @@ def linear(
     """
     weight = Parameter(f"{name}.weight", shape, init, split, **applied)
     return [weight, Parameter(f"{name}.bias", shape[:1], split=ROWS if split == ROWS else None, **applied)]
+
+
+def quantised(found: list[Parameter], quantise: str) -> list[Parameter]:
+    """Parameters of a linear as `model.quantise` says: its weight and, where that is ternary, the number beside it."""
+    if quantise == "none":
+        return found
+    weight, *bias = found
+    alphas = Parameter(f"{weight.name.removesuffix('weight')}alphas", (1,), init="unit_normal")
+    return [replace(weight, packed=quantise == "packed"), alphas, *bias]

@@ -16,7 +16,7 @@ from fitscale.model.backbone import Parameter, backbone_of, parameter_table, par
 from fitscale.model.weights import halves
 from fitscale.parallel.layers import split_of, tp_shard
 
-NORMAL_STD = 0.02
+NORMAL_STD = {"normal": 0.02, "unit_normal": 1.0}
 
 
 def build_network(model: ModelConfig, parallel: ParallelConfig) -> nn.Module:
@@ -44,7 +44,7 @@ def _draw(entry: Parameter, seed: int) -> Tensor:
         return torch.full(entry.shape, float(entry.init == "one"))
     digest = hashlib.blake2b(f"{seed} {entry.name}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-    if entry.init == "normal":
-        return torch.zeros(entry.shape).normal_(0.0, NORMAL_STD, generator=generator)
+    if entry.init in NORMAL_STD:
+        return torch.zeros(entry.shape).normal_(0.0, NORMAL_STD[entry.init], generator=generator)
     assert entry.init == "xavier", f"{entry.name}: no initialisation is called {entry.init}"
     return nn.init.xavier_uniform_(torch.zeros(entry.shape), generator=generator)

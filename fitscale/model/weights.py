@@ -7,10 +7,11 @@ the run, from file to file or to model, one tensor in memory at a time.
     published_items                 the full tensors of a model, over the tensor-parallel ranks
     write_tensors                   header, then one tensor after the other, sorted by name -> fsync -> rename
 
-Names are the same here and there. Two things differ: the rows of fused q, k and v are (heads, 3, head_dim) here, so
+Names are the same here and there. Three things differ: the rows of fused q, k and v are (heads, 3, head_dim) here, so
 that tensor parallelism cuts them in one piece, and (3, heads, head_dim) there; and the two numbers of a pair that RoPE
 turns are neighbours in a head there, and half a head apart here (`halves`), so that both are read in runs. Attention's
-scores are the same.
+scores are the same. Bytes of ternary weights hold other rows here than there (`common.ternary`); weights that are not
+packed yet are when a network takes them packed.
 
 safetensors' own writer wants all tensors at once. Its format (https://github.com/huggingface/safetensors): the header's
 length in 8 bytes, a JSON header, then the tensors' bytes, everything little-endian. Equal tensors and metadata make
@@ -21,7 +22,7 @@ import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from fitscale.config.errors import UserError, writing
 from fitscale.config.files import replacing
 from fitscale.config.schema import ModelConfig
 from fitscale.model.backbone import Parameter, parameter_table, parameters_by_name
+from fitscale.model.common.ternary import pack, pack_quarters, ternary_values, unpack, unpack_quarters
 from fitscale.parallel.layers import gather_tp, set_value, tp_shard
 from fitscale.run.checkpoint import require_intact
 
@@ -50,11 +52,12 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    packed: bool = False  # bytes, of ternary weights; all else is floating-point
 
 
 def stored(tensor: Tensor) -> StoredTensor:
     """A tensor that is in memory already."""
-    return StoredTensor(tuple(tensor.shape), tensor.detach)
+    return StoredTensor(tuple(tensor.shape), tensor.detach, tensor.dtype == torch.uint8)
 
 
 def list_tensors(path: Path, verify: bool = True) -> dict[str, StoredTensor]:
@@ -78,7 +81,8 @@ def list_tensors(path: Path, verify: bool = True) -> dict[str, StoredTensor]:
     for file in files:
         with _opened(file) as opened:
             for name in opened.keys():  # noqa: SIM118 (a safetensors file is no dict)
-                found[name] = StoredTensor(tuple(opened.get_slice(name).get_shape()), partial(_read, file, name))
+                part = opened.get_slice(name)
+                found[name] = StoredTensor(tuple(part.get_shape()), partial(_read, file, name), part.get_dtype() == "U8")
     return found
 
 
@@ -107,14 +111,17 @@ def list_state_dict(path: Path, entry: str | None) -> dict[str, StoredTensor]:
 
 
 def check_keys(model: ModelConfig, found: Mapping[str, StoredTensor], path: Path) -> None:
-    """Raises UserError if names or shapes of `found`, the tensors in `path`, are not the model's."""
-    expected = {entry.name: entry.shape for entry in parameter_table(model)}
+    """Raises UserError if names, shapes or kinds of `found`, the tensors in `path`, are not the model's.
+
+    Of a model that takes ternary weights packed, they may be whole.
+    """
+    expected = {entry.name: entry for entry in parameter_table(model)}
     problems = [f"{key} is missing" for key in expected if key not in found]
     problems += [f"{key} is not part of the model" for key in found if key not in expected]
     problems += [
-        f"{key} is {found[key].shape}, the model's is {shape}"
-        for key, shape in expected.items()
-        if key in found and found[key].shape != shape
+        f"{key} is {_described(one.shape, one.packed)}, the model's is {_described(entry.stored_shape, entry.packed)}"
+        for key, entry in expected.items()
+        if (one := found.get(key)) and not _fits(one, entry)
     ]
     if problems:
         listed = "; ".join(problems[:_LISTED_KEYS])
@@ -122,6 +129,14 @@ def check_keys(model: ModelConfig, found: Mapping[str, StoredTensor], path: Path
             f"{path}: weights of another model than model.name = {model.name}: "
             f"{len(problems)} of its keys differ: {listed}{' ...' if len(problems) > _LISTED_KEYS else ''}"
         )
+
+
+def _fits(one: StoredTensor, entry: Parameter) -> bool:
+    return (entry.packed and one.shape == entry.stored_shape) if one.packed else one.shape == entry.shape
+
+
+def _described(shape: tuple[int, ...], packed: bool) -> str:
+    return f"{shape}{' of packed ternary weights' if packed else ''}"
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -164,11 +179,14 @@ def published_items(
     """
     table = parameters_by_name(model)
     for name, param in model.named_parameters():
-        yield name, to_published(table[name], gather_tp(get(param), table[name].split).float())
+        whole = gather_tp(get(param), table[name].split)
+        yield name, to_published(table[name], whole if table[name].packed else whole.float())
 
 
 def to_published(entry: Parameter, full: Tensor) -> Tensor:
     """A full tensor in the published row order."""
+    if entry.packed:
+        return pack_quarters(to_published(replace(entry, packed=False), unpack(full)))
     full = _reordered(entry, full, (2, -1))
     if entry.qkv_heads is not None:
         full = full.unflatten(0, (entry.qkv_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
@@ -176,10 +194,33 @@ def to_published(entry: Parameter, full: Tensor) -> Tensor:
 
 
 def from_published(entry: Parameter, full: Tensor) -> Tensor:
-    """A full published tensor in this project's row order: the inverse of `to_published`."""
+    """A full published tensor in this project's row order: the inverse of `to_published`.
+
+    Weights that the table wants packed may be whole: then they are made ternary, as they are in training.
+
+    Raises:
+        UserError: bytes that are no ternary weights.
+    """
+    if entry.packed:
+        values = unpack_quarters(full) if full.dtype == torch.uint8 else ternary_values(full)
+        if values.max() > 1:
+            raise UserError(f"{entry.name}: these bytes are no packed ternary weights: one of the four values of a byte is 3")
+        return pack(from_published(replace(entry, packed=False), values))
     if entry.qkv_heads is not None:
         full = full.unflatten(0, (3, entry.qkv_heads, -1)).transpose(0, 1).flatten(0, 2)
     return halves(entry, full).contiguous()
+
+
+def packed_tensors(model: ModelConfig, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Published tensors as a file for `model` holds them: whole weights that it takes packed are packed as published."""
+
+    def read(entry: Parameter) -> Tensor:
+        return to_published(entry, from_published(entry, tensors[entry.name].read()))
+
+    return {
+        entry.name: StoredTensor(entry.stored_shape, partial(read, entry), True) if entry.packed else tensors[entry.name]
+        for entry in parameter_table(model)
+    }
 
 
 def halves(entry: Parameter, full: Tensor) -> Tensor:
@@ -191,7 +232,7 @@ def _reordered(entry: Parameter, full: Tensor, shape: tuple[int, int]) -> Tensor
     """The rows of each rotary head seen as a matrix of this shape, transposed."""
     if not entry.rotary:
         return full
-    parts = full.unflatten(0, (1, 1, -1) if entry.qkv_heads is None else (entry.qkv_heads, 3, -1))
+    parts = full.unflatten(0, (entry.rotary, 1 if entry.qkv_heads is None else 3, -1))
     turned = parts[:, :2].unflatten(2, shape).transpose(2, 3).flatten(2, 3)
     return torch.cat((turned, parts[:, 2:]), dim=1).flatten(0, 2)
 
@@ -207,7 +248,7 @@ def write_tensors(
 
     Args:
         path: its folder is made if there is none.
-        tensors: of any floating-point type.
+        tensors: of any floating-point type, or packed ternary weights, which are written as they are.
         metadata: the file's own; it decides the bytes too, so it should not tell one layout from another.
         dtype: a key of `DTYPES`; rounding to bf16 is to the nearest, ties to even.
         progress: called with the number of bytes after each tensor.
@@ -215,28 +256,37 @@ def write_tensors(
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    header = _header({name: tensors[name].shape for name in sorted(tensors)}, dtype, metadata)
+    header = _header({name: tensors[name] for name in sorted(tensors)}, dtype, metadata)
     checksum = xxhash.xxh3_64(header)
     with writing(path), replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(header)
         for name in sorted(tensors):
-            content = tensors[name].read().to("cpu", DTYPES[dtype]).reshape(-1).view(torch.uint8).numpy().data
+            kind = torch.uint8 if tensors[name].packed else DTYPES[dtype]
+            content = tensors[name].read().to("cpu", kind).reshape(-1).view(torch.uint8).numpy().data
             checksum.update(content)
             progress(file.write(content))
     return checksum.hexdigest()
 
 
-def num_bytes(shape: tuple[int, ...], dtype: str) -> int:
+def write_state_dict(path: Path, tensors: Mapping[str, StoredTensor], dtype: str = "fp32") -> None:
+    """Write `tensors` with torch.save, all of them in memory; otherwise as `write_tensors`."""
+    kinds = {name: torch.uint8 if one.packed else DTYPES[dtype] for name, one in tensors.items()}
+    state = {name: one.read().to("cpu", kinds[name]).clone() for name, one in tensors.items()}
+    with writing(path), replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def num_bytes(tensor: StoredTensor, dtype: str) -> int:
     """Size of a tensor in the file."""
-    return torch.Size(shape).numel() * DTYPES[dtype].itemsize
+    return torch.Size(tensor.shape).numel() * (1 if tensor.packed else DTYPES[dtype].itemsize)
 
 
-def _header(shapes: dict[str, tuple[int, ...]], dtype: str, metadata: dict[str, str]) -> bytes:
+def _header(tensors: dict[str, StoredTensor], dtype: str, metadata: dict[str, str]) -> bytes:
     entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     begin = 0
-    for name, shape in shapes.items():
-        end = begin + num_bytes(shape, dtype)
-        entries[name] = {"dtype": _TAGS[dtype], "shape": shape, "data_offsets": [begin, end]}
+    for name, tensor in tensors.items():
+        end, tag = begin + num_bytes(tensor, dtype), "U8" if tensor.packed else _TAGS[dtype]
+        entries[name] = {"dtype": tag, "shape": tensor.shape, "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)

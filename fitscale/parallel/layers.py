@@ -19,7 +19,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import mappings
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
 from torch import Tensor, nn
 
 tp_rank = parallel_state.get_tensor_model_parallel_rank  # in the tensor-parallel group
@@ -34,11 +38,11 @@ class ColumnLinear(ColumnParallelLinear):
 
     get_extra_state = nn.Module.get_extra_state  # none: megatron-core's is empty, for Transformer Engine
 
-    def __init__(self, in_features: int, out_features: int, sequence_parallel: bool) -> None:
-        super().__init__(in_features, out_features, **_settings(sequence_parallel))
+    def __init__(self, in_features: int, out_features: int, sequence_parallel: bool, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias=bias, **_settings(sequence_parallel))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The product, and the bias that is to be added to it: by whoever reads it anyway."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The product, and the bias, if any, that is to be added to it: by whoever reads it anyway."""
         out, bias = super().forward(x)
         return out, _outlasting(bias)
 
@@ -48,19 +52,32 @@ class RowLinear(RowParallelLinear):
 
     get_extra_state = nn.Module.get_extra_state  # none: megatron-core's is empty, for Transformer Engine
 
-    def __init__(self, in_features: int, out_features: int, sequence_parallel: bool) -> None:
+    def __init__(self, in_features: int, out_features: int, sequence_parallel: bool, bias: bool = True) -> None:
         settings = _settings(sequence_parallel)
-        super().__init__(in_features, out_features, bias=True, input_is_parallel=True, **settings)
+        super().__init__(in_features, out_features, bias=bias, input_is_parallel=True, **settings)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """As `ColumnLinear.forward`."""
         out, bias = super().forward(x)
-        return out, _outlasting(enter_sharded(bias) if self.sequence_parallel else bias)
+        return out, _outlasting(enter_sharded(bias) if self.sequence_parallel and bias is not None else bias)
 
 
-def _outlasting(bias: Tensor) -> Tensor:
+def _outlasting(bias: Tensor | None) -> Tensor | None:
     """A bias that can be used when its module's forward pass is over: ZeRO-3 takes parameters away then."""
-    return bias.clone() if hasattr(bias, "ds_id") or bias._base is not None else bias
+    return bias.clone() if hasattr(bias, "ds_id") or getattr(bias, "_base", None) is not None else bias
+
+
+class SplitVectors(nn.Module):
+    """A weight and a bias of `numel` numbers, split over TP as the output features of a `ColumnLinear` are."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.empty(numel // tp_size())) for _ in range(2))
+        for parameter in (self.weight, self.bias):
+            set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.weight.clone(), self.bias.clone()  # ZeRO-3 takes them back
 
 
 class _EnterSharded(torch.autograd.Function):
@@ -81,6 +98,13 @@ class _EnterSharded(torch.autograd.Function):
 def enter_sharded(x: Tensor) -> Tensor:
     """x itself, replicated over TP; its gradient is the sum of the TP ranks' gradients."""
     return _EnterSharded.apply(x, parallel_state.get_tensor_model_parallel_group())
+
+
+def tp_sum(value: Tensor) -> Tensor:
+    """The sum of the TP ranks' values, in place; no gradient."""
+    if tp_size() > 1:
+        dist.all_reduce(value, group=parallel_state.get_tensor_model_parallel_group())
+    return value
 
 
 def scatter_tokens(x_TD: Tensor) -> Tensor:

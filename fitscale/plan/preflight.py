@@ -23,7 +23,8 @@ def open_data(config: Config, open_index: OpenIndex = open_index) -> BatchPlan:
 
     Raises:
         UserError: no shards are named or there, or they do not fit the model: channels, classes, kind of latents,
-            sizes, an image larger than a pack. Or parameters are named that the model does not have.
+            sizes, an image larger than a pack. Or parameters are named that the model does not have, or it has
+            some that cannot be trained.
     """
     if not config.data.sources:
         raise UserError("data.shards: must be given, in a config file or as data.shards=PATH")
@@ -33,7 +34,7 @@ def open_data(config: Config, open_index: OpenIndex = open_index) -> BatchPlan:
     )
     require_encoding(config, plan)
     plan.require_fit(pack_rule(config))
-    _require_names(config)
+    _require_trainable(config)
     return plan
 
 
@@ -70,8 +71,10 @@ def pack_rule(config: Config) -> PackRule:
     return PackRule(config.batch.pack_tokens, multiple, flops.cost(config.model))
 
 
-def _require_names(config: Config) -> None:
+def _require_trainable(config: Config) -> None:
     table = parameter_table(config.model)
+    if any(entry.packed for entry in table):
+        raise UserError("model.quantise: packed weights are for sampling; valid for training: none, ternary")
     for key, patterns in (("optim.trainable", config.optim.trainable), ("run.reset", config.run.reset)):
         for pattern in patterns:
             if not any(entry.matches([pattern]) for entry in table):

@@ -22,12 +22,18 @@ from fitscale.model.common.layout import Segments
 from fitscale.model.common.rope import Rope
 
 NORM_EPS = 1e-6
-Biased = tuple[Tensor, Tensor]  # what a linear gives before its bias, and that
+RMS_EPS = 1e-5  # RMSNorm's, as Flag-DiT has it
+Biased = tuple[Tensor, Tensor | None]  # what a linear gives before its bias, and that, if it has one
 
 
-def modulate(x_TD: Tensor, shift_SD: Tensor, scale_SD: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-    """x and LayerNorm(x) * (1 + scale) + shift. Who goes on with x takes it from here: its gradient is added here."""
-    return _Modulate.apply(x_TD, shift_SD, scale_SD, segments)
+def modulate(
+    x_TD: Tensor, shift_SD: Tensor, scale_SD: Tensor, segments: Segments, rms: bool = False
+) -> tuple[Tensor, Tensor]:
+    """x and norm(x) * (1 + scale) + shift. Who goes on with x takes it from here: its gradient is added here.
+
+    The norm is LayerNorm or, if `rms`, x / sqrt(mean(x^2) + RMS_EPS); a weight of its own is part of `scale_SD`.
+    """
+    return _Modulate.apply(x_TD, shift_SD, scale_SD, segments, rms)
 
 
 def gate(x_TD: Tensor, branch: Biased, gate_SD: Tensor, segments: Segments) -> Tensor:
@@ -36,10 +42,16 @@ def gate(x_TD: Tensor, branch: Biased, gate_SD: Tensor, segments: Segments) -> T
 
 
 def gate_modulate(
-    x_TD: Tensor, branch: Biased, gate_SD: Tensor, shift_SD: Tensor, scale_SD: Tensor, segments: Segments
+    x_TD: Tensor,
+    branch: Biased,
+    gate_SD: Tensor,
+    shift_SD: Tensor,
+    scale_SD: Tensor,
+    segments: Segments,
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`modulate` of `gate`."""
-    return _GateModulate.apply(x_TD, *_ready(branch), gate_SD, shift_SD, scale_SD, segments)
+    return _GateModulate.apply(x_TD, *_ready(branch), gate_SD, shift_SD, scale_SD, segments, rms)
 
 
 def swiglu(gate_TM: Biased, up_TM: Biased) -> Tensor:
@@ -65,7 +77,7 @@ def turned_heads(
 
 def _ready(out: Biased) -> tuple[Tensor, Tensor | None]:
     """A compiled region adds a bias where it reads; otherwise that is done here."""
-    return out if is_compiled() else (out[0] + out[1], None)
+    return out if is_compiled() else (biased(*out), None)
 
 
 def biased(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -92,14 +104,14 @@ def _with_vectors(function: Callable[..., Any]) -> Callable[..., Any]:
     a compiler and where images are equal, as a dimension of their own."""
     run = formula(function)
 
-    def call(segments: Segments, tokens: list[Tensor | None], vectors: list[Tensor]) -> Any:
+    def call(segments: Segments, tokens: list[Tensor | None], vectors: list[Tensor], *options: bool) -> Any:
         if is_compiled() or not segments.equal:
             if is_compiled() and len(segments.lengths) == 1:  # a size of 1 would be compiled for itself
                 vectors = [_twice(vector_SD) for vector_SD in vectors]
-            return run(segments.image_T, *tokens, *vectors)
+            return run(segments.image_T, *tokens, *vectors, *options)
         shape = (-1, segments.equal)
         grouped = [x if x is None or x.dim() == 1 else x.unflatten(0, shape) for x in tokens]
-        results = run(None, *grouped, *(vector_SD[:, None] for vector_SD in vectors))
+        results = run(None, *grouped, *(vector_SD[:, None] for vector_SD in vectors), *options)
         return [result.flatten(0, 1) for result in results]
 
     return call
@@ -121,17 +133,24 @@ def _at(image_T: Tensor | None, *vectors: Tensor) -> tuple[Tensor, ...]:
 
 
 @_with_vectors
-def _modulate_forward(image_T: Tensor | None, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+def _modulate_forward(image_T: Tensor | None, x: Tensor, shift: Tensor, scale: Tensor, rms: bool) -> tuple[Tensor, ...]:
     shift, scale = _at(image_T, shift, scale)
-    return _norm(x, shift, scale)
+    return _norm(x, shift, scale, rms)
 
 
 @_with_vectors
 def _modulate_backward(
-    image_T: Tensor | None, grad: Tensor, grad_x: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor
+    image_T: Tensor | None,
+    grad: Tensor,
+    grad_x: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor,
+    rms: bool,
 ) -> tuple[Tensor, ...]:
     (scale,) = _at(image_T, scale)
-    return _norm_backward(grad, grad_x, x, mean, rstd, scale)
+    return _norm_backward(grad, grad_x, x, mean, rstd, scale, rms)
 
 
 @_with_vectors
@@ -150,11 +169,18 @@ def _gate_backward(image_T: Tensor | None, grad: Tensor, branch: Tensor, gate: T
 
 @_with_vectors
 def _gate_modulate_forward(
-    image_T: Tensor | None, x: Tensor, branch: Tensor, bias: Tensor | None, gate: Tensor, shift: Tensor, scale: Tensor
+    image_T: Tensor | None,
+    x: Tensor,
+    branch: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    rms: bool,
 ) -> tuple[Tensor, ...]:
     gate, shift, scale = _at(image_T, gate, shift, scale)
     x = torch.addcmul(x, biased(branch, bias), gate)
-    return x, *_norm(x, shift, scale)
+    return x, *_norm(x, shift, scale, rms)
 
 
 @_with_vectors
@@ -168,9 +194,10 @@ def _gate_modulate_backward(
     branch: Tensor,
     scale: Tensor,
     gate: Tensor,
+    rms: bool,
 ) -> tuple[Tensor, ...]:
     scale, gate = _at(image_T, scale, gate)
-    grad_x, by_normed = _norm_backward(grad, grad_x, x, mean, rstd, scale)
+    grad_x, by_normed = _norm_backward(grad, grad_x, x, mean, rstd, scale, rms)
     return grad_x, by_normed, grad_x * gate, grad_x * branch
 
 
@@ -202,7 +229,7 @@ def _heads_forward(
     if normed:
         qk = _layer_norm(qk)[0]
         qk = qk if weights is None else qk * weights
-    return _turn(qk, cos[:, None, None], sin[:, None, None]).to(qkv.dtype), qkv[:, :, 2].contiguous()
+    return turn(qk, cos[:, None, None], sin[:, None, None]).to(qkv.dtype), qkv[:, :, 2].contiguous()
 
 
 @formula
@@ -218,7 +245,7 @@ def _heads_backward(
     *turned, grad_v = grads
     cos, sin, parts, by_weight = cos[:, None], sin[:, None], [], []
     for number, grad in enumerate(turned):
-        grad = _turn(grad, cos, -sin)
+        grad = turn(grad, cos, -sin)
         if qkv is not None:
             x = at_least_fp32(biased(qkv[:, :, number], None if bias is None else bias[:, number]))
             normed, mean, rstd = _layer_norm(x)
@@ -230,7 +257,7 @@ def _heads_backward(
     return torch.stack([*parts, grad_v], dim=2), by_weight
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (first half, second half of the last dimension) by their angles, in fp32 or more."""
     pairs = at_least_fp32(x).unflatten(-1, (2, -1))
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
@@ -268,18 +295,30 @@ def _layer_norm_backward(grad: Tensor, x: Tensor, normed: Tensor, mean: Tensor, 
     return rstd * (grad - by_mean - normed * by_spread)
 
 
-def _norm(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _rms_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm without weights, in fp32 or more, as `_layer_norm`; its mean is 0."""
+    x = at_least_fp32(x)
+    rstd = (x.square().mean(-1, keepdim=True) + RMS_EPS).rsqrt()
+    return x * rstd, torch.zeros_like(rstd), rstd
+
+
+def _rms_norm_backward(grad: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
+    grad = at_least_fp32(grad)
+    return rstd * (grad - normed * (grad * normed).mean(-1, keepdim=True))
+
+
+def _norm(x: Tensor, shift: Tensor, scale: Tensor, rms: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Modulated, and the norm's mean and 1 / standard deviation."""
-    normed, mean, rstd = _layer_norm(x)
+    normed, mean, rstd = _rms_norm(x) if rms else _layer_norm(x)
     return torch.addcmul(shift.to(normed.dtype), normed, 1 + scale).to(x.dtype), mean, rstd
 
 
 def _norm_backward(
-    grad: Tensor, grad_x: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor
+    grad: Tensor, grad_x: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, rms: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of x, added to `grad_x`; and grad * LayerNorm(x), the scale's before it is summed."""
-    normed = (x - mean) * rstd
-    through = _layer_norm_backward(grad * (1 + scale), x, normed, mean, rstd)
+    """Gradient of x, added to `grad_x`; and grad * norm(x), the scale's before it is summed."""
+    normed, scaled = (x - mean) * rstd, grad * (1 + scale)
+    through = _rms_norm_backward(scaled, normed, rstd) if rms else _layer_norm_backward(scaled, x, normed, mean, rstd)
     return (through + grad_x).to(x.dtype), (grad * normed).to(x.dtype)
 
 
@@ -288,18 +327,20 @@ def _norm_backward(
 
 class _Modulate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-        out, mean, rstd = _modulate_forward(segments, [x], [shift, scale])
+    def forward(
+        ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, segments: Segments, rms: bool
+    ) -> tuple[Tensor, Tensor]:
+        out, mean, rstd = _modulate_forward(segments, [x], [shift, scale], rms)
         ctx.save_for_backward(x, mean, rstd, scale)
-        ctx.segments = segments
+        ctx.segments, ctx.rms = segments, rms
         return x.view_as(x), out
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, mean, rstd, scale = ctx.saved_tensors
         segments = ctx.segments
-        grad_x, by_normed = _modulate_backward(segments, [grad, grad_x, x, mean, rstd], [scale])
-        return grad_x, sum_per_image(grad, segments), sum_per_image(by_normed, segments), None
+        grad_x, by_normed = _modulate_backward(segments, [grad, grad_x, x, mean, rstd], [scale], ctx.rms)
+        return grad_x, sum_per_image(grad, segments), sum_per_image(by_normed, segments), None, None
 
 
 class _Gate(torch.autograd.Function):
@@ -328,10 +369,11 @@ class _GateModulate(torch.autograd.Function):
         shift: Tensor,
         scale: Tensor,
         segments: Segments,
+        rms: bool,
     ) -> tuple[Tensor, Tensor]:
-        x, out, mean, rstd = _gate_modulate_forward(segments, [x, branch, bias], [gate, shift, scale])
+        x, out, mean, rstd = _gate_modulate_forward(segments, [x, branch, bias], [gate, shift, scale], rms)
         ctx.save_for_backward(x, mean, rstd, branch, bias, gate, scale)
-        ctx.segments = segments
+        ctx.segments, ctx.rms = segments, rms
         return x, out
 
     @staticmethod
@@ -339,11 +381,11 @@ class _GateModulate(torch.autograd.Function):
         x, mean, rstd, branch, bias, gate, scale = ctx.saved_tensors
         segments = ctx.segments
         grad_x, by_normed, grad_branch, by_branch = _gate_modulate_backward(
-            segments, [grad, grad_x, x, mean, rstd, branch], [scale, gate]
+            segments, [grad, grad_x, x, mean, rstd, branch], [scale, gate], ctx.rms
         )
         of_bias_and_gate = _gate_gradients(grad_x, by_branch, bias, gate, segments)
         of_norm = sum_per_image(grad, segments), sum_per_image(by_normed, segments)
-        return grad_x, grad_branch, *of_bias_and_gate, *of_norm, None
+        return grad_x, grad_branch, *of_bias_and_gate, *of_norm, None, None
 
 
 def _gate_gradients(

@@ -1,4 +1,4 @@
-"""2-D rotary position embedding: tables of cosines and sines for one image, and its stretching beyond trained sizes.
+"""Rotary position embedding: tables of cosines and sines for one image, and their stretching beyond trained sizes.
 
 1. The K/2 pairs of a head are cut in half: the first half turns with a patch's row, the second with its column.
 2. Each half is a 1-D embedding of D = K/2 dimensions: pair i turns by position * frequency_i,
@@ -8,6 +8,9 @@
    theta * s^(D/(D-2)); `ntk-by-parts` and `yarn` (arXiv 2309.00071) keep the fast ones and interpolate the slow ones.
 4. L is the longer side, or each axis has its own (`decouple`, the Vision variants of FiT, arXiv 2402.12376).
 5. `ntk-aware-pro1/2` and `yarn` also lengthen the turned vectors, which sharpens the attention.
+
+Flag-DiT (arXiv 2405.05945) has one axis instead: D = K, a position is a patch's number in raster order, L is the number
+of patches; it knows `linear` and `ntk-aware` (`RasterRopeConfig`).
 
 Dimensions 2i and 2i + 1 of a published head are pair i; here the K/2 first ones of all pairs come before all second
 ones (`weights.halves`), so that both are read in runs.
@@ -21,7 +24,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fitscale.model.common.rope_config import RopeConfig
+from fitscale.model.common.rope_config import AnyRopeConfig, RasterRopeConfig, RopeConfig
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, (tokens, K/2) each
 
@@ -32,8 +35,10 @@ _NTK_TO_LINEAR_ROTATIONS = (1.25, 0.75)
 _BASE_TO_NTK_ROTATIONS = (16.0, 2.0)
 
 
-def rope_tables(config: RopeConfig, head_dim: int, rows: int, cols: int) -> Rope:
+def rope_tables(config: AnyRopeConfig, head_dim: int, rows: int, cols: int) -> Rope:
     """Cosines and sines for an image of rows x cols patches, each float32 (rows * cols, head_dim / 2) on the CPU."""
+    if isinstance(config, RasterRopeConfig):
+        return _axis_table(config, head_dim, rows * cols, rows * cols)
     longest = max(rows, cols)
     row_length, col_length = (rows, cols) if config.decouple else (longest, longest)
     row_cos, row_sin = _axis_table(config, head_dim // 2, rows, row_length)
@@ -43,20 +48,20 @@ def rope_tables(config: RopeConfig, head_dim: int, rows: int, cols: int) -> Rope
 
 
 @lru_cache(maxsize=512)
-def cached_rope_tables(config: RopeConfig, head_dim: int, rows: int, cols: int, device: torch.device) -> Rope:
+def cached_rope_tables(config: AnyRopeConfig, head_dim: int, rows: int, cols: int, device: torch.device) -> Rope:
     """`rope_tables` on `device`, remembered: a data set has few sizes, and training meets them at every step."""
     with torch.inference_mode(False):  # or tables first met while sampling could not serve training
         cos, sin = rope_tables(config, head_dim, rows, cols)
         return cos.to(device), sin.to(device)
 
 
-def pack_rope(config: RopeConfig, head_dim: int, sizes: list[tuple[int, int]], device: torch.device) -> Rope:
+def pack_rope(config: AnyRopeConfig, head_dim: int, sizes: list[tuple[int, int]], device: torch.device) -> Rope:
     """The tables of a pack of images of `sizes` (rows, columns), one after the other: (T, K/2) each."""
     tables = [cached_rope_tables(config, head_dim, rows, cols, device) for rows, cols in sizes]
     return torch.cat([cos for cos, _ in tables]), torch.cat([sin for _, sin in tables])
 
 
-def frequencies(config: RopeConfig, dim: int, length: int) -> Tensor:
+def frequencies(config: AnyRopeConfig, dim: int, length: int) -> Tensor:
     """Radians per patch of the dim/2 pairs of one axis, float32, for a test length of `length` patches."""
     exponents = torch.arange(0, dim, 2).float() / dim
     base = 1.0 / config.theta**exponents
@@ -76,7 +81,7 @@ def frequencies(config: RopeConfig, dim: int, length: int) -> Tensor:
     return ntk
 
 
-def _axis_table(config: RopeConfig, dim: int, positions: int, length: int) -> tuple[Tensor, Tensor]:
+def _axis_table(config: AnyRopeConfig, dim: int, positions: int, length: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of one axis, each (positions, dim / 2)."""
     angles = torch.outer(torch.arange(positions).float(), frequencies(config, dim, length))
     return angles.cos(), angles.sin()
@@ -90,7 +95,7 @@ def _grid(row_table: Tensor, col_table: Tensor) -> Tensor:
     return torch.cat((row_half, col_half), dim=-1).flatten(0, 1)
 
 
-def _blend(config: RopeConfig, dim: int, rotations: tuple[float, float], many: Tensor, few: Tensor) -> Tensor:
+def _blend(config: AnyRopeConfig, dim: int, rotations: tuple[float, float], many: Tensor, few: Tensor) -> Tensor:
     """`many` for pairs that turn often within the trained length, `few` for those that turn less, a ramp between."""
     first, last = (_pair_with_rotations(config, dim, count) for count in rotations)
     low, high = max(math.floor(first), 0), min(math.ceil(last), dim - 1)
@@ -99,7 +104,7 @@ def _blend(config: RopeConfig, dim: int, rotations: tuple[float, float], many: T
     return many * (1 - ramp) + few * ramp
 
 
-def _pair_with_rotations(config: RopeConfig, dim: int, rotations: float) -> float:
+def _pair_with_rotations(config: AnyRopeConfig, dim: int, rotations: float) -> float:
     """Index (a real number) of the pair that turns `rotations` times over the trained length."""
     return dim * math.log(config.original_length / (rotations * 2 * math.pi)) / (2 * math.log(config.theta))
 

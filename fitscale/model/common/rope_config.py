@@ -1,9 +1,10 @@
-"""Options of 2-D rotary position embeddings (rope.py), for the configs of the backbones that have them. No torch."""
+"""Options of rotary position embeddings (rope.py), for the configs of the backbones that have them. No torch."""
 
 from dataclasses import dataclass
 
 from fitscale.config.checks import Section, at_least, number, one_of
 
+RASTER_ROPE_METHODS = ("normal", "linear", "ntk-aware")
 ROPE_METHODS = ("normal", "linear", "ntk-aware", "ntk-aware-pro1", "ntk-aware-pro2", "ntk-by-parts", "yarn")
 
 
@@ -24,3 +25,18 @@ class RopeConfig(Section, path="model.rope"):
 
     def __str__(self) -> str:
         return self.method + (" decoupled" if self.decouple else "")
+
+
+@dataclass(frozen=True)
+class RasterRopeConfig(Section, path="model.rope"):
+    """1-D rotary position embedding over a patch's number in raster order, and its stretching beyond trained sizes."""
+
+    theta: float = number(10000.0, least=1.0)
+    method: str = one_of(*RASTER_ROPE_METHODS)
+    original_length: int = number(256, least=1, most=10**6)  # patches of an image that the model was trained on
+
+    def __str__(self) -> str:
+        return f"raster {self.method}"
+
+
+AnyRopeConfig = RopeConfig | RasterRopeConfig

@@ -30,10 +30,10 @@ def _block(cfg: FitConfig, name: str) -> list[Parameter]:
     d, width, rank = cfg.hidden_size, cfg.mlp_hidden_size, cfg.adaln_rank
     rows: dict[str, Any] = {"split": ROWS, "per_token": 1}
     columns: dict[str, Any] = {"split": COLUMNS, "per_token": 1}
-    found = linear(f"{name}.attn.qkv", (3 * d, d), qkv_heads=cfg.num_heads, rotary=True, **rows)
+    found = linear(f"{name}.attn.qkv", (3 * d, d), qkv_heads=cfg.num_heads, rotary=cfg.num_heads, **rows)
     if cfg.qk_norm_weight:
         norms = (f"{name}.attn.{norm}.weight" for norm in ("q_norm", "k_norm"))
-        found += [Parameter(norm, (cfg.head_dim,), init="one", rotary=True) for norm in norms]
+        found += [Parameter(norm, (cfg.head_dim,), init="one", rotary=1) for norm in norms]
     found += linear(f"{name}.attn.proj", (d, d), **columns)
     found += linear(f"{name}.mlp.fc1_g", (width, d), **rows)
     found += linear(f"{name}.mlp.fc1_x", (width, d), **rows)
