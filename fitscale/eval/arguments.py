@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fitscale.config.schema import DDPM_SAMPLERS, LAST_STEPS, ODE_SAMPLERS, SPACINGS
+from fitscale.config.schema import DDPM_SAMPLERS, DPM_SAMPLERS, LAST_STEPS, ODE_SAMPLERS, SPACINGS
 from fitscale.model.common.rope_config import ROPE_METHODS
 
 
@@ -71,7 +71,7 @@ def _add_checkpoint(parser: argparse.ArgumentParser, default: str = "(default: t
 
 
 def _add_sampler(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", choices=ODE_SAMPLERS + DDPM_SAMPLERS, help="sampler")
+    parser.add_argument("--method", choices=ODE_SAMPLERS + DDPM_SAMPLERS + DPM_SAMPLERS, help="sampler")
     parser.add_argument("--steps", type=int, help="integration steps")
     parser.add_argument("--spacing", choices=SPACINGS, help="which of the 1000 steps ddpm and ddim take")
     parser.add_argument("--last-step", choices=LAST_STEPS, help="how sde and sde_heun end")

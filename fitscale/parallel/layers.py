@@ -34,11 +34,11 @@ class ColumnLinear(ColumnParallelLinear):
 
     get_extra_state = nn.Module.get_extra_state  # none: megatron-core's is empty, for Transformer Engine
 
-    def __init__(self, in_features: int, out_features: int, sequence_parallel: bool) -> None:
-        super().__init__(in_features, out_features, **_settings(sequence_parallel))
+    def __init__(self, in_features: int, out_features: int, sequence_parallel: bool, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias=bias, **_settings(sequence_parallel))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The product, and the bias that is to be added to it: by whoever reads it anyway."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The product, and the bias, if any, that is to be added to it: by whoever reads it anyway."""
         out, bias = super().forward(x)
         return out, _outlasting(bias)
 
@@ -52,15 +52,15 @@ class RowLinear(RowParallelLinear):
         settings = _settings(sequence_parallel)
         super().__init__(in_features, out_features, bias=True, input_is_parallel=True, **settings)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """As `ColumnLinear.forward`."""
         out, bias = super().forward(x)
         return out, _outlasting(enter_sharded(bias) if self.sequence_parallel else bias)
 
 
-def _outlasting(bias: Tensor) -> Tensor:
+def _outlasting(bias: Tensor | None) -> Tensor | None:
     """A bias that can be used when its module's forward pass is over: ZeRO-3 takes parameters away then."""
-    return bias.clone() if hasattr(bias, "ds_id") or bias._base is not None else bias
+    return bias.clone() if hasattr(bias, "ds_id") or getattr(bias, "_base", None) is not None else bias
 
 
 class _EnterSharded(torch.autograd.Function):

@@ -22,7 +22,7 @@ from fitscale.model.common.layout import Segments
 from fitscale.model.common.rope import Rope
 
 NORM_EPS = 1e-6
-Biased = tuple[Tensor, Tensor]  # what a linear gives before its bias, and that
+Biased = tuple[Tensor, Tensor | None]  # what a linear gives before its bias, and that, if it has one
 
 
 def modulate(x_TD: Tensor, shift_SD: Tensor, scale_SD: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ def turned_heads(
 
 def _ready(out: Biased) -> tuple[Tensor, Tensor | None]:
     """A compiled region adds a bias where it reads; otherwise that is done here."""
-    return out if is_compiled() else (out[0] + out[1], None)
+    return out if is_compiled() else (biased(*out), None)
 
 
 def biased(x: Tensor, bias: Tensor | None) -> Tensor:
