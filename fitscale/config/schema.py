@@ -16,11 +16,13 @@ from fitscale.config.schema_data import DataConfig
 ODE_SAMPLERS = ("euler", "heun", "ab2", "dopri5", "sde", "sde_heun")
 SDE_SAMPLERS = ("sde", "sde_heun")
 DDPM_SAMPLERS = ("ddpm", "ddim")
+DPM_SAMPLERS = ("dpm_solver_pp",)
 ADAPTIVE_SAMPLERS = ("dopri5",)  # choose the steps of each image by its error
 LAST_STEPS = ("mean", "euler", "none")
 SPACINGS = ("linspace", "leading", "trailing")
 _PUBLISHED_SPACING = {"ddpm": "linspace", "ddim": "leading"}  # respacing "N" and "ddimN" of FiT v1's and DiT's code
-_OWN_TIMES = {"rectified": "logit_normal", "ddpm": "uniform"}
+_OWN_TIMES = {"rectified": "logit_normal", "ddpm": "uniform", "scaled_linear": "uniform"}
+_SAMPLERS = {"rectified": ODE_SAMPLERS, "ddpm": DDPM_SAMPLERS, "scaled_linear": DPM_SAMPLERS}
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class ModelConfig(Section, path="model"):
         return {"num_heads": self.num_heads}
 
     @property
+    def cuts_tokens(self) -> bool:
+        """Whether the network can cut a pack's tokens over tensor-parallel ranks (`parallel.sequence_parallel`)."""
+        return True
+
+    @property
     def scales(self) -> tuple[tuple[int, float], ...]:
         """(pixels along a side that one number of the output stands for, weight in the loss) of every output."""
         return ((1, 1.0),)
@@ -101,8 +108,9 @@ class BatchConfig(Section, path="batch"):
 class FlowConfig(Section, path="flow"):
     """The generative process that is learned."""
 
-    kind: str = one_of("rectified", "ddpm")  # velocity of a straight path; epsilon with learned sigma (FiT)
-    time_distribution: str | None = one_of(None, "logit_normal", "uniform")  # None = the kind's own (ddpm: uniform)
+    # velocity of a straight path; epsilon with learned sigma (FiT); epsilon on latent diffusion's noise (DiMR)
+    kind: str = one_of("rectified", "ddpm", "scaled_linear")
+    time_distribution: str | None = one_of(None, "logit_normal", "uniform")  # None = the kind's own
     label_drop: float = number(0.1, least=0.0, below=1.0)  # share of labels replaced by "no class" in training
 
     @property
@@ -112,9 +120,9 @@ class FlowConfig(Section, path="flow"):
 
     def check_new_run(self) -> None:
         """Raises UserError for what runs of earlier versions hold, and can go on with, but no new run may have."""
-        if self.kind == "ddpm" and self.times != "uniform":
+        if self.kind != "rectified" and self.times != "uniform":
             raise UserError(
-                f"flow.time_distribution: {self.times} does not go with flow.kind = ddpm, which draws its "
+                f"flow.time_distribution: {self.times} does not go with flow.kind = {self.kind}, which draws its "
                 "steps uniformly; leave it out, or give uniform"
             )
 
@@ -200,6 +208,7 @@ class GuidanceConfig(Section, path="sampling.guidance"):
     scale: float = 1.0  # 1 = no guidance
     channels: int | None = number(None, least=1)  # acts on the latent's first so many; None = see `guided_channels`
     power: float = number(0.0, least=0.0)  # exponent p of the power-cosine scale; 0 = constant scale
+    towards: str = one_of("noise", "data")  # where the power-cosine scale is `scale`; at the other end it is 1
     interval: tuple[float, float] = number((0.0, 1.0), least=0.0, most=1.0)  # of flow times (1 = data) where it acts
     guide: str | None = None  # weaker model instead of "no class": run directory, or .safetensors in published names
     guide_step: int | None = number(None, least=0)  # its checkpoint, needed with a run directory
@@ -234,7 +243,7 @@ class GuidanceConfig(Section, path="sampling.guidance"):
 class SamplingConfig(Section, path="sampling"):
     """How images are drawn from a trained model."""
 
-    method: str = one_of(*ODE_SAMPLERS, *DDPM_SAMPLERS)
+    method: str = one_of(*ODE_SAMPLERS, *DDPM_SAMPLERS, *DPM_SAMPLERS)
     steps: int = number(50, least=1, most=10**6)  # of integration; dopri5 chooses its own
     last_step: str | None = one_of(None, *LAST_STEPS)  # of sde and sde_heun (`flow.sampler`); None = mean
     shift_base_tokens: int | None = number(None, least=1)  # images of more tokens stay longer at noise; None = none do
@@ -249,7 +258,8 @@ class SamplingConfig(Section, path="sampling"):
             raise UserError(f"sampling.spacing: goes with {' and '.join(DDPM_SAMPLERS)}, not with {self.method}")
         if self.last_step is not None and self.method not in SDE_SAMPLERS:
             raise UserError(f"sampling.last_step: goes with {' and '.join(SDE_SAMPLERS)}, not with {self.method}")
-        if self.shift_base_tokens is not None and self.method in (*ADAPTIVE_SAMPLERS, *DDPM_SAMPLERS):
+        unshifted = (*ADAPTIVE_SAMPLERS, *DDPM_SAMPLERS, *DPM_SAMPLERS)
+        if self.shift_base_tokens is not None and self.method in unshifted:
             valid = ", ".join(method for method in ODE_SAMPLERS if method not in ADAPTIVE_SAMPLERS)
             raise UserError(f"sampling.shift_base_tokens: goes with {valid}, not with {self.method}")
 
@@ -375,7 +385,7 @@ class Config:
             raise UserError(
                 f"flow.kind: {kind} does not go with model.family = {model.family}; valid: {model.objective}"
             )
-        valid = DDPM_SAMPLERS if kind == "ddpm" else ODE_SAMPLERS
+        valid = _SAMPLERS[kind]
         if self.sampling.method not in valid:
             raise UserError(
                 f"sampling.method: {self.sampling.method} cannot sample flow.kind = {kind}; valid: {', '.join(valid)}"
@@ -385,6 +395,11 @@ class Config:
             raise UserError(f"sampling.guidance.channels: {guided} is more than model.in_channels = {in_channels}")
 
     def _check_tensor_parallel(self) -> None:
+        if self.parallel.sequence_parallel and not self.model.cuts_tokens:
+            raise UserError(
+                f"parallel.sequence_parallel: true does not go with model.family = {self.model.family}, whose images "
+                "stay whole; valid: false"
+            )
         divides = self.model.tp_divides
         for section in ("parallel", "evaluation"):
             tp = getattr(self, section).tensor_parallel_size

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fitscale.config.schema import DDPM_SAMPLERS, LAST_STEPS, ODE_SAMPLERS, SPACINGS
+from fitscale.config.schema import DDPM_SAMPLERS, DPM_SAMPLERS, LAST_STEPS, ODE_SAMPLERS, SPACINGS
 from fitscale.model.common.rope_config import ROPE_METHODS
 
 
@@ -18,7 +18,9 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         "--classes", default="all", help="labels, dealt out in turn: 0,7,3 or 0-9 or all (default: all)"
     )
     parser.add_argument("--seed", type=int, default=0, help="image i depends on this seed and on i alone (default: 0)")
-    parser.add_argument("--out", type=Path, help="folder for the images (default: a new one in RUN/samples, FILE_samples)")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the images (default: a new one in RUN/samples, FILE_samples)"
+    )
     _add_checkpoint(parser)
     _add_sampler(parser)
 
@@ -72,7 +74,7 @@ def _add_checkpoint(parser: argparse.ArgumentParser, default: str = "(default: t
 
 
 def _add_sampler(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", choices=ODE_SAMPLERS + DDPM_SAMPLERS, help="sampler")
+    parser.add_argument("--method", choices=ODE_SAMPLERS + DDPM_SAMPLERS + DPM_SAMPLERS, help="sampler")
     parser.add_argument("--steps", type=int, help="integration steps")
     parser.add_argument("--spacing", choices=SPACINGS, help="which of the 1000 steps ddpm and ddim take")
     parser.add_argument("--last-step", choices=LAST_STEPS, help="how sde and sde_heun end")

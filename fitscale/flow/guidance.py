@@ -30,15 +30,17 @@ Network = Callable[[Tensor, Tensor, PackShape], Tensor]
 
 
 def guidance_scale(guidance: GuidanceConfig, t_S: Tensor, scale_S: Tensor | None = None) -> Tensor:
-    """Power-cosine scale (FiTv2): (scale - 1) (1 - cos(pi (1 - t)^power)) / 2 + 1; `scale` itself for power 0.
+    """Power-cosine scale: (scale - 1) (1 - cos(pi u^power)) / 2 + 1; `scale` itself for power 0.
 
-    For power > 0 it falls from `scale` at t = 0 (noise) to 1 at t = 1 (data). Outside `interval`, ends included, it is
-    1. `scale_S` are the images' own scales; None is the config's for all.
+    For power > 0 it is `scale` at one end and 1 at the other: u = 1 - t, from the noise, as for FiTv2; or, with
+    `towards` = data, u = t, as for DiMR (arXiv 2406.09416). Outside `interval`, ends included, it is 1. `scale_S` are
+    the images' own scales; None is the config's for all.
     """
     most = guidance.scale if scale_S is None else scale_S
-    falling_S = (most - 1) * (1 - torch.cos(torch.pi * (1 - t_S) ** guidance.power)) / 2 + 1
+    along_S = t_S if guidance.towards == "data" else 1 - t_S
+    bent_S = (most - 1) * (1 - torch.cos(torch.pi * along_S**guidance.power)) / 2 + 1
     low, high = guidance.interval
-    return torch.where((low <= t_S) & (t_S <= high), falling_S, torch.ones_like(falling_S))
+    return torch.where((low <= t_S) & (t_S <= high), bent_S, torch.ones_like(bent_S))
 
 
 class Guided:

@@ -25,6 +25,8 @@ DDPM_STEPS = 1000
 DDPM_BETAS = (1e-4, 0.02)
 DDPM_BETA = torch.linspace(*DDPM_BETAS, DDPM_STEPS, dtype=torch.float64)
 DDPM_ALPHAS_CUMPROD = torch.cumprod(1 - DDPM_BETA, dim=0)
+SCALED_LINEAR_BETA = torch.linspace(0.00085**0.5, 0.012**0.5, DDPM_STEPS, dtype=torch.float64) ** 2
+SCALED_LINEAR_ALPHAS_CUMPROD = torch.cumprod(1 - SCALED_LINEAR_BETA, dim=0)
 
 
 @dataclass(frozen=True)
@@ -104,14 +106,55 @@ class RectifiedFlow(Objective):
         return mse_loss(output_TC, inputs.target, reduction="none").mean(1)
 
 
-class DdpmEpsilon(Objective):
+class Epsilon(Objective):
+    """Epsilon prediction on 1000 steps of noise, n = 1 (data) to 1000, by mean squared error (arXiv 2006.11239).
+
+    Betas are those of latent diffusion (arXiv 2112.10752), linear in their square root from 0.00085 to 0.012. The
+    network takes n. In training, flow time t maps to n = floor(1000 (1 - t)) + 1, so uniform t gives uniform n;
+    samplers may ask at any n = 1000 (1 - t), whole or not.
+    """
+
+    alphas_cumprod = SCALED_LINEAR_ALPHAS_CUMPROD
+
+    def __init__(self, flow: FlowConfig, model: ModelConfig) -> None:
+        super().__init__(flow, model)
+        self.sqrt_alphas_cumprod = self.alphas_cumprod.sqrt()
+        self.sqrt_one_minus_alphas_cumprod = (1 - self.alphas_cumprod).sqrt()
+
+    def prepare_at(
+        self, tokens_TC: Tensor, labels_S: Tensor, cu_seqlens: Tensor, t_S: Tensor, noise_TC: Tensor
+    ) -> Inputs:
+        step_S = ddpm_step(t_S)
+        scales = (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
+        data_T1, noise_T1 = self._at(step_S, cu_seqlens, len(tokens_TC), *scales)
+        return Inputs(data_T1 * tokens_TC + noise_T1 * noise_TC, self.step_time(step_S), labels_S, noise_TC)
+
+    def step_time(self, step_S: Tensor) -> Tensor:
+        """Step 0 (data) to 999 in the unit that the network takes."""
+        return step_S + 1
+
+    def model_time(self, t_S: Tensor) -> Tensor:
+        return (1 - t_S) * DDPM_STEPS
+
+    def token_loss(self, output_TC: Tensor, inputs: Inputs, cu_seqlens: Tensor) -> Tensor:
+        return mse_loss(output_TC, inputs.target, reduction="none").mean(1)
+
+    def _at(self, step_S: Tensor, cu_seqlens: Tensor, tokens: int, *tables: Tensor) -> list[Tensor]:
+        """Values of per-step tables at every token's step, float32 (T, 1)."""
+        index_S = step_S.long().cpu()
+        return [per_token(table[index_S].float().to(step_S.device), cu_seqlens, tokens) for table in tables]
+
+
+class DdpmEpsilon(Epsilon):
     """Epsilon prediction with learned variance (FiT v1): the hybrid loss of Nichol & Dhariwal 2021 (arXiv 2102.09672).
 
     The network answers (T, 2C): epsilon, then the place v in [-1, 1] of ln variance between its two bounds (their
     equation 15). Loss: epsilon MSE + L_vlb (their equation 16; 1000 steps x weight 0.001 = 1), in bits per number,
-    where L_vlb sees epsilon detached and so trains the variance alone. The network takes the DDPM step, 0 (data) to 999
-    (noise); flow time t maps to step floor(1000 (1 - t)), so uniform t gives uniform steps.
+    where L_vlb sees epsilon detached and so trains the variance alone. Betas are linear; the network takes the DDPM
+    step, 0 (data) to 999 (noise), in training and sampling.
     """
+
+    alphas_cumprod = DDPM_ALPHAS_CUMPROD
 
     def __init__(self, flow: FlowConfig, model: ModelConfig) -> None:
         super().__init__(flow, model)
@@ -119,24 +162,16 @@ class DdpmEpsilon(Objective):
         alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
         posterior_variance = beta * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         posterior_variance[0] = posterior_variance[1]  # at step 0 it is 0; its logarithm is needed
-        self.sqrt_alphas_cumprod = alphas_cumprod.sqrt()
-        self.sqrt_one_minus_alphas_cumprod = (1 - alphas_cumprod).sqrt()
         self.sqrt_recip_alphas = 1 / (1 - beta).sqrt()
         self.epsilon_to_mean = beta / ((1 - alphas_cumprod).sqrt() * (1 - beta).sqrt())
         self.log_least = posterior_variance.log()
         self.log_most = beta.log()
 
-    def prepare_at(
-        self, tokens_TC: Tensor, labels_S: Tensor, cu_seqlens: Tensor, t_S: Tensor, noise_TC: Tensor
-    ) -> Inputs:
-        step_S = self.model_time(t_S)
-        scales = (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
-        data_T1, noise_T1 = self._at(step_S, cu_seqlens, len(tokens_TC), *scales)
-        return Inputs(data_T1 * tokens_TC + noise_T1 * noise_TC, step_S, labels_S, noise_TC)
+    def step_time(self, step_S: Tensor) -> Tensor:
+        return step_S
 
     def model_time(self, t_S: Tensor) -> Tensor:
-        step = ((1 - t_S.double()) * DDPM_STEPS + 1e-4).floor()  # 1e-4: t = 1 - k / 1000 is step k in spite of rounding
-        return step.clamp(0, DDPM_STEPS - 1).to(t_S.dtype)
+        return ddpm_step(t_S)
 
     def token_loss(self, output_TC: Tensor, inputs: Inputs, cu_seqlens: Tensor) -> Tensor:
         epsilon_TC, variance_TC = output_TC.chunk(2, dim=1)
@@ -161,15 +196,17 @@ class DdpmEpsilon(Objective):
         step_T1 = per_token(inputs.t_S, cu_seqlens, len(epsilon_TC))
         return torch.where(step_T1 == 0, _decoder_nats(data_TC, mean_TC, log_variance_TC), kl_TC) / math.log(2)
 
-    def _at(self, step_S: Tensor, cu_seqlens: Tensor, tokens: int, *tables: Tensor) -> list[Tensor]:
-        """Values of per-step tables at every token's step, float32 (T, 1)."""
-        index_S = step_S.long().cpu()
-        return [per_token(table[index_S].float().to(step_S.device), cu_seqlens, tokens) for table in tables]
+
+def ddpm_step(t_S: Tensor) -> Tensor:
+    """The step of 1000, 0 (data) to 999, that stands for flow time t: floor(1000 (1 - t))."""
+    step = ((1 - t_S.double()) * DDPM_STEPS + 1e-4).floor()  # 1e-4: t = 1 - k / 1000 is step k in spite of rounding
+    return step.clamp(0, DDPM_STEPS - 1).to(t_S.dtype)
 
 
 def make_objective(flow: FlowConfig, model: ModelConfig) -> Objective:
     """The objective of a config."""
-    return {"rectified": RectifiedFlow, "ddpm": DdpmEpsilon}[flow.kind](flow, model)
+    kinds = {"rectified": RectifiedFlow, "ddpm": DdpmEpsilon, "scaled_linear": Epsilon}
+    return kinds[flow.kind](flow, model)
 
 
 def segment_mean(values_T: Tensor, cu_seqlens: Tensor) -> Tensor:

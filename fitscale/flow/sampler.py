@@ -14,6 +14,8 @@ evaluations (NFE, per image; a guided one is two passes of the network, which `g
     sde_heun        Heun steps + last               2 steps - 1 (2 steps - 2)
     ddpm, ddim      steps of the 1000 trained on,   steps
                     chosen by `spacing`
+    dpm_solver_pp   evaluations, in steps of up     steps
+                    to three (`flow.dpm_solver`)
 
 The points of the published code's dopri5 are where it reports the path, which changes neither steps nor samples. Noise
 inside a sampler comes from (seed, step, image index) alone.
@@ -75,8 +77,8 @@ def sample(model_fn: ModelFn, noise_TC: Tensor, sampling: SamplingConfig, pack: 
     """Carry `noise_TC` to data.
 
     Args:
-        model_fn: (x_TC, flow times, pack) -> velocity (T, C), or epsilon and variance (T, 2C) for ddpm and ddim. The
-            pack is `pack`, or what is left of it when images have arrived.
+        model_fn: (x_TC, flow times, pack) -> velocity (T, C), epsilon and variance (T, 2C) for ddpm and ddim, or
+            epsilon for dpm_solver_pp. The pack is `pack`, or what is left of it when images have arrived.
         seed: for the methods that add noise.
 
     Raises:
@@ -172,6 +174,12 @@ def _dopri5(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, pack: Pac
     return integrate(model_fn, x_TC, pack, sampling.rtol, sampling.atol)
 
 
+def _dpm_solver_pp(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, pack: PackShape, seed: int) -> Tensor:
+    from fitscale.flow.dpm_solver import integrate
+
+    return integrate(model_fn, x_TC, pack, sampling.steps)
+
+
 def _sde(model_fn: ModelFn, x_TC: Tensor, sampling: SamplingConfig, pack: PackShape, seed: int) -> Tensor:
     """dx = (v + g^2/2 score) dt + g dW with g^2 = 2 (1 - t), the "sigma" form of SiT (arXiv 2401.08740).
 
@@ -257,4 +265,5 @@ _METHODS: dict[str, Callable[[ModelFn, Tensor, SamplingConfig, PackShape, int], 
     "sde_heun": _sde,
     "ddpm": _ddpm,
     "ddim": _ddim,
+    "dpm_solver_pp": _dpm_solver_pp,
 }

@@ -46,5 +46,7 @@ def _draw(entry: Parameter, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     if entry.init in NORMAL_STD:
         return torch.zeros(entry.shape).normal_(0.0, NORMAL_STD[entry.init], generator=generator)
+    if entry.init == "uniform":
+        return torch.zeros(entry.shape).uniform_(-entry.bound, entry.bound, generator=generator)
     assert entry.init == "xavier", f"{entry.name}: no initialisation is called {entry.init}"
     return nn.init.xavier_uniform_(torch.zeros(entry.shape), generator=generator)

@@ -74,6 +74,7 @@ def _beyond_defaults(sampling: SamplingConfig) -> dict[str, Any]:
         "last_step": (sampling.last_step, (None, "mean")),
         "shift_base_tokens": (sampling.shift_base_tokens, (None,)),
         "guidance_interval": (list(guidance.interval), ([0.0, 1.0],)),
+        "guidance_towards": (guidance.towards, ("noise",)),
         "guide": (guide, ([None] * 3,)),
     }
     return {name: value for name, (value, defaults) in named.items() if value not in defaults}

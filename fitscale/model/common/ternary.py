@@ -104,7 +104,9 @@ def _make_ternary(layer: nn.Module, packed: bool) -> None:
     layer.alphas = nn.Parameter(torch.ones(1))
     if packed:
         whole = layer.get_parameter("weight")
-        layer.weight = nn.Parameter(torch.zeros(len(whole) // 4, whole.shape[1], dtype=torch.uint8), requires_grad=False)
+        layer.weight = nn.Parameter(
+            torch.zeros(len(whole) // 4, whole.shape[1], dtype=torch.uint8), requires_grad=False
+        )
         vars(layer.weight).update(vars(whole))  # how megatron-core splits it
 
 
