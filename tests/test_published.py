@@ -7,10 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fitscale.config.load import load_config
+from fitscale.model import flops
 from fitscale.scaling.fit.compute_optimal import Optimum, by_every_method, fit_exponent, isoflop
 from fitscale.scaling.fit.holdout import hold_out
 from fitscale.scaling.rows.files import read_mapped
 from fitscale.scaling.rows.selection import correlation
+from tests.conftest import ROOT
 from tests.programs import run_tool
 
 DATA = Path(__file__).parent / "data" / "scaling"
@@ -181,3 +184,17 @@ def test_sizes_left_out_choose_akima_where_it_is_nearer_to_the_published_exponen
     assert chosen.count("akima") >= 10 and "parabola" not in chosen
     assert 0.02 < max(errors["parabola-7"]) < 0.04 and 0.05 < max(errors["parabola"]) < 0.07
     assert max(errors["chosen"]) < 0.02
+
+
+def test_published_fids_of_four_backbones_do_not_tell_them_apart(tmp_path):
+    """Two sizes each of three families, at one length of training: no law, and the tool says so."""
+    path = table("published_backbones", tmp_path)
+    for row in pd.read_csv(path).drop_duplicates("size").itertuples():
+        model = load_config([str(ROOT / "configs" / "model" / f"{row.size}.yaml")]).model
+        assert row.parameters == flops.parameters(model)
+        assert row.train_flops == pytest.approx(row.images * flops.train_flops(model, 256))
+    compared = ("--metric", "fid", "--law", "power", "--compare", "family", "--own", "sampler", "guidance")
+    done = run_tool("fit_scaling", path, *compared, "-o", tmp_path / "comparison")
+    assert done.returncode == 2 and not (tmp_path / "comparison").exists()
+    assert "--compare family: 1 groups have a law, two are needed" in done.stderr
+    assert all(f"family {name}: power law: 2 points" in done.stderr for name in ("dimr", "flag_dit", "terdit"))
