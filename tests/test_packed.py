@@ -176,7 +176,12 @@ def test_shards_of_several_ranks_and_other_weights_are_refused(run, tmp_path):
         )
         (tmp_path / "model.yaml").write_text(to_yaml(load_config(OVERRIDES)))
         done = run_tool(
-            "convert_checkpoint", tmp_path / name, tmp_path / "o.safetensors", "--config", tmp_path / "model.yaml", *arguments
+            "convert_checkpoint",
+            tmp_path / name,
+            tmp_path / "o.safetensors",
+            "--config",
+            tmp_path / "model.yaml",
+            *arguments,
         )
         assert done.returncode == 2 and message in done.stderr and not (tmp_path / "o.safetensors").exists()
 
@@ -196,7 +201,12 @@ def test_packed_weights_do_not_train(tmp_path):
     from tests.shard_sets import indexed_set
 
     indexed_set(tmp_path / "shards", 40)
-    wanted = ["model.quantise=packed", "model.in_channels=3", "model.num_classes=7", f"data.shards={tmp_path / 'shards'}"]
+    wanted = [
+        "model.quantise=packed",
+        "model.in_channels=3",
+        "model.num_classes=7",
+        f"data.shards={tmp_path / 'shards'}",
+    ]
     with pytest.raises(UserError, match=r"model\.quantise: packed weights are for sampling"):
         open_data(load_config([*TINY, *wanted, "batch.global_batch_size=8"]))
 

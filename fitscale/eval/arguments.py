@@ -18,7 +18,9 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         "--classes", default="all", help="labels, dealt out in turn: 0,7,3 or 0-9 or all (default: all)"
     )
     parser.add_argument("--seed", type=int, default=0, help="image i depends on this seed and on i alone (default: 0)")
-    parser.add_argument("--out", type=Path, help="folder for the images (default: a new one in RUN/samples, FILE_samples)")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the images (default: a new one in RUN/samples, FILE_samples)"
+    )
     _add_checkpoint(parser)
     _add_sampler(parser)
 

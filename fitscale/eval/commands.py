@@ -117,7 +117,9 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
 
 
 def _folder(source: Source) -> Path:
-    return source.path.with_name(f"{source.path.stem}_samples") if source.path.is_file() else RunDir(source.path).samples
+    return (
+        source.path.with_name(f"{source.path.stem}_samples") if source.path.is_file() else RunDir(source.path).samples
+    )
 
 
 def _name(arguments: argparse.Namespace, source: Source, sampling: SamplingConfig) -> str:

@@ -79,6 +79,8 @@ class Kept:
     image: float
     ends: float  # per token
     positions: float  # per token, fp32
+    ternary: float = 0  # weights of a block that are made ternary: the result, and a byte besides
+    ternary_split: float = 0
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,9 @@ def list_tensors(path: Path, verify: bool = True) -> dict[str, StoredTensor]:
         with _opened(file) as opened:
             for name in opened.keys():  # noqa: SIM118 (a safetensors file is no dict)
                 part = opened.get_slice(name)
-                found[name] = StoredTensor(tuple(part.get_shape()), partial(_read, file, name), part.get_dtype() == "U8")
+                found[name] = StoredTensor(
+                    tuple(part.get_shape()), partial(_read, file, name), part.get_dtype() == "U8"
+                )
     return found
 
 
@@ -204,7 +206,9 @@ def from_published(entry: Parameter, full: Tensor) -> Tensor:
     if entry.packed:
         values = unpack_quarters(full) if full.dtype == torch.uint8 else ternary_values(full)
         if values.max() > 1:
-            raise UserError(f"{entry.name}: these bytes are no packed ternary weights: one of the four values of a byte is 3")
+            raise UserError(
+                f"{entry.name}: these bytes are no packed ternary weights: one of the four values of a byte is 3"
+            )
         return pack(from_published(replace(entry, packed=False), values))
     if entry.qkv_heads is not None:
         full = full.unflatten(0, (3, entry.qkv_heads, -1)).transpose(0, 1).flatten(0, 2)
@@ -212,15 +216,13 @@ def from_published(entry: Parameter, full: Tensor) -> Tensor:
 
 
 def packed_tensors(model: ModelConfig, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Published tensors as a file for `model` holds them: whole weights that it takes packed are packed as published."""
+    """Published tensors as a file for `model` holds them: what it takes packed, and is whole, as it is published."""
 
     def read(entry: Parameter) -> Tensor:
         return to_published(entry, from_published(entry, tensors[entry.name].read()))
 
-    return {
-        entry.name: StoredTensor(entry.stored_shape, partial(read, entry), True) if entry.packed else tensors[entry.name]
-        for entry in parameter_table(model)
-    }
+    packed = [entry for entry in parameter_table(model) if entry.packed]
+    return {**tensors, **{one.name: StoredTensor(one.stored_shape, partial(read, one), True) for one in packed}}
 
 
 def halves(entry: Parameter, full: Tensor) -> Tensor:

@@ -104,7 +104,9 @@ def _make_ternary(layer: nn.Module, packed: bool) -> None:
     layer.alphas = nn.Parameter(torch.ones(1))
     if packed:
         whole = layer.get_parameter("weight")
-        layer.weight = nn.Parameter(torch.zeros(len(whole) // 4, whole.shape[1], dtype=torch.uint8), requires_grad=False)
+        layer.weight = nn.Parameter(
+            torch.zeros(len(whole) // 4, whole.shape[1], dtype=torch.uint8), requires_grad=False
+        )
         vars(layer.weight).update(vars(whole))  # how megatron-core splits it
 
 
@@ -152,5 +154,9 @@ def linears(quantise: str) -> Linears:
     """Those of `model.quantise`; the arguments are `ColumnLinear`'s, `RowLinear`'s and `nn.Linear`'s."""
     if quantise == "none":
         return Linears(ColumnLinear, RowLinear, nn.Linear)
-    kinds = TernaryColumnLinear, TernaryRowLinear, TernaryLinear
-    return Linears(*(partial(kind, packed=quantise == "packed") for kind in kinds))
+    packed = quantise == "packed"
+    return Linears(
+        partial(TernaryColumnLinear, packed=packed),
+        partial(TernaryRowLinear, packed=packed),
+        partial(TernaryLinear, packed=packed),
+    )

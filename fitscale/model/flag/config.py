@@ -29,8 +29,8 @@ class FlagConfig(ModelConfig):
             )
         if self.quantise != "none" and (self.head_dim % 4 or self.mlp_hidden_size % 4):
             raise UserError(
-                f"model.quantise: {self.quantise} packs four rows in a byte; the head dimension is {self.head_dim}, the "
-                f"MLP's width {self.mlp_hidden_size}; valid: multiples of 4"
+                f"model.quantise: {self.quantise} packs four rows in a byte; the head dimension is {self.head_dim}, "
+                f"the MLP's width {self.mlp_hidden_size}; valid: multiples of 4"
             )
 
     @property

@@ -7,8 +7,8 @@
 Tensor and sequence parallelism as in `model.fit`; the norms of q and k reach over the heads of all ranks. Modules have
 the names of the published checkpoints; their weights are set afterwards, by `init` or `weights`.
 
-Shapes: T tokens of the pack, S images, D hidden size, W width of the conditioning, C numbers in a token, H heads of this
-rank, K head dimension.
+Shapes: T tokens of the pack, S images, D hidden size, W width of the conditioning, C numbers in a token, H heads of
+this rank, K head dimension.
 """
 
 import torch
@@ -117,7 +117,7 @@ class NormWeight(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with 1-D RoPE, q and k normalised over all heads; heads are split over the tensor-parallel ranks."""
+    """Self-attention with 1-D RoPE, q and k normalised over all heads; heads are split over tensor-parallel ranks."""
 
     def __init__(self, config: FlagConfig, sequence_parallel: bool) -> None:
         super().__init__()

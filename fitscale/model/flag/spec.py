@@ -54,18 +54,21 @@ def mixing_macs(cfg: FlagConfig) -> tuple[int, int, int]:
 
 def kept(cfg: FlagConfig, on_cuda: bool) -> Kept:
     """Of every token a block keeps: 6 vectors of the hidden size (two norms' inputs and modulated outputs, two results
-    before their gates); q and k as projected, q, k, v as attention takes them, and its output (on CPUs twice); 3 vectors
-    of the MLP's width; and statistics of norms and attention. Compiled or not."""
-    d = cfg.hidden_size
+    before their gates); q and k as projected, q, k, v as attention takes them, and its output (on CPUs twice); 3
+    vectors of the MLP's width; and statistics of norms and attention. Compiled or not."""
+    d, ternary = cfg.hidden_size, cfg.quantise != "none"
+    block = [one for one in _block(cfg, "") if ternary and one.is_weight]
     return Kept(
         blocks=cfg.depth,
         token=6 * d,
         token_split=(6 if on_cuda else 7) * d + 3 * cfg.mlp_hidden_size,
         token_statistics=8,
         token_statistics_split=cfg.num_heads,
-        image=11 * d,
+        image=(23 if ternary else 11) * d,
         ends=7 * d + 4 * cfg.token_channels,
         positions=cfg.head_dim,
+        ternary=sum(one.numel for one in block if one.split is None),
+        ternary_split=sum(one.numel for one in block if one.split is not None),
     )
 
 
