@@ -87,7 +87,7 @@ class Block(nn.Module):
         self.feed_forward = SwiGLU(config, sequence_parallel)
         self.attention_norm, self.ffn_norm = NormWeight(hidden), NormWeight(hidden)
         modulation: nn.Module = linears(config.quantise).whole(config.condition_size, 6 * hidden)
-        norm = [] if config.quantise == "none" else [nn.RMSNorm(6 * hidden, eps=RMS_EPS)]
+        norm = [nn.RMSNorm(6 * hidden, eps=RMS_EPS)] if config.is_ternary else []
         self.adaLN_modulation = nn.Sequential(nn.Identity(), modulation, *norm)
 
     def forward(self, x_TD: Tensor, c_SW: Tensor, layout: PackLayout, rope: Rope) -> Tensor:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from fitscale.config.schema import ParallelConfig
-from fitscale.model.backbone import COLUMNS, ROWS, Backbone, Kept, Parameter, linear, quantised
+from fitscale.model.backbone import COLUMNS, ROWS, Backbone, Kept, Parameter, kept_ternary, linear, quantised
 from fitscale.model.flag.config import TIME_CHANNELS, FlagConfig
 
 
@@ -42,7 +42,7 @@ def _block(cfg: FlagConfig, name: str) -> list[Parameter]:
         found.append(Parameter(f"{attention}.{norm}.weight", (d,), init="one", split=ROWS, rotary=heads))
         found.append(Parameter(f"{attention}.{norm}.bias", (d,), split=ROWS, rotary=heads))
     found += [Parameter(f"{name}.{norm}.weight", (d,), init="one") for norm in ("attention_norm", "ffn_norm")]
-    if cfg.quantise != "none":
+    if cfg.is_ternary:
         found.append(Parameter(f"{name}.adaLN_modulation.2.weight", (6 * d,), init="one"))
     return found
 
@@ -56,19 +56,17 @@ def kept(cfg: FlagConfig, on_cuda: bool) -> Kept:
     """Of every token a block keeps: 6 vectors of the hidden size (two norms' inputs and modulated outputs, two results
     before their gates); q and k as projected, q, k, v as attention takes them, and its output (on CPUs twice); 3
     vectors of the MLP's width; and statistics of norms and attention. Compiled or not."""
-    d, ternary = cfg.hidden_size, cfg.quantise != "none"
-    block = [one for one in _block(cfg, "") if ternary and one.is_weight]
+    d = cfg.hidden_size
     return Kept(
         blocks=cfg.depth,
         token=6 * d,
         token_split=(6 if on_cuda else 7) * d + 3 * cfg.mlp_hidden_size,
         token_statistics=8,
         token_statistics_split=cfg.num_heads,
-        image=(23 if ternary else 11) * d,
+        image=(23 if cfg.is_ternary else 11) * d,
         ends=7 * d + 4 * cfg.token_channels,
         positions=cfg.head_dim,
-        ternary=sum(one.numel for one in block if one.split is None),
-        ternary_split=sum(one.numel for one in block if one.split is not None),
+        **kept_ternary(_block(cfg, ""), cfg.quantise),
     )
 
 
