@@ -74,7 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
     add(_train, _add_config, "train a model, or go on with its newest checkpoint", example)
     example = "configs/model/xxl.yaml configs/recipe/fitv2_256.yaml --gpus 8 --gpu h100"
     add(_plan, _add_plan_arguments, "memory, communication and time of a run before it is started", example)
-    add(_sample, add_sample_arguments, "draw images from a run", "runs/b --height 256 --width 256 --count 16")
+    add(
+        _sample,
+        add_sample_arguments,
+        "draw images from a run, or from exported weights",
+        "runs/b --height 256 --width 256 --count 16",
+    )
     add(_evaluate, add_evaluate_arguments, "measure a run's checkpoints", "runs/b")
     add(_tune, add_tune_arguments, "find the best sampling for a checkpoint", "runs/b --over guidance.scale=1:4")
     add(_check, _add_run, "verify that everything in a run directory is as it was written", "runs/b")
@@ -160,7 +165,8 @@ def _require_run(arguments: argparse.Namespace) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    _require_run(arguments)
+    if not arguments.run.is_file():
+        _require_run(arguments)
     with loading("torch and megatron-core"):
         from fitscale.eval.commands import run_sample
 

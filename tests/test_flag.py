@@ -97,7 +97,7 @@ def test_positions_are_the_published_ones(flag):
 def test_ntk_stretches_the_positions_of_larger_images_alone(flag):
     rope = flag.config.with_positions("ntk-aware", decouple=False).rope
     plain = flag.config.rope
-    assert all(torch.equal(a, b) for a, b in zip(rope_tables(rope, 16, 16, 16), rope_tables(plain, 16, 16, 16)))
+    assert torch.equal(torch.cat(rope_tables(rope, 16, 16, 16)), torch.cat(rope_tables(plain, 16, 16, 16)))
     (cos, _), patches, base = rope_tables(rope, 16, 32, 32), 32 * 32, 10000 * 4 ** (16 / 14)
     angles = torch.arange(patches)[:, None] * base ** (-torch.arange(0, 16, 2).double() / 16)
     assert relative(cos, angles.cos().float()) < 1e-4

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config, to_yaml
-from fitscale.config.schema import ParallelConfig
+from fitscale.config.schema import ModelConfig, ParallelConfig
 from fitscale.eval.checkpoints import load_model
 from fitscale.model.backbone import parameter_table
 from fitscale.model.build import build_network, initial_items
 from fitscale.model.common.ternary import pack, pack_quarters, unpack, unpack_quarters
-from fitscale.model.weights import load_weights, published_items, stored, write_tensors
+from fitscale.model.weights import list_tensors, load_weights, packed_tensors, published_items, stored, write_tensors
 from fitscale.parallel.groups import init_parallel
 from fitscale.plan.preflight import open_data
 from tests.distributed.spawn import run_ranks
@@ -24,6 +24,7 @@ from tests.flag_reference import SIZES, call, load_flag_reference, relative
 from tests.programs import run_tool
 from tests.test_backbone import call as fitscale
 from tests.test_convert_checkpoint import make_run
+from tests.test_model import small_inputs
 from tests.tiny import OVERRIDES
 
 TERDIT = ["model.family=large_dit", "model.quantise=ternary", "flow.kind=ddpm", "sampling.method=ddpm"]
@@ -99,15 +100,19 @@ def test_a_released_file_answers_as_published_on_one_rank_and_on_two(terdit, rel
         assert relative(torch.tensor(found), expected) < 1e-5
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """A run with weights in which no part is zero."""
-    config = load_config(TINY)
+def awake(config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Weights in which no part is zero, in the published names."""
     generator = torch.Generator().manual_seed(0)
-    model = build_network(config.model, ParallelConfig())
+    model = build_network(config, ParallelConfig())
     for parameter, piece in initial_items(model, 0):
         parameter.data.copy_(piece + 0.1 * torch.randn(piece.shape, generator=generator))
-    weights = {name: tensor.clone() for name, tensor in published_items(model)}
+    return {name: tensor.clone() for name, tensor in published_items(model)}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    config = load_config(TINY)
+    weights = awake(config.model)
     raw = {name: tensor + 1 for name, tensor in weights.items()}
     return make_run(tmp_path_factory.mktemp("packed") / "run", {"raw": raw, "ema_0.9": weights}, config=config)
 
@@ -133,12 +138,27 @@ def test_the_packed_network_answers_as_the_one_that_trains(run, packed):
     load_weights(trained, run / "checkpoints" / "step-00000004" / "weights" / "ema_0.9")
     sampled = load_model(config, packed, "cpu")
     assert any(parameter.dtype == torch.uint8 for parameter in sampled.parameters())
-    from tests.test_model import small_inputs
-
     inputs = small_inputs([(3, 4), (2, 2)], config.model)
     with torch.no_grad():
         expected, found = trained(*inputs)[0], sampled(*inputs)[0]
     assert expected.std() > 0.01 and relative(found, expected) < 1e-6
+
+
+def test_a_ternary_fitv2_is_packed_too(tmp_path):
+    """Its q, k and v are rows of one weight, (heads, 3, head_dim) here."""
+    config = load_config([*OVERRIDES, "model.quantise=ternary", "model.hidden_size=48", "model.num_heads=4"]).model
+    path, out = tmp_path / "whole.safetensors", tmp_path / "packed.safetensors"
+    write_tensors(path, {name: stored(tensor) for name, tensor in awake(config).items()}, {})
+    write_tensors(out, packed_tensors(config.to_sample(), list_tensors(path)), {})
+    assert out.stat().st_size < 0.5 * path.stat().st_size
+    answers, inputs = [], small_inputs([(3, 4), (2, 2)], config)
+    for model, weights in ((config, path), (config.to_sample(), path), (config.to_sample(), out)):
+        network = build_network(model, ParallelConfig())
+        load_weights(network, weights)
+        with torch.no_grad():
+            answers.append(network(*inputs)[0])
+    assert answers[0].std() > 0.01
+    assert all(relative(one, answers[0]) < 1e-6 for one in answers[1:])
 
 
 def test_images_from_the_file_are_those_of_the_run(run, packed, tmp_path):
@@ -212,5 +232,5 @@ def test_packed_weights_do_not_train(tmp_path):
 
 
 def test_a_width_that_no_bytes_hold_is_refused():
-    with pytest.raises(UserError, match=r"model\.quantise: ternary packs four rows in a byte; the head dimension is 6"):
+    with pytest.raises(UserError, match=r"model\.quantise: ternary takes four rows .* model\.head_dim is 6, valid: a"):
         replace(load_config(TINY).model, hidden_size=24)

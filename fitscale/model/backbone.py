@@ -22,7 +22,6 @@ from typing import Any
 
 from fitscale.config.schema import MODEL_CONFIGS, ModelConfig
 
-QUANTISE = ("none", "ternary", "packed")  # valid for `model.quantise` of backbones that have it
 ROWS, COLUMNS = 0, 1  # the dimension of a weight that tensor parallelism splits: output or input features
 
 
@@ -80,6 +79,8 @@ class Kept:
     image: float
     ends: float  # per token
     positions: float  # per token, fp32
+    ternary: float = 0  # weights of a block that are made ternary: the result, and a byte besides
+    ternary_split: float = 0
 
 
 @dataclass(frozen=True)
@@ -136,3 +137,10 @@ def quantised(found: list[Parameter], quantise: str) -> list[Parameter]:
     weight, *bias = found
     alphas = Parameter(f"{weight.name.removesuffix('weight')}alphas", (1,), init="unit_normal")
     return [replace(weight, packed=quantise == "packed"), alphas, *bias]
+
+
+def kept_ternary(block: list[Parameter], quantise: str) -> dict[str, int]:
+    """What `Kept` says of the ternary weights of a block with these parameters."""
+    made = [one for one in block if quantise == "ternary" and one.is_weight]
+    whole, split = (sum(one.numel for one in made if (one.split is None) == is_whole) for is_whole in (True, False))
+    return {"ternary": whole, "ternary_split": split}

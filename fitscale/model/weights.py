@@ -216,17 +216,13 @@ def from_published(entry: Parameter, full: Tensor) -> Tensor:
 
 
 def packed_tensors(model: ModelConfig, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Published tensors as a file for `model` holds them: whole weights that it takes packed are packed as published."""
+    """Published tensors as a file for `model` holds them: what it takes packed, and is whole, as it is published."""
 
     def read(entry: Parameter) -> Tensor:
         return to_published(entry, from_published(entry, tensors[entry.name].read()))
 
-    return {
-        entry.name: StoredTensor(entry.stored_shape, partial(read, entry), True)
-        if entry.packed
-        else tensors[entry.name]
-        for entry in parameter_table(model)
-    }
+    packed = [entry for entry in parameter_table(model) if entry.packed]
+    return {**tensors, **{one.name: StoredTensor(one.stored_shape, partial(read, one), True) for one in packed}}
 
 
 def halves(entry: Parameter, full: Tensor) -> Tensor:

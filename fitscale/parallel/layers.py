@@ -64,7 +64,9 @@ class RowLinear(RowParallelLinear):
 
 def _outlasting(bias: Tensor | None) -> Tensor | None:
     """A bias that can be used when its module's forward pass is over: ZeRO-3 takes parameters away then."""
-    return bias.clone() if hasattr(bias, "ds_id") or getattr(bias, "_base", None) is not None else bias
+    if bias is None:
+        return None
+    return bias.clone() if hasattr(bias, "ds_id") or bias._base is not None else bias
 
 
 class SplitVectors(nn.Module):

@@ -158,6 +158,7 @@ def activation_bytes(config: Config, tokens: int, images: int, on_cuda: bool) ->
     own = tp if parallel.sequence_parallel else 1
     statistics = FP32 * (kept.token_statistics + kept.token_statistics_split / tp)
     block = tokens * (each * (kept.token / own + kept.token_split / tp) + statistics) + images * each * kept.image
+    block += (each + 1) * (kept.ternary + kept.ternary_split / tp)
     recomputed = recomputed_blocks(config)
     inputs = recomputed * tokens * each * config.model.hidden_size / own
     ends_recomputed = recomputed > 0 and (kept.blocks - 1) % parallel.activation_checkpoint_every == 0

@@ -1,10 +1,9 @@
-"""Flag-DiT and TerDiT train alike in every layout: loss, gradient norm and every gradient against one process.
+"""Flag-DiT, TerDiT and a ternary FiTv2 train alike in every layout: loss, gradient norm and every gradient.
 
 Norms of q and k, gamma and alphas reach over all tensor-parallel ranks, which the published implementations' do not.
 As in test_layouts.py, training starts from weights none of which is zero.
 """
 
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,8 +21,15 @@ from tests.test_terdit import CANCELLED
 from tests.tiny import OVERRIDES
 
 FAMILIES = {
-    "flag_dit": ("model.family=flag_dit",),
-    "terdit": ("model.family=large_dit", "model.quantise=ternary", "flow.kind=ddpm", "sampling.method=ddpm"),
+    "flag_dit": ("model.family=flag_dit", "model.mlp_multiple=16"),
+    "terdit": (
+        "model.family=large_dit",
+        "model.quantise=ternary",
+        "flow.kind=ddpm",
+        "sampling.method=ddpm",
+        "model.mlp_multiple=16",
+    ),
+    "fitv2": ("model.quantise=ternary",),
 }
 TP, SP = "parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"
 LAYOUTS = {
@@ -37,11 +43,12 @@ LAYOUTS = {
 STEPS = 4
 
 
-def config_of(folder: Path, shards: Path, family: str, *overrides: str) -> Config:
-    model = ("model.hidden_size=48", "model.num_heads=4", "model.mlp_multiple=16", "model.num_classes=7")
+def config_of(folder: Path, family: str, run: Path, *overrides: str) -> Config:
+    """Of a run in `run` from the shards and the weights in `folder`."""
+    model = ("model.hidden_size=48", "model.num_heads=4", "model.num_classes=7")
     data = ("model.patch_size=2", "model.in_channels=3", "batch.global_batch_size=8", "batch.pack_tokens=160")
     steps = (f"run.steps={STEPS}", "checkpoint.every_steps=1", "checkpoint.keep_last=0", "optim.lr=2e-4")
-    places = (f"run.dir={folder}", f"data.shards={shards}")
+    places = (f"run.dir={run}", f"data.shards={folder / 'shards'}", f"run.init_weights={folder / family}.safetensors")
     return load_config([*OVERRIDES, *FAMILIES[family], *model, *data, *steps, *places, *overrides])
 
 
@@ -57,37 +64,39 @@ def awake_weights(path: Path, config: Config) -> None:
     write_tensors(path, {name: stored(value) for name, value in published_items(model)}, {})
 
 
+def train_all(configs: list[Config]) -> None:
+    for config in configs:
+        train_here(config)
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    """By family: shards, weights, and the run directory of one rank, ZeRO 0."""
+    """A folder with shards, the weights of each family, and its run directory of one rank, ZeRO 0."""
     folder = tmp_path_factory.mktemp("flag")
-    shards = folder / "shards"
-    indexed_set(shards, 40)
-
-    @cache
-    def reference(family):
-        start, run = folder / f"{family}.safetensors", folder / family
-        config = config_of(run, shards, family, f"run.init_weights={start}", "parallel.zero_stage=0")
-        awake_weights(start, config)
-        run_ranks(train_here, 1, config)
-        return shards, start, run
-
-    return reference
+    indexed_set(folder / "shards", 40)
+    for family in FAMILIES:
+        awake_weights(folder / f"{family}.safetensors", config_of(folder, family, folder / family))
+    run_ranks(
+        train_all, 1, [config_of(folder, family, folder / family, "parallel.zero_stage=0") for family in FAMILIES]
+    )
+    return folder
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_equals_one_process(tmp_path, one_process, family, layout):
-    shards, start, expected = one_process(family)
+def test_layout_equals_one_process(tmp_path, one_process, layout):
     ranks, overrides = LAYOUTS[layout]
-    run = tmp_path / "run"
-    run_ranks(train_here, ranks, config_of(run, shards, family, f"run.init_weights={start}", *overrides))
+    run_ranks(train_all, ranks, [config_of(one_process, family, tmp_path / family, *overrides) for family in FAMILIES])
+    for family in FAMILIES:
+        require_equal(tmp_path / family, one_process / family)
+
+
+def require_equal(run: Path, expected: Path) -> None:
     for key, near in (("loss", 1e-6), ("grad_norm", 1e-5)):
         assert len(metric(run, key)) == STEPS
-        assert (metric(run, key) - metric(expected, key)).abs().max() < near * metric(expected, key).max(), key
+        assert (metric(run, key) - metric(expected, key)).abs().max() < near * metric(expected, key).max(), (run, key)
     ours, theirs = (tensors(folder, 1, "optimizer/exp_avg") for folder in (run, expected))
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
         if not name.endswith(CANCELLED):
             worst = (ours[name] - gradient).abs().max() / gradient.abs().max()
-            assert gradient.any() and worst < 1e-4, f"gradient of {name} is off by {worst:.1e} of its largest entry"
+            assert gradient.any() and worst < 1e-4, f"{run.name}, {name}: off by {worst:.1e} of its largest entry"

@@ -154,5 +154,9 @@ def linears(quantise: str) -> Linears:
     """Those of `model.quantise`; the arguments are `ColumnLinear`'s, `RowLinear`'s and `nn.Linear`'s."""
     if quantise == "none":
         return Linears(ColumnLinear, RowLinear, nn.Linear)
-    kinds = TernaryColumnLinear, TernaryRowLinear, TernaryLinear
-    return Linears(*(partial(kind, packed=quantise == "packed") for kind in kinds))
+    packed = quantise == "packed"
+    return Linears(
+        partial(TernaryColumnLinear, packed=packed),
+        partial(TernaryRowLinear, packed=packed),
+        partial(TernaryLinear, packed=packed),
+    )

@@ -3,14 +3,14 @@
 from dataclasses import dataclass, field, replace
 
 from fitscale.config.errors import UserError
-from fitscale.config.schema import ModelConfig
+from fitscale.model.common.quantise_config import QuantisedConfig
 from fitscale.model.common.rope_config import RopeConfig
 
 TIME_CHANNELS = 256  # width of the time embedding's sinusoids
 
 
 @dataclass(frozen=True)
-class FitConfig(ModelConfig):
+class FitConfig(QuantisedConfig):
     """One FiT; `family` (fitv2, fit) decides everything in which FiTv2 and FiT (v1) differ."""
 
     rope: RopeConfig = field(default_factory=RopeConfig)
@@ -25,6 +25,10 @@ class FitConfig(ModelConfig):
             )
         if self.qk_norm_weight and not self.is_v2:
             raise UserError("model.qk_norm_weight: FiT (v1) has no norm of q and k; it goes with model.family = fitv2")
+        if self.is_ternary and not self.is_v2:
+            raise UserError(
+                "model.quantise: of FiT, only FiTv2 has ternary linears; valid for model.family = fit: none"
+            )
 
     @property
     def is_v2(self) -> bool:
@@ -50,8 +54,8 @@ class FitConfig(ModelConfig):
         return "rectified" if self.is_v2 else "ddpm"
 
     @property
-    def tp_divides(self) -> dict[str, int]:
-        return {"num_heads": self.num_heads, "mlp_hidden_size": self.mlp_hidden_size}
+    def packed_widths(self) -> dict[str, int]:
+        return {**super().packed_widths, "hidden_size / 4": self.hidden_size // 4}
 
     @property
     def positions(self) -> str:

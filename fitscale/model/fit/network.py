@@ -19,11 +19,21 @@ from torch.utils.checkpoint import checkpoint
 from fitscale.config.schema import ParallelConfig
 from fitscale.model.common.attention import packed_attention
 from fitscale.model.common.embedders import ClassEmbedder, TimeEmbedder, TokenEmbedder
-from fitscale.model.common.fused import Biased, at_least_fp32, gate, gate_modulate, modulate, swiglu, turned_heads
+from fitscale.model.common.fused import (
+    RMS_EPS,
+    Biased,
+    at_least_fp32,
+    gate,
+    gate_modulate,
+    modulate,
+    swiglu,
+    turned_heads,
+)
 from fitscale.model.common.layout import PackLayout
 from fitscale.model.common.rope import Rope, pack_rope
+from fitscale.model.common.ternary import linears
 from fitscale.model.fit.config import TIME_CHANNELS, FitConfig
-from fitscale.parallel.layers import ColumnLinear, RowLinear, enter_sharded, gather_tokens, scatter_tokens
+from fitscale.parallel.layers import enter_sharded, gather_tokens, scatter_tokens
 
 
 class FiT(nn.Module):
@@ -76,19 +86,19 @@ class Block(nn.Module):
     """Attention and SwiGLU, each shifted, scaled and gated by the image's conditioning (AdaLN).
 
     The six vectors come from AdaLN-LoRA (FiTv2: low-rank per block, plus a part shared by all blocks) or from a full
-    linear per block (FiT).
+    linear per block (FiT). Where the block's linears are ternary, an RMSNorm over all six follows its own part (TerDiT,
+    arXiv 2405.14854).
     """
 
     def __init__(self, config: FitConfig, sequence_parallel: bool) -> None:
         super().__init__()
         self.sequence_parallel = sequence_parallel
         self.attn = Attention(config, sequence_parallel)
-        self.mlp = SwiGLU(config.hidden_size, config.mlp_hidden_size, sequence_parallel)
-        hidden, rank = config.hidden_size, config.adaln_rank
-        if rank is None:
-            self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(hidden, 6 * hidden))
-        else:
-            self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(hidden, rank), nn.Linear(rank, 6 * hidden))
+        self.mlp = SwiGLU(config, sequence_parallel)
+        hidden, rank, make = config.hidden_size, config.adaln_rank, linears(config.quantise).whole
+        products = [make(hidden, 6 * hidden)] if rank is None else [make(hidden, rank), make(rank, 6 * hidden)]
+        norm = [nn.RMSNorm(6 * hidden, eps=RMS_EPS)] if config.is_ternary else []
+        self.adaLN_modulation = nn.Sequential(nn.Identity(), *products, *norm)
 
     def forward(self, x_TD: Tensor, c_SD: Tensor, shared_S6D: Tensor | None, layout: PackLayout, rope: Rope) -> Tensor:
         mods_S6D = self.adaLN_modulation(c_SD)
@@ -113,11 +123,12 @@ class Attention(nn.Module):
     def __init__(self, config: FitConfig, sequence_parallel: bool) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.qkv = ColumnLinear(config.hidden_size, 3 * config.hidden_size, sequence_parallel)
+        make = linears(config.quantise)
+        self.qkv = make.column(config.hidden_size, 3 * config.hidden_size, sequence_parallel)
         self.normed = config.is_v2
         weighted = config.is_v2 and config.qk_norm_weight
         self.q_norm, self.k_norm = (HeadNorm(config.head_dim) if weighted else None for _ in range(2))
-        self.proj = RowLinear(config.hidden_size, config.hidden_size, sequence_parallel)
+        self.proj = make.row(config.hidden_size, config.hidden_size, sequence_parallel)
 
     def forward(self, x: Tensor, layout: PackLayout, rope: Rope) -> Biased:
         product, bias = self.qkv(x)
@@ -141,11 +152,12 @@ class HeadNorm(nn.Module):
 class SwiGLU(nn.Module):
     """fc2(SiLU(fc1_g x) * fc1_x x); its width is split over the tensor-parallel ranks."""
 
-    def __init__(self, hidden_size: int, mlp_hidden_size: int, sequence_parallel: bool) -> None:
+    def __init__(self, config: FitConfig, sequence_parallel: bool) -> None:
         super().__init__()
-        self.fc1_g = ColumnLinear(hidden_size, mlp_hidden_size, sequence_parallel)
-        self.fc1_x = ColumnLinear(hidden_size, mlp_hidden_size, sequence_parallel)
-        self.fc2 = RowLinear(mlp_hidden_size, hidden_size, sequence_parallel)
+        hidden, width, make = config.hidden_size, config.mlp_hidden_size, linears(config.quantise)
+        self.fc1_g = make.column(hidden, width, sequence_parallel)
+        self.fc1_x = make.column(hidden, width, sequence_parallel)
+        self.fc2 = make.row(width, hidden, sequence_parallel)
 
     def forward(self, x: Tensor) -> Biased:
         return self.fc2(swiglu(self.fc1_g(x), self.fc1_x(x)))

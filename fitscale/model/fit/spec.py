@@ -3,7 +3,7 @@
 from typing import Any
 
 from fitscale.config.schema import ParallelConfig
-from fitscale.model.backbone import COLUMNS, ROWS, Backbone, Kept, Parameter, linear
+from fitscale.model.backbone import COLUMNS, ROWS, Backbone, Kept, Parameter, kept_ternary, linear, quantised
 from fitscale.model.fit.config import TIME_CHANNELS, FitConfig
 
 
@@ -30,18 +30,25 @@ def _block(cfg: FitConfig, name: str) -> list[Parameter]:
     d, width, rank = cfg.hidden_size, cfg.mlp_hidden_size, cfg.adaln_rank
     rows: dict[str, Any] = {"split": ROWS, "per_token": 1}
     columns: dict[str, Any] = {"split": COLUMNS, "per_token": 1}
-    found = linear(f"{name}.attn.qkv", (3 * d, d), qkv_heads=cfg.num_heads, rotary=cfg.num_heads, **rows)
+    products = [
+        linear(f"{name}.attn.qkv", (3 * d, d), qkv_heads=cfg.num_heads, rotary=cfg.num_heads, **rows),
+        linear(f"{name}.attn.proj", (d, d), **columns),
+        linear(f"{name}.mlp.fc1_g", (width, d), **rows),
+        linear(f"{name}.mlp.fc1_x", (width, d), **rows),
+        linear(f"{name}.mlp.fc2", (d, width), **columns),
+    ]
+    if rank is None:
+        products.append(linear(f"{name}.adaLN_modulation.1", (6 * d, d), per_image=1, init="zero"))
+    else:
+        products.append(linear(f"{name}.adaLN_modulation.1", (rank, d), per_image=1))
+        products.append(linear(f"{name}.adaLN_modulation.2", (6 * d, rank), per_image=1, init="zero"))
+    found = [entry for product in products for entry in quantised(product, cfg.quantise)]
     if cfg.qk_norm_weight:
         norms = (f"{name}.attn.{norm}.weight" for norm in ("q_norm", "k_norm"))
         found += [Parameter(norm, (cfg.head_dim,), init="one", rotary=1) for norm in norms]
-    found += linear(f"{name}.attn.proj", (d, d), **columns)
-    found += linear(f"{name}.mlp.fc1_g", (width, d), **rows)
-    found += linear(f"{name}.mlp.fc1_x", (width, d), **rows)
-    found += linear(f"{name}.mlp.fc2", (d, width), **columns)
-    if rank is None:
-        return found + linear(f"{name}.adaLN_modulation.1", (6 * d, d), per_image=1, init="zero")
-    found += linear(f"{name}.adaLN_modulation.1", (rank, d), per_image=1)
-    return found + linear(f"{name}.adaLN_modulation.2", (6 * d, rank), per_image=1, init="zero")
+    if cfg.is_ternary:
+        found.append(Parameter(f"{name}.adaLN_modulation.3.weight", (6 * d,), init="one"))
+    return found
 
 
 def mixing_macs(cfg: FitConfig) -> tuple[int, int, int]:
@@ -60,9 +67,10 @@ def kept(cfg: FitConfig, on_cuda: bool) -> Kept:
         token_split=(7 if on_cuda else 8) * d + 3 * cfg.mlp_hidden_size,
         token_statistics=4,
         token_statistics_split=cfg.num_heads,
-        image=9 * d,
+        image=(21 if cfg.is_ternary else 9) * d,
         ends=7 * d + 4 * cfg.token_channels,  # the input, the final layer's norm and product; gradients on their way
         positions=cfg.head_dim,
+        **kept_ternary(_block(cfg, ""), cfg.quantise),
     )
 
 

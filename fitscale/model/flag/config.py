@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, field, replace
 
-from fitscale.config.checks import number, one_of
+from fitscale.config.checks import number
 from fitscale.config.errors import UserError
-from fitscale.config.schema import ModelConfig
-from fitscale.model.backbone import QUANTISE
+from fitscale.model.common.quantise_config import QuantisedConfig
 from fitscale.model.common.rope_config import RasterRopeConfig
 
 TIME_CHANNELS = 256  # width of the time embedding's sinusoids
@@ -13,11 +12,10 @@ WIDEST_CONDITION = 1024
 
 
 @dataclass(frozen=True)
-class FlagConfig(ModelConfig):
+class FlagConfig(QuantisedConfig):
     """One network; `family` says what it learns: flag_dit a velocity, large_dit noise and its variance."""
 
     rope: RasterRopeConfig = field(default_factory=RasterRopeConfig)
-    quantise: str = one_of(*QUANTISE)  # the blocks' linears: `model.common.ternary`
     mlp_multiple: int = number(256, least=1, most=10**6)  # the SwiGLU's width is a multiple of this
 
     def __post_init__(self) -> None:
@@ -26,11 +24,6 @@ class FlagConfig(ModelConfig):
             raise UserError(
                 f"model.hidden_size: {self.hidden_size} / model.num_heads {self.num_heads} gives a head dimension of "
                 f"{self.head_dim}; RoPE needs an even one (pairs)"
-            )
-        if self.quantise != "none" and (self.head_dim % 4 or self.mlp_hidden_size % 4):
-            raise UserError(
-                f"model.quantise: {self.quantise} packs four rows in a byte; the head dimension is {self.head_dim}, the "
-                f"MLP's width {self.mlp_hidden_size}; valid: multiples of 4"
             )
 
     @property
@@ -56,14 +49,6 @@ class FlagConfig(ModelConfig):
     @property
     def objective(self) -> str:
         return "rectified" if self.family == "flag_dit" else "ddpm"
-
-    @property
-    def tp_divides(self) -> dict[str, int]:
-        packed = {} if self.quantise == "none" else {"mlp_hidden_size / 4": self.mlp_hidden_size // 4}
-        return {"num_heads": self.num_heads, "mlp_hidden_size": self.mlp_hidden_size, **packed}
-
-    def to_sample(self) -> "FlagConfig":
-        return replace(self, quantise="packed") if self.quantise == "ternary" else self
 
     @property
     def positions(self) -> str:

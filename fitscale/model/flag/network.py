@@ -7,8 +7,8 @@
 Tensor and sequence parallelism as in `model.fit`; the norms of q and k reach over the heads of all ranks. Modules have
 the names of the published checkpoints; their weights are set afterwards, by `init` or `weights`.
 
-Shapes: T tokens of the pack, S images, D hidden size, W width of the conditioning, C numbers in a token, H heads of this
-rank, K head dimension.
+Shapes: T tokens of the pack, S images, D hidden size, W width of the conditioning, C numbers in a token, H heads of
+this rank, K head dimension.
 """
 
 import torch
@@ -87,7 +87,7 @@ class Block(nn.Module):
         self.feed_forward = SwiGLU(config, sequence_parallel)
         self.attention_norm, self.ffn_norm = NormWeight(hidden), NormWeight(hidden)
         modulation: nn.Module = linears(config.quantise).whole(config.condition_size, 6 * hidden)
-        norm = [] if config.quantise == "none" else [nn.RMSNorm(6 * hidden, eps=RMS_EPS)]
+        norm = [nn.RMSNorm(6 * hidden, eps=RMS_EPS)] if config.is_ternary else []
         self.adaLN_modulation = nn.Sequential(nn.Identity(), modulation, *norm)
 
     def forward(self, x_TD: Tensor, c_SW: Tensor, layout: PackLayout, rope: Rope) -> Tensor:
@@ -117,7 +117,7 @@ class NormWeight(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with 1-D RoPE, q and k normalised over all heads; heads are split over the tensor-parallel ranks."""
+    """Self-attention with 1-D RoPE, q and k normalised over all heads; heads are split over tensor-parallel ranks."""
 
     def __init__(self, config: FlagConfig, sequence_parallel: bool) -> None:
         super().__init__()

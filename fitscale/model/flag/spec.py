@@ -3,7 +3,7 @@
 from typing import Any
 
 from fitscale.config.schema import ParallelConfig
-from fitscale.model.backbone import COLUMNS, ROWS, Backbone, Kept, Parameter, linear, quantised
+from fitscale.model.backbone import COLUMNS, ROWS, Backbone, Kept, Parameter, kept_ternary, linear, quantised
 from fitscale.model.flag.config import TIME_CHANNELS, FlagConfig
 
 
@@ -42,7 +42,7 @@ def _block(cfg: FlagConfig, name: str) -> list[Parameter]:
         found.append(Parameter(f"{attention}.{norm}.weight", (d,), init="one", split=ROWS, rotary=heads))
         found.append(Parameter(f"{attention}.{norm}.bias", (d,), split=ROWS, rotary=heads))
     found += [Parameter(f"{name}.{norm}.weight", (d,), init="one") for norm in ("attention_norm", "ffn_norm")]
-    if cfg.quantise != "none":
+    if cfg.is_ternary:
         found.append(Parameter(f"{name}.adaLN_modulation.2.weight", (6 * d,), init="one"))
     return found
 
@@ -54,8 +54,8 @@ def mixing_macs(cfg: FlagConfig) -> tuple[int, int, int]:
 
 def kept(cfg: FlagConfig, on_cuda: bool) -> Kept:
     """Of every token a block keeps: 6 vectors of the hidden size (two norms' inputs and modulated outputs, two results
-    before their gates); q and k as projected, q, k, v as attention takes them, and its output (on CPUs twice); 3 vectors
-    of the MLP's width; and statistics of norms and attention. Compiled or not."""
+    before their gates); q and k as projected, q, k, v as attention takes them, and its output (on CPUs twice); 3
+    vectors of the MLP's width; and statistics of norms and attention. Compiled or not."""
     d = cfg.hidden_size
     return Kept(
         blocks=cfg.depth,
@@ -63,9 +63,10 @@ def kept(cfg: FlagConfig, on_cuda: bool) -> Kept:
         token_split=(6 if on_cuda else 7) * d + 3 * cfg.mlp_hidden_size,
         token_statistics=8,
         token_statistics_split=cfg.num_heads,
-        image=11 * d,
+        image=(23 if cfg.is_ternary else 11) * d,
         ends=7 * d + 4 * cfg.token_channels,
         positions=cfg.head_dim,
+        **kept_ternary(_block(cfg, ""), cfg.quantise),
     )
 
 
