@@ -73,6 +73,7 @@ class Kept:
     image: float
     ends: float  # per token
     positions: float  # per token, fp32
+    entering: float | None = None  # a block's input, per token; None = the hidden size
 
 
 @dataclass(frozen=True)

@@ -131,20 +131,24 @@ class ConvNextStage(nn.Module):
         return out_PC.index_select(0, grids.token_order_P).unflatten(0, (-1, PIXELS)).transpose(1, 2).flatten(1)
 
 
-def chain(blocks: nn.ModuleList, skips: nn.ModuleList, x_RD: Tensor, pack: Pack, checkpoint_every: int) -> list[Tensor]:
-    """The input and the output of every block: the second half of them also sees what came out of the first half, last
+def chain(
+    blocks: nn.ModuleList, skips: nn.ModuleList, x_RD: Tensor, pack: Pack, checkpoint_every: int
+) -> list[Tensor]:
+    """The input and the output of every block: those of the second half also see what came out of the first half, last
     in first out."""
-    states, stack = [x_RD], []
-    for index, block in enumerate(blocks):
-        if index > len(skips):
-            x_RD = skips[index - len(skips) - 1](torch.cat((x_RD, stack.pop()), dim=-1))
+
+    def step(index: int, x_RD: Tensor, popped_RD: Tensor | None) -> Tensor:
+        if popped_RD is not None:
+            x_RD = skips[index - len(skips) - 1](torch.cat((x_RD, popped_RD), dim=-1))
+        return blocks[index](x_RD, pack)
+
+    states = [x_RD]
+    for index in range(len(blocks)):
+        inputs = (index, states[-1], states[len(blocks) - index] if index > len(skips) else None)
         if checkpoint_every and index % checkpoint_every == 0 and torch.is_grad_enabled():
-            x_RD = checkpoint(block, x_RD, pack, use_reentrant=False, preserve_rng_state=False)
+            states.append(checkpoint(step, *inputs, use_reentrant=False, preserve_rng_state=False))
         else:
-            x_RD = block(x_RD, pack)
-        if index < len(skips):
-            stack.append(x_RD)
-        states.append(x_RD)
+            states.append(step(*inputs))
     return states
 
 
