@@ -106,13 +106,6 @@ def test_outputs_losses_and_every_gradient_are_the_published_ones(reference, eve
     require_published_losses_and_gradients(reference, [[0, 1, 2, 3]], parallel)
 
 
-@pytest.mark.skipif(lacks_for_compiling(torch.device("cpu")) is not None, reason="needs g++ and Python.h")
-def test_compiled_formulas_too(reference, request):
-    request.addfinalizer(lambda: use_compiler(False))
-    use_compiler(True)
-    require_published_losses_and_gradients(reference, [[3, 0], [2, 1]])
-
-
 def test_the_loss_of_each_scale_is_the_published_one(reference):
     inputs, cu_seqlens = trained_on(reference, [0, 1, 2, 3])
     outputs = pixels(reference["output.0"]), patches(reference["output.1"])
@@ -189,20 +182,18 @@ def test_resized_positions_cover_the_same_extent():
 MIXED = [(4, 2), (3, 3), (4, 4), (2, 4), (3, 3), (4, 4), (1, 2)]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_pack_of_mixed_shapes_is_its_images_one_by_one(reference, compiled, request):
-    if compiled and lacks_for_compiling(torch.device("cpu")) is not None:
-        pytest.skip("needs g++ and Python.h")
-    request.addfinalizer(lambda: use_compiler(False))
-    use_compiler(compiled)
+def mixed_inputs():
     generator = torch.Generator().manual_seed(0)
-    lengths = [rows * cols for rows, cols in MIXED]
-    tokens, n_S = torch.randn(sum(lengths), 16, generator=generator), 1000 * torch.rand(len(MIXED), generator=generator)
-    labels = torch.arange(len(MIXED))
+    tokens = torch.randn(sum(rows * cols for rows, cols in MIXED), 16, generator=generator)
+    return tokens, 1000 * torch.rand(len(MIXED), generator=generator), torch.arange(len(MIXED))
+
+
+def test_a_pack_of_mixed_shapes_is_its_images_one_by_one(reference):
+    tokens, n_S, labels = mixed_inputs()
     together, apart = published_model(reference), published_model(reference)
     outputs = together(tokens, n_S, labels, layout_of(*MIXED))
     sum(out.square().sum() for out in outputs).backward()
-    starts_S = starts(lengths).tolist()
+    starts_S = starts([rows * cols for rows, cols in MIXED]).tolist()
     for image, size in enumerate(MIXED):
         own = slice(starts_S[image], starts_S[image + 1])
         alone = apart(tokens[own], n_S[[image]], labels[[image]], layout_of(size))
@@ -211,6 +202,27 @@ def test_a_pack_of_mixed_shapes_is_its_images_one_by_one(reference, compiled, re
         sum(out.square().sum() for out in alone).backward()
     for name, parameter in together.named_parameters():
         require_close(parameter.grad, apart.get_parameter(name).grad)
+
+
+@pytest.mark.skipif(lacks_for_compiling(torch.device("cpu")) is not None, reason="needs g++ and Python.h")
+def test_compiled_formulas_are_those_that_are_written(request):
+    """At one width for both stages, because every width is compiled for itself."""
+    init_parallel(ParallelConfig(), "cpu")
+    config = replace(TINY, depth=3, hidden_size=16, convnext_size=16)
+    generator = torch.Generator().manual_seed(0)
+    table = parameter_table(config)
+    weights = {one.name: (one.init == "one") + 0.2 * torch.randn(one.shape, generator=generator) for one in table}
+    written, compiled = filled(config, weights), filled(config, weights)
+    request.addfinalizer(lambda: use_compiler(False))
+    outputs = []
+    for model, on in ((written, False), (compiled, True)):
+        use_compiler(on)
+        outputs.append(model(*mixed_inputs(), layout_of(*MIXED)))
+        sum(out.square().sum() for out in outputs[-1]).backward()
+    for expected, got in zip(*outputs, strict=True):
+        require_close(got, expected)
+    for name, parameter in compiled.named_parameters():
+        require_close(parameter.grad, written.get_parameter(name).grad)
 
 
 def guided(model, **settings):

@@ -18,6 +18,7 @@ a dispatch mode, views left out; compiled ones by what torch's compiler says its
 import argparse
 import copy
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -212,7 +213,7 @@ class Published:
         loss = (error.mean(2).sum(1) / mask.sum(1)).mean()
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.grad_clip)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.grad_clip or math.inf)
         self.optimizer.step()
         with torch.no_grad():
             for averaged, parameter in zip(self.average.parameters(), self.model.parameters(), strict=True):

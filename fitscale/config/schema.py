@@ -142,9 +142,10 @@ class OptimConfig(Section, path="optim"):
     betas: tuple[float, float] = number((0.9, 0.999), least=0.0, below=1.0)
     eps: float = number(1e-8, least=0.0)
     weight_decay: float = number(0.0, least=0.0)
+    no_decay: list[str] = field(default_factory=list)  # parameters whose name contains one of these do not decay
     warmup_steps: int = number(0, least=0)
     schedule: str = one_of("constant", "cosine")  # after the warm-up; cosine falls to zero at run.steps
-    grad_clip: float = number(1.0, above=0)  # largest global gradient norm
+    grad_clip: float | None = number(1.0, above=0)  # largest global gradient norm; None = whatever it is
     ema_decays: list[float] = number([0.9999], least=0.0, below=1.0)  # noqa: RUF009 (a field)
     trainable: list[str] = field(default_factory=list)  # only parameters whose name contains one of these; [] = all
 

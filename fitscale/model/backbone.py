@@ -81,6 +81,7 @@ class Kept:
     positions: float  # per token, fp32
     ternary: float = 0  # weights of a block that are made ternary: the result, and a byte besides
     ternary_split: float = 0
+    entering: float | None = None  # a block's input, per token; None = the hidden size
 
 
 @dataclass(frozen=True)

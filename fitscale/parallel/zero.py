@@ -178,7 +178,7 @@ def _engine_config(config: Config, topology: Topology) -> dict[str, Any]:
         "train_batch_size": topology.dp_size,  # counts micro-batches only; the global batch is the batch plan's
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.optim.grad_clip,
+        "gradient_clipping": config.optim.grad_clip or 0.0,  # 0 = none
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # offloaded, too, the optimizer is ours: it carries the EMA
         "zero_optimization": zero,

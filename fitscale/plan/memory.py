@@ -160,7 +160,8 @@ def activation_bytes(config: Config, tokens: int, images: int, on_cuda: bool) ->
     block = tokens * (each * (kept.token / own + kept.token_split / tp) + statistics) + images * each * kept.image
     block += (each + 1) * (kept.ternary + kept.ternary_split / tp)
     recomputed = recomputed_blocks(config)
-    inputs = recomputed * tokens * each * config.model.hidden_size / own
+    entering = config.model.hidden_size if kept.entering is None else kept.entering
+    inputs = recomputed * tokens * each * entering / own
     ends_recomputed = recomputed > 0 and (kept.blocks - 1) % parallel.activation_checkpoint_every == 0
     alive = kept.blocks - recomputed + ends_recomputed
     return inputs + alive * block + tokens * (each * kept.ends + FP32 * kept.positions)

@@ -17,18 +17,20 @@ from fitscale.run.comparability import ema_name
 class AdamWEMA(torch.optim.AdamW):
     """torch's AdamW, as one kernel for weights and moments, then ema = decay ema + (1 - decay) weights for each decay.
 
-    An EMA starts as the initial weights.
+    An EMA starts as the initial weights. `parameters` may be groups (`decay_groups`).
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], config: OptimConfig) -> None:
+    def __init__(self, parameters: Iterable[Any], config: OptimConfig) -> None:
         settings: Any = {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")}
         super().__init__(parameters, fused=True, **settings)
         self.ema_decays = tuple(config.ema_decays)
+        self.every_group = self.param_groups  # DeepSpeed steps them one by one: `param_groups` is one of them then
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         tensors = [tensor for group in self.param_groups for tensor in group["params"] if tensor.grad is not None]
-        for tensor in tensors:
+        # Of all groups at once: DeepSpeed looks for the state of all when it has stepped the first.
+        for tensor in [tensor for group in self.every_group for tensor in group["params"]]:
             if not self.state[tensor]:
                 self.fill_state(tensor, 0)
                 for decay in self.ema_decays:
@@ -45,6 +47,18 @@ class AdamWEMA(torch.optim.AdamW):
         state["step"] = torch.tensor(float(steps_taken), device=tensor.device)  # where the fused kernel counts
         for name in ("exp_avg", "exp_avg_sq", *map(ema_name, self.ema_decays)):
             state[name] = torch.zeros_like(tensor)
+
+
+def decay_groups(
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimConfig
+) -> list[dict[str, Any]]:
+    """What is trained, as an optimizer takes it: those that decay, and, if there are any, those that do not."""
+    groups: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            groups[is_named(name, config.no_decay)].append(parameter)
+    decays = {False: config.weight_decay, True: 0.0}
+    return [{"params": found, "weight_decay": decays[spared]} for spared, found in groups.items() if found]
 
 
 def learning_rate(config: OptimConfig, step: int, last_step: int) -> float:

@@ -36,7 +36,7 @@ from fitscale.train import checkpoint as checkpoints
 from fitscale.train import start
 from fitscale.train.health import Watchdog
 from fitscale.train.metrics import Monitor, rewind_metrics
-from fitscale.train.optim import AdamWEMA, freeze_untrained, is_named
+from fitscale.train.optim import AdamWEMA, decay_groups, freeze_untrained, is_named
 from fitscale.train.preempt import Preempted, Preemption, Stop, agreed
 from fitscale.train.saver import Saver
 from fitscale.train.step import Stepper
@@ -119,8 +119,7 @@ class Trainer:
                 if parameter in fresh:
                     set_value(parameter, piece)
         freeze_untrained(model.named_parameters(), config.optim.trainable)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = AdamWEMA(trained, config.optim)
+        optimizer = AdamWEMA(decay_groups(model.named_parameters(), config.optim), config.optim)
         engine = make_engine(model, optimizer, config, self.topology)
         if found is not None:
             checkpoints.load_optimizer(found, engine, config.optim.ema_decays)

@@ -50,6 +50,11 @@ def geglu(gate_TM: Biased, up_TM: Biased) -> Tensor:
     return _GeGLU.apply(*_ready(gate_TM), *_ready(up_TM))
 
 
+def joined_linear(parts_TD: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    """x weight^T + bias, where x is the parts joined along their channels, which it never is."""
+    return _JoinedLinear.apply(weight, bias, *parts_TD)
+
+
 def joined_layer_norm_linear(
     states_TD: Sequence[Tensor],
     scale_SJ: Tensor,
@@ -241,14 +246,36 @@ def _statistics(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return mean, (squares / joined + LAYER_EPS).rsqrt()
 
 
+class _JoinedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, *parts)
+        total = bias
+        for x, piece in zip(parts, weight.chunk(len(parts), dim=1), strict=True):
+            total = torch.addmm(total, x, piece.T)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight, *parts = ctx.saved_tensors
+        of_weight = torch.cat([grad.T @ x for x in parts], 1)
+        return of_weight, grad.sum(0), *(grad @ piece for piece in weight.chunk(len(parts), dim=1))
+
+
+def _slices(scale: Tensor, shift: Tensor, weight: Tensor, number: int) -> tuple[Sequence[Tensor], ...]:
+    """What belongs to each state; the vectors as tensors of their own, laid out as those of a single norm."""
+    vectors = (one.unflatten(1, (number, -1)).transpose(0, 1).contiguous().unbind() for one in (scale, shift))
+    return *vectors, weight.chunk(number, dim=1)
+
+
 class _JoinedLayerNormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, segments: Segments, *states: Tensor
     ) -> Tensor:
-        (mean, rstd), width = _statistics(states), states[0].shape[1]
+        mean, rstd = _statistics(states)
         total = at_least_fp32(bias).expand(len(mean), -1)
-        for x, *vectors, piece in zip(states, *(one.split(width, 1) for one in (scale, shift, weight)), strict=True):
+        for x, *vectors, piece in zip(states, *_slices(scale, shift, weight, number=len(states)), strict=True):
             (normed,) = _slice_forward(segments, [x, mean, rstd], vectors)
             total = total + F.linear(normed, piece)
         ctx.save_for_backward(mean, rstd, scale, shift, weight, *states)
@@ -258,10 +285,10 @@ class _JoinedLayerNormLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         mean, rstd, scale, shift, weight, *states = ctx.saved_tensors
-        segments, width = ctx.segments, states[0].shape[1]
+        segments = ctx.segments
         by_mean = by_spread = torch.zeros_like(mean)
         of_weight, of_scale, of_shift, through = [], [], [], []
-        scales, shifts, pieces = (one.split(width, 1) for one in (scale, shift, weight))
+        scales, shifts, pieces = _slices(scale, shift, weight, number=len(states))
         for x, of, by, piece in zip(states, scales, shifts, pieces, strict=True):
             (normed,) = _slice_forward(segments, [x, mean, rstd], [of, by])
             of_weight.append(grad.T @ normed)

@@ -27,7 +27,7 @@ class TimeVector(nn.Module):
         names = ("param0", "param1", "nodecay_weight", "nodecay_bias")
         start, end, weight, bias = (at_least_fp32(getattr(self, name)) for name in names)
         share_SD = torch.sigmoid((weight + 1) * tau_S[:, None] + bias)
-        return share_SD * start + (1 - share_SD) * end
+        return torch.lerp(end, start, share_SD)
 
 
 class TimeNorm(nn.Module):

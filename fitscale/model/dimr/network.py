@@ -31,6 +31,7 @@ from fitscale.model.dimr.fused import (
     add_scaled_rms,
     geglu,
     joined_layer_norm_linear,
+    joined_linear,
     scaled_layer_norm,
     scaled_rms,
 )
@@ -93,7 +94,7 @@ class TransformerStage(nn.Module):
         self.blocks = nn.ModuleList(
             Block(Attention(config), GatedMlp(width, config.mlp_hidden_size)) for _ in range(config.depth)
         )
-        self.skip_denses = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(config.depth // 2))
+        self.skip_denses = nn.ModuleList(Skip(2 * width, width) for _ in range(config.depth // 2))
         self.output_layer = Head(config, width, scale=1)
 
     def forward(
@@ -118,7 +119,7 @@ class ConvNextStage(nn.Module):
             Block(Depthwise(width), GatedMlp(width, config.convnext_mlp_hidden_size))
             for _ in range(config.convnext_depth)
         )
-        self.skip_denses = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(config.convnext_depth // 2))
+        self.skip_denses = nn.ModuleList(Skip(2 * width, width) for _ in range(config.convnext_depth // 2))
         self.output_layer = Head(config, width, scale=2)
 
     def forward(
@@ -132,19 +133,21 @@ class ConvNextStage(nn.Module):
 
 
 def chain(blocks: nn.ModuleList, skips: nn.ModuleList, x_RD: Tensor, pack: Pack, checkpoint_every: int) -> list[Tensor]:
-    """The input and the output of every block: the second half of them also sees what came out of the first half, last
+    """The input and the output of every block: those of the second half also see what came out of the first half, last
     in first out."""
-    states, stack = [x_RD], []
-    for index, block in enumerate(blocks):
-        if index > len(skips):
-            x_RD = skips[index - len(skips) - 1](torch.cat((x_RD, stack.pop()), dim=-1))
+
+    def step(index: int, x_RD: Tensor, popped_RD: Tensor | None) -> Tensor:
+        if popped_RD is not None:
+            x_RD = skips[index - len(skips) - 1](x_RD, popped_RD)
+        return blocks[index](x_RD, pack)
+
+    states = [x_RD]
+    for index in range(len(blocks)):
+        inputs = (index, states[-1], states[len(blocks) - index] if index > len(skips) else None)
         if checkpoint_every and index % checkpoint_every == 0 and torch.is_grad_enabled():
-            x_RD = checkpoint(block, x_RD, pack, use_reentrant=False, preserve_rng_state=False)
+            states.append(checkpoint(step, *inputs, use_reentrant=False, preserve_rng_state=False))
         else:
-            x_RD = block(x_RD, pack)
-        if index < len(skips):
-            stack.append(x_RD)
-        states.append(x_RD)
+            states.append(step(*inputs))
     return states
 
 
@@ -227,6 +230,13 @@ class Link(nn.ModuleDict):
         out_XD = self["1"]["kernel"](states, *self["0"](tau_S), grids.sequences.whole)
         pixels_PD = out_XD.index_select(0, grids.patch_T).unflatten(1, (PIXELS, -1)).flatten(0, 1)
         return scaled_layer_norm(pixels_PD.index_select(0, grids.raster_P), *self["2"](tau_S), grids.pixels)
+
+
+class Skip(nn.Linear):
+    """What the second half of a chain makes of its row and one that came out of the first half."""
+
+    def forward(self, x_RD: Tensor, popped_RD: Tensor) -> Tensor:
+        return joined_linear((x_RD, popped_RD), self.weight, self.bias)
 
 
 class JoinedLinear(nn.Linear):

@@ -102,7 +102,28 @@ def mixing_macs(cfg: DimrConfig) -> tuple[int, int, int]:
 
 
 def kept(cfg: DimrConfig, on_cuda: bool) -> Kept:
-    raise NotImplementedError
+    """The mean over the blocks of both stages, of a token and its four pixels.
+
+    A block keeps of every row its input, its sum in the middle and what its norms and linears give to the next product;
+    the Transformer's also q, k, v and the attention's output (on CPUs twice). In the second half of a chain comes the
+    output, which is not the next block's input.
+    """
+    d, e, blocks = cfg.hidden_size, cfg.convnext_size, cfg.depth + cfg.convnext_depth
+    rows = cfg.depth * 4 * d + cfg.depth // 2 * d
+    rows_split = cfg.depth * ((4 if on_cuda else 5) * d + 3 * cfg.mlp_hidden_size)
+    pixels = PIXELS * (cfg.convnext_depth * 3 * e + cfg.convnext_depth // 2 * e)
+    vectors = cfg.depth * 4 * d + cfg.convnext_depth * 2 * e
+    return Kept(
+        blocks=blocks,
+        token=(rows + pixels) / blocks,
+        token_split=(rows_split + PIXELS * cfg.convnext_depth * 3 * cfg.convnext_mlp_hidden_size) / blocks,
+        token_statistics=(2 * cfg.depth + PIXELS * cfg.convnext_depth) / blocks,
+        token_statistics_split=cfg.depth * cfg.num_heads / blocks,
+        image=(rows + rows_split + vectors) / blocks,  # the class token's, and vectors of time
+        ends=2 * d + 9 * PIXELS * e,  # heads, link; 5 of the pixels' are gradients on their way
+        positions=0,
+        entering=(cfg.depth * d + cfg.convnext_depth * PIXELS * e) / blocks,
+    )
 
 
 def build(cfg: DimrConfig, parallel: ParallelConfig) -> Any:
