@@ -59,6 +59,11 @@ class ModelConfig(Section, path="model"):
         return self.patch_size**2 * self.in_channels
 
     @property
+    def kind(self) -> str:
+        """What laws tell apart: the family, and what else makes runs of it another model at the same size."""
+        return self.family
+
+    @property
     def objective(self) -> str:
         """The `flow.kind` that the network is made for."""
         return "rectified"

@@ -30,6 +30,10 @@ class QuantisedConfig(ModelConfig):
         return self.quantise != "none"
 
     @property
+    def kind(self) -> str:
+        return f"{self.family}-ternary" if self.is_ternary else self.family
+
+    @property
     def mlp_hidden_size(self) -> int:
         raise NotImplementedError
 

@@ -68,7 +68,7 @@ def target(model: ModelConfig, steps: int, batch: int, tokens: float, squared_to
     macs = fixed + per_token * tokens + square * squared_tokens
     images = steps * batch
     train_flops = flops.TRAIN_PASSES * flops.FLOPS_PER_MAC * macs * images
-    return Target(model.name, flops.parameters(model), images, train_flops, model.family, model.patch_size)
+    return Target(model.name, flops.parameters(model), images, train_flops, model.kind, model.patch_size)
 
 
 def tokens_of(rows: pd.DataFrame) -> tuple[float, float]:

@@ -74,7 +74,7 @@ def _run_columns(run: RunDir, config: Config, evaluations: list[dict[str, Any]])
     model = config.model
     steps = [checkpoint.step for checkpoint in run.checkpoints()] + [number(row.get("step")) for row in evaluations]
     return {
-        "family": model.family,
+        "family": model.kind,
         "size": model.name,
         "width": model.hidden_size,
         "depth": model.depth,
