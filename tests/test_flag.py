@@ -49,7 +49,7 @@ def test_outputs_and_losses_are_the_published_ones(flag, sizes):
     assert relative(loss_S, flag.joined("loss_per_image", sizes)) < NEAR
 
 
-@pytest.mark.parametrize("checkpoint_every", [0, 2])
+@pytest.mark.parametrize(("mode", "checkpoint_every"), [(MODES[0], 0), (MODES[0], 2), (MODES[1], 2)], indirect=["mode"])
 def test_every_gradient_is_the_published_one(flag, mode, checkpoint_every):
     model = flag.model(ParallelConfig(activation_checkpoint_every=checkpoint_every))
     sizes = SIZES[:2]

@@ -21,7 +21,9 @@ def preset(name: str) -> ModelConfig:
     return load_config([str(PRESETS / f"{name}.yaml")]).model
 
 
-@pytest.mark.parametrize("name", ["s", "b", "l", "xl", "xxl", "fit_b", "fit_xl"])
+@pytest.mark.parametrize(
+    "name", ["s", "b", "l", "xl", "xxl", "fit_b", "fit_xl", "flag_xs", "flag_7b", "terdit_s", "terdit_4b"]
+)
 def test_parameters_are_the_models_own(name):
     init_parallel(ParallelConfig(), "cpu")
     config = preset(name)

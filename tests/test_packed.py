@@ -234,3 +234,23 @@ def test_packed_weights_do_not_train(tmp_path):
 def test_a_width_that_no_bytes_hold_is_refused():
     with pytest.raises(UserError, match=r"model\.quantise: ternary takes four rows .* model\.head_dim is 6, valid: a"):
         replace(load_config(TINY).model, hidden_size=24)
+
+
+def test_a_checkpoint_goes_in_and_out_as_it_is_published(tmp_path):
+    """Flag-DiT's, a state dict; to the bit."""
+    flag = load_flag_reference("flag_dit_tiny")
+    state = {k.removeprefix("param."): v for k, v in flag.tensors.items() if k.startswith("param.")}
+    file, between, out = (tmp_path / name for name in ("consolidated.00-of-01.pth", "flag.safetensors", "out.pth"))
+    torch.save(state, file)
+    settings = ["model.family=flag_dit", *(f"model.{key}={getattr(flag.config, key)}" for key in TINY_KEYS)]
+    (tmp_path / "model.yaml").write_text(to_yaml(load_config(settings)))
+    for source, target in ((file, between), (between, out)):
+        done = run_tool("convert_checkpoint", source, target, "--config", tmp_path / "model.yaml")
+        assert done.returncode == 0, done.stderr
+    found = torch.load(out, weights_only=True)
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+    init_parallel(ParallelConfig(), "cpu")
+    network = build_network(flag.config, ParallelConfig())
+    load_weights(network, between)
+    with torch.no_grad():
+        assert relative(call(network, *flag.pack(SIZES)), flag.tokens("output", SIZES)) < 1e-5

@@ -1,4 +1,7 @@
-"""TerDiT, which is Large-DiT with ternary linears, against the published implementation."""
+"""TerDiT, which is Large-DiT with ternary linears, against the published implementation.
+
+What is compiled of it is what is compiled of Flag-DiT (test_flag.py).
+"""
 
 from dataclasses import replace
 
@@ -11,7 +14,6 @@ from fitscale.flow.loss import make_objective
 from fitscale.model import flops
 from fitscale.model.backbone import parameter_table
 from fitscale.model.build import build_network, initial_items
-from fitscale.model.common.compiler import lacks_for_compiling, use_compiler
 from fitscale.model.common.ternary import TernaryLinear, effective_weight, ternary_values
 from fitscale.parallel.groups import init_parallel
 from tests.flag_reference import SIZES, call, load_flag_reference, pack_of, relative, tokens_of
@@ -28,15 +30,6 @@ CANCELLED = ("wq.alphas", "wk.alphas")
 @pytest.fixture(autouse=True, scope="module")
 def world():
     init_parallel(ParallelConfig(), "cpu")
-
-
-@pytest.fixture(params=["as written", "compiled"])
-def mode(request):
-    if request.param == "compiled" and lacks_for_compiling(torch.device("cpu")):
-        pytest.skip("needs g++ and Python.h")
-    use_compiler(request.param == "compiled")
-    yield request.param
-    use_compiler(False)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +61,7 @@ def test_the_bound_is_the_published_one_of_every_image(terdit):
 
 
 @pytest.mark.parametrize("checkpoint_every", [0, 2])
-def test_every_gradient_is_the_published_one(terdit, mode, checkpoint_every):
+def test_every_gradient_is_the_published_one(terdit, checkpoint_every):
     model, sizes = terdit.model(ParallelConfig(activation_checkpoint_every=checkpoint_every)), SIZES[:2]
     x_TC, t_S, pack = terdit.pack(sizes)
     inputs, cu_seqlens = terdit.inputs(sizes, "x_start", "noise")

@@ -14,8 +14,10 @@ from fitscale.config.schema import Config, ParallelConfig
 from fitscale.model.build import build_network, initial_items
 from fitscale.model.weights import published_items, stored, write_tensors
 from fitscale.parallel.groups import init_parallel
+from fitscale.plan.memory import activation_bytes
 from tests.distributed.spawn import run_ranks
 from tests.distributed.test_layouts import metric, tensors, train_here
+from tests.distributed.test_plan_memory import activation_config, saved_bytes
 from tests.shard_sets import indexed_set
 from tests.test_terdit import CANCELLED
 from tests.tiny import OVERRIDES
@@ -100,3 +102,19 @@ def require_equal(run: Path, expected: Path) -> None:
         if not name.endswith(CANCELLED):
             worst = (ours[name] - gradient).abs().max() / gradient.abs().max()
             assert gradient.any() and worst < 1e-4, f"{run.name}, {name}: off by {worst:.1e} of its largest entry"
+
+
+def test_bf16_stays_near_fp32(tmp_path, one_process):
+    overrides = ("parallel.precision=bf16", "parallel.zero_stage=3")
+    run_ranks(train_all, 2, [config_of(one_process, family, tmp_path / family, *overrides) for family in FAMILIES])
+    for family, near in (("flag_dit", 5e-3), ("terdit", 4e-2), ("fitv2", 4e-2)):
+        assert (metric(tmp_path / family, "loss") - metric(one_process / family, "loss")).abs().max() < near, family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_planned_activations_are_what_autograd_keeps(family):
+    layout = activation_config(2, True, 0, "model.hidden_size=192", *FAMILIES[family])
+    kept = max(run_ranks(saved_bytes, 2, layout, 16, 4))
+    passing = 4 * 16 * 16 * 4 * layout.model.hidden_size * 5  # gradients on their way, which a forward pass has not
+    planned = activation_bytes(layout, 16 * 16 * 4, 4, on_cuda=False) - passing
+    assert planned == pytest.approx(kept, rel=0.05), f"{planned / kept - 1:+.1%}"
