@@ -14,7 +14,7 @@ from fitscale.model.dimr.grids import Grids
 
 
 class TimeVector(nn.Module):
-    """A vector that depends on time: s param0 + (1 - s) param1, s = sigmoid((nodecay_weight + 1) tau + nodecay_bias)."""
+    """A vector of time: s param0 + (1 - s) param1, where s = sigmoid((nodecay_weight + 1) tau + nodecay_bias)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class GridConvolution(nn.Conv2d):
         super().__init__(width, out, side, padding=side // 2, groups=groups)
         self.scale = scale
 
-    def forward(self, x_RD: Tensor, grids: Grids) -> Tensor:
+    def forward(self, x_RD: Tensor, grids: Grids) -> Tensor:  # type: ignore[override]
         return grids.convolve(x_RD, self.scale, super().forward)
 
 
