@@ -23,7 +23,10 @@ DOORS = {
 }
 WITHOUT_TORCH = [
     *("fitscale/config/", "fitscale/run/", "fitscale/plan/", "fitscale/scaling/", "fitscale/cli.py"),
-    *(f"fitscale/model/{file}.py" for file in ("__init__", "backbone", "flops", "fit/config", "fit/spec")),
+    *(
+        f"fitscale/model/{file}.py"
+        for file in ("__init__", "backbone", "flops", "fit/config", "fit/spec", "dimr/config", "dimr/spec")
+    ),
     "fitscale/model/common/rope_config.py",
 ]
 SCRIPTS = ["slurm", "tools"]
