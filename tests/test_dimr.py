@@ -225,6 +225,41 @@ def test_compiled_formulas_are_those_that_are_written(request):
         require_close(parameter.grad, written.get_parameter(name).grad)
 
 
+def test_a_head_dimension_of_60_is_filled_up_for_the_kernel(monkeypatch):
+    """As XL has it, on CUDA; the kernel's place is taken by what it has to compute."""
+    from fitscale.model.common import attention
+
+    def kernel(q, k, v, bounds, others, longest, most, *, scale):
+        assert q.shape[-1] == 64 and bounds is others and longest == most == max(rows * cols for rows, cols in MIXED)
+        images = zip(*(x.split(bounds.diff().tolist()) for x in (q, k, v)), strict=True)
+        heads = ([x.transpose(0, 1) for x in image] for image in images)
+        return torch.cat([((q @ k.mT * scale).softmax(-1) @ v).transpose(0, 1) for q, k, v in heads])
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    init_parallel(ParallelConfig(), "cpu")
+    layout, generator = layout_of(*MIXED), torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, sum(layout.whole.lengths), 2, 60, generator=generator)
+    require_close(attention._kernel_attention(q, k, v, layout), attention.packed_attention(q, k, v, layout))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_head_dimension_of_60_on_cuda():
+    from fitscale.model.common.attention import packed_attention
+
+    init_parallel(ParallelConfig(), "cpu")
+    sizes = torch.tensor(MIXED)
+    layouts = [pack_layout(sizes, starts(sizes.prod(1).tolist()), torch.device(name)) for name in ("cpu", "cuda")]
+    outcomes = []
+    for layout, settings in zip(layouts, ({}, {"device": "cuda", "dtype": torch.bfloat16}), strict=True):
+        heads = torch.randn(3, sum(layout.whole.lengths), 2, 60, generator=torch.Generator().manual_seed(0))
+        q, k, v = leaves = [x.bfloat16().float().to(**settings).requires_grad_() for x in heads]
+        out = packed_attention(q, k, v, layout)
+        outcomes.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    for expected, got in zip(*outcomes, strict=True):
+        require_close(got.float().cpu(), expected, 2e-2)
+
+
 def guided(model, **settings):
     def network(x_TC, t_S, pack):
         layout = pack_layout(pack.sizes_S2, pack.cu_seqlens, torch.device("cpu"))
