@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from fitscale.config.errors import UserError
@@ -165,6 +166,27 @@ def test_cropped_positions_end_where_the_table_does(reference):
         UserError, match=r"model\.positions: crop has none for an image of 2 x 5 patches; valid: at most"
     ):
         model(torch.zeros(10, 16), torch.ones(1), torch.zeros(1).long(), layout_of((2, 5)))
+
+
+def test_padding_may_be_longer_than_the_table_of_cropped_positions(reference):
+    model = published_model(reference, replace(TINY, positions="crop"))
+    tokens, n_S, labels = (
+        torch.cat([patches(reference["rect.x"]), torch.zeros(9, 16)]),
+        reference["rect.n"],
+        reference["rect.y"],
+    )
+    outputs = model(tokens, F.pad(n_S, (0, 1)), F.pad(labels, (0, 1)), layout_of((3, 2), (3, 2), (1, 9)))
+    require_close(outputs[1][:12], patches(reference["rect.output.1"]))
+
+
+def test_times_in_training_are_whole_and_in_sampling_those_that_are_asked_for():
+    objective = make_objective(FLOW, TINY)
+    t_S = torch.tensor([0.0, 0.0005, 0.5005, 0.9989, 0.9991, 1.0])
+    inputs = objective.prepare_at(torch.zeros(6, 16), torch.zeros(6).long(), starts([1] * 6), t_S, torch.ones(6, 16))
+    assert inputs.t_S.tolist() == [1000.0, 1000.0, 500.0, 2.0, 1.0, 1.0]
+    assert objective.model_time(torch.tensor([0.25, 0.99975], dtype=torch.float64)).tolist() == pytest.approx(
+        [750, 0.25]
+    )
 
 
 def test_resized_positions_cover_the_same_extent():
