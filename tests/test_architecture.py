@@ -21,11 +21,17 @@ DOORS = {
     "submitit": ["slurm/", "fitscale/jobs/"],
     "omegaconf": ["fitscale/config/load.py"],
 }
+BACKBONES = ("fit", "flag", "dimr")
 WITHOUT_TORCH = [
     *("fitscale/config/", "fitscale/run/", "fitscale/plan/", "fitscale/scaling/", "fitscale/cli.py"),
     *(
         f"fitscale/model/{file}.py"
-        for file in ("__init__", "backbone", "flops", "fit/config", "fit/spec", "flag/config", "flag/spec")
+        for file in (
+            "__init__",
+            "backbone",
+            "flops",
+            *(f"{one}/{name}" for one in BACKBONES for name in ("config", "spec")),
+        )
     ),
     "fitscale/model/common/rope_config.py",
 ]

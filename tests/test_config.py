@@ -26,9 +26,15 @@ def load(*arguments: str | Path) -> Config:
     return load_config([str(argument) for argument in arguments])
 
 
+PUBLISHED = {  # lr, betas, weight decay and what it spares, clipping, images a step
+    "fitv2": (1e-4, 0.9, 0.999, 0.0, [], 1.0, 256),
+    "dimr": (2e-4, 0.99, 0.99, 0.03, ["nodecay_"], None, 1024),
+}
+
+
 def recipes_of(model: Path) -> list[Path]:
-    prefix = "fit_" if model.stem.startswith("fit_") else "fitv2_"
-    return sorted((CONFIGS / "recipe").glob(f"{prefix}*.yaml"))
+    family = load(model).model.family
+    return sorted((CONFIGS / "recipe").glob(f"{family}_*.yaml"))
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda path: path.stem)
@@ -36,8 +42,10 @@ def test_every_model_goes_with_its_recipes(model):
     assert recipes_of(model)
     for recipe in recipes_of(model):
         config = load(model, recipe)
-        assert config.optim.lr == 1e-4 and config.optim.betas == (0.9, 0.999)
-        assert config.batch.global_batch_size == 256 and config.optim.ema_decays == [0.9999]
+        optim, batch = config.optim, config.batch.global_batch_size
+        settings = (optim.lr, *optim.betas, optim.weight_decay, optim.no_decay, optim.grad_clip, batch)
+        assert settings == PUBLISHED.get(config.model.family, PUBLISHED["fitv2"])
+        assert optim.ema_decays == [0.9999]
 
 
 def test_every_file_of_configs_model_is_tested():

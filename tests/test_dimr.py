@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from fitscale.config.errors import UserError
@@ -167,6 +168,27 @@ def test_cropped_positions_end_where_the_table_does(reference):
         model(torch.zeros(10, 16), torch.ones(1), torch.zeros(1).long(), layout_of((2, 5)))
 
 
+def test_padding_may_be_longer_than_the_table_of_cropped_positions(reference):
+    model = published_model(reference, replace(TINY, positions="crop"))
+    tokens, n_S, labels = (
+        torch.cat([patches(reference["rect.x"]), torch.zeros(9, 16)]),
+        reference["rect.n"],
+        reference["rect.y"],
+    )
+    outputs = model(tokens, F.pad(n_S, (0, 1)), F.pad(labels, (0, 1)), layout_of((3, 2), (3, 2), (1, 9)))
+    require_close(outputs[1][:12], patches(reference["rect.output.1"]))
+
+
+def test_times_in_training_are_whole_and_in_sampling_those_that_are_asked_for():
+    objective = make_objective(FLOW, TINY)
+    t_S = torch.tensor([0.0, 0.0005, 0.5005, 0.9989, 0.9991, 1.0])
+    inputs = objective.prepare_at(torch.zeros(6, 16), torch.zeros(6).long(), starts([1] * 6), t_S, torch.ones(6, 16))
+    assert inputs.t_S.tolist() == [1000.0, 1000.0, 500.0, 2.0, 1.0, 1.0]
+    assert objective.model_time(torch.tensor([0.25, 0.99975], dtype=torch.float64)).tolist() == pytest.approx(
+        [750, 0.25]
+    )
+
+
 def test_resized_positions_cover_the_same_extent():
     """Bicubic interpolation nearly keeps what is linear, away from the border."""
     from fitscale.model.dimr.layers import PositionTable
@@ -223,6 +245,41 @@ def test_compiled_formulas_are_those_that_are_written(request):
         require_close(got, expected)
     for name, parameter in compiled.named_parameters():
         require_close(parameter.grad, written.get_parameter(name).grad)
+
+
+def test_a_head_dimension_of_60_is_filled_up_for_the_kernel(monkeypatch):
+    """As XL has it, on CUDA; the kernel's place is taken by what it has to compute."""
+    from fitscale.model.common import attention
+
+    def kernel(q, k, v, bounds, others, longest, most, *, scale):
+        assert q.shape[-1] == 64 and bounds is others and longest == most == max(rows * cols for rows, cols in MIXED)
+        images = zip(*(x.split(bounds.diff().tolist()) for x in (q, k, v)), strict=True)
+        heads = ([x.transpose(0, 1) for x in image] for image in images)
+        return torch.cat([((q @ k.mT * scale).softmax(-1) @ v).transpose(0, 1) for q, k, v in heads])
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    init_parallel(ParallelConfig(), "cpu")
+    layout, generator = layout_of(*MIXED), torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, sum(layout.whole.lengths), 2, 60, generator=generator)
+    require_close(attention._kernel_attention(q, k, v, layout), attention.packed_attention(q, k, v, layout))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_head_dimension_of_60_on_cuda():
+    from fitscale.model.common.attention import packed_attention
+
+    init_parallel(ParallelConfig(), "cpu")
+    sizes = torch.tensor(MIXED)
+    layouts = [pack_layout(sizes, starts(sizes.prod(1).tolist()), torch.device(name)) for name in ("cpu", "cuda")]
+    outcomes = []
+    for layout, settings in zip(layouts, ({}, {"device": "cuda", "dtype": torch.bfloat16}), strict=True):
+        heads = torch.randn(3, sum(layout.whole.lengths), 2, 60, generator=torch.Generator().manual_seed(0))
+        q, k, v = leaves = [x.bfloat16().float().to(**settings).requires_grad_() for x in heads]
+        out = packed_attention(q, k, v, layout)
+        outcomes.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    for expected, got in zip(*outcomes, strict=True):
+        require_close(got.float().cpu(), expected, 2e-2)
 
 
 def guided(model, **settings):

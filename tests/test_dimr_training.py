@@ -13,6 +13,7 @@ from fitscale.config.load import load_config
 from fitscale.config.schema import Config
 from fitscale.model.backbone import backbone_of, parameter_table
 from fitscale.plan.memory import activation_bytes, block_count
+from fitscale.plan.traffic import step_traffic
 from fitscale.run.layout import RunDir
 from tests.conftest import ROOT
 from tests.distributed.spawn import run_ranks
@@ -184,3 +185,22 @@ def test_planned_activations_are_what_autograd_keeps(tp, every):
         ends = backbone_of(config.model).kept(config.model, False).ends
         planned -= (activation_bytes(every_block, tokens, images, False) - 4 * tokens * ends) / block_count(config)
     assert planned == pytest.approx(measured, rel=0.05), f"{planned / measured - 1:+.1%}"
+
+
+@pytest.mark.parametrize("name", ["xs", "s", "b", "l", "xl", "g"])
+def test_every_size_is_planned(name, capsys):
+    from fitscale.cli import main
+
+    files = (f"{ROOT}/configs/model/dimr_{name}_2r.yaml", f"{ROOT}/configs/recipe/dimr_256.yaml")
+    assert main(["plan", *files, "--gpus", "8"]) == 0
+    planned = capsys.readouterr().out
+    assert f"dimr_{name}_2r" in planned and "tp" in planned
+
+
+def test_traffic_of_tensor_parallelism_counts_every_pixel():
+    """On a ring of two each rank sends as much as is summed: forward what leaves a region, backward what enters one."""
+    layout = ("parallel.tensor_parallel_size=2", "parallel.zero_stage=0", "parallel.precision=fp32")
+    config = load_config([str(ROOT / "configs/model/dimr_xl_2r.yaml"), *layout])
+    d, e = config.model.hidden_size, config.model.convnext_size
+    inside = config.model.depth * (2 * d + 3 * d) + 4 * config.model.convnext_depth * (e + 2 * e)
+    assert step_traffic(config, 1, 1, 100.0).tensor_parallel == 4 * 100 * inside

@@ -5,7 +5,7 @@ import torch
 
 from fitscale.config.schema import OptimConfig
 from fitscale.run.comparability import ema_name
-from fitscale.train.optim import AdamWEMA, freeze_untrained, learning_rate
+from fitscale.train.optim import AdamWEMA, decay_groups, freeze_untrained, learning_rate
 
 
 def test_weights_follow_torch_and_ema_the_recursion():
@@ -40,3 +40,24 @@ def test_trainable_names_select_parameters():
     freeze_untrained(model.named_parameters(), ["x_embedder", "bias"])
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained == ["x_embedder.weight", "x_embedder.bias", "mlp.bias"]
+
+
+def test_what_is_spared_does_not_decay_and_all_groups_have_state_after_one():
+    """DeepSpeed steps group by group, and looks for the state of all after the first."""
+    config = OptimConfig(lr=0.1, ema_decays=[0.5], weight_decay=0.5, no_decay=["bias", "scale"])
+    model = torch.nn.Linear(2, 3)
+    frozen = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+    groups = decay_groups([*model.named_parameters(), ("frozen", frozen)], config)
+    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.5, 1), (0.0, 1)]
+    optimizer = AdamWEMA(groups, config)
+    weight, bias = (parameter.detach().clone() for parameter in (model.weight, model.bias))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    every = optimizer.param_groups
+    for group in every:
+        optimizer.param_groups = [group]
+        optimizer.step()
+        assert torch.equal(optimizer.state[model.bias]["ema_0.5"], bias)
+    torch.testing.assert_close(model.weight.detach(), 0.95 * weight)
+    assert torch.equal(model.bias.detach(), bias)
+    assert len(decay_groups(model.named_parameters(), OptimConfig(weight_decay=0.5))) == 1

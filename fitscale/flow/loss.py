@@ -203,10 +203,12 @@ def ddpm_step(t_S: Tensor) -> Tensor:
     return step.clamp(0, DDPM_STEPS - 1).to(t_S.dtype)
 
 
+OBJECTIVES: dict[str, type[Objective]] = {"rectified": RectifiedFlow, "ddpm": DdpmEpsilon, "scaled_linear": Epsilon}
+
+
 def make_objective(flow: FlowConfig, model: ModelConfig) -> Objective:
     """The objective of a config."""
-    kinds = {"rectified": RectifiedFlow, "ddpm": DdpmEpsilon, "scaled_linear": Epsilon}
-    return kinds[flow.kind](flow, model)
+    return OBJECTIVES[flow.kind](flow, model)
 
 
 def segment_mean(values_T: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def layouts(config: Config, machine: Machine, fixed: set[str]) -> list[Config]:
     bf16 = resolve_precision(config, machine.has_gpus).parallel.precision == "bf16"
     choices: dict[str, list[Any]] = {
         "tensor_parallel_size": [n for n in machine.tp_sizes if not any(number % n for number in divided)],
-        "sequence_parallel": [False, True],
+        "sequence_parallel": [False, True] if config.model.cuts_tokens else [False],
         "zero_stage": [1, 2, 3] if bf16 else [0, 1, 2, 3],
         "activation_checkpoint_every": [0, 1],
     }

@@ -56,8 +56,8 @@ def step_traffic(config: Config, dp_size: int, micro_batches: int, tokens: float
 def _tensor_parallel(config: Config, tokens: float) -> float:
     parallel, tp = config.parallel, config.parallel.tensor_parallel_size
     weights = [one for one in parameter_table(config.model) if one.is_weight and one.split is not None]
-    fans_out = sum(one.shape[COLUMNS] for one in weights if one.split == ROWS)  # widths of what enters a region
-    fans_in = sum(one.shape[ROWS] for one in weights if one.split == COLUMNS)  # and of what leaves it
+    fans_out = sum(one.per_token * one.shape[COLUMNS] for one in weights if one.split == ROWS)  # what enters a region
+    fans_in = sum(one.per_token * one.shape[ROWS] for one in weights if one.split == COLUMNS)  # and what leaves it
     if parallel.sequence_parallel:
         forward, backward, ends, factor = fans_out + fans_in, 2 * fans_out + fans_in, 2 * config.model.hidden_size, 1
     else:

@@ -16,19 +16,29 @@ from torch.nn.attention.varlen import varlen_attn
 
 from fitscale.model.common.layout import PackLayout
 
+KERNEL_MULTIPLE = 8  # of which the variable-length kernel wants a head dimension: others are filled up with zeros
+
 
 def packed_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout) -> Tensor:
     """softmax(q k^T / sqrt(K)) v within each image; (T, H, K)."""
     lengths = layout.whole.lengths
     if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16):
-        longest, bounds = max(lengths), layout.cu_seqlens
-        return varlen_attn(q_THK, k_THK, v_THK, bounds, bounds, longest, longest)  # type: ignore[return-value]
+        return _kernel_attention(q_THK, k_THK, v_THK, layout)
     # Images of one length that follow each other are a batch. split, unlike slices, has a backward pass that is one
     # concatenation.
     runs = [(length, len(list(images))) for length, images in groupby(lengths)]
     tokens = [length * count for length, count in runs]
     parts = zip(*(x.split(tokens) for x in (q_THK, k_THK, v_THK)), strict=True)
     return torch.cat([_batch_attention(q, k, v, length) for (q, k, v), (length, _) in zip(parts, runs, strict=True)])
+
+
+def _kernel_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout) -> Tensor:
+    longest, bounds, head_dim = max(layout.whole.lengths), layout.cu_seqlens, q_THK.shape[-1]
+    lacking = -head_dim % KERNEL_MULTIPLE
+    if lacking:
+        q_THK, k_THK, v_THK = (F.pad(x, (0, lacking)) for x in (q_THK, k_THK, v_THK))
+    out_THK = varlen_attn(q_THK, k_THK, v_THK, bounds, bounds, longest, longest, scale=head_dim**-0.5)
+    return out_THK[..., :head_dim] if lacking else out_THK  # type: ignore[index, return-value]
 
 
 def _batch_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, length: int) -> Tensor:

@@ -89,6 +89,6 @@ def pack_grids(layout: PackLayout) -> Grids:
 
 
 def _raster(patches: Tensor) -> Tensor:
-    """Of an image's pixels in raster order: their places in the order of tokens, of which `patches` are (rows, cols)."""
+    """Of an image's pixels in raster order: their places in the order of tokens; `patches` are its tokens'."""
     pixels = PIXELS * patches[:, :, None, None] + torch.arange(PIXELS).view(2, 2)
     return pixels.permute(0, 2, 1, 3).flatten()

@@ -14,7 +14,7 @@ from fitscale.model.dimr.grids import Grids
 
 
 class TimeVector(nn.Module):
-    """A vector that depends on time: s param0 + (1 - s) param1, s = sigmoid((nodecay_weight + 1) tau + nodecay_bias)."""
+    """A vector of time: s param0 + (1 - s) param1, where s = sigmoid((nodecay_weight + 1) tau + nodecay_bias)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class GridConvolution(nn.Conv2d):
         super().__init__(width, out, side, padding=side // 2, groups=groups)
         self.scale = scale
 
-    def forward(self, x_RD: Tensor, grids: Grids) -> Tensor:
+    def forward(self, x_RD: Tensor, grids: Grids) -> Tensor:  # type: ignore[override]
         return grids.convolve(x_RD, self.scale, super().forward)
 
 
@@ -69,7 +69,8 @@ class PositionTable(nn.Module):
     """One row of a table for each place of the trained shape, a square of `max_side` patches.
 
     Other shapes get the table resized to theirs (bicubic, corners not aligned), so that both stages cover the same
-    extent, or, with `positions` = crop, its top left corner, as in the published code.
+    extent, or, with `positions` = crop, its top left corner, as in the published code. A single row of patches, as
+    padding is, may be longer than the table: then it is resized.
     """
 
     def __init__(self, config: DimrConfig, width: int, scale: int) -> None:
@@ -89,7 +90,7 @@ class PositionTable(nn.Module):
         table = self.weight.unflatten(0, (self.side, self.side))
         if (height, width) == (self.side, self.side):
             return table
-        if self.crops:
+        if self.crops and (width <= self.side or height > self.scale):
             if max(height, width) > self.side:
                 raise UserError(
                     f"model.positions: crop has none for an image of {height // self.scale} x {width // self.scale} "

@@ -159,7 +159,7 @@ class InputLayer(nn.ModuleDict):
         super().__init__({"1": PatchLinear(config.in_channels, width, side), "3": positions})
 
     def forward(self, patches_RC: Tensor, grids: Grids) -> Tensor:
-        return self["3"]["position_embeddings"](self["1"](patches_RC), grids)
+        return self.get_submodule("3.position_embeddings")(self["1"](patches_RC), grids)
 
 
 class Block(nn.Module):
@@ -188,8 +188,8 @@ class Attention(nn.Module):
 
     def forward(self, x_XD: Tensor, pack: Pack) -> Biased:
         normed = scaled_rms(x_XD, self.norm["scale"](pack.tau_S), pack.segments)
-        heads = biased(*self.query_key_value(normed)).unflatten(-1, (-1, 3, self.head_dim)).unbind(2)
-        return self.dense(packed_attention(*heads, pack.grids.sequences).flatten(1))
+        q, k, v = biased(*self.query_key_value(normed)).unflatten(-1, (-1, 3, self.head_dim)).unbind(2)
+        return self.dense(packed_attention(q, k, v, pack.grids.sequences).flatten(1))
 
 
 class Depthwise(nn.ModuleDict):
@@ -226,23 +226,26 @@ class Link(nn.ModuleDict):
         super().__init__({"0": TimeNorm(joined), "1": kernel, "2": TimeNorm(width)})
 
     def forward(self, states: list[Tensor], tau_S: Tensor, grids: Grids) -> Tensor:
-        """Those (X, D) -> (P, width). Class tokens are dropped when the rows are short: before, they would be copied."""
-        out_XD = self["1"]["kernel"](states, *self["0"](tau_S), grids.sequences.whole)
+        """Those (X, D) -> (P, width). Class tokens are dropped at the end: before, all states would be copied."""
+        out_XD = self.get_submodule("1.kernel")(states, *self["0"](tau_S), grids.sequences.whole)
         pixels_PD = out_XD.index_select(0, grids.patch_T).unflatten(1, (PIXELS, -1)).flatten(0, 1)
-        return scaled_layer_norm(pixels_PD.index_select(0, grids.raster_P), *self["2"](tau_S), grids.pixels)
+        scale_SD, shift_SD = self["2"](tau_S)
+        return scaled_layer_norm(pixels_PD.index_select(0, grids.raster_P), scale_SD, shift_SD, grids.pixels)
 
 
 class Skip(nn.Linear):
     """What the second half of a chain makes of its row and one that came out of the first half."""
 
-    def forward(self, x_RD: Tensor, popped_RD: Tensor) -> Tensor:
+    def forward(self, x_RD: Tensor, popped_RD: Tensor) -> Tensor:  # type: ignore[override]
         return joined_linear((x_RD, popped_RD), self.weight, self.bias)
 
 
 class JoinedLinear(nn.Linear):
     """The linear layer of the link, and the norm before it (`joined_layer_norm_linear`)."""
 
-    def forward(self, states: Sequence[Tensor], scale_SJ: Tensor, shift_SJ: Tensor, segments: Segments) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, states: Sequence[Tensor], scale_SJ: Tensor, shift_SJ: Tensor, segments: Segments
+    ) -> Tensor:
         return joined_layer_norm_linear(states, scale_SJ, shift_SJ, self.weight, self.bias, segments)
 
 
@@ -254,4 +257,5 @@ class Head(nn.ModuleDict):
         super().__init__({"0": TimeNorm(width), "2": convolution})
 
     def forward(self, x_RD: Tensor, tau_S: Tensor, grids: Grids, segments: Segments) -> Tensor:
-        return self["2"](scaled_layer_norm(x_RD, *self["0"](tau_S), segments), grids)
+        scale_SD, shift_SD = self["0"](tau_S)
+        return self["2"](scaled_layer_norm(x_RD, scale_SD, shift_SD, segments), grids)
