@@ -28,6 +28,7 @@ WITHOUT_TORCH = [
         for file in ("__init__", "backbone", "flops", "fit/config", "fit/spec", "flag/config", "flag/spec")
     ),
     "fitscale/model/common/rope_config.py",
+    "fitscale/model/common/quantise_config.py",
 ]
 SCRIPTS = ["slurm", "tools"]
 
