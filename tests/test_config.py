@@ -27,8 +27,8 @@ def load(*arguments: str | Path) -> Config:
 
 
 def recipes_of(model: Path) -> list[Path]:
-    prefix = "fit_" if model.stem.startswith("fit_") else "fitv2_"
-    return sorted((CONFIGS / "recipe").glob(f"{prefix}*.yaml"))
+    family = model.stem.split("_")[0] if "_" in model.stem else "fitv2"
+    return sorted((CONFIGS / "recipe").glob(f"{family}_*.yaml"))
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda path: path.stem)
@@ -36,12 +36,12 @@ def test_every_model_goes_with_its_recipes(model):
     assert recipes_of(model)
     for recipe in recipes_of(model):
         config = load(model, recipe)
-        assert config.optim.lr == 1e-4 and config.optim.betas == (0.9, 0.999)
+        assert config.optim.lr == (1e-4 if "fit" in recipe.stem else 5e-4) and config.optim.betas == (0.9, 0.999)
         assert config.batch.global_batch_size == 256 and config.optim.ema_decays == [0.9999]
 
 
 def test_every_file_of_configs_model_is_tested():
-    assert {path.stem for path in MODELS} >= {"s", "b", "l", "xl", "xxl", "fit_b", "fit_xl"}
+    assert {path.stem for path in MODELS} >= {"s", "b", "l", "xl", "xxl", "fit_b", "fit_xl", "flag_600m", "terdit_600m"}
 
 
 @pytest.mark.parametrize("size", DEMO_SIZES, ids=lambda path: path.stem)
