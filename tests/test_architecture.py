@@ -34,6 +34,7 @@ WITHOUT_TORCH = [
         )
     ),
     "fitscale/model/common/rope_config.py",
+    "fitscale/model/common/quantise_config.py",
 ]
 SCRIPTS = ["slurm", "tools"]
 

@@ -26,14 +26,15 @@ def load(*arguments: str | Path) -> Config:
     return load_config([str(argument) for argument in arguments])
 
 
+FIT, FLAG = (1e-4, 0.9, 0.999, 0.0, [], 1.0, 256), (5e-4, 0.9, 0.999, 0.0, [], 2.0, 256)
 PUBLISHED = {  # lr, betas, weight decay and what it spares, clipping, images a step
-    "fitv2": (1e-4, 0.9, 0.999, 0.0, [], 1.0, 256),
+    **{"fitv2": FIT, "fit": FIT, "flag_dit": FLAG, "large_dit": FLAG},
     "dimr": (2e-4, 0.99, 0.99, 0.03, ["nodecay_"], None, 1024),
 }
 
 
 def recipes_of(model: Path) -> list[Path]:
-    family = load(model).model.family
+    family = model.stem.split("_")[0] if "_" in model.stem else "fitv2"
     return sorted((CONFIGS / "recipe").glob(f"{family}_*.yaml"))
 
 
@@ -44,12 +45,12 @@ def test_every_model_goes_with_its_recipes(model):
         config = load(model, recipe)
         optim, batch = config.optim, config.batch.global_batch_size
         settings = (optim.lr, *optim.betas, optim.weight_decay, optim.no_decay, optim.grad_clip, batch)
-        assert settings == PUBLISHED.get(config.model.family, PUBLISHED["fitv2"])
+        assert settings == PUBLISHED[config.model.family]
         assert optim.ema_decays == [0.9999]
 
 
 def test_every_file_of_configs_model_is_tested():
-    assert {path.stem for path in MODELS} >= {"s", "b", "l", "xl", "xxl", "fit_b", "fit_xl"}
+    assert {path.stem for path in MODELS} >= {"s", "b", "l", "xl", "xxl", "fit_b", "fit_xl", "flag_600m", "terdit_600m"}
 
 
 @pytest.mark.parametrize("size", DEMO_SIZES, ids=lambda path: path.stem)

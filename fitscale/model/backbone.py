@@ -36,9 +36,9 @@ class Parameter:
     per_token: int = 0  # how often a weight is applied to each token of an image,
     per_image: int = 0  # and to each image besides
     qkv_heads: int | None = None  # rows are 3 x heads x head_dim; the network's are heads x 3 x head_dim
-    packed: bool = False  # ternary, four rows a byte (`common.ternary`); `shape` is what it stands for
     rotary: int = 0  # heads whose rows are pairs that RoPE turns; the network has all first ones, then all second
     bound: float = 0.0  # of a uniform initialisation
+    packed: bool = False  # ternary, four rows a byte (`common.ternary`); `shape` is what it stands for
 
     @property
     def numel(self) -> int:

@@ -42,7 +42,7 @@ LAYOUTS = {
     "dp2 ZeRO-3": (2, ("parallel.zero_stage=3",)),
     "dp2 tp2 sp ZeRO-3": (4, (TP, SP, "parallel.zero_stage=3")),
 }
-STEPS = 4
+STEPS = 3
 
 
 def config_of(folder: Path, family: str, run: Path, *overrides: str) -> Config:
@@ -106,15 +106,15 @@ def require_equal(run: Path, expected: Path) -> None:
 
 def test_bf16_stays_near_fp32(tmp_path, one_process):
     overrides = ("parallel.precision=bf16", "parallel.zero_stage=3")
-    run_ranks(train_all, 2, [config_of(one_process, family, tmp_path / family, *overrides) for family in FAMILIES])
+    run_ranks(train_all, 1, [config_of(one_process, family, tmp_path / family, *overrides) for family in FAMILIES])
     for family, near in (("flag_dit", 5e-3), ("terdit", 4e-2), ("fitv2", 4e-2)):
         assert (metric(tmp_path / family, "loss") - metric(one_process / family, "loss")).abs().max() < near, family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_planned_activations_are_what_autograd_keeps(family):
-    layout = activation_config(2, True, 0, "model.hidden_size=192", *FAMILIES[family])
-    kept = max(run_ranks(saved_bytes, 2, layout, 16, 4))
-    passing = 4 * 16 * 16 * 4 * layout.model.hidden_size * 5  # gradients on their way, which a forward pass has not
-    planned = activation_bytes(layout, 16 * 16 * 4, 4, on_cuda=False) - passing
+    config = activation_config(1, False, 0, "model.hidden_size=192", *FAMILIES[family])
+    kept = saved_bytes(config, 16, 4)
+    passing = 4 * 16 * 16 * 4 * config.model.hidden_size * 5  # gradients on their way, which a forward pass has not
+    planned = activation_bytes(config, 16 * 16 * 4, 4, on_cuda=False) - passing
     assert planned == pytest.approx(kept, rel=0.05), f"{planned / kept - 1:+.1%}"
