@@ -60,9 +60,9 @@ class RowLinear(RowParallelLinear):
 
 def _outlasting(bias: Tensor | None) -> Tensor | None:
     """A bias that can be used when its module's forward pass is over: ZeRO-3 takes parameters away then."""
-    if bias is not None and (hasattr(bias, "ds_id") or bias._base is not None):
-        return bias.clone()
-    return bias
+    if bias is None:
+        return None
+    return bias.clone() if hasattr(bias, "ds_id") or bias._base is not None else bias
 
 
 class _EnterSharded(torch.autograd.Function):
