@@ -8,6 +8,7 @@ Shapes: T tokens of the pack, H heads (of this rank), K head dimension.
 """
 
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +38,8 @@ def _kernel_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackL
     lacking = -head_dim % KERNEL_MULTIPLE
     if lacking:
         q_THK, k_THK, v_THK = (F.pad(x, (0, lacking)) for x in (q_THK, k_THK, v_THK))
-    out_THK = varlen_attn(q_THK, k_THK, v_THK, bounds, bounds, longest, longest, scale=head_dim**-0.5)
-    return out_THK[..., :head_dim] if lacking else out_THK  # type: ignore[index, return-value]
+    out_THK: Any = varlen_attn(q_THK, k_THK, v_THK, bounds, bounds, longest, longest, scale=head_dim**-0.5)
+    return out_THK[..., :head_dim] if lacking else out_THK
 
 
 def _batch_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, length: int) -> Tensor:

@@ -42,7 +42,7 @@ class Segments:
         return self.lengths[0] if len(set(self.lengths)) == 1 else 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity: a backbone may keep what it worked out for a pack
 class PackLayout:
     """The images of a pack, one after the other, each in raster order."""
 

@@ -10,6 +10,7 @@ Shapes: T tokens of the pack, S images, X = T + S tokens with the class tokens, 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -57,8 +58,9 @@ class Grids:
         return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
+@lru_cache(maxsize=4)
 def pack_grids(layout: PackLayout) -> Grids:
-    """Work out the grids of a pack, on the host."""
+    """Work out the grids of a pack, on the host; samplers come with the same layout again and again."""
     device = layout.cu_seqlens.device
     order = sorted(range(len(layout.sizes)), key=layout.sizes.__getitem__)
     sizes = [layout.sizes[image] for image in order]
@@ -77,15 +79,19 @@ def pack_grids(layout: PackLayout) -> Grids:
         groups=[(len(list(equal)), *size) for size, equal in groupby(sizes)],
         image_S=torch.tensor(order).to(device),
         token_T=token_T.to(device),
-        back_T=token_T.argsort().to(device),
+        back_T=_inverse(token_T).to(device),
         raster_P=raster_P.to(device),
-        token_order_P=raster_P.argsort().to(device),
+        token_order_P=_inverse(raster_P).to(device),
         sequence_X=sequence_X.to(device),
         patch_T=(sequence_X >= len(sizes)).nonzero()[:, 0].to(device),
         sequences=PackLayout(sizes, bounds, segments, segments),
         tokens=Segments(lengths, device),
         pixels=Segments([PIXELS * length for length in lengths], device),
     )
+
+
+def _inverse(order: Tensor) -> Tensor:
+    return torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
 
 
 def _raster(patches: Tensor) -> Tensor:
