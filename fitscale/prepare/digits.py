@@ -40,7 +40,7 @@ def digit_variants(scales: tuple[float, ...] = SCALES, multiple: int = 1) -> lis
 
 def digits_meta(scales: tuple[float, ...] = SCALES, multiple: int = 1) -> ShardSetMeta:
     """The description of the digits' shards."""
-    recipe = {
+    recipe: dict[str, object] = {
         "source": "sklearn.datasets.load_digits",
         "crop": "bounding box of the ink",
         "resize": "Pillow bicubic, antialiased",
