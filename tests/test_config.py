@@ -28,7 +28,10 @@ def load(*arguments: str | Path) -> Config:
 
 FIT, FLAG = (1e-4, 0.9, 0.999, 0.0, [], 1.0, 256), (5e-4, 0.9, 0.999, 0.0, [], 2.0, 256)
 PUBLISHED = {  # lr, betas, weight decay and what it spares, clipping, images a step
-    "fitv2": FIT, "fit": FIT, "flag_dit": FLAG, "large_dit": FLAG,
+    "fitv2": FIT,
+    "fit": FIT,
+    "flag_dit": FLAG,
+    "large_dit": FLAG,
     "dimr": (2e-4, 0.99, 0.99, 0.03, ["nodecay_"], None, 1024),
 }
 

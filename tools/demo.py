@@ -36,7 +36,6 @@ from fitscale.model import flops
 from fitscale.run.layout import RunDir
 
 CLASSIFIER = Path("demo/classifier.pt")
-GUIDANCE = 2.0
 # Height and width in pixels; the unseen ones are those of no training image.
 SHEETS = {"trained": (10, 8), "unseen-between": (9, 7), "unseen-larger": (12, 9)}
 STRETCH = {"unseen-larger": " --rope ntk-aware --decouple"}  # beyond the longest side trained on
@@ -63,10 +62,11 @@ class Study:
     answer: Path  # the figure that shows the answer, under `out`
     largest: str  # cells that end so are drawn and guided as well ("" = all)
     unseen: bool  # whether the last of them is drawn at sizes of no training image
+    guidance: float  # of what is drawn
 
 
 STUDIES = {
-    "digits": Study("configs/sweep/digits.yaml", Path("demo"), "", "", Path("report/curves.png"), "", True),
+    "digits": Study("configs/sweep/digits.yaml", Path("demo"), "", "", Path("report/curves.png"), "", True, 2.0),
     "backbones": Study(
         "configs/sweep/backbones_digits.yaml",
         Path("demo/backbones"),
@@ -75,6 +75,7 @@ STUDIES = {
         Path("report/comparison.png"),
         "-m",
         False,
+        4.0,  # Flag-DiT's and TerDiT's own
     ),
 }
 
@@ -130,7 +131,7 @@ def run_demo(study: Study) -> None:
     last = {name: load_config([*sweep.base, *overrides]).run.steps for name, overrides in sweep.cells.items()}
     files = {name for names in [sweep.base, *sweep.cells.values()] for name in names if name.endswith(".yaml")}
     take(all_steps(study, runs, last, tuple(map(Path, [study.sweep, *sorted(files)]))))
-    print(f"\n{aligned([COLUMNS, *(result(name, run, last[name]) for name, run in runs.items())])}\n")
+    print(f"\n{aligned([COLUMNS, *(result(name, run, last[name], study.guidance) for name, run in runs.items())])}\n")
     for name, path in products(study, drawn(study, runs)).items():
         print(f"{name:<28}{path}")
     print(f"{'time':<28}{time.perf_counter() - start:.0f} s")
@@ -159,7 +160,7 @@ def all_steps(study: Study, runs: dict[str, RunDir], last: dict[str, int], confi
         Step(
             out,
             f"guided samples of size {name}",
-            f"fitscale evaluate {run.path} --step {last[name]} --guidance {GUIDANCE:g}",
+            f"fitscale evaluate {run.path} --step {last[name]} --guidance {study.guidance:g}",
             (run.evaluations,),
         )
         for name, run in runs.items()
@@ -179,7 +180,7 @@ def all_steps(study: Study, runs: dict[str, RunDir], last: dict[str, int], confi
         Step(out, "classifier", f"python tools/train_digits_classifier.py {CLASSIFIER}", (CLASSIFIER,)),
         Step(out, "sweep over the sizes", f"python slurm/sweep.py {study.sweep}", finished, configs),
         *guided,
-        *(sheet_step(out, *one) for one in sheets),
+        *(sheet_step(study, *one) for one in sheets),
         Step(out, "one table of all evaluations", f"python tools/collect_runs.py {folders} -o {table}", (table,)),
         Step(out, "what the runs say", f"{fit} -o {out / study.answer.parent}", (out / study.answer,)),
     ]
@@ -191,12 +192,12 @@ def drawn(study: Study, runs: dict[str, RunDir]) -> list[tuple[RunDir, str]]:
     return [(run, "trained") for run in chosen] + [(chosen[-1], kind) for kind in [*SHEETS][1:] if study.unseen]
 
 
-def sheet_step(out: Path, run: RunDir, kind: str) -> Step:
+def sheet_step(study: Study, run: RunDir, kind: str) -> Step:
     height, width = SHEETS[kind]
     return Step(
-        out,
+        study.out,
         f"samples of {height} x {width} pixels, {kind}, by size {run.path.name}",
-        f"fitscale sample {run.path} --height {height} --width {width} --count 40 --guidance {GUIDANCE:g} "
+        f"fitscale sample {run.path} --height {height} --width {width} --count 40 --guidance {study.guidance:g} "
         f"--out {sheet(run, kind).parent}{STRETCH.get(kind, '')}",
         (sheet(run, kind),),
     )
@@ -206,11 +207,11 @@ def sheet(run: RunDir, kind: str) -> Path:
     return run.samples / kind / "contact_sheet.png"
 
 
-def result(name: str, run: RunDir, step: int) -> tuple[str, ...]:
+def result(name: str, run: RunDir, step: int, guidance: float) -> tuple[str, ...]:
     """A size's line of the closing table; a figure that was not measured is a dash."""
     rows = [row for row in read_jsonl(run.evaluations) if row["step"] == step]
     plain = {row["metric"]: row for row in rows if row["key"].get("guidance", 1.0) == 1.0}
-    guided = [row for row in rows if row["metric"] == "recognised" and row["key"]["guidance"] == GUIDANCE]
+    guided = [row for row in rows if row["metric"] == "recognised" and row["key"]["guidance"] == guidance]
     return (
         name,
         f"{flops.parameters(load_config([str(run.config)]).model):,}",

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from fitscale.config.schema import ParallelConfig
 from fitscale.model.common.attention import packed_attention
 from fitscale.model.common.embedders import ClassEmbedder, TimeEmbedder, TokenEmbedder
-from fitscale.model.common.fused import biased, gate, gate_modulate, modulate
+from fitscale.model.common.fused import gate, gate_modulate, modulate
 from fitscale.model.common.layout import PackLayout
+from fitscale.model.common.regions import biased
 from fitscale.parallel.layers import ColumnLinear, RowLinear, enter_sharded, gather_tokens, scatter_tokens
 from tests.learned_dit.config import LearnedDitConfig
 from tests.learned_dit.spec import TIME_CHANNELS

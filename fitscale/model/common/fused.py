@@ -4,26 +4,31 @@ Each region is one autograd function around two formulas, which a compiler makes
 are written they are a few operators. Kept for the backward pass are a region's inputs and the statistics of its norms:
 what follows from them is computed again where it is used.
 
-Vectors of an image (S rows) meet its tokens (T rows) inside the formulas. Their gradients are sums over the tokens of
-an image, a contiguous run of rows, taken outside (`sum_per_image`).
-
 Shapes: T tokens of this rank, S images, D hidden size, M width of the MLP, H heads of this rank, K head dimension.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fitscale.model.common.compiler import formula, is_compiled
+from fitscale.model.common.compiler import formula
 from fitscale.model.common.layout import Segments
+from fitscale.model.common.regions import (
+    Biased,
+    at,
+    at_least_fp32,
+    bias_gradient,
+    biased,
+    ready,
+    sum_per_image,
+    with_vectors,
+)
 from fitscale.model.common.rope import Rope
 
 NORM_EPS = 1e-6
 RMS_EPS = 1e-5  # RMSNorm's, as Flag-DiT has it
-Biased = tuple[Tensor, Tensor | None]  # what a linear gives before its bias, and that, if it has one
 
 
 def modulate(
@@ -38,7 +43,7 @@ def modulate(
 
 def gate(x_TD: Tensor, branch: Biased, gate_SD: Tensor, segments: Segments) -> Tensor:
     """x + gate * branch."""
-    return _Gate.apply(x_TD, *_ready(branch), gate_SD, segments)
+    return _Gate.apply(x_TD, *ready(branch), gate_SD, segments)
 
 
 def gate_modulate(
@@ -51,12 +56,12 @@ def gate_modulate(
     rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`modulate` of `gate`."""
-    return _GateModulate.apply(x_TD, *_ready(branch), gate_SD, shift_SD, scale_SD, segments, rms)
+    return _GateModulate.apply(x_TD, *ready(branch), gate_SD, shift_SD, scale_SD, segments, rms)
 
 
 def swiglu(gate_TM: Biased, up_TM: Biased) -> Tensor:
     """SiLU(gate) * up."""
-    return _SwiGLU.apply(*_ready(gate_TM), *_ready(up_TM))
+    return _SwiGLU.apply(*ready(gate_TM), *ready(up_TM))
 
 
 def turned_heads(
@@ -69,76 +74,22 @@ def turned_heads(
         heads: H and K.
         norms: the norms' weights (K,).
     """
-    product, bias = _ready(qkv)
+    product, bias = ready(qkv)
     shape = (heads[0], 3, heads[1])
     bias = None if bias is None else bias.view(shape)
     return _TurnedHeads.apply(product.unflatten(-1, shape), bias, *rope, *(norms or (None, None)), normed)
 
 
-def _ready(out: Biased) -> tuple[Tensor, Tensor | None]:
-    """A compiled region adds a bias where it reads; otherwise that is done here."""
-    return out if is_compiled() else (biased(*out), None)
-
-
-def biased(x: Tensor, bias: Tensor | None) -> Tensor:
-    """x + bias."""
-    return x if bias is None else x + bias
-
-
-# ------------------------------------------------------------------------------------- per-image vectors and tokens
-
-
-def sum_per_image(x_TD: Tensor, segments: Segments) -> Tensor:
-    """Sums over each image's tokens, (T, D) -> (S, D)."""
-    if segments.equal:
-        return x_TD.unflatten(0, (-1, segments.equal)).sum(1)
-    if not x_TD.is_cuda:
-        return F.embedding_bag(segments.token_T, x_TD, segments.start_S, mode="sum")
-    # On CUDA that is slow for few long images, and index_add_ adds in no fixed order; a product is neither.
-    image_S = torch.arange(len(segments.lengths), device=x_TD.device)
-    return (image_S[:, None] == segments.image_T).to(x_TD.dtype) @ x_TD
-
-
-def _with_vectors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Call the formula with tensors of tokens, and with vectors of images that meet them: by their index, or, outside
-    a compiler and where images are equal, as a dimension of their own."""
-    run = formula(function)
-
-    def call(segments: Segments, tokens: list[Tensor | None], vectors: list[Tensor], *options: bool) -> Any:
-        if is_compiled() or not segments.equal:
-            if is_compiled() and len(segments.lengths) == 1:  # a size of 1 would be compiled for itself
-                vectors = [_twice(vector_SD) for vector_SD in vectors]
-            return run(segments.image_T, *tokens, *vectors, *options)
-        shape = (-1, segments.equal)
-        grouped = [x if x is None or x.dim() == 1 else x.unflatten(0, shape) for x in tokens]
-        results = run(None, *grouped, *(vector_SD[:, None] for vector_SD in vectors), *options)
-        return [result.flatten(0, 1) for result in results]
-
-    return call
-
-
-def _twice(vector_SD: Tensor) -> Tensor:
-    """Its one row, twice, laid out in memory as rows of its origin are: what is compiled depends on that, too."""
-    stride, start = vector_SD.stride(), vector_SD.storage_offset()
-    room = vector_SD.new_empty(start + stride[0] + vector_SD.shape[1])
-    return room.as_strided((2, vector_SD.shape[1]), stride, start).copy_(vector_SD)
-
-
-def _at(image_T: Tensor | None, *vectors: Tensor) -> tuple[Tensor, ...]:
-    """Each token's image's row."""
-    return vectors if image_T is None else tuple(vector_SD.index_select(0, image_T) for vector_SD in vectors)
-
-
 # ---------------------------------------------------------------------------------------------------------- formulas
 
 
-@_with_vectors
+@with_vectors
 def _modulate_forward(image_T: Tensor | None, x: Tensor, shift: Tensor, scale: Tensor, rms: bool) -> tuple[Tensor, ...]:
-    shift, scale = _at(image_T, shift, scale)
+    shift, scale = at(image_T, shift, scale)
     return _norm(x, shift, scale, rms)
 
 
-@_with_vectors
+@with_vectors
 def _modulate_backward(
     image_T: Tensor | None,
     grad: Tensor,
@@ -149,25 +100,25 @@ def _modulate_backward(
     scale: Tensor,
     rms: bool,
 ) -> tuple[Tensor, ...]:
-    (scale,) = _at(image_T, scale)
+    (scale,) = at(image_T, scale)
     return _norm_backward(grad, grad_x, x, mean, rstd, scale, rms)
 
 
-@_with_vectors
+@with_vectors
 def _gate_forward(
     image_T: Tensor | None, x: Tensor, branch: Tensor, bias: Tensor | None, gate: Tensor
 ) -> tuple[Tensor, ...]:
-    (gate,) = _at(image_T, gate)
+    (gate,) = at(image_T, gate)
     return (torch.addcmul(x, biased(branch, bias), gate),)
 
 
-@_with_vectors
+@with_vectors
 def _gate_backward(image_T: Tensor | None, grad: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
-    (gate,) = _at(image_T, gate)
+    (gate,) = at(image_T, gate)
     return grad * gate, grad * branch
 
 
-@_with_vectors
+@with_vectors
 def _gate_modulate_forward(
     image_T: Tensor | None,
     x: Tensor,
@@ -178,12 +129,12 @@ def _gate_modulate_forward(
     scale: Tensor,
     rms: bool,
 ) -> tuple[Tensor, ...]:
-    gate, shift, scale = _at(image_T, gate, shift, scale)
+    gate, shift, scale = at(image_T, gate, shift, scale)
     x = torch.addcmul(x, biased(branch, bias), gate)
     return x, *_norm(x, shift, scale, rms)
 
 
-@_with_vectors
+@with_vectors
 def _gate_modulate_backward(
     image_T: Tensor | None,
     grad: Tensor,
@@ -196,7 +147,7 @@ def _gate_modulate_backward(
     gate: Tensor,
     rms: bool,
 ) -> tuple[Tensor, ...]:
-    scale, gate = _at(image_T, scale, gate)
+    scale, gate = at(image_T, scale, gate)
     grad_x, by_normed = _norm_backward(grad, grad_x, x, mean, rstd, scale, rms)
     return grad_x, by_normed, grad_x * gate, grad_x * branch
 
@@ -263,11 +214,6 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     signed = torch.where(torch.arange(2, device=sin.device)[:, None] == 0, -sin, sin)
     return torch.addcmul(pairs * cos, pairs.flip(-2), signed).flatten(-2)
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """In fp32, or in fp64 if it is so."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _layer_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -435,8 +381,4 @@ class _SwiGLU(torch.autograd.Function):
         kept = ctx.saved_tensors
         _, g_bias, _, u_bias = kept
         grad_g, grad_u = _swiglu_backward(grad, *kept)
-        return grad_g, _bias_gradient(grad_g, g_bias), grad_u, _bias_gradient(grad_u, u_bias)
-
-
-def _bias_gradient(grad: Tensor, bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else grad.sum(0)
+        return grad_g, bias_gradient(grad_g, g_bias), grad_u, bias_gradient(grad_u, u_bias)

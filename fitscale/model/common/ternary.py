@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fitscale.model.common.fused import at_least_fp32
+from fitscale.model.common.regions import at_least_fp32
 from fitscale.parallel.layers import ColumnLinear, RowLinear, split_of, tp_size, tp_sum
 
 GAMMA_EPS = 1e-6

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fitscale.model.common.compiler import formula
-from fitscale.model.common.fused import at_least_fp32, turn
+from fitscale.model.common.fused import turn
+from fitscale.model.common.regions import at_least_fp32
 from fitscale.model.common.rope import Rope
 from fitscale.parallel.layers import gather_tp
 

@@ -13,17 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fitscale.model.common.compiler import formula
-from fitscale.model.common.fused import (
-    Biased,
-    _at,
-    _bias_gradient,
-    _ready,
-    _with_vectors,
-    at_least_fp32,
-    biased,
-    sum_per_image,
-)
 from fitscale.model.common.layout import Segments
+from fitscale.model.common.regions import (
+    Biased,
+    at,
+    at_least_fp32,
+    bias_gradient,
+    biased,
+    ready,
+    sum_per_image,
+    with_vectors,
+)
 
 RMS_EPS = 1e-8  # outside the root
 LAYER_EPS = 1e-5
@@ -37,7 +37,7 @@ def scaled_rms(x_TD: Tensor, scale_SD: Tensor, segments: Segments) -> Tensor:
 
 def add_scaled_rms(x_TD: Tensor, branch: Biased, scale_SD: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """x + branch, and `scaled_rms` of it. Who goes on with the sum takes it from here: its gradient is added here."""
-    return _AddScaledRms.apply(x_TD, *_ready(branch), scale_SD, segments)
+    return _AddScaledRms.apply(x_TD, *ready(branch), scale_SD, segments)
 
 
 def scaled_layer_norm(x_TD: Tensor, scale_SD: Tensor, shift_SD: Tensor, segments: Segments) -> Tensor:
@@ -47,7 +47,7 @@ def scaled_layer_norm(x_TD: Tensor, scale_SD: Tensor, shift_SD: Tensor, segments
 
 def geglu(gate_TM: Biased, up_TM: Biased) -> Tensor:
     """GELU(gate) * up; exact GELU."""
-    return _GeGLU.apply(*_ready(gate_TM), *_ready(up_TM))
+    return _GeGLU.apply(*ready(gate_TM), *ready(up_TM))
 
 
 def joined_linear(parts_TD: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
@@ -90,33 +90,33 @@ def _rms_gradients(grad: Tensor, x: Tensor, root: Tensor, scale: Tensor) -> tupl
     return through * inverse - x * by_root, grad * x * inverse
 
 
-@_with_vectors
+@with_vectors
 def _rms_forward(image_T: Tensor | None, x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-    (scale,) = _at(image_T, scale)
+    (scale,) = at(image_T, scale)
     return _rms(x, scale)
 
 
-@_with_vectors
+@with_vectors
 def _rms_backward(image_T: Tensor | None, grad: Tensor, x: Tensor, root: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-    (scale,) = _at(image_T, scale)
+    (scale,) = at(image_T, scale)
     grad_x, by_scale = _rms_gradients(grad, x, root, scale)
     return grad_x.to(x.dtype), by_scale
 
 
-@_with_vectors
+@with_vectors
 def _add_rms_forward(
     image_T: Tensor | None, x: Tensor, branch: Tensor, bias: Tensor | None, scale: Tensor
 ) -> tuple[Tensor, ...]:
-    (scale,) = _at(image_T, scale)
+    (scale,) = at(image_T, scale)
     x = x + biased(branch, bias)
     return x, *_rms(x, scale)
 
 
-@_with_vectors
+@with_vectors
 def _add_rms_backward(
     image_T: Tensor | None, grad: Tensor, grad_x: Tensor, x: Tensor, root: Tensor, scale: Tensor
 ) -> tuple[Tensor, ...]:
-    (scale,) = _at(image_T, scale)
+    (scale,) = at(image_T, scale)
     through, by_scale = _rms_gradients(grad, x, root, scale)
     return (through + grad_x).to(x.dtype), by_scale
 
@@ -134,27 +134,27 @@ def _geglu_backward(
     return torch.ops.aten.gelu_backward(grad * u, g), grad * F.gelu(g)
 
 
-@_with_vectors
+@with_vectors
 def _slice_forward(
     image_T: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, ...]:
     """Normed by the statistics of what it is a slice of, scaled and shifted."""
-    scale, shift = _at(image_T, scale, shift)
+    scale, shift = at(image_T, scale, shift)
     return (((at_least_fp32(x) - mean) * rstd * scale + shift).to(x.dtype),)
 
 
-@_with_vectors
+@with_vectors
 def _slice_sums(
     image_T: Tensor | None, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor
 ) -> tuple[Tensor, ...]:
     """Sums over the slice that the gradient of the whole needs, and the scale's gradient before it is summed."""
-    (scale,) = _at(image_T, scale)
+    (scale,) = at(image_T, scale)
     normed, grad = (at_least_fp32(x) - mean) * rstd, at_least_fp32(grad)
     by_scale = grad * normed
     return (grad * scale).sum(-1, keepdim=True), (by_scale * scale).sum(-1, keepdim=True), by_scale
 
 
-@_with_vectors
+@with_vectors
 def _slice_backward(
     image_T: Tensor | None,
     grad: Tensor,
@@ -165,7 +165,7 @@ def _slice_backward(
     by_spread: Tensor,
     scale: Tensor,
 ) -> tuple[Tensor, ...]:
-    (scale,) = _at(image_T, scale)
+    (scale,) = at(image_T, scale)
     normed = (at_least_fp32(x) - mean) * rstd
     return ((rstd * (at_least_fp32(grad) * scale - by_mean - normed * by_spread)).to(x.dtype),)
 
@@ -216,7 +216,7 @@ class _GeGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         kept = ctx.saved_tensors
         grad_g, grad_u = _geglu_backward(grad, *kept)
-        return grad_g, _bias_gradient(grad_g, kept[1]), grad_u, _bias_gradient(grad_u, kept[3])
+        return grad_g, bias_gradient(grad_g, kept[1]), grad_u, bias_gradient(grad_u, kept[3])
 
 
 class _ScaledLayerNorm(torch.autograd.Function):

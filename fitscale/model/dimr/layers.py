@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fitscale.config.errors import UserError
-from fitscale.model.common.fused import at_least_fp32
+from fitscale.model.common.regions import at_least_fp32
 from fitscale.model.dimr.config import DimrConfig
 from fitscale.model.dimr.grids import Grids
 

@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fitscale.config.schema import ParallelConfig
 from fitscale.model.common.attention import packed_attention
-from fitscale.model.common.fused import Biased, at_least_fp32, biased
 from fitscale.model.common.layout import PackLayout, Segments
+from fitscale.model.common.regions import Biased, at_least_fp32, biased
 from fitscale.model.dimr.config import PIXELS, DimrConfig
 from fitscale.model.dimr.fused import (
     add_scaled_rms,

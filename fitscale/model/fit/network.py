@@ -19,17 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from fitscale.config.schema import ParallelConfig
 from fitscale.model.common.attention import packed_attention
 from fitscale.model.common.embedders import ClassEmbedder, TimeEmbedder, TokenEmbedder
-from fitscale.model.common.fused import (
-    RMS_EPS,
-    Biased,
-    at_least_fp32,
-    gate,
-    gate_modulate,
-    modulate,
-    swiglu,
-    turned_heads,
-)
+from fitscale.model.common.fused import RMS_EPS, gate, gate_modulate, modulate, swiglu, turned_heads
 from fitscale.model.common.layout import PackLayout
+from fitscale.model.common.regions import Biased, at_least_fp32
 from fitscale.model.common.rope import Rope, pack_rope
 from fitscale.model.common.ternary import linears
 from fitscale.model.fit.config import TIME_CHANNELS, FitConfig

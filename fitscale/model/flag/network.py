@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from fitscale.config.schema import ParallelConfig
 from fitscale.model.common.attention import packed_attention
 from fitscale.model.common.embedders import ClassEmbedder, TimeEmbedder
-from fitscale.model.common.fused import RMS_EPS, Biased, at_least_fp32, gate, gate_modulate, modulate, swiglu
+from fitscale.model.common.fused import RMS_EPS, gate, gate_modulate, modulate, swiglu
 from fitscale.model.common.layout import PackLayout
+from fitscale.model.common.regions import Biased, at_least_fp32
 from fitscale.model.common.rope import Rope, pack_rope
 from fitscale.model.common.ternary import linears
 from fitscale.model.common.wide_heads import wide_turned_heads
