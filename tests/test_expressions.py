@@ -48,6 +48,13 @@ def test_conditions(text, expected):
     assert list(truth_of(text, CELLS, "t.csv", "where")) == expected
 
 
+def test_sums_of_many_terms_are_computed_and_deeper_trees_refused():
+    rows = pd.DataFrame({"N": [1.0, 2.0]})
+    assert numbers_of("+".join(["N"] * 40), rows, "table.csv", "images").tolist() == [40.0, 80.0]
+    with pytest.raises(UserError, match="images: .* is nested more than 50 levels deep"):
+        numbers_of("+".join(["N"] * 60), rows, "table.csv", "images")
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -77,7 +84,10 @@ def test_what_is_no_number_is_one_message(text):
         numbers_of(text, CELLS, "t.csv", "images")
     said = str(refused.value)
     assert said.startswith("t.csv: ") and "\n" not in said and len(said) < 700
-    assert any(what in said for what in (VALID, "it has: C, N", "is not a number", "cannot be computed", "longer than"))
+    assert any(
+        what in said
+        for what in (VALID, "it has: C, N", "is not a number", "cannot be computed", "longer than", "levels deep")
+    )
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from fitscale.scaling.rows.refusals import listed, shown
 from fitscale.scaling.rows.table import numbers, refuse
 
 LONGEST = 500  # characters; deeper trees than fit into them would stop the parser
+DEEPEST = 50  # levels of the tree; pandas takes several calls for each
 FUNCTIONS = ("abs", "sqrt", "exp", "log", "log10", "floor", "ceil")
 VALID = (
     "columns (`like this` where the name is no word), numbers, 'texts', + - * / // % **, == != < <= > >=, "
@@ -70,9 +71,15 @@ class _Reader:
             raise self._error(f"is longer than {LONGEST} characters")
         try:
             with warnings.catch_warnings(action="ignore"):  # of the parser, about style
-                return ast.parse(QUOTED.sub(self._stand_in, self.text).strip(), mode="eval").body
+                tree = ast.parse(QUOTED.sub(self._stand_in, self.text).strip(), mode="eval").body
         except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
             raise self._error(f"is neither a column nor an expression; valid: {VALID}") from error
+        level: list[ast.AST] = [tree]
+        for _ in range(DEEPEST):
+            level = [part for node in level for part in ast.iter_child_nodes(node)]
+        if level:
+            raise self._error(f"is nested more than {DEEPEST} levels deep; compute a column of its own first")
+        return tree
 
     def number(self, node: ast.expr) -> ast.expr:
         """`node` with its parts rewritten, if it makes numbers."""
@@ -113,7 +120,7 @@ class _Reader:
                     local_dict=self.variables,
                     global_dict={},
                 )
-        except (ArithmeticError, TypeError, ValueError, NotImplementedError, RecursionError) as error:
+        except (ArithmeticError, TypeError, ValueError, NotImplementedError) as error:
             raise self._error(f"cannot be computed ({shown(str(error))})") from error
         return found if isinstance(found, pd.Series) else pd.Series(found, self.source.index)
 
