@@ -51,7 +51,7 @@ def test_conditions(text, expected):
 def test_sums_of_many_terms_are_computed_and_deeper_trees_refused():
     rows = pd.DataFrame({"N": [1.0, 2.0]})
     assert numbers_of("+".join(["N"] * 40), rows, "table.csv", "images").tolist() == [40.0, 80.0]
-    with pytest.raises(UserError, match="images: .* is nested more than 50 levels deep"):
+    with pytest.raises(UserError, match=r"images: .* is nested more than 50 levels deep"):
         numbers_of("+".join(["N"] * 60), rows, "table.csv", "images")
 
 
