@@ -2,23 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fitscale.config.schema import FlowConfig, GuidanceConfig, ParallelConfig
+from fitscale.config.schema import FlowConfig, GuidanceConfig
 from fitscale.flow.guidance import Guided
 from fitscale.flow.loss import Inputs, make_objective
 from fitscale.flow.pack import PackShape, starts
-from fitscale.model.backbone import parameter_table
-from fitscale.model.build import build_network
 from fitscale.model.common.layout import pack_layout
 from fitscale.model.flag.config import FlagConfig
-from fitscale.model.weights import from_published
+from tests.reference import FOLDER, ReferenceFile
 
-FOLDER = Path(__file__).parent / "data" / "reference"
 TINY = {"depth": 3, "hidden_size": 64, "num_heads": 4, "num_classes": 10, "mlp_multiple": 32}
 CONFIGS = {
     "flag_dit_tiny": FlagConfig(family="flag_dit", **TINY),
@@ -53,23 +49,8 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class FlagReference:
-    """One file: its tensors by name, and the model that belongs to it."""
-
-    config: FlagConfig
-    tensors: dict[str, Tensor]
-
-    def group(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors named `prefix.*`, without the prefix, in this project's row order."""
-        chosen = {k.removeprefix(prefix + "."): v for k, v in self.tensors.items() if k.startswith(prefix + ".")}
-        table = {entry.name: entry for entry in parameter_table(self.config)}
-        return {name: from_published(table[name], tensor) for name, tensor in chosen.items()}
-
-    def model(self, parallel: ParallelConfig | None = None) -> nn.Module:
-        """The network with the reference's parameters, at a tensor-parallel size of 1."""
-        model = build_network(self.config, parallel or ParallelConfig())
-        model.load_state_dict(self.group("param"))
-        return model
+class FlagReference(ReferenceFile):
+    """One of Flag-DiT's or TerDiT's."""
 
     def pack(self, sizes: Sequence[str]) -> tuple[Tensor, Tensor, PackShape]:
         """x_t, times and the pack of all images of `sizes`."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -30,15 +31,11 @@ CONFIGS = {
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceFile:
     """One file: its tensors by name, and the model that belongs to it."""
 
-    config: FitConfig
+    config: Any
     tensors: dict[str, Tensor]
-
-    @property
-    def images(self) -> list[int]:
-        return list(range(len(self.tensors["size"])))
 
     def group(self, prefix: str) -> dict[str, Tensor]:
         """The tensors named `prefix.*`, without the prefix, in this project's row order."""
@@ -51,6 +48,15 @@ class Reference:
         model = build_network(self.config, parallel or ParallelConfig())
         model.load_state_dict(self.group("param"))
         return model
+
+
+@dataclass(frozen=True)
+class Reference(ReferenceFile):
+    """One of FiT's."""
+
+    @property
+    def images(self) -> list[int]:
+        return list(range(len(self.tensors["size"])))
 
     def tokens(self, name: str, images: list[int]) -> Tensor:
         """The true tokens of `images`, one image after the other: (T, C)."""

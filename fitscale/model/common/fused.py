@@ -61,7 +61,12 @@ def gate_modulate(
 
 def swiglu(gate_TM: Biased, up_TM: Biased) -> Tensor:
     """SiLU(gate) * up."""
-    return _SwiGLU.apply(*ready(gate_TM), *ready(up_TM))
+    return _Gated.apply(False, *ready(gate_TM), *ready(up_TM))
+
+
+def geglu(gate_TM: Biased, up_TM: Biased) -> Tensor:
+    """GELU(gate) * up; exact GELU."""
+    return _Gated.apply(True, *ready(gate_TM), *ready(up_TM))
 
 
 def turned_heads(
@@ -158,15 +163,17 @@ def _gate_and_bias(gate: Tensor, grad_gate: Tensor, sums: Tensor, bias: Tensor) 
 
 
 @formula
-def _swiglu_forward(g: Tensor, g_bias: Tensor | None, u: Tensor, u_bias: Tensor | None) -> Tensor:
-    return F.silu(biased(g, g_bias)) * biased(u, u_bias)
+def _gated_forward(gelu: bool, g: Tensor, g_bias: Tensor | None, u: Tensor, u_bias: Tensor | None) -> Tensor:
+    return (F.gelu if gelu else F.silu)(biased(g, g_bias)) * biased(u, u_bias)
 
 
 @formula
-def _swiglu_backward(
-    grad: Tensor, g: Tensor, g_bias: Tensor | None, u: Tensor, u_bias: Tensor | None
+def _gated_backward(
+    gelu: bool, grad: Tensor, g: Tensor, g_bias: Tensor | None, u: Tensor, u_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     g, u = biased(g, g_bias), biased(u, u_bias)
+    if gelu:
+        return torch.ops.aten.gelu_backward(grad * u, g), grad * F.gelu(g)
     return torch.ops.aten.silu_backward(grad * u, g), grad * F.silu(g)
 
 
@@ -370,15 +377,16 @@ class _TurnedHeads(torch.autograd.Function):
         return grad, of_bias, None, None, *of_weights, None
 
 
-class _SwiGLU(torch.autograd.Function):
+class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, gelu: bool, *inputs: Tensor | None) -> Tensor:
         ctx.save_for_backward(*inputs)
-        return _swiglu_forward(*inputs)
+        ctx.gelu = gelu
+        return _gated_forward(gelu, *inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         kept = ctx.saved_tensors
         _, g_bias, _, u_bias = kept
-        grad_g, grad_u = _swiglu_backward(grad, *kept)
-        return grad_g, bias_gradient(grad_g, g_bias), grad_u, bias_gradient(grad_u, u_bias)
+        grad_g, grad_u = _gated_backward(ctx.gelu, grad, *kept)
+        return None, grad_g, bias_gradient(grad_g, g_bias), grad_u, bias_gradient(grad_u, u_bias)

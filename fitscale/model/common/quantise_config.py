@@ -1,5 +1,6 @@
 """`model.quantise`, for the configs of the backbones whose large linears may be ternary (`ternary`). No torch."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -11,7 +12,7 @@ ROWS_IN_A_BYTE = 4
 
 
 @dataclass(frozen=True)
-class QuantisedConfig(ModelConfig):
+class QuantisedConfig(ModelConfig, ABC):
     """A config with ternary linears as an option; `packed_widths` are numbers of rows that a byte's must divide."""
 
     quantise: str = one_of("none", "ternary", "packed")  # the blocks' linears: `model.common.ternary`
@@ -34,8 +35,9 @@ class QuantisedConfig(ModelConfig):
         return f"{self.family}-ternary" if self.is_ternary else self.family
 
     @property
+    @abstractmethod
     def mlp_hidden_size(self) -> int:
-        raise NotImplementedError
+        """Width of the blocks' MLPs."""
 
     @property
     def packed_widths(self) -> dict[str, int]:

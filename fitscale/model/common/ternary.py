@@ -16,7 +16,7 @@ parallelism cuts the bytes in one piece; published, rows r, r + out/4, r + out/2
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,26 +67,23 @@ def effective_weight(layer: nn.Module) -> Tensor:
     return _Ternary.apply(weight, alphas, split_of(weight) is not None)
 
 
-class TernaryColumnLinear(ColumnLinear):
-    def __init__(
-        self, in_features: int, out_features: int, sequence_parallel: bool, bias: bool = True, packed: bool = False
-    ) -> None:
-        super().__init__(in_features, out_features, sequence_parallel, bias)
-        _make_ternary(self, packed)
+class _TernaryParallel:
+    """Before a linear layer of megatron-core's: applies what its ternary weight stands for."""
+
+    def __init__(self, *arguments: Any, packed: bool = False, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        _make_ternary(cast(nn.Module, self), packed)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **settings: Any) -> Tensor:
-        return super()._forward_impl(input, effective_weight(self), **settings)
+        return super()._forward_impl(input, effective_weight(cast(nn.Module, self)), **settings)  # type: ignore[misc]
 
 
-class TernaryRowLinear(RowLinear):
-    def __init__(
-        self, in_features: int, out_features: int, sequence_parallel: bool, bias: bool = True, packed: bool = False
-    ) -> None:
-        super().__init__(in_features, out_features, sequence_parallel, bias)
-        _make_ternary(self, packed)
+class TernaryColumnLinear(_TernaryParallel, ColumnLinear):
+    """Output features are split over the tensor-parallel ranks."""
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, **settings: Any) -> Tensor:
-        return super()._forward_impl(input, effective_weight(self), **settings)
+
+class TernaryRowLinear(_TernaryParallel, RowLinear):
+    """Input features are split over the tensor-parallel ranks."""
 
 
 class TernaryLinear(nn.Linear):

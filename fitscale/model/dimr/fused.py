@@ -12,13 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fitscale.model.common.compiler import formula
 from fitscale.model.common.layout import Segments
 from fitscale.model.common.regions import (
     Biased,
     at,
     at_least_fp32,
-    bias_gradient,
     biased,
     ready,
     sum_per_image,
@@ -43,11 +41,6 @@ def add_scaled_rms(x_TD: Tensor, branch: Biased, scale_SD: Tensor, segments: Seg
 def scaled_layer_norm(x_TD: Tensor, scale_SD: Tensor, shift_SD: Tensor, segments: Segments) -> Tensor:
     """LayerNorm(x) * scale + shift."""
     return _ScaledLayerNorm.apply(x_TD, scale_SD, shift_SD, segments)
-
-
-def geglu(gate_TM: Biased, up_TM: Biased) -> Tensor:
-    """GELU(gate) * up; exact GELU."""
-    return _GeGLU.apply(*ready(gate_TM), *ready(up_TM))
 
 
 def joined_linear(parts_TD: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
@@ -121,19 +114,6 @@ def _add_rms_backward(
     return (through + grad_x).to(x.dtype), by_scale
 
 
-@formula
-def _geglu_forward(g: Tensor, g_bias: Tensor | None, u: Tensor, u_bias: Tensor | None) -> Tensor:
-    return F.gelu(biased(g, g_bias)) * biased(u, u_bias)
-
-
-@formula
-def _geglu_backward(
-    grad: Tensor, g: Tensor, g_bias: Tensor | None, u: Tensor, u_bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    g, u = biased(g, g_bias), biased(u, u_bias)
-    return torch.ops.aten.gelu_backward(grad * u, g), grad * F.gelu(g)
-
-
 @with_vectors
 def _slice_forward(
     image_T: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, shift: Tensor
@@ -204,19 +184,6 @@ class _AddScaledRms(torch.autograd.Function):
         grad_x, by_scale = _add_rms_backward(ctx.segments, [grad, grad_x, x, root], [scale])
         of_bias = grad_x.sum(0) if ctx.has_bias else None
         return grad_x, grad_x, of_bias, sum_per_image(by_scale, ctx.segments), None
-
-
-class _GeGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*inputs)
-        return _geglu_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        kept = ctx.saved_tensors
-        grad_g, grad_u = _geglu_backward(grad, *kept)
-        return grad_g, bias_gradient(grad_g, kept[1]), grad_u, bias_gradient(grad_u, kept[3])
 
 
 class _ScaledLayerNorm(torch.autograd.Function):

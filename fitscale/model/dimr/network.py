@@ -20,16 +20,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fitscale.config.schema import ParallelConfig
 from fitscale.model.common.attention import packed_attention
+from fitscale.model.common.fused import geglu
 from fitscale.model.common.layout import PackLayout, Segments
+from fitscale.model.common.recompute import run_block
 from fitscale.model.common.regions import Biased, at_least_fp32, biased
 from fitscale.model.dimr.config import PIXELS, DimrConfig
 from fitscale.model.dimr.fused import (
     add_scaled_rms,
-    geglu,
     joined_layer_norm_linear,
     joined_linear,
     scaled_layer_norm,
@@ -144,10 +144,7 @@ def chain(blocks: nn.ModuleList, skips: nn.ModuleList, x_RD: Tensor, pack: Pack,
     states = [x_RD]
     for index in range(len(blocks)):
         inputs = (index, states[-1], states[len(blocks) - index] if index > len(skips) else None)
-        if checkpoint_every and index % checkpoint_every == 0 and torch.is_grad_enabled():
-            states.append(checkpoint(step, *inputs, use_reentrant=False, preserve_rng_state=False))
-        else:
-            states.append(step(*inputs))
+        states.append(run_block(step, index, checkpoint_every, *inputs))
     return states
 
 

@@ -14,13 +14,13 @@ Shapes: T tokens of the pack, S images, D hidden size, C numbers in a token, K h
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fitscale.config.schema import ParallelConfig
 from fitscale.model.common.attention import packed_attention
 from fitscale.model.common.embedders import ClassEmbedder, TimeEmbedder, TokenEmbedder
 from fitscale.model.common.fused import RMS_EPS, gate, gate_modulate, modulate, swiglu, turned_heads
 from fitscale.model.common.layout import PackLayout
+from fitscale.model.common.recompute import run_block
 from fitscale.model.common.regions import Biased, at_least_fp32
 from fitscale.model.common.rope import Rope, pack_rope
 from fitscale.model.common.ternary import linears
@@ -66,11 +66,7 @@ class FiT(nn.Module):
         shared_S6D = None if self.global_adaLN_modulation is None else self.global_adaLN_modulation(c_SD)
         every = self.parallel.activation_checkpoint_every
         for index, block in enumerate(self.blocks):
-            inputs = (x_TD, c_SD, shared_S6D, layout, rope)
-            if every and index % every == 0 and torch.is_grad_enabled():
-                x_TD = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_TD = block(*inputs)
+            x_TD = run_block(block, index, every, x_TD, c_SD, shared_S6D, layout, rope)
         return x_TD
 
 

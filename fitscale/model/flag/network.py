@@ -14,13 +14,13 @@ this rank, K head dimension.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fitscale.config.schema import ParallelConfig
 from fitscale.model.common.attention import packed_attention
 from fitscale.model.common.embedders import ClassEmbedder, TimeEmbedder
 from fitscale.model.common.fused import RMS_EPS, gate, gate_modulate, modulate, swiglu
 from fitscale.model.common.layout import PackLayout
+from fitscale.model.common.recompute import run_block
 from fitscale.model.common.regions import Biased, at_least_fp32
 from fitscale.model.common.rope import Rope, pack_rope
 from fitscale.model.common.ternary import linears
@@ -67,11 +67,7 @@ class FlagDiT(nn.Module):
     def _blocks(self, x_TD: Tensor, c_SW: Tensor, layout: PackLayout, rope: Rope) -> Tensor:
         every = self.parallel.activation_checkpoint_every
         for index, block in enumerate(self.layers):
-            inputs = (x_TD, c_SW, layout, rope)
-            if every and index % every == 0 and torch.is_grad_enabled():
-                x_TD = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_TD = block(*inputs)
+            x_TD = run_block(block, index, every, x_TD, c_SW, layout, rope)
         return x_TD
 
 
