@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,17 @@ def digits_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, ROOT / "tools" / "make_shards.py", "digits", folder]
     subprocess.run(command, check=True, cwd=ROOT)
     return folder
+
+
+@pytest.fixture(params=["eager", "compiled"])
+def mode(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How the fused regions run."""
+    import torch
+
+    from fitscale.model.common.compiler import lacks_for_compiling, use_compiler
+
+    if request.param == "compiled" and lacks_for_compiling(torch.device("cpu")):
+        pytest.skip("needs a C++ compiler and Python's headers")
+    use_compiler(request.param == "compiled")
+    yield request.param
+    use_compiler(False)

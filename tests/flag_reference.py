@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fitscale.config.schema import FlowConfig, GuidanceConfig
+from fitscale.config.schema import FlowConfig
+from fitscale.config.schema_sampling import GuidanceConfig
 from fitscale.flow.guidance import Guided
 from fitscale.flow.loss import Inputs, make_objective
 from fitscale.flow.pack import PackShape, starts

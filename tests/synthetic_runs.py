@@ -9,14 +9,8 @@ import pandas as pd
 
 from fitscale.config.files import append_jsonl, write_atomic
 from fitscale.config.load import to_yaml
-from fitscale.config.schema import (
-    BatchConfig,
-    Config,
-    EvaluationConfig,
-    GuidanceConfig,
-    RunConfig,
-    SamplingConfig,
-)
+from fitscale.config.schema import BatchConfig, Config, EvaluationConfig, RunConfig
+from fitscale.config.schema_sampling import GuidanceConfig, SamplingConfig
 from fitscale.model import flops
 from fitscale.model.fit.config import FitConfig
 from fitscale.run.layout import RunDir

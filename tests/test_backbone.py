@@ -24,7 +24,7 @@ from fitscale.plan.memory import rank_memory
 from fitscale.run.layout import RunDir
 from tests import learned_dit  # registers it, in the processes that import this file too
 from tests.conftest import ROOT
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import run_ranks, train_here
 from tests.programs import run_tool
 from tests.shard_sets import indexed_set
 
@@ -48,12 +48,6 @@ def tiny(run_dir: Path, shards: Path, *overrides: str) -> Config:
     settings += ("evaluation.points=1", "evaluation.validation_images=4", "checkpoint.every_steps=2")
     settings += ("model.in_channels=3", "model.num_classes=7", "sampling.steps=3")
     return load_config([str(YAML), *settings, f"run.dir={run_dir}", f"data.shards={shards}", *overrides])
-
-
-def train_here(config: Config) -> None:
-    from fitscale.train.trainer import train
-
-    train(config)
 
 
 def call(*arguments: object) -> None:

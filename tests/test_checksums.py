@@ -22,8 +22,8 @@ from fitscale.config.schema import Config
 from fitscale.model.weights import list_tensors
 from fitscale.run.layout import RunDir
 from tests.conftest import ROOT
-from tests.distributed.spawn import run_ranks
-from tests.test_train import train_and_fail, train_here, weights_of
+from tests.distributed.spawn import run_ranks, train_here
+from tests.test_train import train_and_fail, weights_of
 from tests.tiny import tiny_config
 
 STEPS = 6

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
-from fitscale.config.schema import FlowConfig, GuidanceConfig, ParallelConfig, SamplingConfig
+from fitscale.config.schema import FlowConfig, ParallelConfig
+from fitscale.config.schema_sampling import GuidanceConfig, SamplingConfig
 from fitscale.flow.dpm_solver import orders
 from fitscale.flow.guidance import Guided
 from fitscale.flow.loss import make_objective

@@ -16,7 +16,7 @@ from fitscale.plan.memory import activation_bytes, block_count
 from fitscale.plan.traffic import step_traffic
 from fitscale.run.layout import RunDir
 from tests.conftest import ROOT
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import main_here, run_ranks, train_here
 from tests.distributed.test_plan_memory import saved_bytes
 from tests.programs import run_tool
 from tests.shard_sets import indexed_set
@@ -43,12 +43,6 @@ def tiny(run_dir: Path, shards: Path, *overrides: str) -> Config:
     return load_config([*files, *settings, f"run.dir={run_dir}", f"data.shards={shards}", *overrides])
 
 
-def train_here(config: Config) -> None:
-    from fitscale.train.trainer import train
-
-    train(config)
-
-
 def train_with_all_partitioned(config: Config) -> None:
     """Under ZeRO-3, DeepSpeed leaves small tensors whole: here none, so that each is fetched when its module runs."""
     from fitscale.parallel import zero
@@ -63,12 +57,6 @@ def train_with_all_partitioned(config: Config) -> None:
 
     zero._engine_config = without_exception
     train(config)
-
-
-def call(*arguments: object) -> None:
-    from fitscale.cli import main
-
-    assert main([str(argument) for argument in arguments]) == 0
 
 
 def column(run_dir: Path, key: str) -> torch.Tensor:
@@ -147,11 +135,11 @@ def test_what_is_spared_does_not_decay(tmp_path, shards, start):
 
 
 def test_it_is_evaluated_sampled_exported_and_imported(tmp_path, shards, trained):
-    run_ranks(call, 1, "evaluate", trained)
+    run_ranks(main_here, 1, "evaluate", trained)
     (row,) = read_jsonl(RunDir(trained).evaluations)
     assert row["metric"] == "validation_loss" and 0 < row["value"] < 10 and row["key"]["objective"] == "scaled_linear"
     size = ("--height", 8, "--width", 4, "--count", 2)
-    run_ranks(call, 1, "sample", trained, *size, "--guidance", 1.4, "--out", tmp_path / "out")
+    run_ranks(main_here, 1, "sample", trained, *size, "--guidance", 1.4, "--out", tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*_class*.png"))) == 2
     exported = tmp_path / "exported.safetensors"
     assert run_tool("convert_checkpoint", trained, exported, "--weights", "raw").returncode == 0

@@ -8,7 +8,8 @@ import torch
 
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config, to_yaml
-from fitscale.config.schema import GuidanceConfig, ParallelConfig, SamplingConfig
+from fitscale.config.schema import ParallelConfig
+from fitscale.config.schema_sampling import GuidanceConfig, SamplingConfig
 from fitscale.eval.checkpoints import load_networks
 from fitscale.eval.draw import Networks, draw_pack, packs
 from fitscale.eval.requests import Request

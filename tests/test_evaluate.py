@@ -18,8 +18,7 @@ from fitscale.prepare.digits import write_digits
 from fitscale.run.layout import RunDir
 from fitscale.run.progress import progress
 from tests.conftest import ROOT
-from tests.distributed.spawn import run_ranks
-from tests.test_train import train_here
+from tests.distributed.spawn import main_here, run_ranks, train_here
 from tests.tiny import tiny_config
 
 # Of a network that recognises digits; 40 images are too few for fd_infinity.
@@ -27,18 +26,10 @@ METRICS = ["validation_loss", "fd", "sfid", "kid", "precision", "recall", "densi
 METRICS += ["inception_score", "recognised"]
 
 
-def call(*arguments: object) -> None:
-    """In a spawned process, which has torch imported: the program's main; raises unless it returns 0."""
-    from fitscale.cli import main
-
-    code = main([str(argument) for argument in arguments])
-    assert code == 0, f"exit code {code}"
-
-
 def told_by(*arguments: object) -> str:
-    """In a spawned process: what `call` prints."""
+    """In a spawned process: what `main_here` prints."""
     with redirect_stdout(io.StringIO()) as out:
-        call(*arguments)
+        main_here(*arguments)
     return out.getvalue()
 
 
@@ -91,7 +82,7 @@ def test_the_same_classifier_has_the_same_bytes(tmp_path):
 
 
 def test_evaluate_measures_once_and_says_under_what_circumstances(run):
-    run_ranks(call, 1, "evaluate", run.path)
+    run_ranks(main_here, 1, "evaluate", run.path)
     rows = read_jsonl(run.evaluations)
     assert [(row["step"], row["metric"]) for row in rows] == [(step, metric) for step in (10, 30) for metric in METRICS]
     assert {path.name for path in run.samples.glob("evaluated_*/*")} == {"step-00000010.png", "step-00000030.png"}
@@ -105,7 +96,7 @@ def test_evaluate_measures_once_and_says_under_what_circumstances(run):
     (told,) = run_ranks(told_by, 1, "evaluate", run.path)
     assert run.evaluations.read_bytes() == before
     assert "--force measures it again" in told
-    run_ranks(call, 1, "evaluate", run.path, "--step", 30, "--guidance", 2)
+    run_ranks(main_here, 1, "evaluate", run.path, "--step", 30, "--guidance", 2)
     added = read_jsonl(run.evaluations)[len(rows) :]
     assert [row["metric"] for row in added] == METRICS[1:]
     assert {row["key"]["guidance"] for row in added} == {2.0}
@@ -115,12 +106,12 @@ def test_what_its_own_config_asks_for_finishes_a_run_and_nothing_else(run):
     config = load_config([str(run.config)])
     run.evaluations.rename(run.path / "before.jsonl")
     try:
-        run_ranks(call, 1, "evaluate", run.path, "--samples", 8)
-        run_ranks(call, 1, "evaluate", run.path, "--step", 30, "--weights", "raw")
+        run_ranks(main_here, 1, "evaluate", run.path, "--samples", 8)
+        run_ranks(main_here, 1, "evaluate", run.path, "--step", 30, "--weights", "raw")
         assert progress(config, run).pending == [10, 30]
-        run_ranks(call, 1, "evaluate", run.path, "--step", 10)
+        run_ranks(main_here, 1, "evaluate", run.path, "--step", 10)
         assert progress(config, run).pending == [30]
-        run_ranks(call, 1, "evaluate", run.path, "--step", 30)
+        run_ranks(main_here, 1, "evaluate", run.path, "--step", 30)
         assert progress(config, run).finished
     finally:
         (run.path / "before.jsonl").rename(run.evaluations)
@@ -137,14 +128,14 @@ def test_validation_loss_is_reproduced_to_the_bit(run):
 
 
 def evaluate_again(path):
-    call("evaluate", path, "--step", 10, "--force", "--samples", 8)
+    main_here("evaluate", path, "--step", 10, "--force", "--samples", 8)
     return read_jsonl(RunDir(path).evaluations)[-len(METRICS) :]
 
 
 def test_sample_writes_images_a_sheet_and_an_npz(run, tmp_path):
     out = tmp_path / "out"
     sample = ("sample", run.path, "--height", 9, "--width", 6, "--count", 5, "--classes", "3,4", "--out", out)
-    run_ranks(call, 1, *sample, "--rope", "ntk-aware", "--decouple", "--guidance", 1.5, "--power", 2)
+    run_ranks(main_here, 1, *sample, "--rope", "ntk-aware", "--decouple", "--guidance", 1.5, "--power", 2)
     names = sorted(path.name for path in out.iterdir())
     assert names[:2] == ["000000_class3.png", "000001_class4.png"] and "contact_sheet.png" in names
     with np.load(out / "samples.npz") as arrays:
@@ -160,8 +151,8 @@ def test_sample_writes_images_a_sheet_and_an_npz(run, tmp_path):
 def test_a_second_sample_replaces_the_first_whole(run, tmp_path):
     out = tmp_path / "out"
     sample = ("sample", run.path, "--height", 7, "--width", 5, "--out", out)
-    run_ranks(call, 1, *sample, "--count", 4)
-    run_ranks(call, 1, *sample, "--count", 2, "--seed", 1)
+    run_ranks(main_here, 1, *sample, "--count", 4)
+    run_ranks(main_here, 1, *sample, "--count", 2, "--seed", 1)
     assert sorted(path.name for path in out.glob("0*.png")) == ["000000_class0.png", "000001_class1.png"]
     assert json.loads((out / "samples.json").read_text())["seed"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing temporary is left
@@ -169,12 +160,12 @@ def test_a_second_sample_replaces_the_first_whole(run, tmp_path):
 
 def test_a_folder_of_samples_has_a_name_that_reads(run):
     sample = ("sample", run.path, "--height", 7, "--width", 5, "--count", 1)
-    run_ranks(call, 1, *sample, "--method", "dopri5", "--guidance", 1.5, "--power", 2, "--classes", "3")
+    run_ranks(main_here, 1, *sample, "--method", "dopri5", "--guidance", 1.5, "--power", 2, "--classes", "3")
     (folder,) = run.samples.glob("step-*")
     assert folder.name == "step-00000030_ema_0.9_7x5_dopri5-4-points_guidance-1.5_power-2_seed-0_classes-3"
     more = ("--interval", 0.2, 0.8, "--guide", run.path, "--guide-step", 10, "--guide-weights", "raw")
     more += ("--shift-base-tokens", 16, "--method", "sde", "--last-step", "euler")
-    run_ranks(call, 1, *sample, "--guidance", 1.5, *more)
+    run_ranks(main_here, 1, *sample, "--guidance", 1.5, *more)
     (other,) = set(run.samples.glob("step-*")) - {folder}
     name = "step-00000030_ema_0.9_7x5_sde-4-steps-euler-shift-16_guidance-1.5_interval-0.2-0.8_guide-[0-9a-f]{8}_seed-0"
     assert fullmatch(name, other.name)
@@ -200,10 +191,10 @@ def test_nothing_to_measure_is_said_with_what_would_change_it(run, tmp_path, cap
 
 
 def test_rope_of_generated_images_is_part_of_their_key_alone(run):
-    run_ranks(call, 1, "evaluate", run.path, "--step", 30, "--rope", "yarn", "--decouple", "--samples", 8)
+    run_ranks(main_here, 1, "evaluate", run.path, "--step", 30, "--rope", "yarn", "--decouple", "--samples", 8)
     fd = [row for row in read_jsonl(run.evaluations) if row["metric"] == "fd"][-1]
     assert (fd["key"]["rope"], fd["key"]["samples"]) == ("yarn decoupled", 8)
-    run_ranks(call, 1, "evaluate", run.path, "--step", 30, "--samples", 8)
+    run_ranks(main_here, 1, "evaluate", run.path, "--step", 30, "--samples", 8)
     plain = [row for row in read_jsonl(run.evaluations) if row["metric"] == "fd"][-1]
     assert plain["key"]["rope"] != fd["key"]["rope"] and plain["value"] != fd["value"]
     losses = [row for row in read_jsonl(run.evaluations) if row["metric"] == "validation_loss"]
@@ -218,7 +209,7 @@ def test_the_shards_that_decide_labels_and_sizes_are_part_of_the_key(run, digits
     text = copy.config.read_text()
     for shards in (digits_shards, other):
         copy.config.write_text(text.replace(f"shards: {digits_shards}", f"shards: {shards}"))
-        run_ranks(call, 1, "evaluate", copy.path, "--step", 30, "--samples", 8)
+        run_ranks(main_here, 1, "evaluate", copy.path, "--step", 30, "--samples", 8)
     first, second = [row["key"] for row in read_jsonl(copy.evaluations) if row["metric"] == "fd"]
     assert first["reference"] == second["reference"] and len(first["data"]) == 16
     assert {name for name in first if first[name] != second[name]} == {"data"}

@@ -6,7 +6,7 @@ import pytest
 
 from fitscale.cli import main
 from fitscale.config.load import load_config
-from fitscale.config.schema import ODE_SAMPLERS
+from fitscale.config.schema_sampling import ODE_SAMPLERS
 from fitscale.model import flops
 from fitscale.plan import evaluation
 from fitscale.plan.devices import DEVICES

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from fitscale.config.schema import ParallelConfig, SamplingConfig
+from fitscale.config.schema import ParallelConfig
+from fitscale.config.schema_sampling import SamplingConfig
 from fitscale.flow.loss import make_objective
 from fitscale.flow.sampler import sample
 from fitscale.model import flops
-from fitscale.model.common.compiler import lacks_for_compiling, use_compiler
 from fitscale.model.common.rope import rope_tables
 from fitscale.parallel.groups import init_parallel
 from tests.flag_reference import SIZES, call, load_flag_reference, pack_of, relative, tokens_of
@@ -15,21 +15,11 @@ from tests.test_flops import preset
 
 NEAR = 1e-5
 PACKS = [[size] for size in SIZES] + [list(SIZES)]
-MODES = ["as written", "compiled"]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def world():
     init_parallel(ParallelConfig(), "cpu")
-
-
-@pytest.fixture(params=MODES)
-def mode(request):
-    if request.param == "compiled" and lacks_for_compiling(torch.device("cpu")):
-        pytest.skip("needs g++ and Python.h")
-    use_compiler(request.param == "compiled")
-    yield request.param
-    use_compiler(False)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +39,7 @@ def test_outputs_and_losses_are_the_published_ones(flag, sizes):
     assert relative(loss_S, flag.joined("loss_per_image", sizes)) < NEAR
 
 
-@pytest.mark.parametrize(("mode", "checkpoint_every"), [(MODES[0], 0), (MODES[0], 2), (MODES[1], 2)], indirect=["mode"])
+@pytest.mark.parametrize(("mode", "checkpoint_every"), [("eager", 0), ("eager", 2), ("compiled", 2)], indirect=["mode"])
 def test_every_gradient_is_the_published_one(flag, mode, checkpoint_every):
     model = flag.model(ParallelConfig(activation_checkpoint_every=checkpoint_every))
     sizes = SIZES[:2]

@@ -16,15 +16,6 @@ HIDDEN, WIDTH, HEADS, HEAD_DIM = 24, 40, 2, 8
 LENGTHS = {"equal": [6, 6, 6], "mixed": [4, 9, 1, 6], "one": [7], "absent": [0, 5, 3]}  # absent: on another rank
 
 
-@pytest.fixture(params=["eager", "compiled"])
-def mode(request):
-    if request.param == "compiled" and compiler.lacks_for_compiling(torch.device("cpu")):
-        pytest.skip("needs a C++ compiler, Python's headers")
-    compiler.use_compiler(request.param == "compiled")
-    yield request.param
-    compiler.use_compiler(False)
-
-
 @pytest.fixture(params=LENGTHS)
 def segments(request):
     lengths = LENGTHS[request.param]

@@ -10,7 +10,8 @@ from PIL import Image
 
 from fitscale.config.errors import UserError
 from fitscale.config.load import load_config
-from fitscale.config.schema import ParallelConfig, SamplingConfig
+from fitscale.config.schema import ParallelConfig
+from fitscale.config.schema_sampling import SamplingConfig
 from fitscale.data.encoding import patches
 from fitscale.data.pictures import write_contact_sheet
 from fitscale.eval import generate as generation

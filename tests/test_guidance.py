@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fitscale.config.schema import GuidanceConfig, ParallelConfig, SamplingConfig
+from fitscale.config.schema import ParallelConfig
+from fitscale.config.schema_sampling import GuidanceConfig, SamplingConfig
 from fitscale.data.encode import unpatchify
 from fitscale.flow.guidance import Guided, guidance_scale
 from fitscale.flow.pack import PackShape, starts

@@ -23,9 +23,8 @@ from fitscale.data.packing import PackRule
 from fitscale.data.stream import ImageStream
 from fitscale.run.claim import claim
 from fitscale.run.layout import RunDir
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import run_ranks, train_here
 from tests.shard_sets import LATENTS, indexed_set
-from tests.test_train import train_here
 from tests.tiny import OVERRIDES
 
 DATA, EVERY, ABOUT = DataConfig(window_shards=2), SourceConfig(), {"seed": 3, "patch_size": 2}

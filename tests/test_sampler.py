@@ -10,7 +10,7 @@ from scipy import stats
 from torchdiffeq import odeint
 
 from fitscale.config.errors import UserError
-from fitscale.config.schema import SamplingConfig
+from fitscale.config.schema_sampling import SamplingConfig
 from fitscale.flow.path import INITIAL_NOISE, image_noise
 from fitscale.flow.sampler import ImageNoise, ddpm_timesteps, sample, shifted
 from tests.dormand_prince import integrate

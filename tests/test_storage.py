@@ -350,16 +350,10 @@ def test_bytes_that_the_store_itself_has_wrong_are_told_by_their_images(server, 
         verify(index)
 
 
-def train_here(config) -> None:
-    from fitscale.train.trainer import train
-
-    train(config)
-
-
 def test_training_counts_and_names_what_it_skips(tmp_path, digits_shards):
     import shutil
 
-    from tests.distributed.spawn import run_ranks
+    from tests.distributed.spawn import run_ranks, train_here
 
     shutil.copytree(digits_shards, tmp_path / "shards")
     index = open_index(tmp_path / "shards")

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fitscale.config.schema import ParallelConfig, SamplingConfig
+from fitscale.config.schema import ParallelConfig
+from fitscale.config.schema_sampling import SamplingConfig
 from fitscale.flow import sampler
 from fitscale.flow.loss import make_objective
 from fitscale.model import flops

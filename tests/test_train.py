@@ -20,16 +20,9 @@ from fitscale.config.errors import UserError
 from fitscale.config.files import read_jsonl
 from fitscale.config.schema import Config
 from fitscale.run.layout import RunDir
-from tests.distributed.spawn import context, run_ranks
+from tests.distributed.spawn import context, run_ranks, train_here
 from tests.kills import SAVE_CALLS, STEP_CALLS, train_and_die
 from tests.tiny import tiny_config
-
-
-def train_here(config: Config) -> None:
-    """In a spawned process: train as `fitscale train` does."""
-    from fitscale.train.trainer import train
-
-    train(config)
 
 
 def train_and_fail(config: Config) -> str:

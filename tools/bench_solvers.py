@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fitscale.config.program import exit_code
-from fitscale.config.schema import GuidanceConfig, SamplingConfig
+from fitscale.config.schema_sampling import GuidanceConfig, SamplingConfig
 from fitscale.flow.pack import PackShape, starts
 from fitscale.flow.sampler import sample
 

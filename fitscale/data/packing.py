@@ -6,6 +6,7 @@
    because every rank must run the same number.
 3. Inside a rank the micro-batches are evened out by cost as well (LPT); where the limit does not allow that, they are
    filled by best-fit decreasing.
+4. In a pack, images of one length follow each other: attention takes each such run at once, as a batch.
 
 Nothing here is random, and the result decides only speed and memory: the images and what is learned from them stay
 the same.
@@ -35,7 +36,7 @@ class PackingStats:
 
 @dataclass(frozen=True)
 class Packing:
-    """`packs[dp_rank][micro]`: the slots of a pack, int64, ascending; empty where a rank has nothing to do."""
+    """`packs[dp_rank][micro]`: the slots of a pack, int64, by length; empty where a rank has nothing to do."""
 
     packs: list[list[np.ndarray]]
     stats: PackingStats
@@ -83,7 +84,7 @@ def split(tokens_B: np.ndarray, rule: PackRule, dp_size: int) -> Packing:
     packs = [[slots] for slots in ranks] if count == 1 else _cut(ranks, tokens_B, cost_B, limit, count)
     count = len(packs[0])
     pack_B = _owners([pack for rank in packs for pack in rank], len(tokens_B))
-    arrays = _groups(pack_B, dp_size * count)
+    arrays = [slots[np.argsort(tokens_B[slots], kind="stable")] for slots in _groups(pack_B, dp_size * count)]
     stats = _stats(pack_B, tokens_B, rule, dp_size, count)
     return Packing([arrays[rank * count : (rank + 1) * count] for rank in range(dp_size)], stats)
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fitscale.config.schema import DDPM_SAMPLERS, DPM_SAMPLERS, LAST_STEPS, ODE_SAMPLERS, SPACINGS
+from fitscale.config.schema_sampling import DDPM_SAMPLERS, DPM_SAMPLERS, LAST_STEPS, ODE_SAMPLERS, SPACINGS
 from fitscale.model.common.rope_config import ROPE_METHODS
 
 

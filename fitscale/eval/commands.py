@@ -13,7 +13,8 @@ import numpy as np
 
 from fitscale.config.checks import given
 from fitscale.config.errors import UserError
-from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, ModelConfig, SamplingConfig
+from fitscale.config.schema import Config, ModelConfig
+from fitscale.config.schema_sampling import ADAPTIVE_SAMPLERS, SamplingConfig
 from fitscale.data.encoding import patches
 from fitscale.data.index import open_index
 from fitscale.eval.checkpoints import Source, find_checkpoint, load_networks, open_run, open_source

@@ -23,7 +23,8 @@ import torch
 
 from fitscale.config.errors import UserError, writing
 from fitscale.config.files import append_jsonl, read_jsonl, require_kinds
-from fitscale.config.schema import Config, ModelConfig, ParallelConfig, SamplingConfig
+from fitscale.config.schema import Config, ModelConfig, ParallelConfig
+from fitscale.config.schema_sampling import SamplingConfig
 from fitscale.data.batch_plan import BatchPlan
 from fitscale.data.encoding import patches
 from fitscale.data.index import OpenIndex, open_index

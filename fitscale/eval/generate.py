@@ -95,21 +95,24 @@ class _Batch:
 
 
 def _batches(networks: Networks, config: Config, requests: Sequence[Request], seed: int) -> Iterator[_Batch]:
-    """Full batches as they come about, the rest at the end."""
+    """Full batches as they come about, the rest at the end. Images of one size are drawn one after the other: attention
+    takes those of a pack at once."""
     gathered: dict[tuple[int, int], _Batch] = defaultdict(_Batch)
-    start = 0
-    for pack in packs(requests, config):
+    by_size = sorted(range(len(requests)), key=lambda place: (requests[place].rows, requests[place].cols))
+    places = iter(by_size)
+    for pack in packs([requests[place] for place in by_size], config):
         drawn = draw_pack(networks, config, pack, seed)
-        for place, (request, tokens_TC) in enumerate(zip(pack, drawn.tokens, strict=True), start):
+        for request, tokens_TC, nfe, passes in zip(
+            pack, drawn.tokens, drawn.nfe, drawn.network_evaluations, strict=True
+        ):
             size = (request.rows, request.cols)
             batch = gathered[size]
-            batch.places.append(place)
+            batch.places.append(next(places))
             batch.latents.append(unpatchify(tokens_TC, *size, config.model.patch_size))
-            batch.nfe.append(drawn.nfe[place - start])
-            batch.passes.append(drawn.network_evaluations[place - start])
+            batch.nfe.append(nfe)
+            batch.passes.append(passes)
             if len(batch.places) == _most_images(config, size):
                 yield gathered.pop(size)
-        start += len(pack)
     yield from gathered.values()
 
 

@@ -23,7 +23,7 @@ from fitscale.config.errors import UserError, writing
 from fitscale.config.files import replacing
 from fitscale.config.load import load_config
 from fitscale.config.program import aligned
-from fitscale.config.schema import SamplingConfig
+from fitscale.config.schema_sampling import SamplingConfig
 from fitscale.data.index import open_index
 from fitscale.eval.checkpoints import find_checkpoint, open_run
 from fitscale.eval.commands import MOST_IMAGES, MOST_SEED, within

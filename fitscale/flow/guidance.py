@@ -22,7 +22,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fitscale.config.schema import GuidanceConfig
+from fitscale.config.schema_sampling import GuidanceConfig
 from fitscale.flow.pack import PackShape, starts
 
 # network(tokens_TC, t_S, pack) -> (T, output numbers per token); t_S in the network's own unit, on the tokens' device

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from fitscale.config.errors import UserError
-from fitscale.config.schema import SamplingConfig
+from fitscale.config.schema_sampling import SamplingConfig
 from fitscale.flow.loss import DDPM_ALPHAS_CUMPROD, DDPM_STEPS
 from fitscale.flow.pack import ModelFn, PackShape
 from fitscale.flow.path import SAMPLER_NOISE, image_generator, image_noise

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fitscale.config.files import read_jsonl
-from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, SamplingConfig
+from fitscale.config.schema import Config
+from fitscale.config.schema_sampling import ADAPTIVE_SAMPLERS, SamplingConfig
 from fitscale.model import flops
 from fitscale.plan.layout import Machine, resolve_compile
 from fitscale.plan.memory import block_count

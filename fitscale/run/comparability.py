@@ -8,7 +8,8 @@ import json
 from hashlib import sha256
 from typing import Any
 
-from fitscale.config.schema import ADAPTIVE_SAMPLERS, Config, SamplingConfig
+from fitscale.config.schema import Config
+from fitscale.config.schema_sampling import ADAPTIVE_SAMPLERS, SamplingConfig
 
 # How ddpm and ddim spaced their steps before `sampling.spacing`: their keys name none. So keys stay comparable.
 _UNNAMED_SPACING = {"ddpm": "linspace", "ddim": "trailing"}

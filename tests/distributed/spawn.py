@@ -25,6 +25,21 @@ def context() -> Any:
     return server
 
 
+def train_here(config: Any) -> None:
+    """To run on ranks: `fitscale train`."""
+    from fitscale.train.trainer import train
+
+    train(config)
+
+
+def main_here(*arguments: object) -> None:
+    """To run on ranks: `fitscale ARGUMENTS`, which has to end well."""
+    from fitscale.cli import main
+
+    code = main([str(argument) for argument in arguments])
+    assert code == 0, f"exit code {code}"
+
+
 def start_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Processes of `function(*args)`, one a rank, with torchrun's environment; each has the end of a pipe, `answer`.
 

@@ -20,10 +20,9 @@ from fitscale.config.load import load_config
 from fitscale.run.chunks import chunk_progress
 from fitscale.run.layout import RunDir
 from fitscale.run.progress import progress
-from tests.distributed.spawn import run_ranks, start_ranks
+from tests.distributed.spawn import run_ranks, start_ranks, train_here
 from tests.kills import die_after
 from tests.test_evaluate import METRICS, call
-from tests.test_train import train_here
 from tests.tiny import tiny_config
 from tests.waiting import wait_until
 

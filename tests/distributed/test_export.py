@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from fitscale.config.schema import Config
 from fitscale.run.layout import RunDir
 from tests.conftest import ROOT
-from tests.distributed.spawn import run_ranks
-from tests.distributed.test_layouts import layout_config, tensors, train_here
+from tests.distributed.spawn import run_ranks, train_here
+from tests.distributed.test_layouts import layout_config, tensors
 
 STEPS = 4
 OVERRIDES = (f"run.steps={STEPS}", "evaluation.points=0")

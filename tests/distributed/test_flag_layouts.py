@@ -15,8 +15,8 @@ from fitscale.model.build import build_network, initial_items
 from fitscale.model.weights import published_items, stored, write_tensors
 from fitscale.parallel.groups import init_parallel
 from fitscale.plan.memory import activation_bytes
-from tests.distributed.spawn import run_ranks
-from tests.distributed.test_layouts import metric, tensors, train_here
+from tests.distributed.spawn import run_ranks, train_here
+from tests.distributed.test_layouts import metric, tensors
 from tests.distributed.test_plan_memory import activation_config, saved_bytes
 from tests.shard_sets import indexed_set
 from tests.test_terdit import CANCELLED

@@ -20,8 +20,7 @@ from fitscale.data.build_index import build_index
 from fitscale.data.shards import Sample, ShardSetMeta, Variant, write_shards
 from fitscale.run.layout import RunDir
 from fitscale.train.health import HUNG, StepHealth
-from tests.distributed.spawn import run_ranks, start_ranks
-from tests.test_train import train_here
+from tests.distributed.spawn import run_ranks, start_ranks, train_here
 from tests.tiny import tiny_config
 from tests.waiting import LIMIT_S, wait_until
 

@@ -8,8 +8,8 @@ import torch
 from fitscale.config.files import read_jsonl
 from fitscale.config.schema import Config
 from fitscale.run.layout import RunDir
-from tests.distributed.spawn import run_ranks, start_ranks
-from tests.distributed.test_layouts import layout_config, metric, tensors, train_here
+from tests.distributed.spawn import run_ranks, start_ranks, train_here
+from tests.distributed.test_layouts import layout_config, metric, tensors
 from tests.kills import SAVE_CALLS, STEP_CALLS, train_and_die
 from tests.waiting import LIMIT_S
 

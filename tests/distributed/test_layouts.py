@@ -23,7 +23,7 @@ from fitscale.model.common.compiler import lacks_for_compiling
 from fitscale.model.weights import published_items, stored, write_tensors
 from fitscale.parallel.groups import init_parallel
 from fitscale.run.layout import RunDir
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import run_ranks, train_here
 from tests.tiny import tiny_config
 
 STEPS = 20
@@ -39,12 +39,6 @@ LAYOUTS = [
     (1, 4, True),
 ]
 COMPILED = [((1, 2, True), 0), ((2, 1, False), 1), ((1, 2, False), 2), ((2, 2, True), 3)]
-
-
-def train_here(config: Config) -> None:
-    from fitscale.train.trainer import train
-
-    train(config)
 
 
 @cache

@@ -18,9 +18,8 @@ from fitscale.run.attempt import IDLE_ATTEMPTS, TakenOverError, begin_attempt
 from fitscale.run.layout import RunDir
 from fitscale.train import step, trainer
 from fitscale.train.metrics import Monitor
-from tests.distributed.spawn import context, run_ranks, start_ranks
+from tests.distributed.spawn import context, run_ranks, start_ranks, train_here
 from tests.distributed.test_layouts import tensors
-from tests.test_train import train_here
 from tests.tiny import OVERRIDES as TINY
 from tests.tiny import tiny_config
 from tests.waiting import LIMIT_S, wait_until

@@ -13,10 +13,9 @@ from fitscale.config.files import read_jsonl
 from fitscale.config.load import load_config
 from fitscale.config.schema import Config
 from fitscale.run.layout import RunDir
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import run_ranks, train_here
 from tests.distributed.test_layouts import tensors
 from tests.slurm.cluster import Cluster, end_soon, last_step, saved_step, starts, write_profile
-from tests.test_train import train_here
 from tests.tiny import tiny_config
 from tests.waiting import wait_until
 
