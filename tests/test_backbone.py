@@ -131,7 +131,7 @@ def test_the_loss_weighs_every_scale():
     model = learned_dit.LEARNED_DIT.config(patch_size=2, in_channels=1)
     objective = make_objective(FlowConfig(label_drop=0.0), model)
     cu_seqlens, data = torch.tensor([0, 2]), torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
-    inputs = objective.prepare(data, torch.tensor([1]), torch.tensor([0]), cu_seqlens, seed=0, step=0)
+    inputs = objective.prepare_at(data, torch.tensor([1]), cu_seqlens, torch.tensor([0.3]), torch.ones(2, 4))
     coarse, fine = torch.zeros(2, 1), torch.zeros(2, 4)
     sums = inputs.target.sum(1, keepdim=True) / 2  # of 2 x 2 pixels, so that noise keeps its variance
     expected = 0.25 * sums.square().mean() + inputs.target.square().mean()

@@ -99,7 +99,7 @@ def test_evaluations_of_the_function_and_of_the_network_are_told_apart(model, co
 
 
 def test_images_of_one_size_are_decoded_together_and_the_rest_at_the_end(model, config, monkeypatch):
-    """The batches follow from the requests alone: full ones as they come about."""
+    """The batches follow from the requests alone: one size after the other, full ones as they come about."""
     monkeypatch.setattr(generation, "BATCH_IMAGES", 3)
     batches: list[list[int]] = []
 
@@ -109,7 +109,7 @@ def test_images_of_one_size_are_decoded_together_and_the_rest_at_the_end(model, 
 
     requests = [Request(i, 0, 3, 4 if i % 3 else 5) for i in range(11)]
     seen = generate(Networks(model), replace(config, sampling=SamplingConfig(steps=1)), requests, 0, look)
-    assert batches == [[1, 2, 4], [0, 3, 6], [5, 7, 8], [9], [10]]
+    assert batches == [[1, 2, 4], [5, 7, 8], [0, 3, 6], [10], [9]]
     assert [int(one.kept["index"]) for one in seen] == list(range(11))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ from fitscale.data.index import Index, ShardReader, open_index
 from fitscale.data.loader import READ_HERE, Pack, StepBatch, make_loader
 from fitscale.data.packing import PackRule
 from fitscale.data.shards import Sample, ShardSetMeta, Variant, write_shards
+from fitscale.flow.path import draws
 from tests.shard_sets import LATENTS, PIXELS, indexed_set, plan_of
 
-STEPS = 12
+STEPS, SEED = 12, 5
+CHANCE = {"times": "logit_normal", "label_drop": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,8 @@ def load(index: Index, patch_size: int = 2, **changes: object) -> Iterator[StepB
     rule = PackRule(changes.pop("pack_tokens", 128), changes.pop("pad_multiple", 1), (1.0, 1e-3))
     steps = range(changes.pop("first_step", 0), changes.pop("last_step", STEPS))
     rank = {name: changes.pop(name) for name in ("dp_rank", "dp_size") if name in changes}
-    return make_loader(plan(index, patch_size), rule, steps, replace(READ_HERE, **changes), **rank)
+    draw = partial(draws, SEED, channels=patch_size**2 * index.meta.channels, **CHANCE)
+    return make_loader(plan(index, patch_size), rule, steps, replace(READ_HERE, **changes), **rank, draw=draw)
 
 
 def images_of(pack: Pack) -> dict[int, torch.Tensor]:
@@ -50,7 +54,7 @@ def images_of(pack: Pack) -> dict[int, torch.Tensor]:
     if -1 in tokens:
         assert slots[-1] == -1 and pack.sizes_S2[-1, 0] == 1 and pack.labels_S[-1] == 0
         assert not tokens.pop(-1).any()
-    assert list(tokens) == sorted(tokens)
+    assert [*map(len, tokens.values())] == sorted(map(len, tokens.values()))  # equal ones follow each other
     return tokens
 
 
@@ -60,7 +64,11 @@ def assert_same(a: list[StepBatch], b: list[StepBatch]) -> None:
         assert one.stats == other.stats and len(one.packs) == len(other.packs)
         np.testing.assert_array_equal(one.batch.variants_B, other.batch.variants_B)
         for pack, twin in zip(one.packs, other.packs, strict=True):
-            assert all(torch.equal(x, y) for x, y in zip(vars(pack).values(), vars(twin).values(), strict=True))
+            assert all(torch.equal(x, y) for x, y in zip(tensors_of(pack), tensors_of(twin), strict=True))
+
+
+def tensors_of(pack: Pack) -> list[torch.Tensor]:
+    return [value for owner in (pack, pack.drawn) for value in vars(owner).values() if isinstance(value, torch.Tensor)]
 
 
 @pytest.mark.parametrize(("meta", "patch_size"), [(PIXELS, 1), (PIXELS, 2), (LATENTS, 2)])
@@ -109,6 +117,15 @@ def test_stored_moments_are_drawn_anew_at_every_step_whatever_the_ranks(tmp_path
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(index, workers):
     assert_same(list(load(index, num_workers=workers)), list(load(index)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_chance_decides_of_an_image_comes_with_it(index, workers):
+    for loaded in load(index, dp_rank=1, dp_size=2, pack_tokens=64, pad_multiple=8, num_workers=workers):
+        for pack in loaded.packs:
+            lengths = pack.cu_seqlens.diff().tolist()
+            expected = draws(SEED, loaded.step, pack.slots_S.tolist(), lengths, pack.tokens_TC.shape[1], **CHANCE)
+            assert all(map(torch.equal, vars(pack.drawn).values(), vars(expected).values()))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

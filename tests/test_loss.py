@@ -11,6 +11,7 @@ from torch.distributions import Normal, kl_divergence
 
 from fitscale.config.schema import FlowConfig, ModelConfig
 from fitscale.flow.loss import image_weights, make_objective, segment_mean
+from fitscale.flow.path import draws
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 LENGTHS = [4, 1, 7, 3]
@@ -28,6 +29,11 @@ def tokens():
     return torch.randn(sum(LENGTHS), 6, generator=torch.Generator().manual_seed(0))
 
 
+def drawn(flow, slots, cu_seqlens, seed=0, step=0):
+    lengths = cu_seqlens.diff().tolist()
+    return draws(seed, step, slots.tolist(), lengths, 6, flow.times, flow.label_drop)
+
+
 @pytest.mark.parametrize("kind", ["rectified", "ddpm"])
 @pytest.mark.parametrize("reduction", ["image", "token"])
 def test_one_pack_or_many_is_the_same_loss(kind, reduction, tokens):
@@ -42,7 +48,7 @@ def test_one_pack_or_many_is_the_same_loss(kind, reduction, tokens):
             cu = starts([*(LENGTHS[i] for i in chosen), 2])
             slots = torch.tensor([*(SLOTS[i].item() for i in chosen), -1])
             labels = torch.tensor([*(LABELS[i].item() for i in chosen), 0])
-            inputs = objective.prepare(pack, labels, slots, cu, seed=1, step=5)
+            inputs = objective.prepare(pack, labels, cu, drawn(flow, slots, cu, seed=1, step=5))
             scale = inputs.t_S.repeat_interleave(cu.diff().long())[:, None] / 1000
             output = torch.cat([inputs.x_TC * scale] * (2 if kind == "ddpm" else 1), 1)
             loss_S = objective.loss_S([output], inputs, cu)
@@ -55,12 +61,13 @@ def test_one_pack_or_many_is_the_same_loss(kind, reduction, tokens):
 
 def test_prepare_makes_path_target_and_dropped_labels(tokens):
     cu = starts(LENGTHS)
-    inputs = make_objective(FlowConfig(label_drop=0.999999), MODEL).prepare(tokens, LABELS, SLOTS, cu, seed=0, step=0)
+    all_but_none, none = FlowConfig(label_drop=0.999999), FlowConfig(label_drop=0.0)
+    inputs = make_objective(all_but_none, MODEL).prepare(tokens, LABELS, cu, drawn(all_but_none, SLOTS, cu))
     assert inputs.labels_S.tolist() == [10] * 4
     t = inputs.t_S.repeat_interleave(cu.diff().long())[:, None]
     noise = tokens - inputs.target
     torch.testing.assert_close(inputs.x_TC, t * tokens + (1 - t) * noise)
-    kept = make_objective(FlowConfig(label_drop=0.0), MODEL).prepare(tokens, LABELS, SLOTS, cu, seed=0, step=0)
+    kept = make_objective(none, MODEL).prepare(tokens, LABELS, cu, drawn(none, SLOTS, cu))
     assert kept.labels_S.tolist() == LABELS.tolist()
     assert torch.equal(kept.x_TC, inputs.x_TC)
 

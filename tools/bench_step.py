@@ -36,6 +36,7 @@ from fitscale.config.checks import choice
 from fitscale.config.load import load_config
 from fitscale.config.program import exit_code
 from fitscale.config.schema import Config
+from fitscale.data.packing import PackingStats, PackRule, split
 from fitscale.prepare.statistics import photograph_sizes
 
 if TYPE_CHECKING:
@@ -55,8 +56,14 @@ def sides(low: int, high: int) -> Callable[[np.random.Generator, int], np.ndarra
 
 
 def octaves(low: int, high: int) -> Callable[[np.random.Generator, int], np.ndarray]:
-    """Rows and columns in low..high, as many in every octave."""
-    return lambda rng, count: np.exp(rng.uniform(np.log(low), np.log(high + 1), (count, 2))).astype(np.int64)
+    """low^2 to high^2 tokens, as many images in every octave; nearly square."""
+
+    def draw(rng: np.random.Generator, count: int) -> np.ndarray:
+        tokens = np.exp(rng.uniform(2 * np.log(low), 2 * np.log(high), count))
+        rows = np.rint(np.sqrt(tokens))
+        return np.stack([rows, np.rint(tokens / rows)], axis=1).astype(np.int64)
+
+    return draw
 
 
 SIZES = {
@@ -126,6 +133,8 @@ def draw_images(name: str, config: Config, count: int, seed: int = SEED) -> Imag
 
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     sizes = SIZES[name](rng, count)
+    ((order,),) = split(sizes.prod(axis=1), PackRule(config.batch.pack_tokens), dp_size=1).packs
+    sizes = sizes[order]  # as the loader lays them
     tokens = torch.randn(int(sizes.prod(axis=1).sum()), config.model.token_channels, generator=generator)
     return Images(sizes, tokens, torch.from_numpy(rng.integers(0, config.model.num_classes, count)))
 
@@ -157,12 +166,14 @@ class Ours:
     def prepare(self, images: Images) -> Any:
         from fitscale.data.batch_plan import GlobalBatch
         from fitscale.data.loader import StepBatch
-        from fitscale.data.packing import PackingStats
+        from fitscale.flow.path import draws
 
         count = len(images.lengths)
         zeros, sizes = np.zeros(count, dtype=np.int64), images.sizes_S2.astype(np.int64)
         batch = GlobalBatch(0, zeros, zeros, zeros, sizes[:, 0], sizes[:, 1], images.labels_S.numpy())
-        return StepBatch(batch, PackingStats(0.0, 0.0, 1), images.tokens_TC, [np.arange(count)], [sizes], [])
+        flow, channels = self.stepper.config.flow, images.tokens_TC.shape[1]
+        drawn = draws(SEED, 0, range(count), images.lengths, channels, flow.times, flow.label_drop)  # by the loader
+        return StepBatch(batch, PackingStats(0.0, 0.0, 1), images.tokens_TC, [np.arange(count)], [sizes], [], drawn)
 
     def step(self, batch: Any) -> None:
         self.stepper.take(batch)

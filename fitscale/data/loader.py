@@ -1,7 +1,8 @@
 """From the plan to packs of tokens on this rank.
 
 1. A worker takes a step number, asks the plan for the global batch, and splits it over ranks and micro-batches.
-2. It reads the byte ranges of its own rank's images, patchifies them and lays them end to end, pack after pack.
+2. It reads the byte ranges of its own rank's images, patchifies them and lays them end to end, pack after pack; for
+   training it also draws what chance decides of them (noise), which would keep the training thread from its device.
 3. The training process cuts that one tensor into `Pack`s (views), in the order of the steps.
 
 Every step is computed from its number alone, so workers change nothing and resuming is starting at another step.
@@ -11,10 +12,10 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -33,6 +34,16 @@ READ_HERE = DataConfig(num_workers=0)
 TERMINATED_S = 300  # how long a worker lives on after SIGTERM
 
 
+class Drawn(Protocol):
+    """What chance decides of images that lie end to end."""
+
+    def part(self, images: slice, tokens: slice) -> Self:
+        """That of some of them, which follow each other, and of their tokens."""
+
+
+Draw = Callable[[int, Sequence[int], Sequence[int]], Drawn]  # of a step, slots, and tokens of each
+
+
 @dataclass(frozen=True)
 class Pack:
     """Images laid end to end. Padding is an image too: slot -1, label 0, one row of zero tokens, last in the pack."""
@@ -42,13 +53,14 @@ class Pack:
     labels_S: torch.Tensor  # int64
     slots_S: torch.Tensor  # int64, positions in the global batch
     cu_seqlens: torch.Tensor  # int32, (S + 1,); the last is T
+    drawn: Any  # `Drawn` by the loader's `draw`, None without one
 
 
 @dataclass(frozen=True)
 class StepBatch:
     """What one rank computes in one optimizer step, and the global batch that it is a share of.
 
-    Between processes it travels as one shared tensor for all packs, and the rest by value.
+    Between processes tokens and draws travel as one shared tensor for all packs, and the rest by value.
     """
 
     batch: GlobalBatch
@@ -57,6 +69,7 @@ class StepBatch:
     slots: list[np.ndarray]  # of every pack, padding included
     sizes: list[np.ndarray]
     skipped: list[str]  # corrupt images of this rank, left out of its packs' loss
+    drawn: Drawn | None = None  # of all packs
 
     @property
     def step(self) -> int:
@@ -65,27 +78,35 @@ class StepBatch:
     @cached_property
     def packs(self) -> list[Pack]:
         """This rank's packs; their tokens are views."""
-        packs, start = [], 0
+        packs, start, image = [], 0, 0
         for slots, sizes in zip(self.slots, self.sizes, strict=True):
             cu_seqlens = np.concatenate(([0], np.cumsum(sizes.prod(axis=1))))
+            images, tokens = slice(image, image + len(slots)), slice(start, start + int(cu_seqlens[-1]))
             labels = np.where(slots == PADDING_SLOT, 0, self.batch.labels_B[slots])
             packs.append(
                 Pack(
-                    tokens_TC=self.tokens_TC[start : start + int(cu_seqlens[-1])],
+                    tokens_TC=self.tokens_TC[tokens],
                     sizes_S2=torch.from_numpy(sizes.astype(np.int32)),
                     labels_S=torch.from_numpy(labels),
                     slots_S=torch.from_numpy(slots),
                     cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+                    drawn=self.drawn.part(images, tokens) if self.drawn else None,
                 )
             )
-            start += int(cu_seqlens[-1])
+            start, image = tokens.stop, images.stop
         return packs
 
 
 def make_loader(
-    plan: BatchPlan, rule: PackRule, steps: range, data: DataConfig = READ_HERE, dp_rank: int = 0, dp_size: int = 1
+    plan: BatchPlan,
+    rule: PackRule,
+    steps: range,
+    data: DataConfig = READ_HERE,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    draw: Draw | None = None,
 ) -> Iterator[StepBatch]:
-    """Iterator over the StepBatch of `steps` for rank `dp_rank`.
+    """Iterator over the StepBatch of `steps` for rank `dp_rank`; `draw` runs where the images are read.
 
     `data.num_workers` processes each read `data.prefetch_steps` ahead; 0 reads in this process when asked. With
     `data.on_error` "skip" a corrupt image becomes padding (slot -1, zero tokens) where it lies in its pack: it weighs
@@ -96,7 +117,7 @@ def make_loader(
     """
     plan.require_fit(rule)
     loaded_steps: DataLoader[Any] = DataLoader(
-        _Steps(plan, rule, steps, dp_rank, dp_size, data.on_error),
+        _Steps(plan, rule, steps, dp_rank, dp_size, data.on_error, draw),
         batch_size=None,
         num_workers=data.num_workers,
         prefetch_factor=data.prefetch_steps if data.num_workers else None,
@@ -123,6 +144,7 @@ class _Steps(Dataset[Any]):
     dp_rank: int
     dp_size: int
     on_error: str
+    draw: Draw | None
 
     def __post_init__(self) -> None:
         self.readers = [ShardReader(stream.index) for stream in self.plan.streams]
@@ -145,9 +167,11 @@ class _Steps(Dataset[Any]):
         mine = packing.packs[self.dp_rank]
         sizes_B2 = np.stack([batch.rows_B, batch.cols_B], axis=1)
         slots, sizes = zip(*(self._pad(pack, sizes_B2[pack]) for pack in mine), strict=True)
-        tokens, corrupt = self._read(batch, np.concatenate(slots), np.concatenate(sizes).prod(axis=1))
+        lengths = np.concatenate(sizes).prod(axis=1)
+        tokens, corrupt = self._read(batch, np.concatenate(slots), lengths)
         kept = [np.where(np.isin(pack, list(corrupt)), PADDING_SLOT, pack) for pack in slots]
-        return StepBatch(batch, packing.stats, tokens, kept, list(sizes), list(corrupt.values()))
+        drawn = self.draw(step, np.concatenate(kept).tolist(), lengths.tolist()) if self.draw else None
+        return StepBatch(batch, packing.stats, tokens, kept, list(sizes), list(corrupt.values()), drawn)
 
     def _pad(self, slots: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Slots and sizes of a pack, with its padding image if it needs one."""

@@ -1,6 +1,6 @@
 """Training objectives: what the network is shown, and how its answer is scored.
 
-1. `prepare` draws time, label drop and noise of every image (`path.draws`) and makes the network's inputs and target.
+1. `prepare` makes the network's inputs and target of the images and what chance decides of them (`path.draws`).
 2. The network answers.
 3. `loss_S` scores the answer per image: mean over the image's tokens and channels.
 4. `image_weights` turns per-image losses into shares of the global batch's loss, so that the sum over all packs of all
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from fitscale.config.schema import FlowConfig, ModelConfig
-from fitscale.flow.path import PADDING_SLOT, draws, interpolate, lengths_of, per_token, velocity
+from fitscale.flow.path import PADDING_SLOT, Draws, interpolate, lengths_of, per_token, velocity
 
 DDPM_STEPS = 1000
 DDPM_BETAS = (1e-4, 0.02)
@@ -45,14 +45,10 @@ class Objective(ABC):
     def __init__(self, flow: FlowConfig, model: ModelConfig) -> None:
         self.flow, self.model = flow, model
 
-    def prepare(
-        self, tokens_TC: Tensor, labels_S: Tensor, slots_S: Tensor, cu_seqlens: Tensor, seed: int, step: int
-    ) -> Inputs:
-        """Inputs of a training step; chance comes from (seed, step, slot) alone. All on the device of `tokens_TC`."""
-        slots, lengths, device = slots_S.tolist(), lengths_of(cu_seqlens).tolist(), tokens_TC.device
-        drawn = draws(seed, step, slots, lengths, tokens_TC.shape[1], self.flow.times, self.flow.label_drop)
-        labels_S = torch.where(drawn.drop_S.to(device), self.model.num_classes, labels_S.to(device))
-        return self.prepare_at(tokens_TC, labels_S, cu_seqlens, drawn.t_S.to(device), drawn.noise_TC.to(device))
+    def prepare(self, tokens_TC: Tensor, labels_S: Tensor, cu_seqlens: Tensor, drawn: Draws) -> Inputs:
+        """Inputs of a training step; all but `cu_seqlens` on one device."""
+        labels_S = torch.where(drawn.drop_S, self.model.num_classes, labels_S)
+        return self.prepare_at(tokens_TC, labels_S, cu_seqlens, drawn.t_S, drawn.noise_TC)
 
     @abstractmethod
     def prepare_at(

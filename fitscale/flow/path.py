@@ -31,6 +31,10 @@ class Draws:
     drop_S: Tensor
     noise_TC: Tensor
 
+    def part(self, images: slice, tokens: slice) -> "Draws":
+        """Those of some images that follow each other, and of their tokens; views."""
+        return Draws(self.t_S[images], self.drop_S[images], self.noise_TC[tokens])
+
 
 def image_generator(seed: int, step: int, slot: int, stream: int = TRAIN) -> np.random.Generator:
     """The generator of one image; different (seed, step, slot, stream) never overlap (2^128 draws apart)."""

@@ -15,9 +15,11 @@ from fitscale.config.schema import Config
 from fitscale.data.batch_plan import BatchPlan
 from fitscale.data.loader import Pack, StepBatch
 from fitscale.flow.loss import image_weights, make_objective
+from fitscale.flow.path import Draws
 from fitscale.model import flops
 from fitscale.model.common.layout import pack_layout
 from fitscale.parallel.groups import Topology
+from fitscale.parallel.transfer import send
 from fitscale.parallel.zero import optimizer_step
 from fitscale.run.checkpoint import TOTALS
 from fitscale.train.health import StepHealth, Watchdog
@@ -69,7 +71,7 @@ class Stepper:
         """The step's loss and gradient norm, and the sums of the votes, on the host."""
         device = self.topology.device
         mine = sum((share.double() for _, _, share in losses), torch.zeros(1, dtype=torch.float64, device=device))
-        numbers = torch.cat([mine, torch.tensor(votes, dtype=torch.float64).to(device, non_blocking=True)])
+        numbers = torch.cat([mine, send(torch.tensor(votes, dtype=torch.float64), device)])
         dist.all_reduce(numbers)
         numbers[0] /= self.topology.tp_size  # its ranks have the same loss
         norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=device)  # one number already
@@ -82,22 +84,23 @@ class Stepper:
             self.watchdog.doing(f"pack {number} of {len(batch.packs)} of step {batch.step + 1}")
             self.engine.set_gradient_accumulation_boundary(number == len(batch.packs))
             with self.timer.phase("forward"):
-                loss_S, share = self._loss(pack, batch.step, images, tokens)
+                loss_S, share = self._loss(pack, images, tokens)
             with self.timer.phase("backward"):
                 self.engine.backward(share * self.topology.dp_size)  # the engine averages over the ranks
             losses.append((pack.slots_S, loss_S.detach(), share.detach()))
         return losses
 
-    def _loss(self, pack: Pack, step: int, images: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss(self, pack: Pack, images: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of every image of the pack (S,), and the pack's share of the global batch's loss."""
         device = self.topology.device  # sizes and lengths stay on the host, which needs them
-        tokens_TC, labels_S, seed = pack.tokens_TC.to(device), pack.labels_S.to(device), self.config.run.seed
-        inputs = self.objective.prepare(tokens_TC, labels_S, pack.slots_S, pack.cu_seqlens, seed, step)
+        drawn = Draws(*(send(drawn, device) for drawn in (pack.drawn.t_S, pack.drawn.drop_S, pack.drawn.noise_TC)))
+        tokens_TC, labels_S = send(pack.tokens_TC, device), send(pack.labels_S, device)
+        inputs = self.objective.prepare(tokens_TC, labels_S, pack.cu_seqlens, drawn)
         layout = pack_layout(pack.sizes_S2, pack.cu_seqlens, device, self.config.parallel.sequence_parallel)
         outputs = self.engine(inputs.x_TC, inputs.t_S, inputs.labels_S, layout)
         loss_S = self.objective.loss_S(outputs, inputs, pack.cu_seqlens)
-        weight_S = image_weights(self.config.loss.reduction, pack.cu_seqlens, pack.slots_S, images, tokens).to(device)
-        return loss_S, (weight_S * loss_S).sum()
+        weight_S = image_weights(self.config.loss.reduction, pack.cu_seqlens, pack.slots_S, images, tokens)
+        return loss_S, (send(weight_S, device) * loss_S).sum()
 
     def _images_at_fault(self, batch: StepBatch, losses: list[PackLoss]) -> list[str]:
         """Keys of the images whose loss is not finite; of all, if only the gradient is not. A collective."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fitscale.config.files import append_jsonl, write_atomic
 from fitscale.config.schema import Config
 from fitscale.data.batch_plan import BatchPlan
 from fitscale.data.loader import StepBatch, make_loader
+from fitscale.flow.path import draws
 from fitscale.model.build import build_network, initial_items
 from fitscale.model.weights import read_items
 from fitscale.parallel.groups import Topology, init_parallel, on_rank_zero
@@ -175,7 +177,9 @@ class Trainer:
     def _loader(self) -> Iterator[StepBatch]:
         config, topology = self.config, self.topology
         steps = range(self.totals["step"], self.last_step)
-        return make_loader(self.plan, pack_rule(config), steps, config.data, topology.dp_rank, topology.dp_size)
+        channels, flow = config.model.token_channels, config.flow
+        draw = partial(draws, config.run.seed, channels=channels, times=flow.times, label_drop=flow.label_drop)
+        return make_loader(self.plan, pack_rule(config), steps, config.data, topology.dp_rank, topology.dp_size, draw)
 
     def _timed(self, loader: Iterator[StepBatch], monitor: Monitor | None) -> Iterator[StepBatch]:
         """The loader's batches. Waits are timed from the second on; until the first there is the readers' start."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fitscale.parallel.layers import tp_rank, tp_size
+from fitscale.parallel.transfer import send
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Segments:
             "start_S": lengths_S.cumsum(0) - lengths_S,
         }
         for name, tensor in tensors.items():
-            object.__setattr__(self, name, tensor.to(device))
+            object.__setattr__(self, name, send(tensor, device))
 
     @property
     def equal(self) -> int:
@@ -69,4 +70,4 @@ def pack_layout(
         first = own_tokens * tp_rank()
         cuts = [min(max(offset - first, 0), own_tokens) for offset in offsets]
         own = Segments([end - start for start, end in pairwise(cuts)], device)
-    return PackLayout(sizes, cu_seqlens.to(device, torch.int32), whole, own)
+    return PackLayout(sizes, send(cu_seqlens.to(torch.int32), device), whole, own)
