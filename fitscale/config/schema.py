@@ -174,6 +174,11 @@ class ParallelConfig(Section, path="parallel"):
         if self.sequence_parallel and self.tensor_parallel_size == 1:
             raise UserError("parallel.sequence_parallel: needs parallel.tensor_parallel_size of 2 or more")
 
+    def reduce_bucket(self, dp_size: int) -> int:
+        """Gradients that `dp_size` data-parallel ranks sum at a time, in numbers: megatron-core's rule (its
+        DistributedDataParallelConfig). Fewer leave the network idle; more are summed when the backward pass is over."""
+        return max(40_000_000, 1_000_000 * dp_size)
+
 
 @dataclass(frozen=True)
 class CheckpointConfig(Section, path="checkpoint"):

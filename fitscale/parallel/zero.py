@@ -66,14 +66,14 @@ def optimizer_step(engine: Any) -> Any:
 
 def _gradient_norm(model: torch.nn.Module) -> float:
     """Global norm over the tensor-parallel group: shards add up, replicated gradients count once."""
-    squares = torch.zeros(2, dtype=torch.float64)
+    gradients: dict[bool, list[torch.Tensor]] = {True: [], False: []}
     for parameter in model.parameters():
         if parameter.grad is not None:
-            split = getattr(parameter, "tensor_model_parallel", False)
-            squares[0 if split else 1] += parameter.grad.double().square().sum().cpu()
-    shards = squares[0].to(next(model.parameters()).device)
+            gradients[getattr(parameter, "tensor_model_parallel", False)].append(parameter.grad)
+    shards, replicated = (torch.nn.utils.get_total_norm(gradients[split]).double().square() for split in (True, False))
+    shards = shards.to(next(model.parameters()).device)  # the norm of nothing is on the host
     torch.distributed.all_reduce(shards, group=parallel_state.get_tensor_model_parallel_group())
-    return float((shards.cpu() + squares[1]).sqrt())
+    return float((shards + replicated.to(shards.device)).sqrt())
 
 
 def own_part(engine: Any, parameter: torch.nn.Parameter, key: str | None = None) -> tuple[int, torch.Tensor] | None:
@@ -170,6 +170,7 @@ def _engine_config(config: Config, topology: Topology) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
         "overlap_comm": cuda,
+        "reduce_bucket_size": parallel.reduce_bucket(topology.dp_size),
         "round_robin_gradients": False,  # True breaks the reading of full fp32 parameters
     }
     if parallel.offload_optimizer:

@@ -25,7 +25,6 @@ from fitscale.config.schema import Config
 from fitscale.model.backbone import backbone_of, parameter_table
 
 # DeepSpeed's defaults (runtime/zero/config.py), in numbers of a tensor.
-BUCKET = 500_000_000  # reduce_bucket_size: allocated whole, however small the model
 SUB_GROUP = 1_000_000_000  # sub_group_size: parameters that ZeRO-3 steps at a time
 PERSISTENT = 100_000  # param_persistence_threshold: ZeRO-3 keeps smaller tensors whole
 REUSE = 1_000_000_000  # max_reuse_distance: ZeRO-3 keeps what it will need again within so many numbers
@@ -206,10 +205,11 @@ def _host_gradients(config: Config, sizes: RankParameters, dp_size: int) -> floa
 def _buffers(config: Config, sizes: RankParameters, dp_size: int, on_cuda: bool) -> tuple[float, float]:
     """In the backward pass and in the step; the fused AdamW has no temporaries."""
     stage, each, offload = config.parallel.zero_stage, number_bytes(config), config.parallel.offload_optimizer
-    buckets = BUCKET * (2 if on_cuda else 1)
-    flattened = each * min(sizes.trained, BUCKET)
+    bucket = config.parallel.reduce_bucket(dp_size)  # allocated whole, however small the model
+    buckets = bucket * (2 if on_cuda else 1)
+    flattened = each * min(sizes.trained, bucket)
     if stage == 0:  # the gradients are joined to be summed over ranks
-        return 0.0, FP32 * min(sizes.trained, BUCKET)
+        return 0.0, FP32 * min(sizes.trained, bucket)
     if stage == 1:
         if each == 2 and not offload:
             return 0.0, each * sizes.trained
@@ -217,4 +217,4 @@ def _buffers(config: Config, sizes: RankParameters, dp_size: int, on_cuda: bool)
     if stage == 2:
         return FP32 * buckets + flattened, 0.0
     gathered = each * min(sizes.gathered, sizes.kept + PREFETCH + sizes.largest)
-    return FP32 * BUCKET + flattened + gathered, FP32 * BUCKET
+    return FP32 * bucket + flattened + gathered, FP32 * bucket

@@ -13,7 +13,7 @@ import torch
 
 from fitscale.config.load import load_config
 from fitscale.config.schema import Config
-from fitscale.plan.memory import BUCKET, PERSISTENT, PREFETCH, REUSE, SUB_GROUP, activation_bytes, rank_memory
+from fitscale.plan.memory import PERSISTENT, PREFETCH, REUSE, SUB_GROUP, activation_bytes, rank_memory
 from tests.distributed.spawn import run_ranks
 
 MODEL = [
@@ -177,13 +177,12 @@ def test_planned_activations_are_what_autograd_keeps(tp, sp, every):
     assert planned == pytest.approx(kept, rel=0.1), f"{planned / kept - 1:+.1%}"
 
 
-def test_the_sizes_of_deepspeeds_buckets_are_its_defaults():
+def test_what_deepspeed_keeps_and_fetches_ahead_are_its_defaults():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     defaults = DeepSpeedZeroConfig()
-    ours = (BUCKET, SUB_GROUP, PERSISTENT, REUSE, PREFETCH)
-    names = ("reduce_bucket_size", "sub_group_size", "param_persistence_threshold", "max_reuse_distance")
-    assert ours == tuple(getattr(defaults, name) for name in (*names, "prefetch_bucket_size"))
+    assert (defaults.sub_group_size, defaults.param_persistence_threshold) == (SUB_GROUP, PERSISTENT)
+    assert (defaults.max_reuse_distance, defaults.prefetch_bucket_size) == (REUSE, PREFETCH)
 
 
 @pytest.mark.gpu
