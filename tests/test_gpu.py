@@ -11,6 +11,7 @@ import torch
 from fitscale.config.files import read_jsonl
 from fitscale.data.build_index import build_index
 from fitscale.data.shards import Sample, ShardSetMeta, Variant, write_shards
+from fitscale.parallel.transfer import send
 from fitscale.run.layout import RunDir
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +46,17 @@ def losses(run_dir: Path, shards: Path, *overrides: str) -> list[float]:
     ]
     subprocess.run([sys.executable, "-m", "fitscale", "train", *arguments], check=True, cwd=ROOT)
     return [row["loss"] for row in read_jsonl(RunDir(run_dir).metrics)]
+
+
+def test_tensors_are_sent_while_the_device_is_busy():
+    device, numbers = torch.device("cuda"), torch.arange(1_000_000)
+    send(numbers, device)  # what is pinned once is kept
+    torch.cuda._sleep(2_000_000_000)  # clock cycles, about a second
+    queued = torch.cuda.Event()
+    queued.record()
+    sent = send(numbers, device)
+    assert not queued.query(), "the host has waited for the device"
+    assert torch.equal(sent.cpu(), numbers) and send(sent, device) is sent
 
 
 def test_fifty_steps_of_b_on_a_gpu_follow_the_cpu(tmp_path, latents):

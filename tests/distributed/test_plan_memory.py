@@ -96,6 +96,7 @@ def peak_state(config: Config) -> int:
     gc.collect()
     gc.freeze()  # what is alive now is not looked at again
     engine, optimizer = build(config, "cpu")
+    assert engine.zero_reduce_bucket_size() == config.parallel.reduce_bucket(engine.dp_world_size)
     seen: list[int] = []
     optimizer.register_step_pre_hook(lambda *_: seen.append(settled_bytes(engine)))
     optimizer.register_step_post_hook(lambda *_: seen.append(settled_bytes(engine)))
