@@ -12,10 +12,9 @@ import pytest
 
 from fitscale.config.files import read_jsonl
 from fitscale.run.layout import RunDir
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import main_here, run_ranks
 from tests.photographs import tiny_vae, write_photographs
 from tests.programs import run_tool
-from tests.test_evaluate import call
 
 ROOT = Path(__file__).parents[1]
 IMAGENET = "ImageNet to first training step"
@@ -85,7 +84,7 @@ def test_the_commands_of_the_readme_run_in_their_order(workplace):
 def call_in(folder: Path, *arguments: str) -> None:
     """In a spawned process: the program, as it is called in `folder`."""
     os.chdir(folder)
-    call(*arguments)
+    main_here(*arguments)
 
 
 def test_the_lines_of_python_draw_an_image(tmp_path, monkeypatch):

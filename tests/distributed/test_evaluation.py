@@ -20,9 +20,9 @@ from fitscale.config.load import load_config
 from fitscale.run.chunks import chunk_progress
 from fitscale.run.layout import RunDir
 from fitscale.run.progress import progress
-from tests.distributed.spawn import run_ranks, start_ranks, train_here
+from tests.distributed.spawn import main_here, run_ranks, start_ranks, train_here
 from tests.kills import die_after
-from tests.test_evaluate import METRICS, call
+from tests.test_evaluate import METRICS
 from tests.tiny import tiny_config
 from tests.waiting import wait_until
 
@@ -75,7 +75,7 @@ def evaluate(path: Path, *arguments: object) -> None:
 
     requests.chunk_ranges.__defaults__ = (CHUNK_IMAGES,)
     validation.CHUNK_IMAGES = 50
-    call("evaluate", path, *ARGUMENTS, *arguments)
+    main_here("evaluate", path, *ARGUMENTS, *arguments)
 
 
 def evaluate_and_die(path: Path, calls: list[int]) -> None:
@@ -234,7 +234,7 @@ def sample(path: Path, out: Path, *arguments: object) -> None:
     from fitscale.eval import requests
 
     requests.chunk_ranges.__defaults__ = (CHUNK_IMAGES,)
-    call("sample", path, "--height", 6, "--width", 4, "--count", 100, "--out", out, *arguments)
+    main_here("sample", path, "--height", 6, "--width", 4, "--count", 100, "--out", out, *arguments)
 
 
 def sample_in_a_group(path: Path, out: Path) -> int:

@@ -8,10 +8,9 @@ import torch
 from fitscale.config.files import read_jsonl
 from fitscale.run.chunks import chunk_progress
 from fitscale.run.layout import RunDir
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import main_here, run_ranks
 from tests.distributed.test_evaluation import Eye
 from tests.slurm.cluster import write_profile
-from tests.test_evaluate import call
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slurm
@@ -41,5 +40,5 @@ def test_an_evaluation_over_two_nodes_outlives_the_crash_of_one(slurm_cluster, t
     alone = RunDir(tmp_path / "alone" / "run")
     shutil.copytree(run.path, alone.path)
     alone.evaluations.unlink()
-    run_ranks(call, 1, "evaluate", alone.path)
+    run_ranks(main_here, 1, "evaluate", alone.path)
     assert run.evaluations.read_bytes() == alone.evaluations.read_bytes()
