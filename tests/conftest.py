@@ -22,8 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = config._tmp_path_factory.mktemp("left")  # type: ignore[attr-defined]
     settings = os.environ.get("GIT_CONFIG_GLOBAL", str(Path("~/.gitconfig").expanduser()))
     os.environ |= {name: str(folder) for name in ("TMPDIR", "HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")}
-    everyones = folder.parents[1] if "PYTEST_XDIST_WORKER" in os.environ else folder
-    os.environ |= {"GIT_CONFIG_GLOBAL": settings, "TORCHINDUCTOR_CACHE_DIR": str(everyones / "compiled")}
+    os.environ |= {"GIT_CONFIG_GLOBAL": settings}
     tempfile.tempdir = str(folder)
 
 

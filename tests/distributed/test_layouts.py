@@ -26,8 +26,8 @@ from fitscale.run.layout import RunDir
 from tests.distributed.spawn import run_ranks, train_here
 from tests.tiny import tiny_config
 
-STEPS = 20
-FEW = 6  # where twenty show no more
+STEPS = 8
+FEW = 6  # where eight show no more
 LAYOUTS = [
     (1, 1, False),
     (2, 1, False),
@@ -38,7 +38,7 @@ LAYOUTS = [
     (2, 2, True),
     (1, 4, True),
 ]
-COMPILED = [((1, 2, True), 0), ((2, 1, False), 1), ((1, 2, False), 2), ((2, 2, True), 3)]
+COMPILED = [((1, 2, True), 0), ((2, 2, True), 3)]  # formulas know no ranks
 
 
 @cache
@@ -112,7 +112,7 @@ def train_in_buckets(config: Config) -> None:
 
 def require_equal_to_one_process(run, shards, one_process, layout, stage, *overrides):
     dp, tp, sp = layout
-    packs = f"batch.pack_tokens={900 // dp}"  # enough for most steps
+    packs = f"batch.pack_tokens={820 // dp}"  # enough for most steps
     run_ranks(train_in_buckets, dp * tp, awake_config(run, shards, tp, sp, stage, packs, *overrides))
     loss, norm = ((metric(run, key) - metric(one_process, key)).abs().max().item() for key in ("loss", "grad_norm"))
     assert len(metric(run, "loss")) == STEPS
