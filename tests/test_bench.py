@@ -88,3 +88,27 @@ def test_at_equal_evaluations_ab2_beats_heun():
     error = {name: float((METHODS[name](velocity, noise_ND, 20) - exact_ND).square().mean().sqrt()) for name in METHODS}
     assert error["heun"] > 1.5 * error["ab2 (Adams-Bashforth)"] > 1.1 * error["UniPC, diffusers"]
     assert min(error.values()) > 1e-3 and error["euler"] == max(error.values())
+
+
+COUNTS = [
+    ("bench_step", "--steps"),
+    ("bench_step", "--batch"),
+    ("bench_sample", "--images"),
+    ("bench_packing", "--ranks"),
+    ("bench_data", "--passes"),
+    ("bench_evaluate", "--images"),
+    ("bench_save", "--saves"),
+]
+
+
+@pytest.mark.parametrize(("tool", "option"), COUNTS)
+@pytest.mark.parametrize("value", ["0", "-1", "some"])
+def test_a_count_of_nothing_is_refused(tool, option, value):
+    refused = run_tool(tool, f"{option}={value}")
+    assert refused.returncode == 2 and option in refused.stderr and value in refused.stderr
+
+
+def test_a_torture_of_no_time_at_all_is_refused():
+    for minutes in ("-1", "nan"):
+        refused = run_tool("torture", f"--minutes={minutes}")
+        assert refused.returncode == 2 and "--minutes" in refused.stderr

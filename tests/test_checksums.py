@@ -205,7 +205,9 @@ def test_check_says_that_an_earlier_version_saved_no_checksums(tmp_path):
 
 def test_check_of_no_run_directory(tmp_path, capsys):
     assert main(["check", str(tmp_path)]) == 2
-    assert "not a run directory" in capsys.readouterr().err
+    assert "not a run directory (no config.yaml there)" in capsys.readouterr().err
+    assert main(["check", str(tmp_path / "mistyped")]) == 2
+    assert "not a run directory (no such file or folder)" in capsys.readouterr().err
 
 
 def test_a_file_without_a_marker_or_outside_of_weights_is_nobodys(tmp_path, trained):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fitscale.config.program import exit_code
+from fitscale.config.program import count, exit_code
 from fitscale.config.schema_data import DataConfig
 from fitscale.data.batch_plan import BatchPlan, open_plan
 from fitscale.data.build_index import build_index
@@ -35,10 +35,10 @@ LATENT = ShardSetMeta("vae", factor=8, scaling=0.18215, channels=4, num_classes=
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--images", type=int, default=8192, help="256-token latents in the loader's shards (8192)")
-    parser.add_argument("--passes", type=int, default=25, help="times they are read, for resident memory (25)")
-    parser.add_argument("--index-images", type=int, default=1_000_000)
-    parser.add_argument("--large-images", type=int, default=100_000_000)
+    parser.add_argument("--images", type=count, default=8192, help="256-token latents in the loader's shards (8192)")
+    parser.add_argument("--passes", type=count, default=25, help="times they are read, for resident memory (25)")
+    parser.add_argument("--index-images", type=count, default=1_000_000)
+    parser.add_argument("--large-images", type=count, default=100_000_000)
     options = parser.parse_args(arguments)
     return exit_code(lambda: run(options))
 

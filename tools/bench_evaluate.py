@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fitscale.config.load import load_config
-from fitscale.config.program import exit_code
+from fitscale.config.program import count, exit_code
 from fitscale.config.schema import Config
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ WAYS = ("2 ranks", "1 rank", "padded", "image by image")
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="*", metavar="KEY=VALUE", help="of the model and of the sampling")
-    parser.add_argument("--images", type=int, default=32, help="images that each way draws (32)")
-    parser.add_argument("--channels", type=int, default=32, help="of the AutoencoderKL's layers (32)")
+    parser.add_argument("--images", type=count, default=32, help="images that each way draws (32)")
+    parser.add_argument("--channels", type=count, default=32, help="of the AutoencoderKL's layers (32)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args(arguments)
     return exit_code(lambda: run(options))

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from fitscale.config.load import load_config
-from fitscale.config.program import exit_code
+from fitscale.config.program import count, exit_code
 from fitscale.data.packing import PackRule, macs_of, split
 from fitscale.model import flops
 from fitscale.prepare.statistics import bucketed, first_fit, packed, padded_to_longest, photograph_sizes
@@ -29,9 +29,9 @@ BATCHES = 5  # figures are means over so many global batches
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 256, 1024])
-    parser.add_argument("--images-per-rank", type=int, nargs="+", default=[4, 16, 64])
-    parser.add_argument("--max-images", type=int, default=16384, help="larger global batches are left out (16384)")
+    parser.add_argument("--ranks", type=count, nargs="+", default=[8, 64, 256, 1024])
+    parser.add_argument("--images-per-rank", type=count, nargs="+", default=[4, 16, 64])
+    parser.add_argument("--max-images", type=count, default=16384, help="larger global batches are left out (16384)")
     parser.add_argument("--json", type=Path, help="write the rows to this file as well")
     options = parser.parse_args(arguments)
     return exit_code(lambda: run(options))

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from fitscale.config.load import load_config
-from fitscale.config.program import exit_code
+from fitscale.config.program import count, exit_code
 from fitscale.config.schema import Config
 
 MODEL = [
@@ -31,10 +31,10 @@ MODEL = [
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="*", metavar="KEY=VALUE", help="of the model and of the sampling")
-    parser.add_argument("--images", type=int, default=32, help="images that each way draws (32)")
-    parser.add_argument("--sides", type=int, nargs=2, default=[8, 16], help="least and most patches a side (8 16)")
-    parser.add_argument("--pack-tokens", type=int, default=2048, help="most tokens in a pack (2048)")
-    parser.add_argument("--passes", type=int, default=3, help="times that each way is tried (3)")
+    parser.add_argument("--images", type=count, default=32, help="images that each way draws (32)")
+    parser.add_argument("--sides", type=count, nargs=2, default=[8, 16], help="least and most patches a side (8 16)")
+    parser.add_argument("--pack-tokens", type=count, default=2048, help="most tokens in a pack (2048)")
+    parser.add_argument("--passes", type=count, default=3, help="times that each way is tried (3)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="write the rows to this file as well")
     options = parser.parse_args(arguments)

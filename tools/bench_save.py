@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from fitscale.config.load import load_config
-from fitscale.config.program import exit_code
+from fitscale.config.program import count, exit_code
 from fitscale.config.schema import Config
 
 DEFAULTS = ["configs/model/b.yaml", "run.device=cpu", "parallel.precision=fp32", "parallel.zero_stage=1"]
@@ -25,7 +25,7 @@ DEFAULTS = ["configs/model/b.yaml", "run.device=cpu", "parallel.precision=fp32",
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="*", metavar="FILE|KEY=VALUE", help="of the model and the layout")
-    parser.add_argument("--saves", type=int, default=3, help="saves of each way, besides the first (3)")
+    parser.add_argument("--saves", type=count, default=3, help="saves of each way, besides the first (3)")
     options = parser.parse_args(arguments)
     return exit_code(lambda: run(load_config([*DEFAULTS, *options.config]), options.saves))
 

@@ -34,9 +34,9 @@ import numpy as np
 
 from fitscale.config.checks import choice
 from fitscale.config.load import load_config
-from fitscale.config.program import exit_code
+from fitscale.config.program import count, exit_code
 from fitscale.config.schema import Config
-from fitscale.data.packing import PackingStats, PackRule, split
+from fitscale.data.packing import PackingStats
 from fitscale.prepare.statistics import photograph_sizes
 
 if TYPE_CHECKING:
@@ -84,11 +84,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--sizes", nargs="*", default=list(SIZES), help="tokens of an image; nothing = only count (all)"
     )
-    parser.add_argument("--batch", type=int, default=16, help="images of a step (16)")
-    parser.add_argument("--steps", type=int, default=5, help="steps of each way that are timed (5)")
+    parser.add_argument("--batch", type=count, default=16, help="images of a step (16)")
+    parser.add_argument("--steps", type=count, default=5, help="steps of each way that are timed (5)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to compare (all)")
     parser.add_argument("--traffic", choices=("bf16", "fp32", "none"), default="bf16", help="count passes in (bf16)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of the CPU (1)")
+    parser.add_argument("--threads", type=count, default=1, help="threads of the CPU (1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     options = parser.parse_args(arguments)
@@ -133,8 +133,7 @@ def draw_images(name: str, config: Config, count: int, seed: int = SEED) -> Imag
 
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     sizes = SIZES[name](rng, count)
-    ((order,),) = split(sizes.prod(axis=1), PackRule(config.batch.pack_tokens), dp_size=1).packs
-    sizes = sizes[order]  # as the loader lays them
+    sizes = sizes[np.argsort(sizes.prod(axis=1), kind="stable")]  # as the loader lays them
     tokens = torch.randn(int(sizes.prod(axis=1).sum()), config.model.token_channels, generator=generator)
     return Images(sizes, tokens, torch.from_numpy(rng.integers(0, config.model.num_classes, count)))
 
@@ -232,65 +231,71 @@ class Published:
         loss.item()
 
 
-def padded_network(config: Config) -> "nn.Module":
-    """FiTv2 over a padded batch, of plain modules."""
+def rope_of(grid: "Tensor", head_dim: int) -> "tuple[Tensor, Tensor]":
+    """Cosines and sines for positions (..., 2): of the rows, then of the columns."""
     import torch
+
+    exponents = torch.arange(0, head_dim // 2, 2, device=grid.device).float() / (head_dim // 2)
+    angles = (grid[..., None].float() / 10000.0**exponents).repeat_interleave(2, dim=-1).flatten(2)
+    return angles.cos()[:, None], angles.sin()[:, None]
+
+
+def turn(x: "Tensor", cos: "Tensor", sin: "Tensor") -> "Tensor":
+    import torch
+
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return x * cos + torch.stack((-second, first), dim=-1).flatten(-2) * sin
+
+
+def modulated(x: "Tensor", shift: "Tensor", scale: "Tensor") -> "Tensor":
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def padded_block(model: Any) -> "nn.Module":
+    """One block of it."""
     import torch.nn.functional as F
     from torch import nn
 
-    from fitscale.model.common.embedders import ClassEmbedder, TimeEmbedder
-
-    model = config.model
     hidden, heads, rank, width = model.hidden_size, model.num_heads, model.adaln_rank, model.mlp_hidden_size
-    head_dim = hidden // heads
 
-    def rope_tables(grid: "Tensor") -> "tuple[Tensor, Tensor]":
-        exponents = torch.arange(0, head_dim // 2, 2, device=grid.device).float() / (head_dim // 2)
-        frequencies = 1.0 / 10000.0**exponents
-        angles = (grid[..., None].float() * frequencies).repeat_interleave(2, dim=-1).flatten(2)  # rows, then columns
-        return angles.cos()[:, None], angles.sin()[:, None]
+    def norm(width: int) -> "nn.Module":
+        return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
 
-    def turn(x: "Tensor", cos: "Tensor", sin: "Tensor") -> "Tensor":
-        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return x * cos + torch.stack((-second, first), dim=-1).flatten(-2) * sin
-
-    def modulate(x: "Tensor", shift: "Tensor", scale: "Tensor") -> "Tensor":
-        return x * (1 + scale[:, None]) + shift[:, None]
-
-    class PlainAttention(nn.Module):
+    class PlainBlock(nn.Module):
         def __init__(self) -> None:
             super().__init__()
+            self.norm1, self.norm2 = norm(hidden), norm(hidden)
+            self.q_norm, self.k_norm = norm(hidden // heads), norm(hidden // heads)
             self.qkv, self.proj = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
-            self.q_norm, self.k_norm = (nn.LayerNorm(head_dim, eps=1e-6, elementwise_affine=False) for _ in range(2))
+            self.fc1_g, self.fc1_x, self.fc2 = (
+                nn.Linear(*widths) for widths in ((hidden, width), (hidden, width), (width, hidden))
+            )
+            self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(hidden, rank), nn.Linear(rank, 6 * hidden))
 
-        def forward(self, x: "Tensor", mask: "Tensor", cos: "Tensor", sin: "Tensor") -> "Tensor":
-            q, k, v = self.qkv(x).unflatten(-1, (3, heads, head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        def forward(self, x: "Tensor", c: "Tensor", shared: "Tensor", *attended: "Tensor") -> "Tensor":
+            shift1, scale1, gate1, shift2, scale2, gate2 = (self.adaln(c) + shared).chunk(6, dim=1)
+            x = x + gate1[:, None] * self.attention(modulated(self.norm1(x), shift1, scale1), *attended)
+            entering = modulated(self.norm2(x), shift2, scale2)
+            return x + gate2[:, None] * self.fc2(F.silu(self.fc1_g(entering)) * self.fc1_x(entering))
+
+        def attention(self, x: "Tensor", mask: "Tensor", cos: "Tensor", sin: "Tensor") -> "Tensor":
+            q, k, v = self.qkv(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
             q, k = self.q_norm(q), self.k_norm(k)
             q, k = turn(q.float(), cos, sin).to(v.dtype), turn(k.float(), cos, sin).to(v.dtype)
             key = mask[:, None, None, :]
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=key == key.transpose(-2, -1))
             return self.proj(x.transpose(1, 2).flatten(2))
 
-    class PlainSwiGLU(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc1_g, self.fc1_x = nn.Linear(hidden, width), nn.Linear(hidden, width)
-            self.fc2 = nn.Linear(width, hidden)
+    return PlainBlock()
 
-        def forward(self, x: "Tensor") -> "Tensor":
-            return self.fc2(F.silu(self.fc1_g(x)) * self.fc1_x(x))
 
-    class PlainBlock(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm1, self.norm2 = (nn.LayerNorm(hidden, eps=1e-6, elementwise_affine=False) for _ in range(2))
-            self.attn, self.mlp = PlainAttention(), PlainSwiGLU()
-            self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(hidden, rank), nn.Linear(rank, 6 * hidden))
+def padded_network(config: Config) -> "nn.Module":
+    """FiTv2 over a padded batch, of plain modules."""
+    from torch import nn
 
-        def forward(self, x: "Tensor", c: "Tensor", shared: "Tensor", *attended: "Tensor") -> "Tensor":
-            shift1, scale1, gate1, shift2, scale2, gate2 = (self.adaln(c) + shared).chunk(6, dim=1)
-            x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), *attended)
-            return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+    from fitscale.model.common.embedders import ClassEmbedder, TimeEmbedder
+
+    model, hidden = config.model, config.model.hidden_size
 
     class PlainFiT(nn.Module):
         def __init__(self) -> None:
@@ -298,19 +303,19 @@ def padded_network(config: Config) -> "nn.Module":
             self.embed = nn.Linear(model.token_channels, hidden)
             self.time, self.label = TimeEmbedder(256, hidden), ClassEmbedder(model.num_classes, hidden)
             self.shared = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 6 * hidden))
-            self.blocks = nn.ModuleList(PlainBlock() for _ in range(model.depth))
+            self.blocks = nn.ModuleList(padded_block(model) for _ in range(model.depth))
             self.final_adaln = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
             self.final_norm = nn.LayerNorm(hidden, eps=1e-6, elementwise_affine=False)
             self.final = nn.Linear(hidden, model.token_channels)
 
         def forward(self, x: "Tensor", t: "Tensor", y: "Tensor", mask: "Tensor", grid: "Tensor") -> "Tensor":
-            cos, sin = rope_tables(grid)
+            cos, sin = rope_of(grid, hidden // model.num_heads)
             x, c = self.embed(x), self.time(t) + self.label(y)
             shared = self.shared(c)
             for block in self.blocks:
                 x = block(x, c, shared, mask, cos, sin)
             shift, scale = self.final_adaln(c).chunk(2, dim=1)
-            return self.final(modulate(self.final_norm(x), shift, scale)) * mask[..., None]
+            return self.final(modulated(self.final_norm(x), shift, scale)) * mask[..., None]
 
     return PlainFiT()
 

@@ -42,6 +42,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+from fitscale.config.checks import at_least
 from fitscale.config.program import aligned, exit_code
 
 ROOT = Path(__file__).parents[1]
@@ -405,6 +406,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def torture(options: argparse.Namespace) -> int:
     """Try until the time is over, print the table; 1 if something did not hold."""
+    at_least("--minutes", options.minutes, 0)
     began = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the table, and no process left
     folder = Path(tempfile.mkdtemp(prefix="torture-")) if options.dir is None else options.dir.absolute()

@@ -1,5 +1,6 @@
 """What every program of the project does around its work: a user's mistake becomes one line and an exit code."""
 
+import argparse
 import errno
 import gc
 import os
@@ -70,6 +71,14 @@ def _report(error: UserError) -> None:
     finally:
         prefix = "" if rank == "0" else f"rank {rank}: "
         print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1, as argparse's `type` of an option."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too small, the least is 1")
+    return number
 
 
 @contextmanager

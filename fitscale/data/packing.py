@@ -77,14 +77,14 @@ def split(tokens_B: np.ndarray, rule: PackRule, dp_size: int) -> Packing:
         )
     costliest_first = np.argsort(-cost_B, kind="stable")
     rank_B, loads = deal(cost_B[costliest_first], dp_size)
-    ranks = [costliest_first[places].tolist() for places in _groups(rank_B, dp_size)]
+    ranks = [costliest_first[places].tolist() for places in _groups(rank_B, dp_size, np.arange(len(rank_B)))]
     _even_out(ranks, cost_B, loads)
     tokens_R = np.bincount(_owners(ranks, len(tokens_B)), tokens_B, minlength=dp_size)
     count = max(1, -(-int(tokens_R.max()) // limit))
     packs = [[slots] for slots in ranks] if count == 1 else _cut(ranks, tokens_B, cost_B, limit, count)
     count = len(packs[0])
     pack_B = _owners([pack for rank in packs for pack in rank], len(tokens_B))
-    arrays = [slots[np.argsort(tokens_B[slots], kind="stable")] for slots in _groups(pack_B, dp_size * count)]
+    arrays = _groups(pack_B, dp_size * count, tokens_B)
     stats = _stats(pack_B, tokens_B, rule, dp_size, count)
     return Packing([arrays[rank * count : (rank + 1) * count] for rank in range(dp_size)], stats)
 
@@ -118,10 +118,10 @@ def _owners(groups: list[list[int]], images: int) -> np.ndarray:
     return owners
 
 
-def _groups(owner_B: np.ndarray, groups: int) -> list[np.ndarray]:
-    """The inverse of `_owners`: the slots of every group, ascending."""
+def _groups(owner_B: np.ndarray, groups: int, order_B: np.ndarray) -> list[np.ndarray]:
+    """The inverse of `_owners`: the slots of every group, ascending by `order_B`, then by slot."""
     ends = np.cumsum(np.bincount(owner_B, minlength=groups))
-    return np.split(np.argsort(owner_B, kind="stable"), ends[:-1])
+    return np.split(np.lexsort((order_B, owner_B)), ends[:-1])
 
 
 def _even_out(ranks: list[list[int]], cost_B: np.ndarray, loads: np.ndarray) -> None:

@@ -10,7 +10,7 @@ fixed order: time, label drop, noise. So neither ranks, nor packs, nor padding (
 Shape suffixes: T tokens of a pack, S images of a pack, C numbers in a token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,10 @@ class Draws:
     t_S: Tensor
     drop_S: Tensor
     noise_TC: Tensor
+
+    def moved(self, send: Callable[[Tensor], Tensor]) -> "Draws":
+        """Where `send` puts them."""
+        return Draws(send(self.t_S), send(self.drop_S), send(self.noise_TC))
 
     def part(self, images: slice, tokens: slice) -> "Draws":
         """Those of some images that follow each other, and of their tokens; views."""

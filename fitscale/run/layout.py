@@ -92,7 +92,8 @@ def run_at(path: Path) -> RunDir:
     """The run directory `path`; raises UserError if it is none."""
     run = RunDir(path)
     if not run.config.is_file():
-        raise UserError(f"{path}: not a run directory (no config.yaml there)")
+        lacking = "config.yaml there" if path.exists() else "such file or folder"
+        raise UserError(f"{path}: not a run directory (no {lacking})")
     return run
 
 

@@ -15,7 +15,6 @@ from fitscale.config.schema import Config
 from fitscale.data.batch_plan import BatchPlan
 from fitscale.data.loader import Pack, StepBatch
 from fitscale.flow.loss import image_weights, make_objective
-from fitscale.flow.path import Draws
 from fitscale.model import flops
 from fitscale.model.common.layout import pack_layout
 from fitscale.parallel.groups import Topology
@@ -93,7 +92,7 @@ class Stepper:
     def _loss(self, pack: Pack, images: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of every image of the pack (S,), and the pack's share of the global batch's loss."""
         device = self.topology.device  # sizes and lengths stay on the host, which needs them
-        drawn = Draws(*(send(drawn, device) for drawn in (pack.drawn.t_S, pack.drawn.drop_S, pack.drawn.noise_TC)))
+        drawn = pack.drawn.moved(lambda tensor: send(tensor, device))
         tokens_TC, labels_S = send(pack.tokens_TC, device), send(pack.labels_S, device)
         inputs = self.objective.prepare(tokens_TC, labels_S, pack.cu_seqlens, drawn)
         layout = pack_layout(pack.sizes_S2, pack.cu_seqlens, device, self.config.parallel.sequence_parallel)

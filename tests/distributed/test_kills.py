@@ -27,9 +27,9 @@ def fitv2(run: Path, shards: Path) -> Config:
 
 
 def terdit(run: Path, shards: Path) -> Config:
-    settings = ("run.steps=12", "checkpoint.every_steps=3", f"data.shards={shards}", "run.init_weights=null")
-    tensor_parallel = ("parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true", "parallel.zero_stage=3")
-    return test_flag_layouts.config_of(shards, "terdit", run, *tensor_parallel, *settings, "evaluation.points=0")
+    settings = ("run.steps=12", "checkpoint.every_steps=3", "run.init_weights=null", "evaluation.points=0")
+    layout = ("parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true", "parallel.zero_stage=3")
+    return test_flag_layouts.config_of(shards.parent, "terdit", run, *layout, *settings)
 
 
 def dimr(run: Path, shards: Path) -> Config:

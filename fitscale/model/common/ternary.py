@@ -16,7 +16,7 @@ parallelism cuts the bytes in one piece; published, rows r, r + out/4, r + out/2
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,15 +67,16 @@ def effective_weight(layer: nn.Module) -> Tensor:
     return _Ternary.apply(weight, alphas, split_of(weight) is not None)
 
 
-class _TernaryParallel:
-    """Before a linear layer of megatron-core's: applies what its ternary weight stands for."""
+class _TernaryParallel(nn.Module):
+    """Beside a linear layer of megatron-core's, which applies its weight by `_forward_impl`."""
 
     def __init__(self, *arguments: Any, packed: bool = False, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        _make_ternary(cast(nn.Module, self), packed)
+        _make_ternary(self, packed)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **settings: Any) -> Tensor:
-        return super()._forward_impl(input, effective_weight(cast(nn.Module, self)), **settings)  # type: ignore[misc]
+        applied = effective_weight(self)
+        return super()._forward_impl(input, applied, **settings)  # type: ignore[misc]  # the layer's beside it
 
 
 class TernaryColumnLinear(_TernaryParallel, ColumnLinear):
