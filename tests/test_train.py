@@ -9,16 +9,21 @@ import random
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
 from fitscale.config.errors import UserError
 from fitscale.config.files import read_jsonl
 from fitscale.config.schema import Config
+from fitscale.data.loader import make_loader
+from fitscale.flow.path import draws
+from fitscale.plan.preflight import open_data, pack_rule
 from fitscale.run.layout import RunDir
 from tests.distributed.spawn import context, run_ranks, train_here
 from tests.kills import SAVE_CALLS, STEP_CALLS, train_and_die
@@ -52,6 +57,33 @@ def test_loss_is_the_same_for_one_pack_many_packs_and_two_ranks(tmp_path, digits
     for name in ("many", "ranks"):
         for key in ("loss", "grad_norm"):
             assert column(tmp_path / name, key) == pytest.approx(column(tmp_path / "one", key), rel=1e-6, abs=1e-6)
+
+
+def test_the_first_loss_is_that_of_the_noise_of_the_runs_own_seed(tmp_path, digits_shards):
+    """A fresh network says zero: its loss is the mean over images of the mean square of data - noise."""
+    config = tiny_config(tmp_path / "run", digits_shards, "run.steps=1", "run.seed=5")
+    run_ranks(train_here, 1, config)
+    draw = partial(draws, 5, channels=1, times=config.flow.times, label_drop=config.flow.label_drop)
+    (batch,) = make_loader(open_data(config), pack_rule(config), range(1), draw=draw)
+    per_image = []
+    for pack in batch.packs:
+        squares_T = (pack.tokens_TC - pack.drawn.noise_TC).square().mean(dim=1)
+        ends = pack.cu_seqlens.tolist()
+        images = zip(pack.slots_S.tolist(), ends, ends[1:], strict=False)
+        per_image += [squares_T[start:end].mean().item() for slot, start, end in images if slot >= 0]
+    assert len(per_image) == config.batch.global_batch_size
+    assert column(tmp_path / "run", "loss") == pytest.approx([np.mean(per_image)], rel=1e-5)
+
+
+@pytest.mark.parametrize("label_drop", [0, 0.9999999])
+def test_labels_are_dropped_as_often_as_the_config_says(tmp_path, digits_shards, label_drop):
+    """What a run never meets keeps its value: "no class" if no label is dropped, the classes if all are."""
+    overrides = (f"flow.label_drop={label_drop}", "optim.weight_decay=0")
+    for folder, steps in (("first", 1), ("last", 4)):  # in the first step nothing reaches the labels
+        run_ranks(train_here, 1, tiny_config(tmp_path / folder, digits_shards, f"run.steps={steps}", *overrides))
+    first, last = (weights_of(tmp_path / name)["y_embedder.embedding_table.weight"] for name in ("first", "last"))
+    *classes, no_class = (first != last).any(dim=1).tolist()
+    assert (any(classes), no_class) == (label_drop == 0, label_drop > 0)
 
 
 def test_learning_reduces_the_loss(tmp_path, digits_shards):

@@ -13,6 +13,7 @@ import pandas as pd
 DENSE = 200  # places along what a text must not cover
 COMPUTE_LABEL = "training compute (FLOPs)"
 OF_IMAGES = "training compute (FLOPs: 6 x MACs x images)"
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 Images = dict[str, bytes]  # png, svg
 
 
@@ -45,11 +46,10 @@ def logarithmic(axis: Any, low: float, high: float, scientific: bool = False) ->
 
 
 def power_of_ten(value: float, digits: int = 3) -> str:
-    """2e12 to so many digits as "2·10¹²", in matplotlib's notation for formulas."""
+    """2e12 to so many digits as "2·10¹²"."""
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     factor = f"{float(mantissa):g}"
-    power = rf"10^{{{int(exponent)}}}"
-    return f"${power}$" if factor == "1" else rf"${factor}{{\cdot}}{power}$"
+    return f"{'' if factor == '1' else f'{factor}·'}10{str(int(exponent)).translate(RAISED)}"
 
 
 def literal(text: str, most: int = 40) -> str:
@@ -86,6 +86,7 @@ def label_beside(axes: Any, points: list[tuple[float, float]], texts: list[str],
     out.
     """
     axes.figure.draw_without_rendering()
+    axes.figure.set_layout_engine("none")  # found now; texts inside the axes leave it as it is
     scale = axes.figure.dpi / 72
     frame = axes.get_window_extent()
     marks_N2 = axes.transData.transform(points)

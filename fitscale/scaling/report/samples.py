@@ -182,7 +182,7 @@ def _draw_column(figure: Any, curve: Any, axes: Any, place: Place) -> None:
     compute = float(row["train_flops"])
     number_there = f"measured {place.value:.4g}" if place.value is not None else "not measured so"
     title = f"{canvas.literal(row['size'], 16)}, {folder.step:,} steps\n{canvas.power_of_ten(compute, 2)} FLOPs"
-    axes.set_title(f"{title}\n{number_there}", fontsize=8)
+    axes.set_title(f"{title}\n{number_there}", fontsize=8, y=1.0)
     how = folder.how.replace(", ", "\n")
     axes.text(0.5, -0.02, how, transform=axes.transAxes, fontsize=8, color="0.3", ha="center", va="top")
     line = ConnectionPatch((compute, float(row["value"])), (0.5, 1.2), "data", "axes fraction", axesA=curve, axesB=axes)
