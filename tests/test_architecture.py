@@ -120,6 +120,24 @@ def test_every_package_has_a_rule():
     assert found - {"__pycache__", "__init__"} == set(RULE)
 
 
+def waits(path: Path) -> list[str]:
+    """Copies `.to(device)` of a file, `.to(x.device)` too: the host waits in each for all that the device has to do."""
+    calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    copies = (call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr in ("to", "cuda"))
+    return [
+        f"{path.name}:{call.lineno}" for call in copies if "device" in ast.unparse(call) or call.func.attr == "cuda"
+    ]
+
+
+def test_what_a_step_gives_the_device_goes_by_send(tmp_path):
+    """Of a pack's computation nothing waits; `flow/transfer.py` knows how."""
+    files = [ROOT / "fitscale/train/step.py", *(ROOT / "fitscale/flow").glob("*.py")]
+    files += (ROOT / "fitscale/model").rglob("*.py")
+    assert [place for path in files if path.name != "transfer.py" for place in waits(path)] == []
+    (tmp_path / "a.py").write_text("x = y.to(z.device, t)\n")
+    assert waits(tmp_path / "a.py") == ["a.py:1"]
+
+
 @pytest.mark.parametrize(
     ("file", "line"),
     [

@@ -11,7 +11,7 @@ import torch
 from fitscale.config.files import read_jsonl
 from fitscale.data.build_index import build_index
 from fitscale.data.shards import Sample, ShardSetMeta, Variant, write_shards
-from fitscale.parallel.transfer import send
+from fitscale.flow.transfer import send
 from fitscale.run.layout import RunDir
 
 ROOT = Path(__file__).parents[1]
@@ -37,14 +37,19 @@ def latents(tmp_path_factory) -> Path:
     return folder
 
 
-def losses(run_dir: Path, shards: Path, *overrides: str) -> list[float]:
-    """Loss of every step of `fitscale train` in a process of its own."""
-    arguments = [
-        *(str(ROOT / "configs" / "model" / "b.yaml"), f"run.dir={run_dir}", f"data.shards={shards}"),
+def arguments(run_dir: Path, shards: Path, model: str, *overrides: str) -> list[str]:
+    """What `fitscale` is given to train a published size of model."""
+    return [
+        *("train", str(ROOT / "configs" / "model" / f"{model}.yaml"), f"run.dir={run_dir}", f"data.shards={shards}"),
         *("batch.global_batch_size=8", "batch.pack_tokens=2048", "data.num_workers=0", "optim.lr=1e-4"),
         *("evaluation.points=0", *overrides),
     ]
-    subprocess.run([sys.executable, "-m", "fitscale", "train", *arguments], check=True, cwd=ROOT)
+
+
+def losses(run_dir: Path, shards: Path, *overrides: str) -> list[float]:
+    """Loss of every step of `fitscale train` in a process of its own."""
+    command = [sys.executable, "-m", "fitscale", *arguments(run_dir, shards, "b", *overrides)]
+    subprocess.run(command, check=True, cwd=ROOT)
     return [row["loss"] for row in read_jsonl(RunDir(run_dir).metrics)]
 
 
@@ -57,6 +62,25 @@ def test_tensors_are_sent_while_the_device_is_busy():
     sent = send(numbers, device)
     assert not queued.query(), "the host has waited for the device"
     assert torch.equal(sent.cpu(), numbers) and send(sent, device) is sent
+
+
+def synchronisations(run_dir: Path, shards: Path, model: str, pack_tokens: int) -> float:
+    """How often the host waits for the device in a step of `fitscale train`, start and end left out."""
+    program = "import torch; torch.cuda.set_sync_debug_mode('warn'); from fitscale.cli import main; main()"
+    counts = []
+    for steps in (4, 8):
+        asked = ("run.device=cuda", f"run.steps={steps}", f"batch.pack_tokens={pack_tokens}")
+        given = arguments(run_dir / str(steps), shards, model, *asked)
+        command = [sys.executable, "-W", "always", "-c", program, *given]
+        ended = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
+        counts.append(ended.stderr.count("synchronizing CUDA operation"))
+    return (counts[1] - counts[0]) / 4
+
+
+@pytest.mark.parametrize("model", ["b", "fit_b", "flag_b", "dimr_b_2r", "terdit_b"])
+def test_the_host_waits_no_more_often_for_many_packs_than_for_one(tmp_path, latents, model):
+    one = synchronisations(tmp_path / "one", latents, model, 4096)
+    assert synchronisations(tmp_path / "many", latents, model, 512) == one <= 3
 
 
 def test_fifty_steps_of_b_on_a_gpu_follow_the_cpu(tmp_path, latents):

@@ -20,6 +20,7 @@ from torch.nn.functional import mse_loss
 
 from fitscale.config.schema import FlowConfig, ModelConfig
 from fitscale.flow.path import PADDING_SLOT, Draws, interpolate, lengths_of, per_token, velocity
+from fitscale.flow.transfer import send
 
 DDPM_STEPS = 1000
 DDPM_BETAS = (1e-4, 0.02)
@@ -137,8 +138,8 @@ class Epsilon(Objective):
 
     def _at(self, step_S: Tensor, cu_seqlens: Tensor, tokens: int, *tables: Tensor) -> list[Tensor]:
         """Values of per-step tables at every token's step, float32 (T, 1)."""
-        index_S = step_S.long().cpu()
-        return [per_token(table[index_S].float().to(step_S.device), cu_seqlens, tokens) for table in tables]
+        on_device = (send(table.float(), step_S.device) for table in tables)
+        return [per_token(table[step_S.long()], cu_seqlens, tokens) for table in on_device]
 
 
 class DdpmEpsilon(Epsilon):
@@ -209,7 +210,7 @@ def make_objective(flow: FlowConfig, model: ModelConfig) -> Objective:
 
 def segment_mean(values_T: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Mean over the tokens of every image, (T,) -> (S,), summed in float64: a pack's layout leaves no trace."""
-    offsets = cu_seqlens.to(values_T.device, torch.int64)
+    offsets = send(cu_seqlens.long(), values_T.device)
     means_S = torch.segment_reduce(values_T.double(), "mean", offsets=offsets, unsafe=True)
     return means_S.to(values_T.dtype)
 
@@ -226,7 +227,7 @@ def image_weights(reduction: str, cu_seqlens: Tensor, slots_S: Tensor, total_ima
         weights_S = torch.full(slots_S.shape, 1 / total_images, device=slots_S.device)
     else:
         assert reduction == "token", reduction
-        weights_S = lengths_of(cu_seqlens).to(slots_S.device) / total_tokens
+        weights_S = lengths_of(cu_seqlens) / total_tokens
     return weights_S * (slots_S != PADDING_SLOT)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fitscale.flow.path import lengths_of, per_token
+from fitscale.flow.transfer import send
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity: a network may keep what it worked out for a pack
@@ -35,7 +36,7 @@ class PackShape:
         """The pack of the images at `places` alone."""
         chosen = torch.tensor(places, dtype=torch.int64)
         return PackShape(
-            self.labels_S[chosen.to(self.labels_S.device)],
+            self.labels_S[send(chosen, self.labels_S.device)],
             self.sizes_S2[chosen],
             starts(self.sizes_S2[chosen].prod(1).tolist()),
             tuple(self.indices[place] for place in places),

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fitscale.flow.transfer import send
+
 PADDING_SLOT = -1
 
 # Uses of randomness that must never share a stream; far above the counters that the batch plan uses for its own.
@@ -88,7 +90,7 @@ def lengths_of(cu_seqlens: Tensor) -> Tensor:
 
 def per_token(values_S: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
     """Repeat one value per image over its tokens: (S,) -> (T, 1), on the device of the values."""
-    lengths_S = lengths_of(cu_seqlens).to(values_S.device, torch.int64)
+    lengths_S = send(lengths_of(cu_seqlens).long(), values_S.device)
     return values_S.repeat_interleave(lengths_S, output_size=tokens)[:, None]
 
 

@@ -15,10 +15,10 @@ from fitscale.config.schema import Config
 from fitscale.data.batch_plan import BatchPlan
 from fitscale.data.loader import Pack, StepBatch
 from fitscale.flow.loss import image_weights, make_objective
+from fitscale.flow.transfer import send
 from fitscale.model import flops
 from fitscale.model.common.layout import pack_layout
 from fitscale.parallel.groups import Topology
-from fitscale.parallel.transfer import send
 from fitscale.parallel.zero import optimizer_step
 from fitscale.run.checkpoint import TOTALS
 from fitscale.train.health import StepHealth, Watchdog

@@ -12,8 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fitscale.flow.transfer import send
 from fitscale.parallel.layers import tp_rank, tp_size
-from fitscale.parallel.transfer import send
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fitscale.flow.transfer import send
 from fitscale.model.common.rope_config import AnyRopeConfig, RasterRopeConfig, RopeConfig
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, (tokens, K/2) each
@@ -52,7 +53,7 @@ def cached_rope_tables(config: AnyRopeConfig, head_dim: int, rows: int, cols: in
     """`rope_tables` on `device`, remembered: a data set has few sizes, and training meets them at every step."""
     with torch.inference_mode(False):  # or tables first met while sampling could not serve training
         cos, sin = rope_tables(config, head_dim, rows, cols)
-        return cos.to(device), sin.to(device)
+        return send(cos, device), send(sin, device)
 
 
 def pack_rope(config: AnyRopeConfig, head_dim: int, sizes: list[tuple[int, int]], device: torch.device) -> Rope:

@@ -16,6 +16,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from fitscale.flow.transfer import send
 from fitscale.model.common.layout import PackLayout, Segments
 from fitscale.model.dimr.config import PIXELS
 
@@ -74,17 +75,17 @@ def pack_grids(layout: PackLayout) -> Grids:
     sequence_X = torch.cat([part for both in rows_of_both for part in both])
     with_class = [length + 1 for length in lengths]
     segments = Segments(with_class, device)
-    bounds = torch.tensor([0, *with_class]).cumsum(0).to(device, torch.int32)
+    bounds = torch.tensor([0, *with_class]).cumsum(0).int()
     return Grids(
         groups=[(len(list(equal)), *size) for size, equal in groupby(sizes)],
-        image_S=torch.tensor(order).to(device),
-        token_T=token_T.to(device),
-        back_T=_inverse(token_T).to(device),
-        raster_P=raster_P.to(device),
-        token_order_P=_inverse(raster_P).to(device),
-        sequence_X=sequence_X.to(device),
-        patch_T=(sequence_X >= len(sizes)).nonzero()[:, 0].to(device),
-        sequences=PackLayout(sizes, bounds, segments, segments),
+        image_S=send(torch.tensor(order), device),
+        token_T=send(token_T, device),
+        back_T=send(_inverse(token_T), device),
+        raster_P=send(raster_P, device),
+        token_order_P=send(_inverse(raster_P), device),
+        sequence_X=send(sequence_X, device),
+        patch_T=send((sequence_X >= len(sizes)).nonzero()[:, 0], device),
+        sequences=PackLayout(sizes, send(bounds, device), segments, segments),
         tokens=Segments(lengths, device),
         pixels=Segments([PIXELS * length for length in lengths], device),
     )
