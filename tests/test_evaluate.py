@@ -50,10 +50,15 @@ def error_of(capfd, *arguments: object) -> str:
     return capfd.readouterr().err
 
 
+SAVE = "import sys, torch; from tools.train_digits_classifier import *; torch.manual_seed(0); "
+SAVE += "save(DigitsNet().eval(), Path(sys.argv[1]))"
+
+
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
+    """Of the demo's kind, untrained; the README's test trains one."""
     path = tmp_path_factory.mktemp("classifier") / "net.pt"
-    subprocess.run([sys.executable, ROOT / "tools" / "train_digits_classifier.py", path], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", SAVE, path], check=True, cwd=ROOT)
     return path
 
 
@@ -68,17 +73,10 @@ def run(tmp_path_factory, digits_shards, classifier):
     return RunDir(folder)
 
 
-def test_the_classifier_recognises_held_out_digits(classifier):
-    assert json.loads(classifier.with_suffix(".json").read_text())["accuracy"] > 0.97
-
-
-def test_the_same_classifier_has_the_same_bytes(tmp_path):
+def test_the_same_classifier_has_the_same_bytes(classifier, tmp_path):
     """Its hash is in the key of every result: a second training must not make results incomparable."""
-    script = "import sys, torch; from tools.train_digits_classifier import *; torch.manual_seed(0); "
-    script += "save(DigitsNet().eval(), Path(sys.argv[1]))"
-    for name in ("one.pt", "two.pt"):
-        subprocess.run([sys.executable, "-c", script, tmp_path / name], check=True, cwd=ROOT)
-    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
+    subprocess.run([sys.executable, "-c", SAVE, tmp_path / "again.pt"], check=True, cwd=ROOT)
+    assert (tmp_path / "again.pt").read_bytes() == classifier.read_bytes()
 
 
 def test_evaluate_measures_once_and_says_under_what_circumstances(run):

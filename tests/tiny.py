@@ -10,7 +10,8 @@ OVERRIDES = [
     *("model.patch_size=1", "model.in_channels=1"),
     *("data.latent.kind=pixels", "data.latent.factor=1", "data.latent.scaling=1.0", "data.num_workers=0"),
     *("batch.global_batch_size=16", "batch.pack_tokens=2048", "optim.lr=1e-3", "optim.ema_decays=[0.9]"),
-    *("parallel.precision=fp32", "run.device=cpu", "evaluation.points=0", "data.holdout_fraction=0.1"),
+    *("parallel.precision=fp32", "parallel.compile=off", "run.device=cpu"),
+    *("evaluation.points=0", "data.holdout_fraction=0.1"),
 ]
 
 

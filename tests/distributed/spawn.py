@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.waiting import LIMIT_S
 
-PRELOAD = ["torch", "deepspeed", "megatron.core.tensor_parallel", "fitscale.train.trainer"]
+PRELOAD = ["tests.distributed.preload"]
 
 
 def context() -> Any:

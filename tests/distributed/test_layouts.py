@@ -26,7 +26,7 @@ from fitscale.run.layout import RunDir
 from tests.distributed.spawn import run_ranks, train_here
 from tests.tiny import tiny_config
 
-STEPS = 8
+STEPS = 4
 FEW = 6  # where eight show no more
 LAYOUTS = [
     (1, 1, False),
