@@ -1,13 +1,15 @@
 """parallel.compile: what auto means, its words in YAML, and a machine that cannot compile."""
 
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from fitscale.config.load import load_config
 from fitscale.config.schema import ParallelConfig
-from fitscale.model.common.compiler import is_compiled, lacks_for_compiling, use_compiler
+from fitscale.model.common.compiler import formula, is_compiled, lacks_for_compiling, use_compiler
 from fitscale.parallel.groups import init_parallel
 from fitscale.plan.layout import resolve_compile
 from fitscale.train.start import choose_compiler
@@ -61,3 +63,14 @@ def test_what_is_compiled_is_kept_in_a_folder_of_the_users_own(monkeypatch, tmp_
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     use_compiler(True)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / ".cache" / "fitscale" / "compiled")
+
+
+@pytest.mark.skipif(lacks_for_compiling(torch.device("cpu")) is not None, reason="needs g++ and Python.h")
+def test_nothing_that_is_compiled_lies_where_others_may_write(request):
+    """Headers too: the compiler takes whatever has their name."""
+    request.addfinalizer(lambda: use_compiler(False))
+    use_compiler(True)
+    assert formula(lambda x: 2 * x.sin())(torch.zeros(3)).tolist() == [0, 0, 0]
+    own = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert list(own.glob("precompiled_headers/*.gch"))
+    assert not list(Path(tempfile.gettempdir()).glob("torchinductor_*/**/*.*"))

@@ -27,7 +27,7 @@ from tests.distributed.spawn import run_ranks, train_here
 from tests.tiny import tiny_config
 
 STEPS = 4
-FEW = 6  # where eight show no more
+FEW = 3  # where eight show no more
 LAYOUTS = [
     (1, 1, False),
     (2, 1, False),

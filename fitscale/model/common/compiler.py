@@ -31,8 +31,16 @@ def use_compiler(on: bool) -> None:
     choice is a name in the shared /tmp that anybody can guess and make first, and it runs what it finds there.
     """
     if on:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path("~/.cache/fitscale/compiled").expanduser()))
+        own = str(Path("~/.cache/fitscale/compiled").expanduser())
+        _keep_headers_in(Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", own), "precompiled_headers"))
     _state["compiled"] = on
+
+
+def _keep_headers_in(folder: Path) -> None:
+    """Headers are compiled once for all formulas; torch 2.13 keeps them in /tmp, whatever is said of its cache."""
+    from torch._inductor import codecache
+
+    codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(folder), str(folder / "locks")
 
 
 def is_compiled() -> bool:

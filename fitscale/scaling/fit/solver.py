@@ -5,7 +5,7 @@ computation here, and takes seconds. Shapes: K problems, N points, P parameters.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,7 @@ class Problems:
     corner: float
     above: float  # t
 
-    def take(self, indices: NDArray[np.int64]) -> "Problems":
+    def take(self, indices: NDArray[np.bool_]) -> "Problems":
         """Those of the problems."""
         bounds = self.lower_KP[indices], self.upper_KP[indices]
         return Problems(self.y_KN[indices], self.count_KN[indices], *bounds, self.corner, self.above)
@@ -74,35 +74,61 @@ def solve(
     y_KN, count_KN = (np.broadcast_to(values, (count, y.shape[-1])) for values in (y, np.asarray(counts, dtype=float)))
     problems = Problems(y_KN, count_KN, lower_KP, upper_KP, corner, above)
     theta_KP = np.clip(theta_KP, lower_KP, upper_KP)
-    objective_K, damping_K = np.full(count, np.nan), np.full(count, 1e-2)
-    active = np.arange(count)
+    objective_K, active = np.full(count, np.nan), np.arange(count)
+    state = _at(model, problems, theta_KP, np.full(count, 1e-2))
     for _ in range(ROUNDS):
+        state, done = _iterate(model, problems, state)
+        if done.any():
+            theta_KP[active], objective_K[active] = state.theta_KP, state.objective_K
+            active, problems, state = active[~done], problems.take(~done), state.take(~done)
         if not len(active):
-            break
-        theta, objective, damping, done = _iterate(model, problems.take(active), theta_KP[active], damping_K[active])
-        theta_KP[active], objective_K[active], damping_K[active] = theta, objective, damping
-        active = active[~done]
+            return theta_KP, objective_K
+    theta_KP[active], objective_K[active] = state.theta_KP, state.objective_K
     return theta_KP, objective_K
 
 
-def _iterate(
-    model: Model, problems: Problems, theta_KP: Array, damping_K: Array
-) -> tuple[Array, Array, Array, NDArray[np.bool_]]:
-    """One damped Gauss-Newton step of every problem; kept where it improves, else only the damping grows."""
-    prediction_KN, jacobian_KNP = model(theta_KP)
-    before = problems.objective(prediction_KN)
-    step_KP = _step(problems, theta_KP, problems.y_KN - prediction_KN, jacobian_KNP, damping_K)
-    candidate_KP = np.clip(theta_KP + step_KP, problems.lower_KP, problems.upper_KP)
+@dataclass(frozen=True)
+class _State:
+    """Where K problems are, and what the model says there."""
+
+    theta_KP: Array
+    damping_K: Array
+    prediction_KN: Array
+    jacobian_KNP: Array
+    objective_K: Array
+
+    def take(self, indices: NDArray[np.bool_]) -> "_State":
+        """Those of the problems."""
+        return _State(*(getattr(self, each.name)[indices] for each in fields(self)))
+
+    def where(self, chosen_K: NDArray[np.bool_], other: "_State") -> "_State":
+        """The chosen problems as they are, the others as they are in `other`."""
+        pairs = ((getattr(self, each.name), getattr(other, each.name)) for each in fields(self))
+        return _State(*(np.where(chosen_K.reshape(-1, *[1] * (ours.ndim - 1)), ours, theirs) for ours, theirs in pairs))
+
+
+def _at(model: Model, problems: Problems, theta_KP: Array, damping_K: Array) -> _State:
     with np.errstate(all="ignore"):
-        after = problems.objective(model(candidate_KP)[0])
+        prediction_KN, jacobian_KNP = model(theta_KP)
+        objective_K = problems.objective(prediction_KN)
+    return _State(theta_KP, damping_K, prediction_KN, jacobian_KNP, objective_K)
+
+
+def _iterate(model: Model, problems: Problems, state: _State) -> tuple[_State, NDArray[np.bool_]]:
+    """One damped Gauss-Newton step of every problem, kept where it improves, else only the damping grows; and which
+    problems are done."""
+    candidate_KP = np.clip(state.theta_KP + _step(problems, state), problems.lower_KP, problems.upper_KP)
+    candidate = _at(model, problems, candidate_KP, np.maximum(state.damping_K / 5, 1e-12))
+    before, after = state.objective_K, candidate.objective_K
     better = after <= before
-    done = (better & (before - after <= 1e-15 * before)) | (damping_K > MAX_DAMPING) | (before < 1e-28)
-    damping_K = np.where(better, np.maximum(damping_K / 5, 1e-12), damping_K * 4)
-    return np.where(better[:, None], candidate_KP, theta_KP), np.where(better, after, before), damping_K, done
+    done = (better & (before - after <= 1e-15 * before)) | (state.damping_K > MAX_DAMPING) | (before < 1e-28)
+    return candidate.where(better, replace(state, damping_K=state.damping_K * 4)), done
 
 
-def _step(problems: Problems, theta_KP: Array, residual_KN: Array, jacobian_KNP: Array, damping_K: Array) -> Array:
+def _step(problems: Problems, state: _State) -> Array:
     """Solve the damped normal equations, scaled to a unit diagonal; parameters pushed against a bound stay."""
+    theta_KP, jacobian_KNP = state.theta_KP, state.jacobian_KNP
+    residual_KN = problems.y_KN - state.prediction_KN
     slope_KN = np.minimum(1.0, problems.corner / np.maximum(np.abs(residual_KN), 1e-300))  # r's: the gradient of rho(r)
     slope_KN = slope_KN * problems.side(residual_KN)
     weighted_KPN = np.swapaxes(jacobian_KNP, 1, 2) * (slope_KN * problems.count_KN)[:, None, :]
@@ -113,7 +139,7 @@ def _step(problems: Problems, theta_KP: Array, residual_KN: Array, jacobian_KNP:
     scale_KP = np.sqrt(np.maximum(np.einsum("kpp->kp", hessian_KPP), 1e-300))
     scaled = hessian_KPP / scale_KP[:, :, None] / scale_KP[:, None, :]
     scaled = np.where(stuck_KP[:, :, None] | stuck_KP[:, None, :], 0.0, scaled)
-    diagonal_KP = damping_K[:, None] + stuck_KP + 1e-14
+    diagonal_KP = state.damping_K[:, None] + stuck_KP + 1e-14
     scaled = scaled + np.eye(theta_KP.shape[1]) * diagonal_KP[:, None, :]
     right_KP = np.where(stuck_KP, 0.0, gradient_KP / scale_KP)
     return np.linalg.solve(scaled, right_KP[:, :, None])[:, :, 0] / scale_KP
