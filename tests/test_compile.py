@@ -67,7 +67,7 @@ def test_what_is_compiled_is_kept_in_a_folder_of_the_users_own(monkeypatch, tmp_
 
 @pytest.mark.skipif(lacks_for_compiling(torch.device("cpu")) is not None, reason="needs g++ and Python.h")
 def test_nothing_that_is_compiled_lies_where_others_may_write(request):
-    """Headers too: the compiler takes whatever has their name."""
+    """Though importing megatron-core has torch choose such a folder; headers too, which g++ takes by name."""
     request.addfinalizer(lambda: use_compiler(False))
     use_compiler(True)
     assert formula(lambda x: 2 * x.sin())(torch.zeros(3)).tolist() == [0, 0, 0]

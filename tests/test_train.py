@@ -92,13 +92,13 @@ def test_learning_reduces_the_loss(tmp_path, digits_shards):
     assert sum(loss[-8:]) < 0.8 * sum(loss[:8])
 
 
-def test_a_run_killed_ten_times_ends_bit_identical(tmp_path, digits_shards):
-    overrides = ("run.steps=120", "checkpoint.every_steps=4", "checkpoint.keep_last=2")
+def test_a_run_killed_six_times_ends_bit_identical(tmp_path, digits_shards):
+    overrides = ("run.steps=80", "checkpoint.every_steps=4", "checkpoint.keep_last=2")
     run_ranks(train_here, 1, tiny_config(tmp_path / "calm", digits_shards, *overrides))
     config = tiny_config(tmp_path / "killed", digits_shards, *overrides)
     chance = random.Random(0)
-    kills = [kill_once(config, chance, in_save=attempt % 2 == 0) for attempt in range(10)]
-    assert kills.count("saving") >= 3
+    kills = [kill_once(config, chance, in_save=attempt % 2 == 0) for attempt in range(6)]
+    assert kills.count("saving") >= 2
     run_ranks(train_here, 1, config)
     calm, killed = RunDir(tmp_path / "calm"), RunDir(tmp_path / "killed")
     assert killed.metrics.read_bytes() == calm.metrics.read_bytes()

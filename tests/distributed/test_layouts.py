@@ -38,7 +38,7 @@ LAYOUTS = [
     (2, 2, True),
     (1, 4, True),
 ]
-COMPILED = [((1, 2, True), 0), ((2, 2, True), 3)]  # formulas know no ranks
+COMPILED = [((2, 2, True), 3)]  # formulas know no ranks
 
 
 @cache

@@ -24,7 +24,7 @@ from tests.tiny import OVERRIDES as TINY
 from tests.tiny import tiny_config
 from tests.waiting import LIMIT_S, wait_until
 
-STEPS = 60
+STEPS = 15
 OVERRIDES = (f"run.steps={STEPS}", "checkpoint.every_steps=1000")
 
 
@@ -50,10 +50,16 @@ def wait_for_steps(run: RunDir, steps: int) -> None:
     wait_until(lambda: len(read_jsonl(run.metrics)) >= steps, f"{steps} steps")
 
 
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory, digits_shards):
+    """A run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("calm") / "run"
+    run_ranks(train_here, 2, tiny_config(folder, digits_shards, *OVERRIDES))
+    return folder
+
+
 @pytest.mark.parametrize("signum", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_rank_makes_all_save_and_no_step_is_lost(tmp_path, digits_shards, signum):
-    calm = tiny_config(tmp_path / "calm", digits_shards, *OVERRIDES)
-    run_ranks(train_here, 2, calm)
+def test_a_signal_to_one_rank_makes_all_save_and_no_step_is_lost(tmp_path, digits_shards, calm, signum):
     config = tiny_config(tmp_path / "stopped", digits_shards, *OVERRIDES)
     run = RunDir(tmp_path / "stopped")
     processes = start_ranks(train_and_exit, 2, config)
@@ -71,8 +77,8 @@ def test_a_signal_to_one_rank_makes_all_save_and_no_step_is_lost(tmp_path, digit
     assert (first["event"], end["reason"], end["step"]) == ("start", signum.name, steps)
     assert (second["step"], second["previous_ended"], second["lost_steps"]) == (steps, signum.name, 0)
     assert (last["reason"], last["step"]) == (f"reached step {STEPS}", STEPS)
-    assert run.metrics.read_bytes() == RunDir(tmp_path / "calm").metrics.read_bytes()
-    ours, theirs = (tensors(tmp_path / name, STEPS, "weights/raw") for name in ("stopped", "calm"))
+    assert run.metrics.read_bytes() == RunDir(calm).metrics.read_bytes()
+    ours, theirs = (tensors(folder, STEPS, "weights/raw") for folder in (run.path, calm))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

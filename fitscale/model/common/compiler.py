@@ -19,6 +19,7 @@ import torch
 WIDTHS = (
     64  # compilations of one formula in a process: a recompilation is of another width or type, not of another pack
 )
+FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 _OPTIONS: Any = {"assert_indirect_indexing": False}  # the index of a token's image comes from the pack's own layout
 _state = {"compiled": False}
 compiled: dict[Callable[..., Any], Callable[..., Any]] = {}  # of each formula that has run so
@@ -31,16 +32,20 @@ def use_compiler(on: bool) -> None:
     choice is a name in the shared /tmp that anybody can guess and make first, and it runs what it finds there.
     """
     if on:
-        own = str(Path("~/.cache/fitscale/compiled").expanduser())
-        _keep_headers_in(Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", own), "precompiled_headers"))
+        _keep_in_own_folder()
     _state["compiled"] = on
 
 
-def _keep_headers_in(folder: Path) -> None:
-    """Headers are compiled once for all formulas; torch 2.13 keeps them in /tmp, whatever is said of its cache."""
+def _keep_in_own_folder() -> None:
+    """Torch's choice may be in the environment already: importing megatron-core puts it there. Headers, compiled once
+    for all formulas, torch 2.13 keeps in /tmp whatever the environment says."""
     from torch._inductor import codecache
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(folder), str(folder / "locks")
+    if os.environ.get(FOLDER) in (None, os.path.abspath(default_cache_dir())):
+        os.environ[FOLDER] = str(Path("~/.cache/fitscale/compiled").expanduser())
+    headers = Path(os.environ[FOLDER], "precompiled_headers")
+    codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(headers), str(headers / "locks")
 
 
 def is_compiled() -> bool:
