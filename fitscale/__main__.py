@@ -1,8 +1,6 @@
 """`python -m fitscale` is the `fitscale` program."""
 
-import sys
-
-from fitscale.cli import main
+from fitscale.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fitscale.config.errors import UserError
-from fitscale.config.program import USER_ERROR, exit_code, loading
+from fitscale.config.program import USER_ERROR, exit_code, leave, loading
 from fitscale.eval.arguments import add_data_arguments, add_evaluate_arguments, add_sample_arguments, add_tune_arguments
 
 Command = Callable[[argparse.Namespace], int | None]
 Arguments = Callable[[argparse.ArgumentParser], None]
+
+
+def program() -> NoReturn:
+    """The process `fitscale`."""
+    leave(main)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -260,3 +260,34 @@ def test_exit_codes(capsys):
 
 def test_the_parser_names_its_commands():
     assert all(f"    {command}" in build_parser().format_help() for command in COMMANDS)
+
+
+LEAVING = """
+import atexit, sys, threading, time
+import torch.distributed as dist
+from fitscale.config.program import leave
+
+class Last:
+    def __del__(self):
+        print("the interpreter ends")
+
+def main():
+    atexit.register(print, "exit handler")
+    threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+    if sys.argv[1] == "ranks":
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if sys.argv[2] == "stopped":
+        raise SystemExit(143)
+    return 3
+
+last = Last()
+leave(main)
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("returned", 3), ("stopped", 143)])
+@pytest.mark.parametrize(("world", "after"), [("ranks", ""), ("none", "the interpreter ends\n")])
+def test_a_process_of_ranks_leaves_without_the_interpreters_end(world, after, how, code):
+    """In which a thread of gloo may abort it; what has registered for the end is done all the same."""
+    ended = subprocess.run([sys.executable, "-c", LEAVING, world, how], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (code, f"thread\nexit handler\n{after}")

@@ -1,14 +1,17 @@
 """What every program of the project does around its work: a user's mistake becomes one line and an exit code."""
 
 import argparse
+import atexit
 import errno
 import gc
 import os
 import select
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 from fitscale.config.errors import UserError
 
@@ -46,6 +49,27 @@ def exit_code(function: Callable[[], int | None]) -> int:
             return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Run `main` and end the process with its exit code.
+
+    Where it has joined a world of ranks the interpreter's own end is left out, after all that waits for it: a thread of
+    gloo that gives back a tensor meanwhile would abort the process, and a run that has saved would count as failed.
+    """
+    try:
+        code: object = main()
+    except SystemExit as stop:
+        code = stop.code
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized() and isinstance(code, int):
+        threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter would: threads, then exit handlers
+        atexit._run_exitfuncs()
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)  # type: ignore[arg-type]
 
 
 def _unread() -> bool:
