@@ -2,12 +2,12 @@
 
 python tools/bench_step.py
 python tools/bench_step.py --sizes 256 64-256 --steps 5 --json step.json
-python tools/bench_step.py --device cuda --precision bf16 --sizes 256 configs/model/xl.yaml
+python tools/bench_step.py --device cuda --sizes 256 configs/model/xl.yaml parallel.precision=bf16 parallel.zero_stage=1
 
 Three ways take a step in turns, on the same images, drawn anew for every step: (a) the baseline: a batch padded to its
 longest image, with an attention mask, plain modules, torch's AdamW and EMA, as FiTv2 is published; (b) fitscale with
-`parallel.compile=off`; (c) with `on`. The model is FiTv2 of width 384 and depth 6 unless further arguments (files,
-key=value) say otherwise.
+`parallel.compile=off`; (c) with `on`. The model is FiTv2 of width 384 and depth 6, trained in fp32 and, as one process
+has nothing to shard, without ZeRO, unless further arguments (files, key=value) say otherwise.
 
 Prints, for each distribution of sizes, medians of the ratios of times, tokens/s, and the share of matrix products and
 attention in the step. For one block in `--traffic` precision: what flows besides those, forward and backward, in reads
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 MODEL = [
     *("model.hidden_size=384", "model.depth=6", "model.num_heads=6", "model.num_classes=1000"),
     *("optim.ema_decays=[0.9999]", "optim.grad_clip=1.0", "parallel.precision=fp32", "run.device=cpu"),
-    "batch.pack_tokens=65536",
+    *("parallel.zero_stage=0", "batch.pack_tokens=65536"),
 ]
 SEED = 0
 

@@ -31,7 +31,10 @@ def make_engine(model: torch.nn.Module, optimizer: torch.optim.Optimizer, config
     a caller that wants the gradient of L backs up `dp_size * (its share of L)` for every micro-batch.
     """
     deepspeed, settings = _import_deepspeed(topology.device), _engine_config(config, topology)
-    return deepspeed.initialize(model=model, optimizer=optimizer, mpu=_model_parallel_unit(), config=settings)[0]
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, mpu=_model_parallel_unit(), config=settings)[0]
+    if config.parallel.zero_stage == 0 and topology.dp_size == 1:
+        engine.enable_backward_allreduce = False  # it would flatten all gradients and sum them over one rank
+    return engine
 
 
 def building(config: Config, topology: Topology) -> Any:
