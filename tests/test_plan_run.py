@@ -17,7 +17,7 @@ from fitscale.model import flops
 from fitscale.model.backbone import parameter_table
 from fitscale.plan.devices import DEVICES, device_reported_as, find_device
 from fitscale.plan.layout import Machine, layouts
-from fitscale.plan.memory import activation_bytes, rank_memory, recomputed_blocks
+from fitscale.plan.memory import activation_bytes, rank_memory, rank_parameters, recomputed_blocks
 from fitscale.plan.step import measured_utilisation, plan, simplest, typical_images
 from fitscale.plan.traffic import step_traffic
 from tests.shard_sets import LATENTS, indexed_set
@@ -25,6 +25,7 @@ from tests.shard_sets import LATENTS, indexed_set
 ROOT = Path(__file__).parents[1]
 MODELS = ("s", "b", "l", "xl", "xxl", "fit_b", "fit_xl")
 H100 = DEVICES["h100"]
+HPZ = "parallel.zero_hpz_partition_size=8"
 
 
 def config_of(model: str, *overrides: str):
@@ -110,6 +111,23 @@ def test_what_data_parallel_ranks_send():
     assert step_traffic(config_of("xxl"), 1, 3, 1000).total == 0
     fp32 = step_traffic(config_of("b", "parallel.precision=fp32", "parallel.zero_stage=0"), 4, 3, 1000)
     assert (fp32.gradients, fp32.weights) == (2 * 3 / 4 * 4 * flops.parameters(config_of("b").model), 0)
+
+
+def test_with_a_copy_in_the_node_only_a_steps_first_gather_leaves_it():
+    sent = step_traffic(config_of("b", *layout(stage=3), HPZ), 16, 3, 1000)
+    gathered = rank_parameters(config_of("b")).gathered
+    kept = rank_parameters(config_of("b")).kept
+    assert sent.copied_weights == pytest.approx(7 / 8 * 2 * (2 * (2 * gathered - kept) + gathered - kept))
+    whole = 15 / 16 * 2 * flops.parameters(config_of("b").model)
+    assert sent.weights - sent.copied_weights == pytest.approx(whole)
+    fast, slow = (plan_of("xxl", 64, *layout(stage=3), *more, gpus_per_node=8) for more in ((HPZ,), ()))
+    assert fast.traffic.gradients == slow.traffic.gradients
+    outside, copied = fast.traffic.total - fast.traffic.copied_weights, fast.traffic.copied_weights
+    at_most = outside / (0.8 * 8 * 50e9) + copied / (0.8 * 450e9)
+    assert fast.exposed_s == pytest.approx(max(at_most - fast.busy_s, 0.0))
+    assert fast.memory.step.weights - slow.memory.step.weights == pytest.approx(
+        2 / 8 * flops.parameters(fast.config.model)
+    )
 
 
 def test_what_tensor_parallel_ranks_send():
@@ -208,6 +226,8 @@ def test_layouts_leave_out_what_cannot_be():
     found = layouts(config_of("b"), Machine(H100, 8, 8), set())
     assert len(found) == len({one.parallel for one in found}) == (1 + 2 * 2) * 3 * 2
     assert all(one.parallel.tensor_parallel_size > 1 or not one.parallel.sequence_parallel for one in found)
+    copied = layouts(config_of("xxl", "parallel.zero_stage=3", HPZ), Machine(H100, 16, 8), set())
+    assert {(one.parallel.tensor_parallel_size, one.parallel.zero_stage) for one in copied} == {(1, 3), (2, 3)}
 
 
 def test_measured_utilisation_gives_back_the_time(tmp_path):
@@ -255,6 +275,10 @@ def test_refusals(capsys, tmp_path):
         capsys, f"{tp}2", "--gpus", "6", "--gpus-per-node", "3"
     )
     assert "num_heads = 24 does not divide by 5; valid: 1, 2, 3" in refusal(capsys, f"{tp}5")
+    assert "8 needs parallel.zero_stage of 3" in refusal(capsys, HPZ, "parallel.zero_stage=2")
+    assert "8 does not divide 4 data-parallel ranks; valid: 1, 2, 4" in refusal(
+        capsys, HPZ, "parallel.zero_stage=3", f"{tp}4", "--gpus", "16"
+    )
     assert "--mfu: 40.0 is not a utilisation" in refusal(capsys, "--mfu", "40")
     assert "--gpus: 0 is too small" in refusal(capsys, "--gpus", "0")
     assert "batch.pack_tokens: the image in slot 0 has 256" in refusal(capsys, "batch.pack_tokens=128")

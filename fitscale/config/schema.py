@@ -155,6 +155,8 @@ class ParallelConfig(Section, path="parallel"):
     tensor_parallel_size: int = number(1, least=1, most=10_000)
     sequence_parallel: bool = False  # shard the token dimension between the tensor-parallel regions
     zero_stage: int = 1
+    zero_hpz_partition_size: int = number(1, least=1, most=10_000)  # ranks of a node that hold a copy of the weights
+    # between them, from which stage 3 gathers all but a step's first time (ZeRO++'s hpZ); 1 = no copy
     precision: str = one_of("auto", "fp32", "bf16")  # bf16 keeps fp32 master weights; auto = bf16 on cuda, else fp32
     compile: str = one_of("auto", "on", "off")  # fuse what is not a matrix product; auto = where a run is long enough
     offload_optimizer: bool = False  # keep the optimizer's state and step in host memory
@@ -171,8 +173,22 @@ class ParallelConfig(Section, path="parallel"):
             )
         if self.offload_optimizer and self.zero_stage == 0:
             raise UserError("parallel.offload_optimizer: needs parallel.zero_stage of 1, 2 or 3")
+        if self.zero_hpz_partition_size > 1 and self.zero_stage < 3:
+            raise UserError(
+                f"parallel.zero_hpz_partition_size: {self.zero_hpz_partition_size} needs parallel.zero_stage of 3, the "
+                "only one that shards weights"
+            )
         if self.sequence_parallel and self.tensor_parallel_size == 1:
             raise UserError("parallel.sequence_parallel: needs parallel.tensor_parallel_size of 2 or more")
+
+    def require_dp_size(self, dp_size: int) -> None:
+        """Raises UserError unless `dp_size` data-parallel ranks divide as these settings say."""
+        if dp_size % self.zero_hpz_partition_size:
+            valid = ", ".join(str(n) for n in range(1, dp_size + 1) if dp_size % n == 0)
+            raise UserError(
+                f"parallel.zero_hpz_partition_size: {self.zero_hpz_partition_size} does not divide {dp_size} "
+                f"data-parallel ranks; valid: {valid}"
+            )
 
     def reduce_bucket(self, dp_size: int) -> int:
         """Gradients that `dp_size` data-parallel ranks sum at a time, in numbers: megatron-core's rule (its

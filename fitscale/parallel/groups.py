@@ -41,12 +41,12 @@ def init_parallel(config: ParallelConfig, device: str = "auto", timeout: timedel
     """Join the world and divide it; a later call keeps the world, and divides it anew if the division changed.
 
     Args:
-        config: its `tensor_parallel_size` divides the world.
+        config: its `tensor_parallel_size` divides the world, its `zero_hpz_partition_size` the data-parallel ranks.
         device: cpu (gloo), cuda (nccl) or auto (cuda where there is one).
         timeout: how long a collective operation waits for the other ranks.
 
     Raises:
-        UserError: cuda is asked for and absent, or the world does not divide by the tensor-parallel size.
+        UserError: cuda is asked for and absent, or the world does not divide as `config` asks.
     """
     own_device = _choose_device(device)
     world_size = launched_ranks()
@@ -56,6 +56,7 @@ def init_parallel(config: ParallelConfig, device: str = "auto", timeout: timedel
             f"parallel.tensor_parallel_size: {config.tensor_parallel_size} does not divide the world size of "
             f"{world_size} processes; valid: {valid}"
         )
+    config.require_dp_size(world_size // config.tensor_parallel_size)
     _prepare(own_device)
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": world_size}

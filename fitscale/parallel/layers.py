@@ -146,6 +146,7 @@ def set_value(param: Tensor, shard: Tensor) -> None:
     if hasattr(param, "ds_tensor"):
         part = kept_part(param, shard)
         param.ds_tensor.data[: len(part)].copy_(part)
+        param.ds_secondary_tensor = None  # type: ignore[attr-defined]  # hpZ's copy, which would be gathered instead
     else:
         param.data.copy_(shard)
 

@@ -45,9 +45,26 @@ def building(config: Config, topology: Topology) -> Any:
     deepspeed.init_distributed(dist_backend="nccl" if topology.device.type == "cuda" else "gloo")
     return deepspeed.zero.Init(
         data_parallel_group=parallel_state.get_data_parallel_group(),
+        zero_param_parallel_group=_join_hpz_group(config.parallel.zero_hpz_partition_size, topology),
         mpu=_model_parallel_unit(),
         config_dict_or_path=_engine_config(config, topology),  # names the precision, too
     )
+
+
+def _join_hpz_group(size: int, topology: Topology) -> Any:
+    """The group of `size` consecutive data-parallel ranks that holds hpZ's copy of the weights; None: there is no copy.
+
+    DeepSpeed's own would be of consecutive ranks of the world, which under tensor parallelism hold other shards. It
+    looks for the group in its module, too, where one of an engine before may still be.
+    """
+    from deepspeed.utils import groups
+
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    if size > 1:
+        world, tp_size = torch.arange(topology.world_size), topology.tp_size
+        members = world.view(-1, size, tp_size).transpose(1, 2).reshape(-1, size).tolist()
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = torch.distributed.new_subgroups_by_enumeration(members)[0]
+    return groups._ZERO_PARAM_INTRA_PARALLEL_GROUP
 
 
 def optimizer_step(engine: Any) -> Any:
@@ -174,6 +191,7 @@ def _engine_config(config: Config, topology: Topology) -> dict[str, Any]:
         "stage": parallel.zero_stage,
         "overlap_comm": cuda,
         "reduce_bucket_size": parallel.reduce_bucket(topology.dp_size),
+        "zero_hpz_partition_size": parallel.zero_hpz_partition_size,
         "round_robin_gradients": False,  # True breaks the reading of full fp32 parameters
     }
     if parallel.offload_optimizer:

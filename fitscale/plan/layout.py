@@ -73,14 +73,15 @@ def resolve_compile(config: Config, on_cuda: bool) -> Config:
 def in_words(parallel: ParallelConfig, dp_size: int) -> str:
     """A layout for a person: dp 8 x tp 2 + sp, ZeRO 1."""
     sp = " + sp" if parallel.sequence_parallel else ""
-    return f"dp {dp_size} x tp {parallel.tensor_parallel_size}{sp}, ZeRO {parallel.zero_stage}"
+    hpz = f", hpZ {parallel.zero_hpz_partition_size}" if parallel.zero_hpz_partition_size > 1 else ""
+    return f"dp {dp_size} x tp {parallel.tensor_parallel_size}{sp}, ZeRO {parallel.zero_stage}{hpz}"
 
 
 def dp_size(config: Config, machine: Machine) -> int:
     """Data-parallel ranks.
 
     Raises:
-        UserError: tensor parallelism does not divide the devices, or leaves a node.
+        UserError: tensor parallelism does not divide the devices, or leaves a node; hpZ does not divide what is left.
     """
     tp_size = config.parallel.tensor_parallel_size
     if tp_size not in machine.tp_sizes:
@@ -88,20 +89,21 @@ def dp_size(config: Config, machine: Machine) -> int:
             f"parallel.tensor_parallel_size: {tp_size} does not divide {machine.gpus} devices, {machine.gpus_per_node} "
             f"on a node, within which it must stay; valid: {', '.join(map(str, machine.tp_sizes))}"
         )
+    config.parallel.require_dp_size(machine.gpus // tp_size)
     return machine.gpus // tp_size
 
 
 def layouts(config: Config, machine: Machine, fixed: set[str]) -> list[Config]:
     """Configs of all layouts worth a look: the keys of `parallel` in `fixed` stay, the others vary.
 
-    Tensor parallelism that does not divide the model, or leaves a node, is left out.
+    Left out is tensor parallelism that does not divide the model, leaves a node, or leaves ranks hpZ does not divide.
     """
     divided = config.model.tp_divides.values()
     bf16 = resolve_precision(config, machine.has_gpus).parallel.precision == "bf16"
     choices: dict[str, list[Any]] = {
         "tensor_parallel_size": [n for n in machine.tp_sizes if not any(number % n for number in divided)],
         "sequence_parallel": [False, True] if config.model.cuts_tokens else [False],
-        "zero_stage": [1, 2, 3] if bf16 else [0, 1, 2, 3],
+        "zero_stage": [3] if config.parallel.zero_hpz_partition_size > 1 else [1, 2, 3] if bf16 else [0, 1, 2, 3],
         "activation_checkpoint_every": [0, 1],
     }
     values = [[getattr(config.parallel, key)] if key in fixed else options for key, options in choices.items()]
@@ -109,5 +111,6 @@ def layouts(config: Config, machine: Machine, fixed: set[str]) -> list[Config]:
     return [
         replace(config, parallel=replace(config.parallel, **chosen))
         for chosen in combinations
-        if chosen["tensor_parallel_size"] > 1 or not chosen["sequence_parallel"]
+        if (chosen["tensor_parallel_size"] > 1 or not chosen["sequence_parallel"])
+        and machine.gpus // chosen["tensor_parallel_size"] % config.parallel.zero_hpz_partition_size == 0
     ]

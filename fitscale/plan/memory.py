@@ -171,7 +171,8 @@ def _weights(config: Config, sizes: RankParameters, dp_size: int) -> tuple[float
     each = number_bytes(config)
     if config.parallel.zero_stage < 3:
         return each * sizes.all, each * sizes.all
-    shard = each * sizes.all / dp_size
+    copies = config.parallel.zero_hpz_partition_size
+    shard = each * sizes.all * (1 / dp_size + (1 / copies if copies > 1 else 0))  # hpZ's copy is dropped after the step
     return shard + each * sizes.persistent, shard
 
 
@@ -209,7 +210,7 @@ def _buffers(config: Config, sizes: RankParameters, dp_size: int, on_cuda: bool)
     buckets = bucket * (2 if on_cuda else 1)
     flattened = each * min(sizes.trained, bucket)
     if stage == 0:  # the gradients are joined to be summed over ranks
-        return 0.0, FP32 * min(sizes.trained, bucket)
+        return 0.0, FP32 * min(sizes.trained, bucket) if dp_size > 1 else 0.0
     if stage == 1:
         if each == 2 and not offload:
             return 0.0, each * sizes.trained

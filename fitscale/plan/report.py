@@ -153,9 +153,10 @@ def _memory(one: RunPlan) -> Iterator[tuple[str, str]]:
 
 def _speed(one: RunPlan, source: str) -> dict[str, str]:
     traffic, steps, tokens_B = one.traffic, one.config.run.steps, one.images.tokens_B
+    copied = f" ({traffic.copied_weights / 1e9:.2f} from hpZ's copies)" if traffic.copied_weights else ""
     return {
         "sent per step": f"{traffic.total / 1e9:.2f} GB a GPU: gradients {traffic.gradients / 1e9:.2f}, weights "
-        f"{traffic.weights / 1e9:.2f}, tensor parallel {traffic.tensor_parallel / 1e9:.2f}",
+        f"{traffic.weights / 1e9:.2f}{copied}, tensor parallel {traffic.tensor_parallel / 1e9:.2f}",
         "FLOPs": f"{one.train_flops:.4g} a step (true FLOPs, 2 a MAC; attention included, recomputation not)",
         "time": f"{one.step_s:.3f} s a step: {one.busy_s:.3f} computing at {one.utilisation:.1%} of the peak "
         f"({source}),",

@@ -7,7 +7,8 @@ With n ranks, an all-reduce sends 2 (n - 1)/n of its tensor, a gather or a scatt
     stage 1     gradients all-reduced once; weights gathered after the step
     stage 2     gradients all-reduced in every micro-batch (not scattered), behind the backward pass; weights gathered
     stage 3     weights gathered for the forward and again for the backward pass of every micro-batch, gradients
-                scattered in every micro-batch, behind both passes
+                scattered in every micro-batch, behind both passes; with hpZ all but the first gather of a step are
+                among the ranks that share a copy
 
 Gradients travel in fp32, weights in their own type.
 
@@ -29,11 +30,12 @@ BACKWARD_SHARE = 2 / 3  # of a pass forward and backward
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one rank sends in one step, by kind."""
+    """Bytes that one rank sends in one step, by kind; `copied_weights` are of `weights`, gathered from hpZ's copy."""
 
     gradients: float
     weights: float
     tensor_parallel: float
+    copied_weights: float = 0.0
 
     @property
     def total(self) -> float:
@@ -46,8 +48,11 @@ def step_traffic(config: Config, dp_size: int, micro_batches: int, tokens: float
     ring = (dp_size - 1) / dp_size
     trained, gradients = each * own.trained, memory.FP32 * own.trained
     if stage == 3:
-        weights = ring * each * (micro_batches * (2 * own.gathered - own.kept) + own.persistent)
-        return Traffic(ring * micro_batches * gradients, weights, _tensor_parallel(config, tokens))
+        first, again = own.gathered + own.persistent, micro_batches * (2 * own.gathered - own.kept) - own.gathered
+        group = config.parallel.zero_hpz_partition_size
+        copied = (group - 1) / group * each * again if group > 1 else 0.0
+        weights = ring * each * (first if copied else first + again) + copied
+        return Traffic(ring * micro_batches * gradients, weights, _tensor_parallel(config, tokens), copied)
     times = micro_batches if stage == 2 else 1
     weights = ring * trained if stage else 0.0
     return Traffic(2 * ring * times * gradients, weights, _tensor_parallel(config, tokens))
@@ -77,7 +82,9 @@ def exposed_seconds(config: Config, traffic: Traffic, dp_size: int, machine: Mac
     members = max(gpus_per_node // parallel.tensor_parallel_size, 1)
     leaves_node = dp_size * parallel.tensor_parallel_size > gpus_per_node
     rate = min(inside, LINK_SHARE * members * device.inter_node_bytes_per_s) if leaves_node else inside
-    gradients_s, weights_s = traffic.gradients / rate, traffic.weights / rate
+    group_leaves = parallel.zero_hpz_partition_size > members
+    gradients_s, weights_s = traffic.gradients / rate, (traffic.weights - traffic.copied_weights) / rate
+    weights_s += traffic.copied_weights / (rate if group_leaves else inside)
     if parallel.zero_stage == 2:
         gradients_s = max(gradients_s - BACKWARD_SHARE * compute_s, 0.0)
     elif parallel.zero_stage == 3:

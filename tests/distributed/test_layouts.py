@@ -38,7 +38,8 @@ LAYOUTS = [
     (2, 2, True),
     (1, 4, True),
 ]
-COMPILED = [((2, 2, True), 3)]  # formulas know no ranks
+COMPILED = [((1, 2, True), 3)]  # formulas know no ranks
+HPZ = "parallel.zero_hpz_partition_size=2"
 
 
 @cache
@@ -94,6 +95,11 @@ def metric(run_dir: Path, key: str) -> torch.Tensor:
 @pytest.mark.parametrize(("layout", "stage"), list(product(LAYOUTS, (0, 1, 2, 3))))
 def test_fp32_layout_equals_one_process(tmp_path, digits_shards, one_process, layout, stage):
     require_equal_to_one_process(tmp_path / "run", digits_shards, one_process, layout, stage)
+
+
+@pytest.mark.parametrize("layout", [(4, 1, False), (2, 2, True)])
+def test_weights_gathered_from_a_nodes_copy_are_the_same(tmp_path, digits_shards, one_process, layout):
+    require_equal_to_one_process(tmp_path / "run", digits_shards, one_process, layout, 3, HPZ)
 
 
 @pytest.mark.skipif(lacks_for_compiling(torch.device("cpu")) is not None, reason="needs g++ and Python.h")
@@ -207,11 +213,11 @@ def saved(tmp_path_factory, digits_shards):
     return folder
 
 
-@pytest.mark.parametrize(("layout", "stage"), list(product(MOVES, (1, 2, 3))))
-def test_a_run_goes_on_in_any_layout(tmp_path, digits_shards, saved, layout, stage):
+@pytest.mark.parametrize(("layout", "stage", "more"), [*product(MOVES, (1, 2, 3), [()]), ((2, 1, False), 3, (HPZ,))])
+def test_a_run_goes_on_in_any_layout(tmp_path, digits_shards, saved, layout, stage, more):
     dp, tp, sp = layout
     shutil.copytree(saved / "stopped", tmp_path / "run")
-    overrides = (f"run.steps={2 * FEW}", f"checkpoint.every_steps={FEW}", "evaluation.points=0")
+    overrides = (f"run.steps={2 * FEW}", f"checkpoint.every_steps={FEW}", "evaluation.points=0", *more)
     run_ranks(train_here, dp * tp, layout_config(tmp_path / "run", digits_shards, tp, sp, stage, *overrides))
     assert (metric(tmp_path / "run", "loss") - metric(saved / "whole", "loss")).abs().max() < 1e-6
     for folder in ("weights/raw", "weights/ema_0.9"):

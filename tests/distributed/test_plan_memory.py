@@ -110,6 +110,7 @@ def peak_state(config: Config) -> int:
     return max(seen)
 
 
+HPZ = "parallel.zero_hpz_partition_size=2"
 OFFLOADED, FROZEN = "parallel.offload_optimizer=true", "optim.trainable=[bias,adaLN]"
 STATES = {  # data-parallel ranks, config
     "fp32 stage 0": (1, config_of(1, 0, "fp32")),
@@ -119,6 +120,8 @@ STATES = {  # data-parallel ranks, config
     "bf16 stage 1, dp 2": (2, config_of(1, 1, "bf16")),
     "bf16 stage 2, dp 2": (2, config_of(1, 2, "bf16")),
     "bf16 stage 3, dp 2": (2, config_of(1, 3, "bf16")),
+    "fp32 stage 3, dp 2, hpZ": (2, config_of(1, 3, "fp32", HPZ)),
+    "bf16 stage 3, dp 2, hpZ": (2, config_of(1, 3, "bf16", HPZ)),
     "fp32 stage 2, dp 2, most frozen": (2, config_of(1, 2, "fp32", FROZEN)),
     "fp32 stage 2, dp 2, offloaded": (2, config_of(1, 2, "fp32", OFFLOADED)),
     "bf16 stage 3, dp 2, offloaded": (2, config_of(1, 3, "bf16", OFFLOADED)),
