@@ -21,6 +21,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -428,6 +429,7 @@ def counting() -> Iterator[Any]:
     compiler.compiled.clear()
     torch._dynamo.reset()  # type: ignore[no-untyped-call]
     torch.compile = partial(_counted_compile, count, before)  # type: ignore[assignment]
+    warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")  # by the next line, on purpose
     try:
         with count, inductor.patch(force_disable_caches=True):  # a cached kernel says nothing of what it reads
             yield count
