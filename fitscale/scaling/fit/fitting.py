@@ -289,21 +289,22 @@ def _polish(
 ) -> tuple[Array, float]:
     """scipy's answer from there, if it is better; on a bound its interior method cannot start.
 
-    It knows no asymmetric loss.
+    It knows no asymmetric loss. A step of its that divides by zero (at a least of zero width) is no better.
     """
     if at_bound(law, theta_P) or loss.above != 0.5:
         return theta_P, objective
     target, model = loss.target(points.y_N) * points.weight_N, loss.model(law, points.x_NF, points.weight_N)
-    result = least_squares(
-        lambda theta: model(theta[None])[0][0] - target,
-        theta_P,
-        jac=lambda theta: model(theta[None])[1][0],
-        bounds=law.bounds,
-        x_scale="jac",
-        loss="linear" if loss.huber is None else "huber",
-        f_scale=loss.huber or 1.0,
-        **dict.fromkeys(("ftol", "xtol", "gtol"), 1e-15),
-    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        result = least_squares(
+            lambda theta: model(theta[None])[0][0] - target,
+            theta_P,
+            jac=lambda theta: model(theta[None])[1][0],
+            bounds=law.bounds,
+            x_scale="jac",
+            loss="linear" if loss.huber is None else "huber",
+            f_scale=loss.huber or 1.0,
+            **dict.fromkeys(("ftol", "xtol", "gtol"), 1e-15),
+        )
     polished = 2 * float(result.cost) / len(target)
     return (result.x, polished) if polished < objective else (theta_P, objective)
 
