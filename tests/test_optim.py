@@ -27,6 +27,43 @@ def test_weights_follow_torch_and_ema_the_recursion():
             torch.testing.assert_close(optimizer.state[ours][ema_name(decay)], ema)
 
 
+@pytest.mark.parametrize("grad_clip", [None, 0.5, 1e9])
+def test_gradients_are_clipped_as_torch_clips_them(grad_clip):
+    config = OptimConfig(lr=0.1, ema_decays=[0.5], grad_clip=grad_clip)
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 4), (5,))]
+    theirs = [torch.nn.Parameter(one.detach().clone()) for one in ours]
+    optimizer, reference = AdamWEMA(ours, config), torch.optim.AdamW(theirs, lr=0.1, weight_decay=0.0)
+    optimizer.gradient_norm = lambda: torch.nn.utils.get_total_norm([one.grad for one in ours])
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        if grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(theirs, grad_clip)
+        optimizer.step()
+        reference.step()
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("norm", [float("inf"), float("nan")])
+@pytest.mark.parametrize("grad_clip", [None, 1.0])
+def test_a_norm_that_is_not_finite_changes_nothing(norm, grad_clip):
+    weights = torch.nn.Parameter(torch.ones(3))
+    optimizer = AdamWEMA([weights], OptimConfig(lr=0.1, ema_decays=[0.5], weight_decay=0.1, grad_clip=grad_clip))
+    norms = iter([torch.tensor(1.0), torch.tensor(norm)])
+    optimizer.gradient_norm = lambda: next(norms)
+    weights.grad = torch.ones(3)
+    optimizer.step()
+    before = {key: value.clone() for key, value in (optimizer.state[weights] | {"weights": weights.detach()}).items()}
+    assert before["step"] == 1 and not torch.equal(before["ema_0.5"], before["weights"])
+    weights.grad = torch.tensor([1.0, norm, 1.0])
+    optimizer.step()
+    after = optimizer.state[weights] | {"weights": weights.detach()}
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
 def test_learning_rate_warms_up_then_holds_or_falls_to_zero():
     config = OptimConfig(lr=1.0, warmup_steps=4)
     assert [learning_rate(config, step, 100) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]

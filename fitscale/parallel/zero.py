@@ -9,7 +9,6 @@ DeepSpeed's ZeRO shards the optimizer: stage 1 its state, stage 2 the gradients 
 
 import contextlib
 import logging
-import math
 import os
 import warnings
 from types import SimpleNamespace
@@ -32,6 +31,7 @@ def make_engine(model: torch.nn.Module, optimizer: torch.optim.Optimizer, config
     """
     deepspeed, settings = _import_deepspeed(topology.device), _engine_config(config, topology)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, mpu=_model_parallel_unit(), config=settings)[0]
+    optimizer.gradient_norm = lambda: _gradient_norm(engine)  # type: ignore[attr-defined]
     if config.parallel.zero_stage == 0 and topology.dp_size == 1:
         engine.enable_backward_allreduce = False  # it would flatten all gradients and sum them over one rank
     return engine
@@ -68,23 +68,23 @@ def _join_hpz_group(size: int, topology: Topology) -> Any:
 
 
 def optimizer_step(engine: Any) -> Any:
-    """Clip the gradients, step the optimizer, clear the gradients; returns the global norm before clipping, a number or
-    a tensor of one.
+    """Step the optimizer, which clips, and clear the gradients; returns the global norm before clipping, a number or a
+    tensor of one.
 
     A norm that is not finite skips the step, on all ranks alike.
     """
-    if engine.zero_optimization_stage() > 0:  # these stages skip by themselves
-        engine.step()
-        return engine.get_global_grad_norm()
-    norm = _gradient_norm(engine.module)
-    if math.isfinite(norm):
-        engine.step()
-    else:
-        engine.module.zero_grad(set_to_none=True)
-    return norm
+    engine.step()
+    return engine.get_global_grad_norm()
 
 
-def _gradient_norm(model: torch.nn.Module) -> float:
+def _gradient_norm(engine: Any) -> Any:
+    """Global norm of the gradients that are about to be stepped; DeepSpeed knows it in stages 1 to 3."""
+    if engine.zero_optimization_stage() == 0:
+        engine.optimizer._global_grad_norm = _whole_norm(engine.module)  # where `engine.step` looks for it, too
+    return engine.optimizer._global_grad_norm
+
+
+def _whole_norm(model: torch.nn.Module) -> torch.Tensor:
     """Global norm over the tensor-parallel group: shards add up, replicated gradients count once."""
     gradients: dict[bool, list[torch.Tensor]] = {True: [], False: []}
     for parameter in model.parameters():
@@ -93,7 +93,7 @@ def _gradient_norm(model: torch.nn.Module) -> float:
     shards, replicated = (torch.nn.utils.get_total_norm(gradients[split]).double().square() for split in (True, False))
     shards = shards.to(next(model.parameters()).device)  # the norm of nothing is on the host
     torch.distributed.all_reduce(shards, group=parallel_state.get_tensor_model_parallel_group())
-    return float((shards + replicated.to(shards.device)).sqrt())
+    return (shards + replicated.to(shards.device)).sqrt()
 
 
 def own_part(engine: Any, parameter: torch.nn.Parameter, key: str | None = None) -> tuple[int, torch.Tensor] | None:
@@ -200,11 +200,12 @@ def _engine_config(config: Config, topology: Topology) -> dict[str, Any]:
         "train_batch_size": topology.dp_size,  # counts micro-batches only; the global batch is the batch plan's
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.optim.grad_clip or 0.0,  # 0 = none
+        "gradient_clipping": 0.0,  # the optimizer does it, in its kernel
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # offloaded, too, the optimizer is ours: it carries the EMA
         "zero_optimization": zero,
-        "bf16": {"enabled": parallel.precision == "bf16"},
+        # Nor does it look at every gradient for what is not finite: the norm tells.
+        "bf16": {"enabled": parallel.precision == "bf16", "check_grad_overflow": False},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",  # sums of bf16 over many ranks lose what each rank adds
         "steps_per_print": 10**12,

@@ -5,7 +5,7 @@ saved with its checkpoints. The exponential moving averages (EMA) live there for
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,12 +18,16 @@ class AdamWEMA(torch.optim.AdamW):
     """torch's AdamW, as one kernel for weights and moments, then ema = decay ema + (1 - decay) weights for each decay.
 
     An EMA starts as the initial weights. `parameters` may be groups (`decay_groups`).
+
+    Where `gradient_norm` is set, it gives the global norm of the gradients that `step` takes: the kernel clips them by
+    it as it reads them, and leaves everything as it is if the norm is not finite. The host does not look at it.
     """
 
     def __init__(self, parameters: Iterable[Any], config: OptimConfig) -> None:
         settings: Any = {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")}
         super().__init__(parameters, fused=True, **settings)
-        self.ema_decays = tuple(config.ema_decays)
+        self.ema_decays, self.grad_clip = tuple(config.ema_decays), config.grad_clip
+        self.gradient_norm: Callable[[], torch.Tensor] | None = None
         self.every_group = self.param_groups  # DeepSpeed steps them one by one: `param_groups` is one of them then
 
     @torch.no_grad()
@@ -35,11 +39,22 @@ class AdamWEMA(torch.optim.AdamW):
                 self.fill_state(tensor, 0)
                 for decay in self.ema_decays:
                     self.state[tensor][ema_name(decay)].copy_(tensor)
+        taken = self._clip(tensors[0].device) if tensors and self.gradient_norm is not None else 1.0
         loss = super().step(closure)
         for decay in self.ema_decays:
             averages = [self.state[tensor][ema_name(decay)] for tensor in tensors]
-            torch._foreach_lerp_(averages, tensors, 1.0 - decay)
+            weight = torch.as_tensor((1.0 - decay) * taken, dtype=torch.float32)
+            torch._foreach_lerp_(averages, tensors, [weight] * len(tensors))
         return loss
+
+    def _clip(self, device: torch.device) -> torch.Tensor:
+        """Tell torch's kernel what to divide the gradients by, and whether to step; 1 if it steps, else 0."""
+        norm = torch.as_tensor(self.gradient_norm(), dtype=torch.float32, device=device)  # type: ignore[misc]
+        taken = norm.isfinite().float()
+        self.found_inf = 1.0 - taken
+        if self.grad_clip is not None:
+            self.grad_scale = ((norm + 1e-6) / self.grad_clip).clamp(min=1.0)
+        return taken
 
     def fill_state(self, tensor: torch.Tensor, steps_taken: int) -> None:
         """Give `tensor` the state it has after `steps_taken` steps, with zeros for the moments and the EMA."""

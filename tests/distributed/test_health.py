@@ -43,9 +43,17 @@ def poisoned(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
-def test_a_step_that_is_not_finite_is_skipped_and_its_image_named(tmp_path, poisoned, ranks, stage):
-    overrides = ("run.steps=4", f"parallel.zero_stage={stage}", "batch.pack_tokens=60", *LATENTS)  # 4 steps: an epoch
+@pytest.mark.parametrize(
+    ("ranks", "stage", "precision"),
+    [
+        *((ranks, stage, "fp32") for ranks, stage in ((1, 0), (2, 0), (2, 1), (2, 2), (2, 3))),
+        (2, 1, "bf16"),
+        (2, 2, "bf16"),
+    ],
+)
+def test_a_step_that_is_not_finite_is_skipped_and_its_image_named(tmp_path, poisoned, ranks, stage, precision):
+    layout = (f"parallel.zero_stage={stage}", f"parallel.precision={precision}")
+    overrides = ("run.steps=4", *layout, "batch.pack_tokens=60", *LATENTS)  # 4 steps: an epoch
     run_ranks(train_here, ranks, tiny_config(tmp_path, poisoned, *overrides))
     rows = read_jsonl(RunDir(tmp_path).metrics)
     (skipped,) = [row for row in rows if row.get("skipped")]
