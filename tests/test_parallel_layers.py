@@ -194,6 +194,9 @@ def test_a_world_that_does_not_divide_is_refused(monkeypatch):
     config = replace(ONE, tensor_parallel_size=3)
     with pytest.raises(UserError, match=r"parallel.tensor_parallel_size: 3 .* 4 processes; valid: 1, 2, 4"):
         groups.init_parallel(config, "cpu")
+    config = replace(ONE, tensor_parallel_size=2, zero_stage=3, zero_hpz_partition_size=4)
+    with pytest.raises(UserError, match=r"hpz_partition_size: 4 does not divide 2 data-parallel ranks; valid: 1, 2$"):
+        groups.init_parallel(config, "cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
