@@ -289,12 +289,12 @@ def _polish(
 ) -> tuple[Array, float]:
     """scipy's answer from there, if it is better; on a bound its interior method cannot start.
 
-    It knows no asymmetric loss. A step of its that divides by zero (at a least of zero width) is no better.
+    It knows no asymmetric loss. A step of its that overflows or divides by zero is no better.
     """
     if at_bound(law, theta_P) or loss.above != 0.5:
         return theta_P, objective
     target, model = loss.target(points.y_N) * points.weight_N, loss.model(law, points.x_NF, points.weight_N)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         result = least_squares(
             lambda theta: model(theta[None])[0][0] - target,
             theta_P,
