@@ -44,7 +44,7 @@ def test_gradients_are_clipped_as_torch_clips_them(grad_clip):
         optimizer.step()
         reference.step()
         for one, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", [float("inf"), float("nan")])

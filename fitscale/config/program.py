@@ -58,7 +58,7 @@ def leave(main: Callable[[], int]) -> NoReturn:
     gloo that gives back a tensor meanwhile would abort the process, and a run that has saved would count as failed.
     """
     try:
-        code: object = main()
+        code: str | int | None = main()
     except SystemExit as stop:
         code = stop.code
     distributed = sys.modules.get("torch.distributed")
@@ -69,7 +69,7 @@ def leave(main: Callable[[], int]) -> NoReturn:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
-    sys.exit(code)  # type: ignore[arg-type]
+    sys.exit(code)
 
 
 def _unread() -> bool:

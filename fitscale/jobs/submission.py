@@ -105,9 +105,10 @@ class Allocation(Submission):
     def costs(self) -> dict[str, str]:
         machine, layout = self.plan.machine, self.config.parallel
         sp = "+sp" if layout.sequence_parallel else ""
+        hpz = f" hpZ{layout.zero_hpz_partition_size}" if layout.zero_hpz_partition_size > 1 else ""
         return self._sizes | {
             "nodes": f"{machine.nodes} x {machine.gpus_per_node}",
-            "layout": f"dp{self.plan.dp_size} tp{layout.tensor_parallel_size}{sp} ZeRO{layout.zero_stage}",
+            "layout": f"dp{self.plan.dp_size} tp{layout.tensor_parallel_size}{sp} ZeRO{layout.zero_stage}{hpz}",
             "GiB": f"{self.plan.memory.peak / GIB:.1f}",
             "s/step": f"{self.plan.step_s:.3g}",
             "days": f"{self.plan.days:.3g}",
@@ -200,7 +201,7 @@ def allocate(one: Submission, profile: ClusterConfig, given: LayoutConfig | None
         if largest.plan.spare_bytes >= 0 and largest.plan.days <= days:
             return largest
     if largest is None:
-        raise UserError(f"no layout of profile {profile.name} goes with the model's heads and the batch")
+        raise UserError(f"no layout of profile {profile.name} goes with the model's heads, hpZ and the batch")
     nodes, machine = largest.plan.machine.nodes, largest.plan.machine
     if largest.plan.spare_bytes < 0:
         raise UserError(

@@ -27,7 +27,8 @@ def make_engine(model: torch.nn.Module, optimizer: torch.optim.Optimizer, config
     """Wrap `model` and `optimizer` in a DeepSpeed engine. `parallel.precision` must be resolved (not auto).
 
     The engine averages gradients over the data-parallel ranks and does not divide by the number of micro-batches:
-    a caller that wants the gradient of L backs up `dp_size * (its share of L)` for every micro-batch.
+    a caller that wants the gradient of L backs up `dp_size * (its share of L)` for every micro-batch. It does not clip:
+    `optimizer`, a `train.optim.AdamWEMA`, is told the norm.
     """
     deepspeed, settings = _import_deepspeed(topology.device), _engine_config(config, topology)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, mpu=_model_parallel_unit(), config=settings)[0]

@@ -46,7 +46,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
     images = typical_images(config, opened)
     utilisation, source = _utilisation(arguments, config, machine, images, opened)
     given = {one.split("=")[0].removeprefix("parallel.") for one in arguments.config if one.startswith("parallel.")}
-    wanted = layouts(config, machine, given) if arguments.gpus else [config]
+    wanted = (layouts(config, machine, given) if arguments.gpus else []) or [config]  # which says what is wrong with it
     plans = [plan(one, machine, images, utilisation) for one in wanted]
     plans.sort(key=lambda one: (one.step_s, one.memory.peak))
     print("\n".join(_report(plans, arguments.best, source)))

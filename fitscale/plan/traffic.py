@@ -51,7 +51,7 @@ def step_traffic(config: Config, dp_size: int, micro_batches: int, tokens: float
         first, again = own.gathered + own.persistent, micro_batches * (2 * own.gathered - own.kept) - own.gathered
         group = config.parallel.zero_hpz_partition_size
         copied = (group - 1) / group * each * again if group > 1 else 0.0
-        weights = ring * each * (first if copied else first + again) + copied
+        weights = ring * each * first + (copied if group > 1 else ring * each * again)
         return Traffic(ring * micro_batches * gradients, weights, _tensor_parallel(config, tokens), copied)
     times = micro_batches if stage == 2 else 1
     weights = ring * trained if stage else 0.0

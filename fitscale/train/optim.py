@@ -19,15 +19,16 @@ class AdamWEMA(torch.optim.AdamW):
 
     An EMA starts as the initial weights. `parameters` may be groups (`decay_groups`).
 
-    Where `gradient_norm` is set, it gives the global norm of the gradients that `step` takes: the kernel clips them by
-    it as it reads them, and leaves everything as it is if the norm is not finite. The host does not look at it.
+    `gradient_norm` gives the global norm of the gradients that `step` takes (0, so none is clipped, until somebody
+    sets it): the kernel clips them by it as it reads them, and leaves everything as it is if the norm is not finite.
+    The host does not look at it.
     """
 
     def __init__(self, parameters: Iterable[Any], config: OptimConfig) -> None:
         settings: Any = {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")}
         super().__init__(parameters, fused=True, **settings)
         self.ema_decays, self.grad_clip = tuple(config.ema_decays), config.grad_clip
-        self.gradient_norm: Callable[[], torch.Tensor] | None = None
+        self.gradient_norm: Callable[[], torch.Tensor | float] = float
         self.every_group = self.param_groups  # DeepSpeed steps them one by one: `param_groups` is one of them then
 
     @torch.no_grad()
@@ -39,7 +40,7 @@ class AdamWEMA(torch.optim.AdamW):
                 self.fill_state(tensor, 0)
                 for decay in self.ema_decays:
                     self.state[tensor][ema_name(decay)].copy_(tensor)
-        taken = self._clip(tensors[0].device) if tensors and self.gradient_norm is not None else 1.0
+        taken = self._clip(tensors[0].device) if tensors else 1.0
         loss = super().step(closure)
         for decay in self.ema_decays:
             averages = [self.state[tensor][ema_name(decay)] for tensor in tensors]
@@ -49,7 +50,7 @@ class AdamWEMA(torch.optim.AdamW):
 
     def _clip(self, device: torch.device) -> torch.Tensor:
         """Tell torch's kernel what to divide the gradients by, and whether to step; 1 if it steps, else 0."""
-        norm = torch.as_tensor(self.gradient_norm(), dtype=torch.float32, device=device)  # type: ignore[misc]
+        norm = torch.as_tensor(self.gradient_norm(), dtype=torch.float32, device=device)
         taken = norm.isfinite().float()
         self.found_inf = 1.0 - taken
         if self.grad_clip is not None:
